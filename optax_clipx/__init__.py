@@ -1,0 +1,44 @@
+"""Gradient clipping for JAX: right at any magnitude, on any mesh, and it says what it did."""
+
+from importlib.metadata import version as _version
+
+from . import functional as functional, per_example as per_example
+from ._clipping import clip_by as clip_by
+from ._measures import (
+    Measure as Measure,
+    group_norms as group_norms,
+    leaf_norms as leaf_norms,
+    magnitudes as magnitudes,
+    tree_norm as tree_norm,
+    unit_norms as unit_norms,
+)
+from ._methods import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    clip as clip,
+    clip_by_block_rms as clip_by_block_rms,
+    clip_by_global_norm as clip_by_global_norm,
+    clip_by_group_norm as clip_by_group_norm,
+    clip_by_leaf_norm as clip_by_leaf_norm,
+    clip_by_value as clip_by_value,
+)
+from ._metrics import (
+    ClipMetrics as ClipMetrics,
+    ClipState as ClipState,
+    check as check,
+    metrics as metrics,
+)
+from ._responses import (
+    drop as drop,
+    normalize as normalize,
+    rescale as rescale,
+    smooth as smooth,
+)
+from .per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+    per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
+from ._thresholds._base import Context as Context, Threshold as Threshold
+from ._thresholds._constant import constant as constant
+from ._thresholds._relative import relative_to_params as relative_to_params
+
+__version__ = _version("optax_clipx")

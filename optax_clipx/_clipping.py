@@ -1,0 +1,286 @@
+"""`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _metrics, _policies, _scaling
+from ._elements import clip_by_magnitude
+from ._grouping import Groups, Packed, ScalarGroups
+from ._leaves import Leaves, flatten, show
+from ._measures import Measure
+from ._reductions import Norms, accumulator, norms
+from ._responses import rescale
+from ._scaling import Response
+from ._thresholds._base import Context, Threshold
+from ._thresholds._constant import as_threshold
+from ._transformation import Options, Step, arrays_in, by_policy, transformation
+
+
+def clip_by(
+    measure: Measure,
+    threshold: Any,
+    response: Response = rescale,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+    norm_arg: str = "norm",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips what is measured together to a limit: the form of every method here.
+
+    .. math:: u_i \leftarrow c_i u_i, \quad c = \mathrm{response}(n, t),
+              \quad n = \mathrm{measure}(u), \quad t = \mathrm{threshold}(n)
+
+    ==================  ==================  =========================================
+    norm                limit               result
+    ==================  ==================  =========================================
+    0                   any                 zeros, with a finite gradient
+    at most the limit   infinity included   unchanged, bit for bit
+    above               0                   zeros
+    infinite or NaN     any                 by ``nonfinite``
+    any                 negative or NaN     ValueError; if traced, NaN everywhere
+    ==================  ==================  =========================================
+
+    Args:
+        measure: what is measured together: :func:`tree_norm`, :func:`group_norms`,
+            :func:`leaf_norms`, :func:`unit_norms` or :func:`magnitudes`.
+        threshold: a number, a scalar array, an optax schedule, a pytree prefix of
+            these, or a :class:`Threshold`; in the unit of the updates.
+        response: what happens above the limit: :func:`rescale`, :func:`normalize`,
+            :func:`smooth`, :func:`drop`, or any function from norms and limits to
+            scales.
+        nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
+            zero, ``"raise"`` is a FloatingPointError, ``"sanitize"`` turns NaN into 0
+            and infinities into the largest finite number, then clips.
+        axis_name: in manual code whose types are blind (pmap, ``check_vma=False``) the
+            mesh axes over which every leaf is sharded; ``()`` if none is.
+        specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+        norm_arg: the name of the extra argument of ``update`` by which a norm of the
+            whole tree, computed elsewhere, may be passed.
+
+    Returns:
+        A transformation for :func:`optax.chain`. Its updates keep dtype, shape and
+        sharding.
+
+    Raises:
+        ValueError: for a negative or NaN limit or an unknown policy, and from
+            ``update`` if ``params`` or the place on the mesh is needed and missing.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+        FloatingPointError: from ``update`` with ``nonfinite="raise"``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by(clipx.leaf_norms(), 1.0, clipx.drop)
+        >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+        >>> grads, _ = clipper.update(grads, clipper.init(grads))
+        >>> print(grads["w"], grads["b"])
+        [0. 0.] [0.5]
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
+        networks, 2013, arXiv 1211.5063.
+    """
+    if not isinstance(measure, Measure):
+        raise TypeError(
+            f"Expected a measure such as optax_clipx.tree_norm(), got {measure!r}."
+        )
+    if not callable(response):
+        raise TypeError(f"Expected response to be a function, got {response!r}.")
+    options = Options(nonfinite, axis_name, specs, metrics, norm_arg)
+    rule = as_threshold(threshold)
+    if measure.scope == "element":
+        return clip_by_magnitude(rule, response, options)
+
+    def step(
+        leaves: Leaves, params: Any, rule_state: Any, step: Any, extra: Mapping[str, Any]
+    ) -> Step:
+        return _clip_norms(
+            leaves, params, rule_state, step, extra, measure, rule, response, options
+        )
+
+    def init_rule(leaves: Leaves) -> Any:
+        return rule.init(_no_norms(measure.groups(leaves), leaves, measure))
+
+    return transformation(init_rule, step, rule, options)
+
+
+def clip_once(
+    updates: Any,
+    measure: Measure,
+    rule: Threshold,
+    response: Response,
+    options: Options,
+    params: Any = None,
+    norm: Any = None,
+) -> tuple[Any, Any]:
+    """One step without state: the clipped pytree and its norms before."""
+    _policies.check_policy(options.nonfinite)
+    leaves = flatten(updates)
+    if not leaves.arrays:
+        return updates, measure.unpack(None, leaves)
+    extra = {} if norm is None else {options.norm_arg: norm}
+    found = _clip_norms(
+        leaves, params, (), 0, extra, measure, rule, response, options
+    )
+    return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves)
+
+
+def _clip_norms(
+    leaves: Leaves,
+    params: Any,
+    rule_state: Any,
+    step: Any,
+    extra: Mapping[str, Any],
+    measure: Measure,
+    rule: Threshold,
+    response: Response,
+    options: Options,
+) -> Step:
+    groups = measure.groups(leaves)
+    arrays = leaves.arrays
+    given = extra.get(options.norm_arg) if measure.scope == "tree" else None
+
+    # Everything that is measured goes into one reduction, and so one collective.
+    trees = []
+    if options.nonfinite == "sanitize":
+        arrays = _policies.sanitize(arrays)
+        trees.append(_policies.indicators(leaves.arrays))
+    if rule.uses_params:
+        trees.append(params_like(leaves, params))
+    if given is None:
+        trees.append(arrays)
+    found = _norms_of(trees, groups, leaves, measure, options)
+    norm = _given(given, accumulator(arrays)) if given is not None else found.pop()
+    params_norms = found.pop().value if rule.uses_params else None
+    bad_entries = found.pop().value if options.nonfinite == "sanitize" else None
+
+    limits, new_rule = _limits(
+        norm, rule, rule_state, step, extra, params_norms, groups, leaves, measure
+    )
+    scales = _scaling.scales(norm, limits, response)
+    summary = _metrics.summarize(
+        norm,
+        limits,
+        scales,
+        groups,
+        measure.ord,
+        arrays,
+        leaves.paths,
+        options.axis_name,
+        options.specs,
+    )
+    if bad_entries is not None:
+        bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
+        summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
+    summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
+    fine = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.fine)
+    clipped = _scaling.apply(arrays, groups, scales._replace(fine=fine), zero)
+    return Step(clipped, summary, new_rule, norm.value)
+
+
+def _norms_of(
+    trees: list[list[Any]],
+    groups: Groups,
+    leaves: Leaves,
+    measure: Measure,
+    options: Options,
+) -> list[Norms]:
+    if not trees:
+        return []
+    times = len(trees)
+    found = norms(
+        [x for tree in trees for x in tree],
+        groups.repeated(times),
+        measure.ord,
+        leaves.paths * times,
+        options.axis_name,
+        options.specs,
+    )
+    split = [groups.split(field, times) for field in found]
+    return [Norms(*fields) for fields in zip(*split, strict=True)]
+
+
+def _limits(
+    norm: Norms,
+    rule: Threshold,
+    rule_state: Any,
+    step: Any,
+    extra: Mapping[str, Any],
+    params_norms: Packed,
+    groups: Groups,
+    leaves: Leaves,
+    measure: Measure,
+) -> tuple[Packed, Any]:
+    # What a rule remembers is float32 whatever the leaves are, and always finite.
+    narrow = bool(arrays_in(rule_state))
+
+    def seen(n: jax.Array) -> jax.Array:
+        finite = jnp.where(jnp.isfinite(n), n, 0)
+        return _metrics.to_float32(finite) if narrow else finite
+
+    context = Context(
+        step=step,
+        params_norms=jax.tree.map(seen, params_norms),
+        extra=extra,
+        paths=leaves.paths,
+        pack=groups.pack,
+        labels=measure.names(leaves) if measure.scope == "group" else None,
+    )
+    limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
+    if jax.tree.structure(limits) != jax.tree.structure(norm.value):
+        limits = jax.tree.map(lambda n: limits, norm.value)
+    limits = jax.tree.map(
+        lambda t, n: jnp.broadcast_to(jnp.asarray(t).astype(n.dtype), n.shape),
+        limits,
+        norm.value,
+    )
+    return limits, new_rule
+
+
+def _given(norm: Any, dtype: Any) -> Norms:
+    norm = jnp.asarray(norm)
+    if norm.ndim or jnp.iscomplexobj(norm):
+        raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")
+    norm = norm.astype(dtype)
+    return Norms(norm, norm, jnp.ones_like(norm))
+
+
+def params_like(leaves: Leaves, params: Any) -> list[Any]:
+    """The parameters of the measured leaves, found by path."""
+    if params is None:
+        raise ValueError(
+            "Expected params, got None: the limit is relative to the parameters. Call"
+            " update(updates, state, params)."
+        )
+    of_params = flatten(params, updates=False)
+    by_path = dict(zip(of_params.paths, of_params.arrays, strict=True))
+    found = []
+    for path, update in zip(leaves.paths, leaves.arrays, strict=True):
+        param = by_path.get(path)
+        if param is None or param.shape != update.shape:
+            raise ValueError(
+                f"Expected a parameter of shape {update.shape} at {show(path)}, as the"
+                f" update has, got {'none' if param is None else param.shape}."
+            )
+        found.append(param)
+    return found
+
+
+def _no_norms(groups: Groups, leaves: Leaves, measure: Measure) -> Packed:
+    if measure.scope == "tree":
+        return jnp.zeros((), jnp.float32)
+    if isinstance(groups, ScalarGroups):
+        return jnp.zeros((groups.count or 0,), jnp.float32)
+    return tuple(
+        jnp.zeros(
+            tuple(1 if i in axes else n for i, n in enumerate(leaf.shape)), jnp.float32
+        )
+        for leaf, axes in zip(leaves.arrays, groups.axes, strict=True)
+    )

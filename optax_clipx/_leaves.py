@@ -1,0 +1,139 @@
+"""Which leaves of a pytree are clipped, and what they are called."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
+
+Path = tuple[str, ...]
+
+
+class Leaves(NamedTuple):
+    """A flattened pytree: `arrays` are measured, the rest passes through."""
+
+    arrays: list[Any]
+    keys: list[Any]
+    indices: list[int]
+    everything: list[Any]
+    treedef: Any
+
+    @property
+    def paths(self) -> list[Path]:
+        """The path of each array, as strings."""
+        return [path_of(keys) for keys in self.keys]
+
+    def rebuild(self, arrays: list[Any]) -> Any:
+        """The pytree with its arrays replaced."""
+        everything = list(self.everything)
+        for index, array in zip(self.indices, arrays, strict=True):
+            everything[index] = array
+        return jax.tree.unflatten(self.treedef, everything)
+
+
+def path_of(keys: tuple[Any, ...]) -> Path:
+    """`("layers", "0", "kernel")`: the same for a dict, a module and an NNX state.
+
+    NNX shows `Param` objects to `init` and bare arrays to `update`; the attribute
+    `.value` in between is no part of the name.
+    """
+    names = []
+    for key in keys:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    if names and keys[-1] == GetAttrKey("value"):
+        names.pop()
+    return tuple(names)
+
+
+def show(path: Path) -> str:
+    """How an error message writes a path."""
+    return "/".join(path) if path else "(the only leaf)"
+
+
+def flatten(tree: Any, *, updates: bool = True) -> Leaves:
+    """Flattens a pytree and refuses the leaves that cannot be clipped.
+
+    `None` and `optax.MaskedNode` have no leaves; float0 and empty leaves pass
+    through. Integer leaves are an error among updates; among parameters they are
+    left out, since their gradients are float0.
+    """
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    arrays, kept_keys, indices = [], [], []
+    for index, (keys, leaf) in enumerate(with_keys):
+        if isinstance(leaf, float | complex) and not hasattr(leaf, "dtype"):
+            leaf = jnp.asarray(leaf)
+        if not _is_array(leaf):
+            if isinstance(leaf, bool | int) and not updates:
+                continue
+            raise TypeError(_not_an_array(keys, leaf))
+        if leaf.dtype == jax.dtypes.float0:
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            if not updates:
+                continue
+            raise TypeError(
+                f"Expected floating-point or complex updates, got {leaf.dtype} at"
+                f" {show(path_of(keys))}. Leave it out with optax.masked, or cast it."
+            )
+        if leaf.size:
+            arrays.append(leaf)
+            kept_keys.append(keys)
+            indices.append(index)
+    return Leaves(arrays, kept_keys, indices, [x for _, x in with_keys], treedef)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
+    path = show(path_of(keys))
+    if isinstance(leaf, bool | int):
+        return (
+            f"Expected floating-point or complex updates, got the Python"
+            f" {type(leaf).__name__} {leaf!r} at {path}. Leave it out with"
+            " optax.masked, or make it a float array."
+        )
+    return (
+        f"Expected a pytree of arrays, got {leaf!r} of type {type(leaf).__name__} at"
+        f" {path}. Take the arrays out of the module first, as with"
+        " equinox.filter(model, equinox.is_inexact_array)."
+    )
+
+
+def from_prefix(
+    prefix: Any,
+    paths: list[Path],
+    what: str,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> list[Any]:
+    """For each path the value that a pytree prefix gives it.
+
+    Matching is by path and not by node type, so that a dict is a prefix of an NNX
+    state as well. Values that stand opposite no array are ignored.
+    """
+    entries = jax.tree_util.tree_leaves_with_path(
+        prefix, is_leaf=lambda x: x is None or (is_leaf is not None and is_leaf(x))
+    )
+    values = {path_of(keys): value for keys, value in entries}
+    return [_longest_match(values, path, what) for path in paths]
+
+
+def _longest_match(values: dict[Path, Any], path: Path, what: str) -> Any:
+    for length in range(len(path), -1, -1):
+        if path[:length] in values:
+            value = values[path[:length]]
+            if value is None:
+                break
+            return value
+    known = ", ".join(sorted(show(p) for p in values)) or "nothing"
+    raise ValueError(
+        f"Expected {what} for every leaf, got none for {show(path)}."
+        f" The prefix has values for: {known}."
+    )

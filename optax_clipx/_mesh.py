@@ -1,0 +1,230 @@
+"""How values lie on the device mesh: the one shim around JAX's sharding types.
+
+Sums over a mesh need one fact about each leaf: over which mesh axes it is sharded.
+Explicit axes and `shard_map(check_vma=True)` have it in the leaf's type; elsewhere
+in manual code the caller says it, with `axis_name=` or `specs=`. With Auto axes and
+on one device there is nothing to do: XLA adds what a plain sum needs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from ._leaves import Path, from_prefix, show
+
+Axes = tuple[str, ...]
+
+
+class Placement(NamedTuple):
+    """The mesh axes over which a leaf is sharded, and which array dimension each cuts.
+
+    `dims` is None where only the set of axes is known.
+    """
+
+    axes: Axes
+    dims: tuple[Axes, ...] | None
+
+
+def placements(
+    arrays: Sequence[Any], paths: list[Path], axis_name: Any, specs: Any
+) -> list[Placement]:
+    """Where each leaf of manual code is sharded; `()` outside of manual code."""
+    manual = _manual_axes()
+    if specs is not None:
+        given = from_prefix(
+            specs,
+            paths,
+            "a PartitionSpec in specs=",
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+        return [_from_spec(s, x, p) for s, x, p in zip(given, arrays, paths, strict=True)]
+    if axis_name is not None:
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        bound = tuple(name for name in names if _is_bound(name))
+        return [Placement(bound, () if not bound else None) for _ in arrays]
+    if manual and not _has_types(manual):
+        raise ValueError(
+            f"Cannot tell over which of the mesh axes {_quoted(manual)} the updates are"
+            " sharded: inside pmap, and shard_map with check_vma=False, types do not"
+            " say. Pass axis_name=() if every device holds the same updates (as after"
+            f" jax.lax.pmean), axis_name={_example(manual)} if every leaf is sharded"
+            " over it, or specs= with a PartitionSpec for each leaf."
+        )
+    return [_from_type(x, p, manual) for x, p in zip(arrays, paths, strict=True)]
+
+
+def is_unknown(axis_name: Any, specs: Any) -> bool:
+    """Whether this is manual code whose types are blind and nothing was passed."""
+    manual = _manual_axes()
+    blind = bool(manual) and not _has_types(manual)
+    return blind and axis_name is None and specs is None
+
+
+def axes_to_sum(arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
+    """The axes of one sum over all leaves: where any is sharded, or varies by type."""
+    axes = {name for place in places for name in place.axes}
+    for array in arrays:
+        axes |= _varying(array)
+    return tuple(sorted(axes))
+
+
+def sum_over(value: jax.Array, axes: Axes) -> jax.Array:
+    """`lax.psum`, for a value that varies over some of the axes only."""
+    return lax.psum(_vary(value, axes), axes) if axes else value
+
+
+def max_over(value: jax.Array, axes: Axes) -> jax.Array:
+    """`lax.pmax`, for a value that varies over some of the axes only."""
+    return lax.pmax(_vary(value, axes), axes) if axes else value
+
+
+def size_of(axes: Axes) -> int:
+    """The number of devices along the axes together."""
+    return math.prod(lax.axis_size(name) for name in axes)
+
+
+def index_in(axes: Axes) -> jax.Array:
+    """This device's number along the axes together."""
+    index = jnp.int32(0)
+    for name in axes:
+        index = index * lax.axis_size(name) + lax.axis_index(name)
+    return index
+
+
+def map_local(
+    fun: Callable[..., Any], arrays: Sequence[Any], out_specs: Callable[..., Any]
+) -> Any:
+    """Calls `fun(arrays, placements)` on the shards of leaves on Explicit axes.
+
+    `out_specs(dims)` gives the PartitionSpecs of what `fun` returns, from the mesh
+    axes that cut each dimension of each leaf. Returns None if no leaf is sharded over
+    an Explicit axis.
+    """
+    types = [jax.typeof(x) for x in arrays]
+    sharded = [t for t in types if _explicit_dims(t)]
+    if not sharded:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        first = next(x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t))
+        concrete = isinstance(first, jax.Array) and not isinstance(
+            first, jax.core.Tracer
+        )
+        mesh = first.sharding.mesh if concrete else jax.typeof(first).sharding.mesh
+    dims = [_explicit_dims(t) or ((),) * t.ndim for t in types]
+    manual = set(_manual_axes())
+    used = {name for d in dims for axes in d for name in axes}
+
+    def local(*shards: Any) -> Any:
+        places = []
+        for shard, leaf_dims in zip(shards, dims, strict=True):
+            varying = _varying(shard)
+            known = leaf_dims if not varying & manual else None
+            places.append(Placement(tuple(sorted(varying)), known))
+        return fun(shards, places)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(PartitionSpec(*d) for d in dims),
+        out_specs=out_specs(dims),
+        axis_names=used,
+    )(*arrays)
+
+
+def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:
+    """A norm of partial sums has no meaning: ask for the reduction first."""
+    for array, path in zip(arrays, paths, strict=True):
+        unreduced = getattr(jax.typeof(array).sharding.spec, "unreduced", ())
+        manual = getattr(jax.typeof(array), "manual_axis_type", None)
+        unreduced = set(unreduced) | set(getattr(manual, "unreduced", ()))
+        if unreduced:
+            raise ValueError(
+                f"The updates at {show(path)} are unreduced over the mesh axes"
+                f" {_quoted(sorted(unreduced))}: each device holds a partial sum, whose"
+                " norm means nothing. Reduce them first, with jax.reshard or"
+                " jax.lax.psum."
+            )
+
+
+def _manual_axes() -> Axes:
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _has_types(manual: Axes) -> bool:
+    # An axis index varies over its axis; where the types are off, it does not say so.
+    return manual[0] in _varying(lax.axis_index(manual[0]))
+
+
+def _varying(value: Any) -> frozenset[str]:
+    kind = jax.typeof(value)
+    manual = getattr(kind, "manual_axis_type", None)
+    if manual is not None:
+        return frozenset(manual.varying)
+    return frozenset(getattr(kind, "vma", None) or ())
+
+
+def _vary(value: jax.Array, axes: Axes) -> jax.Array:
+    if not _has_types(_manual_axes() or axes):
+        return value
+    missing = tuple(name for name in axes if name not in _varying(value))
+    return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def _from_type(array: Any, path: Path, manual: Axes) -> Placement:
+    varying = _varying(array)
+    axes = tuple(name for name in manual if name in varying)
+    return Placement(axes, None if axes else ())
+
+
+def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(
+            f"Expected a jax.sharding.PartitionSpec in specs= for {show(path)}, got"
+            f" {spec!r}."
+        )
+    if len(spec) > array.ndim:
+        raise ValueError(
+            f"Expected a PartitionSpec of at most {array.ndim} entries for"
+            f" {show(path)} of shape {array.shape}, got {spec}."
+        )
+    dims = [tuple(n for n in _names(entry) if _is_bound(n)) for entry in spec]
+    dims += [()] * (array.ndim - len(dims))
+    return Placement(tuple(name for d in dims for name in d), tuple(dims))
+
+
+def _explicit_dims(kind: Any) -> tuple[Axes, ...] | None:
+    sharding = kind.sharding
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    dims = tuple(
+        tuple(name for name in _names(entry) if types.get(name) == AxisType.Explicit)
+        for entry in sharding.spec
+    )
+    return dims if any(dims) else None
+
+
+def _names(entry: Any) -> Axes:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _is_bound(name: str) -> bool:
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _example(names: Axes) -> str:
+    return repr(names[0]) if len(names) == 1 else repr(tuple(names))

@@ -1,0 +1,406 @@
+"""The named methods, each a composition of measure, threshold and response."""
+
+import functools
+from typing import Any
+
+import optax
+
+from ._clipping import clip_by
+from ._elements import clip_by_interval
+from ._measures import (
+    LeafAxis,
+    group_norms,
+    leaf_norms,
+    magnitudes,
+    tree_norm,
+    unit_norms,
+)
+from ._responses import rescale
+from ._thresholds._constant import check_limit, constant
+from ._thresholds._relative import relative_to_params
+from ._transformation import Options
+
+
+def clip(
+    max_delta: Any,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each entry to :math:`[-\Delta, \Delta]`.
+
+    .. math:: u_j \leftarrow \min(\max(u_j, -\Delta), \Delta)
+
+    It changes the direction of the updates. The magnitude of complex entries is
+    clipped, their phase kept.
+
+    Args:
+        max_delta: :math:`\Delta`, in the unit of the updates: a number, a scalar
+            array, a schedule, or a pytree prefix of these.
+        nonfinite: as in :func:`clip_by`; under ``"propagate"`` an infinity goes to its
+            bound and a NaN stays in its entry.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if ``max_delta`` is negative or NaN, or the policy unknown.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipped, _ = clipx.clip(1.0).update(jnp.array([0.5, -3.0]))
+        >>> print(clipped)
+        [ 0.5 -1. ]
+
+    References:
+        Mikolov, Statistical language models based on neural networks, 2012.
+    """
+    rule = constant(max_delta, "max_delta")
+    return clip_by(
+        magnitudes(),
+        rule,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+    )
+
+
+def clip_by_value(
+    min_value: Any,
+    max_value: Any,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each entry to an interval, which need not be symmetric.
+
+    .. math:: u_j \leftarrow \min(\max(u_j, a), b)
+
+    Args:
+        min_value: :math:`a`, in the unit of the updates: a number, a scalar array, a
+            schedule, or a pytree prefix of these.
+        max_value: :math:`b`, the same.
+        nonfinite: as in :func:`clip`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if a bound is NaN, ``min_value > max_value``, or the policy unknown.
+        TypeError: from ``update`` for integer and complex leaves and leaves that are
+            no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipped, _ = clipx.clip_by_value(-1.0, 0.5).update(jnp.array([2.0, -3.0]))
+        >>> print(clipped)
+        [ 0.5 -1. ]
+
+    References:
+        Mikolov, Statistical language models based on neural networks, 2012.
+    """
+    options = Options(nonfinite, axis_name, specs, metrics)
+    return clip_by_interval(min_value, max_value, options)
+
+
+def clip_by_leaf_norm(
+    max_norm: Any,
+    *,
+    ord: Any = None,
+    batch_axes: LeafAxis = None,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the norm of each leaf by itself.
+
+    .. math:: u_i \leftarrow \min(1, t / \|u_i\|)\, u_i
+
+    Args:
+        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+            schedule, or a pytree prefix of these.
+        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        batch_axes: axes along which a leaf stacks independent layers, each clipped by
+            itself: an int, a tuple, or a function of path and leaf.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if ``max_norm`` is negative or NaN, or ``ord`` or the policy
+            unknown.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> grads = {"w": jnp.array([0.0, 4.0]), "b": jnp.array([0.5])}
+        >>> grads, _ = clipx.clip_by_leaf_norm(1.0).update(grads)
+        >>> print(grads["w"], grads["b"])
+        [0. 1.] [0.5]
+
+    References:
+        Per-parameter norms, as in Keras's ``clipnorm``.
+    """
+    return clip_by(
+        leaf_norms(ord, batch_axes=batch_axes),
+        constant(max_norm, "max_norm"),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+    )
+
+
+def clip_by_block_rms(
+    threshold: Any,
+    *,
+    batch_axes: LeafAxis = None,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the root mean square of each leaf by itself.
+
+    .. math:: u_i \leftarrow u_i / \max(1, \mathrm{RMS}(u_i) / d), \quad
+              \mathrm{RMS}(u) = \|u\| / \sqrt{\mathrm{size}(u)}
+
+    In Adafactor it stands right after the preconditioner, before the learning rate.
+
+    Args:
+        threshold: :math:`d`, in the unit of the updates: a number, a scalar array, a
+            schedule, or a pytree prefix of these.
+        batch_axes: as in :func:`clip_by_leaf_norm`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if ``threshold`` is negative or NaN, or the policy unknown.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipped, _ = clipx.clip_by_block_rms(1.0).update(jnp.array([4.0, -4.0]))
+        >>> print(clipped)
+        [ 1. -1.]
+
+    References:
+        Shazeer and Stern, Adafactor: Adaptive learning rates with sublinear memory
+        cost, 2018, arXiv 1804.04235.
+    """
+    return clip_by(
+        leaf_norms("rms", batch_axes=batch_axes),
+        constant(threshold, "threshold"),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+    )
+
+
+def clip_by_global_norm(
+    max_norm: Any,
+    *,
+    ord: Any = None,
+    eps: Any = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+    norm_arg: str = "norm",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the norm of all leaves together; the direction is kept.
+
+    .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
+
+    Args:
+        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
+            schedule.
+        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        eps: :math:`\epsilon`, in the same unit; ``1e-6`` gives PyTorch's coefficient.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+        norm_arg: the name of the extra argument of ``update`` by which the norm may be
+            passed where it was computed elsewhere.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if ``max_norm`` or ``eps`` is negative or NaN, or ``ord`` or the
+            policy unknown.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> grads = {"w": jnp.array([6.0]), "b": jnp.array([8.0])}
+        >>> grads, _ = clipx.clip_by_global_norm(5.0).update(grads)
+        >>> print(grads["w"], grads["b"])
+        [3.] [4.]
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
+        networks, 2013, arXiv 1211.5063.
+    """
+    check_limit(eps, "eps")
+    return clip_by(
+        tree_norm(ord),
+        constant(max_norm, "max_norm"),
+        functools.partial(rescale, eps=eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+        norm_arg=norm_arg,
+    )
+
+
+def clip_by_group_norm(
+    max_norms: dict[Any, Any],
+    labels: Any,
+    *,
+    ord: Any = None,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the norm of each labelled group of leaves.
+
+    .. math:: u_i \leftarrow \min(1, t_k / \|u_{(k)}\|)\, u_i
+              \quad \text{for leaf } i \text{ of group } k
+
+    Args:
+        max_norms: for each label its :math:`t_k`, in the unit of the updates: a
+            number, a scalar array or a schedule.
+        labels: a pytree prefix of labels, or a function of path and leaf; a path is a
+            tuple of strings such as ``("layers", "0", "kernel")``.
+        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; updates keep dtype, shape and sharding.
+
+    Raises:
+        ValueError: if a limit is negative or NaN, or ``ord`` or the policy unknown;
+            from ``update`` if a leaf has no label or a label no limit.
+        TypeError: if ``max_norms`` is no dict; from ``update`` for integer leaves and
+            leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.array([9.0])}
+        >>> labels = lambda path, leaf: "bias" if path == ("b",) else "weights"
+        >>> clipper = clipx.clip_by_group_norm({"weights": 1.0, "bias": 2.0}, labels)
+        >>> grads, _ = clipper.update(grads)
+        >>> print(grads["w"], grads["v"], grads["b"])
+        [0.6] [0.8] [2.]
+
+    References:
+        Parameter groups as in :func:`optax.partition`, with one norm for each.
+    """
+    if not isinstance(max_norms, dict):
+        raise TypeError(
+            f"Expected max_norms to be a dict from label to limit, got {max_norms!r}."
+        )
+    return clip_by(
+        group_norms(labels, ord),
+        constant(max_norms, "max_norms"),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+    )
+
+
+def adaptive_grad_clip(
+    clipping: Any,
+    eps: Any = 1e-3,
+    axis: LeafAxis = None,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each unit to a norm in proportion to its parameters' norm.
+
+    .. math:: g_i \leftarrow \min\Big(1, \lambda \frac{\max(\|w_i\|, \epsilon)}
+              {\|g_i\|}\Big)\, g_i \quad \text{for each unit } i
+
+    Leave out the final linear layer, as with :func:`optax.masked`.
+
+    Args:
+        clipping: :math:`\lambda`, the largest norm of an update relative to its
+            parameters; a number, a scalar array or a schedule.
+        eps: :math:`\epsilon`, a floor for the parameters' norm, in their unit.
+        axis: the axes that one unit spans, as for :func:`unit_norms`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation, whose ``update`` needs ``params``; updates keep dtype, shape
+        and sharding.
+
+    Raises:
+        ValueError: if ``clipping`` or ``eps`` is negative or NaN or the policy
+            unknown; from ``update`` without ``params``.
+        TypeError: from ``update`` for integer leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> params, grads = jnp.full((2, 2), 5.0), jnp.array([[3.0, 0.0], [4.0, 0.1]])
+        >>> clipper = clipx.adaptive_grad_clip(0.1)
+        >>> clipped, _ = clipper.update(grads, clipper.init(params), params)
+        >>> print(clipped.round(3))
+        [[0.424 0.   ]
+         [0.566 0.1  ]]
+
+    References:
+        Brock et al., High-performance large-scale image recognition without
+        normalization, 2021, arXiv 2102.06171.
+    """
+    return clip_by(
+        unit_norms(axis=axis),
+        relative_to_params(clipping, eps),
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
+    )

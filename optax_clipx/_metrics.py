@@ -1,0 +1,398 @@
+"""What a clipper did: the numbers that it keeps in its state, and their reader."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import DictKey, FlattenedIndexKey, SequenceKey
+from jaxtyping import Array, Bool, Float, Int
+
+from . import _mesh
+from ._grouping import Groups, Packed, UnitGroups
+from ._leaves import Path
+from ._reductions import Norms, Ord, combine, whole
+from ._scaling import Scales
+
+
+class ClipMetrics(NamedTuple):
+    """What the last step measured and did, as scalar arrays; the same for every scope.
+
+    Attributes:
+        norm: the norm of the whole updates before clipping, in the measure's order,
+            saturated at float32's largest number.
+        clipped_norm: the same after clipping.
+        scale: by what the group with the largest norm to limit was multiplied. For
+            element-wise clipping ``clipped_norm / norm``.
+        threshold: that group's limit. For element-wise clipping the larger bound.
+        clipped: the fraction of groups above their limit, 0 to 1.
+        nonfinite: whether any entry was infinite or NaN.
+        steps: how many updates there have been.
+        num_clipped: in how many of them anything was above its limit.
+        num_nonfinite: in how many of them any entry was infinite or NaN.
+
+    Raises:
+        Nothing; with ``metrics=False`` every field but ``steps`` is ``None``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by_global_norm(1.0)
+        >>> grads = {"w": jnp.array([3.0, 4.0])}
+        >>> grads, state = clipper.update(grads, clipper.init(grads))
+        >>> print(state.metrics.norm, state.metrics.clipped_norm)
+        5.0 1.0
+
+    References:
+        The norm before clipping and the share of clipped steps are what to watch:
+        Pascanu et al., 2013, arXiv 1211.5063.
+    """
+
+    norm: Float[Array, "..."] | None
+    clipped_norm: Float[Array, "..."] | None
+    scale: Float[Array, "..."] | None
+    threshold: Float[Array, "..."] | None
+    clipped: Float[Array, "..."] | None
+    nonfinite: Bool[Array, "..."] | None
+    steps: Int[Array, "..."]
+    num_clipped: Int[Array, "..."] | None
+    num_nonfinite: Int[Array, "..."] | None
+
+
+class ClipState(NamedTuple):
+    """The state of a clipper: what it did, and what its threshold rule remembers."""
+
+    metrics: ClipMetrics
+    rule: Any
+
+
+class Summary(NamedTuple):
+    """One step seen as a whole, the same on every device."""
+
+    norm: jax.Array
+    clipped_norm: jax.Array
+    scale: jax.Array
+    threshold: jax.Array
+    clipped: jax.Array
+    any_clipped: jax.Array
+    nonfinite: jax.Array
+    unusable: jax.Array  # a limit is negative or NaN
+
+
+def summarize(
+    norms: Norms,
+    limits: Packed,
+    scales: Scales,
+    groups: Groups,
+    ord: Ord,
+    arrays: list[Any],
+    paths: list[Path],
+    axis_name: Any,
+    specs: Any,
+) -> Summary:
+    """One step seen as a whole, from the groups' norms and no other pass.
+
+    Scalar groups are the same on every device. Units that stay sharded are summed up
+    on each device, and the devices' rows gathered in one all-reduce.
+    """
+    if not isinstance(groups, UnitGroups):
+        if groups.count is None:
+            return _of_tree(norms, limits, scales)
+        sizes = groups.sizes(arrays, _mesh.placements(arrays, paths, axis_name, specs))
+        row = _row(norms, limits, scales, sizes, ord)
+        return _from_rows(row[None], ord)
+
+    places = _mesh.placements(arrays, paths, axis_name, specs)
+    sizes = groups.sizes(arrays, places)
+    row = _row(norms, limits, scales, sizes, ord)
+    kept = tuple(
+        sorted(
+            {
+                name
+                for place, reduced in zip(places, groups.axes, strict=True)
+                for i, names in enumerate(place.dims or ())
+                for name in names
+                if i not in reduced
+            }
+        )
+    )
+    if kept:
+        table = jnp.zeros((_mesh.size_of(kept), *row.shape), row.dtype)
+        table = lax.dynamic_update_slice(table, row[None], (_mesh.index_in(kept), 0))
+        table = _mesh.sum_over(table, kept)
+    else:
+        table = row[None]
+    return _from_rows(table, ord)
+
+
+def _of_tree(norms: Norms, limits: Packed, scales: Scales) -> Summary:
+    over = norms.value > limits
+    return Summary(
+        norm=norms.value,
+        clipped_norm=scales.clipped_norm,
+        scale=scales.product(),
+        threshold=limits,
+        clipped=over.astype(norms.value.dtype),
+        any_clipped=over,
+        nonfinite=~jnp.isfinite(norms.value),
+        unusable=~(limits >= 0),
+    )
+
+
+def _row(
+    norms: Norms, limits: Packed, scales: Scales, sizes: Packed, ord: Ord
+) -> jax.Array:
+    """What `_from_rows` needs to know of these groups, as one short vector."""
+    dtype = jax.tree.leaves(norms.value)[0].dtype
+    count, size = 0, 0.0
+    over, bad, unusable, worst = [], [], [], []
+    for n, t, s, entries in zip(
+        jax.tree.leaves(norms.value),
+        jax.tree.leaves(limits),
+        jax.tree.leaves(scales.product()),
+        jax.tree.leaves(sizes),
+        strict=True,
+    ):
+        count += n.size
+        size += float(np.sum(np.broadcast_to(entries, n.shape)))
+        over.append(jnp.sum((n > t).astype(dtype)))
+        bad.append(jnp.any(~jnp.isfinite(n)))
+        unusable.append(jnp.any(~(t >= 0)))
+        ratio = n / t
+        ratio = jnp.where(jnp.isnan(ratio), jnp.where(n == 0, 0, jnp.inf), ratio)
+        worst.append(_worst(ratio, t, s))
+    worst = _worst(*(jnp.stack(x) for x in zip(*worst, strict=True)))
+    before = whole(norms.value, sizes, ord)
+    after = whole(scales.clipped_norm, sizes, ord)
+    numbers = [
+        *before,
+        *after,
+        jnp.sum(jnp.stack(over)),
+        jnp.asarray(count, dtype),
+        jnp.asarray(size, dtype),
+        jnp.any(jnp.stack(bad)).astype(dtype),
+        jnp.any(jnp.stack(unusable)).astype(dtype),
+        *worst,
+    ]
+    return jnp.stack(numbers)
+
+
+def _worst(
+    ratio: jax.Array, limit: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest ratio of norm to limit, with its limit and scale."""
+    largest = jnp.max(ratio)
+    here = ratio == largest
+    return (
+        largest,
+        jnp.max(jnp.where(here, limit, -jnp.inf)),
+        jnp.min(jnp.where(here, scale, jnp.inf)),
+    )
+
+
+def _from_rows(table: jax.Array, ord: Ord) -> Summary:
+    columns = list(table.T)
+    peak, total, peak_after, total_after, over, count, size, bad, unusable = columns[:9]
+    _, threshold, scale = _worst(*columns[9:])
+    num_over = jnp.sum(over)
+    return Summary(
+        norm=combine(peak, total, jnp.sum(size), ord),
+        clipped_norm=combine(peak_after, total_after, jnp.sum(size), ord),
+        scale=scale,
+        threshold=threshold,
+        clipped=num_over / jnp.sum(count),
+        any_clipped=num_over > 0,
+        nonfinite=jnp.any(bad > 0),
+        unusable=jnp.any(unusable > 0),
+    )
+
+
+def nothing() -> Summary:
+    """A step without any leaf."""
+    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool_)
+    return Summary(zero, zero, jnp.ones((), jnp.float32), zero, zero, no, no, no)
+
+
+def fresh(enabled: bool) -> ClipMetrics:
+    """Metrics before the first step; each field an array of its own."""
+
+    def zero(dtype: Any = jnp.float32) -> Any:
+        return jnp.zeros((), dtype) if enabled else None
+
+    return ClipMetrics(
+        norm=zero(),
+        clipped_norm=zero(),
+        scale=jnp.ones((), jnp.float32) if enabled else None,
+        threshold=zero(),
+        clipped=zero(),
+        nonfinite=zero(jnp.bool_),
+        steps=jnp.zeros((), jnp.int32),
+        num_clipped=zero(jnp.int32),
+        num_nonfinite=zero(jnp.int32),
+    )
+
+
+def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
+    """The metrics after one more step."""
+    steps = _count(last.steps, True)
+    if last.norm is None:
+        return last._replace(steps=steps)
+    clipped = summary.any_clipped & ~summary.nonfinite
+    return ClipMetrics(
+        norm=to_float32(summary.norm),
+        clipped_norm=to_float32(summary.clipped_norm),
+        scale=to_float32(summary.scale),
+        threshold=to_float32(summary.threshold),
+        clipped=jnp.where(summary.nonfinite, 0, to_float32(summary.clipped)),
+        nonfinite=summary.nonfinite,
+        steps=steps,
+        num_clipped=_count(last.num_clipped, clipped),
+        num_nonfinite=_count(last.num_nonfinite, summary.nonfinite),
+    )
+
+
+def _count(number: Any, happened: Any) -> jax.Array:
+    largest = jnp.iinfo(jnp.int32).max
+    return number + (jnp.asarray(happened) & (number < largest)).astype(jnp.int32)
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """A value as float32, saturated at the largest number."""
+    if x.dtype == jnp.float32:
+        return x
+    largest = float(jnp.finfo(jnp.float32).max)
+    clamped = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+    return clamped.astype(jnp.float32)
+
+
+def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
+    """Reads what the clippers in an optimizer state did in the last step.
+
+    Works under jit and inside any wrapper: ``optax.chain``, ``named_chain``,
+    ``masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``,
+    ``inject_hyperparams``, ``flax.nnx.Optimizer``, pmap-replicated state.
+
+    Args:
+        opt_state: the state of any optimizer with a clipper in it.
+        prefix: what the names begin with.
+
+    Returns:
+        A dict from names such as ``"clip/norm"`` to arrays. With several clippers
+        each has its place in the name, the key in a ``named_chain`` or ``partition``
+        and the index in a chain: ``"clip/0/norm"``.
+
+    Raises:
+        ValueError: if there is no clipper in the state, or none that keeps metrics.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_clipx as clipx
+        >>> tx = optax.chain(clipx.clip_by_global_norm(1.0), optax.adam(1e-3))
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> _, opt_state = tx.update(params, tx.init(params), params)
+        >>> print(clipx.metrics(opt_state)["clip/norm"])
+        5.0
+
+    References:
+        Names in the manner of TensorBoard's tags, where a slash makes a group.
+    """
+    found = _find(opt_state)
+    kept = [(names, m) for names, m in found if m.norm is not None]
+    if not kept:
+        raise ValueError(
+            "Expected a state with an optax_clipx transform that keeps metrics, got"
+            f" {jax.tree.structure(opt_state)}."
+            + (" Its clippers have metrics=False." if found else "")
+        )
+    short = _shorten([names for names, _ in kept])
+    return {
+        "/".join((prefix, *names, field)): _plain(value)
+        for names, (_, m) in zip(short, kept, strict=True)
+        for field, value in m._asdict().items()
+    }
+
+
+def check(opt_state: Any) -> None:
+    """Raises on the host if the last step met non-finite gradients.
+
+    Args:
+        opt_state: the state of any optimizer with a clipper in it.
+
+    Returns:
+        Nothing, after waiting for the step that made the state.
+
+    Raises:
+        FloatingPointError: if the last step met an infinity or NaN; the message has
+            the norm and the number of such steps.
+        ValueError: if there is no clipper in the state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by_global_norm(1.0, nonfinite="zero")
+        >>> grads = {"w": jnp.array([jnp.nan])}
+        >>> grads, state = clipper.update(grads, clipper.init(grads))
+        >>> clipx.check(state)
+        Traceback (most recent call last):
+        ...
+        FloatingPointError: clip: non-finite updates in step 1 (norm nan); 1 such step...
+
+    References:
+        :func:`jax.experimental.checkify.checkify` is the general tool of this kind.
+    """
+    read = metrics(opt_state)
+    for name in [n for n in read if n.endswith("/nonfinite")]:
+        clipper = name.removesuffix("/nonfinite")
+        if not np.any(read[name]):
+            continue
+        steps, norm, number = (
+            np.max(read[f"{clipper}/{field}"])
+            for field in ("steps", "norm", "num_nonfinite")
+        )
+        raise FloatingPointError(
+            f"{clipper}: non-finite updates in step {steps} (norm {norm}); {number}"
+            f" such step{'s' if number != 1 else ''} so far."
+        )
+
+
+def _find(opt_state: Any) -> list[tuple[tuple[str, ...], ClipMetrics]]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda x: isinstance(x, ClipMetrics)
+    )
+    found = []
+    for keys, leaf in leaves:
+        if isinstance(leaf, ClipMetrics):
+            found.append((_names(keys), leaf))
+    return found
+
+
+def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
+    names = []
+    for key in keys:
+        if isinstance(key, SequenceKey):
+            names.append(str(key.idx))
+        elif isinstance(key, DictKey | FlattenedIndexKey):
+            names.append(str(key.key))
+    return tuple(names)
+
+
+def _shorten(names: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Drops what all names begin with; a single name is dropped whole."""
+    if len(names) == 1:
+        return [()]
+    while all(names) and len({n[0] for n in names}) == 1:
+        names = [n[1:] for n in names]
+    return names
+
+
+def _plain(value: Any) -> jax.Array:
+    """The array in an NNX variable; one copy of a pmap-replicated scalar."""
+    (array,) = jax.tree.leaves(value)
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+        return array
+    devices = len(array.sharding.device_set)
+    shard = array.sharding.shard_shape(array.shape)
+    replicated = array.ndim == 1 and array.shape[0] == devices > 1 and shard == (1,)
+    return array.addressable_data(0)[0] if replicated else array

@@ -1,0 +1,150 @@
+"""Responses: what happens to what is measured above its limit.
+
+A response maps norms and limits, arrays of one shape, to the scales by which the
+updates are multiplied. It depends on the ratio of the two.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rescale(
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
+) -> Float[Array, "..."]:
+    r"""Brings what is above its limit down to the limit: :math:`\min(1, t / n)`.
+
+    With ``eps`` the scale is :math:`\min(1, t / (n + \epsilon))`, PyTorch's
+    coefficient for ``eps=1e-6``.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape.
+        eps: a number added to the norms, in their unit.
+
+    Returns:
+        Scales between 0 and 1, the same shape.
+
+    Raises:
+        TypeError: if an argument is no array or number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.rescale(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        [1.0, 0.5]
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
+        networks, 2013, arXiv 1211.5063.
+    """
+    shifted = norms + jnp.asarray(eps, norms.dtype)
+    over = shifted > limits
+    # The untaken side of a where must stay finite, or its gradient is NaN.
+    return jnp.where(over, limits / jnp.where(over, shifted, 1), 1)
+
+
+def normalize(
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
+) -> Float[Array, "..."]:
+    r"""Gives everything the norm of its limit: :math:`t / (n + \epsilon)`.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape; an infinite limit changes nothing.
+        eps: a number added to the norms, in their unit.
+
+    Returns:
+        Scales, above 1 where a norm is below its limit.
+
+    Raises:
+        TypeError: if an argument is no array or number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.normalize(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        [2.0, 0.5]
+
+    References:
+        Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
+    """
+    shifted = norms + jnp.asarray(eps, norms.dtype)
+    usable = jnp.isfinite(limits) & (shifted > 0)
+    return jnp.where(usable, limits, 1) / jnp.where(usable, shifted, 1)
+
+
+def smooth(
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, p: float = 1.0
+) -> Float[Array, "..."]:
+    r"""Bends the norm under its limit: :math:`(1 + (n/t)^p)^{-1/p}`.
+
+    Small norms pass almost unchanged, large ones approach the limit from below;
+    there is no corner. ``p=1`` is :math:`1/(1 + n/t)`, ``p=2`` is
+    :math:`1/\sqrt{1 + (n/t)^2}`; a large ``p`` approaches :func:`rescale`.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape.
+        p: the sharpness of the bend, above 0.
+
+    Returns:
+        Scales between 0 and 1, the same shape.
+
+    Raises:
+        ValueError: if ``p`` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.smooth(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).tolist()
+        [0.5, 0.25]
+
+    References:
+        Zhang et al., Why gradient clipping accelerates training, 2020,
+        arXiv 1905.11881.
+    """
+    if not p > 0:
+        raise ValueError(f"Expected p > 0, got p={p}.")
+    over = norms > limits
+    small, large = jnp.where(over, limits, norms), jnp.where(over, norms, limits)
+    ratio = small / jnp.where(large > 0, large, 1)
+    # The larger of the two divides, so that no power overflows.
+    bend = (1 + ratio**p) ** (-1 / p)
+    return jnp.where(over, ratio * bend, bend)
+
+
+def drop(
+    norms: Float[Array, "..."], limits: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    r"""Removes what is above its limit: :math:`1[n \le t]`.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape.
+
+    Returns:
+        Scales, each 0 or 1, the same shape.
+
+    Raises:
+        TypeError: if an argument is no array or number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.drop(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        [1.0, 0.0]
+
+    References:
+        Chowdhery et al., PaLM: Scaling language modeling with Pathways, 2022,
+        arXiv 2204.02311 (skipping the batches of a loss spike).
+    """
+    return jnp.where(norms <= limits, jnp.ones_like(norms), 0)
+
+
+def name_of(response: object) -> str:
+    """The name of a response, for error messages."""
+    if isinstance(response, functools.partial):
+        response = response.func
+    return getattr(response, "__name__", repr(response))

@@ -1,0 +1,95 @@
+"""From norms and limits to scales, and from scales to clipped leaves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._grouping import Groups, Packed
+from ._reductions import Norms, times, widened
+
+Response = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Scales(NamedTuple):
+    """Packed scales in two factors, since one may be too small for a float."""
+
+    coarse: Packed  # 1, but where a scale is extreme
+    fine: Packed
+    clipped_norm: Packed
+
+    def product(self) -> Packed:
+        """The scales as single numbers."""
+        return jax.tree.map(jnp.multiply, self.coarse, self.fine)
+
+
+def scales(norms: Norms, limits: Packed, response: Response) -> Scales:
+    """What each group is multiplied by, whatever the magnitudes."""
+    found = jax.tree.map(
+        lambda *x: _scale(*x, response),
+        norms.value,
+        norms.root,
+        norms.factor,
+        limits,
+    )
+    return Scales(*(_field(found, norms.value, i) for i in range(3)))
+
+
+def _field(found: Any, like: Packed, index: int) -> Packed:
+    if isinstance(like, tuple):
+        return tuple(x[index] for x in found)
+    return found[index]
+
+
+def _scale(
+    value: jax.Array,
+    root: jax.Array,
+    factor: jax.Array,
+    limit: jax.Array,
+    response: Response,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    info = jnp.finfo(value.dtype)
+    # The norm itself, or where it is beyond the largest number its root.
+    beyond = (value >= info.max) & (factor < 1) & jnp.isfinite(root)
+    nonzero = jnp.where(value > 0, value, 1)
+    norm = jnp.where(beyond, root, nonzero)
+    unit = jnp.where(beyond, jnp.sqrt(factor), 1)
+    # Far above its limit, the scale is split evenly over two factors.
+    extreme = beyond | (limit < norm * 2.0 ** (info.minexp * 3 // 4))
+    extreme = extreme & (limit > 0) & jnp.isfinite(norm)
+    half = jnp.sqrt(jnp.where(extreme, limit, 1)) / jnp.sqrt(
+        jnp.where(extreme, norm, 1)
+    )
+    half = lax.stop_gradient(half)
+    coarse = lax.stop_gradient(half * unit)
+    fine = response(norm, (limit / half) * unit)
+    # An infinite limit, like a zero norm, changes nothing.
+    fine = jnp.where((value == 0) | jnp.isposinf(limit), 1, fine)
+    clipped = jnp.where(value == 0, 0, (norm * fine) * (half / unit))
+    clipped = jnp.where(jnp.isposinf(limit), value, clipped)
+    return coarse, fine, clipped
+
+
+def apply(
+    arrays: list[Any], groups: Groups, scales: Scales, zero: jax.Array | None
+) -> list[jax.Array]:
+    """Multiplies each leaf in the accumulator's dtype and casts it once."""
+    coarse = groups.spread(scales.coarse)
+    fine = groups.spread(scales.fine)
+    return [
+        _apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)
+    ]
+
+
+def _apply(
+    array: Any, coarse: jax.Array, fine: jax.Array, zero: jax.Array | None
+) -> jax.Array:
+    wide = jnp.asarray(array).astype(widened(array, fine.dtype))
+    scaled = times(times(wide, coarse), fine).astype(array.dtype)
+    # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
+    result = jnp.where(coarse * fine == 1, array, scaled)
+    if zero is None:
+        return result
+    return jnp.where(zero, jnp.zeros_like(result), result)

@@ -1,0 +1,128 @@
+"""Limits that do not depend on the norms: numbers, arrays, schedules, one a leaf."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._leaves import from_prefix
+from ._base import Context, Threshold, is_pair, like, stateless
+
+
+def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Threshold:
+    r"""A limit that is given: :math:`t`.
+
+    Args:
+        limit: a number or scalar array; an optax schedule, called with the number of
+            updates so far, from 0; or a pytree prefix of the updates with one of
+            these for each leaf. For labelled groups a dict from label to limit.
+        name: what an error message calls the limit.
+        signed: whether it may be negative, as one end of an interval may.
+
+    Returns:
+        A threshold rule without state.
+
+    Raises:
+        ValueError: if a number is negative or NaN, an array is no scalar, or a leaf
+            or group has no limit.
+        TypeError: if a limit is no number, array or schedule.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.constant(optax.linear_schedule(4.0, 1.0, 3))
+        >>> limits, _ = rule.update(jnp.float32(9.0), (), clipx.Context(step=2))
+        >>> print(limits)
+        2.0
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063.
+    """
+    if is_limit(limit):
+        check_limit(limit, name, signed=signed)
+        return stateless(
+            lambda norms, context: like(at(limit, context.step), norms),
+            uses_step=callable(limit),
+        )
+    entries = jax.tree_util.tree_leaves_with_path(limit, is_leaf=lambda x: x is None)
+    for keys, value in entries:
+        check_limit(value, name + jax.tree_util.keystr(keys), signed=signed)
+
+    def limits(norms: Any, context: Context) -> Any:
+        if context.labels is not None:
+            values = [at(_of_label(limit, k, name), context.step) for k in context.labels]
+            return jnp.stack([jnp.asarray(v).astype(norms.dtype) for v in values])
+        if context.pack is None or (not isinstance(norms, tuple) and norms.ndim == 0):
+            raise ValueError(
+                f"Expected a single {name} for the norm of the whole tree, got {limit!r}."
+            )
+        leaves = jax.tree.leaves(norms)
+        given = from_prefix(limit, context.paths, name)
+        values = [at(v, context.step) for v in given]
+        dtype = leaves[0].dtype
+        packed = context.pack([jnp.asarray(v).astype(dtype) for v in values])
+        return jax.tree.map(lambda t, n: jnp.broadcast_to(t, n.shape), packed, norms)
+
+    uses_step = any(callable(value) for _, value in entries)
+    return stateless(limits, uses_step=uses_step)
+
+
+def as_threshold(value: Any, name: str = "threshold") -> Threshold:
+    """A rule from whatever may stand for one."""
+    if isinstance(value, Threshold):
+        return value
+    if is_pair(value):
+        return Threshold(value[0], value[1])
+    return constant(value, name)
+
+
+def is_limit(value: Any) -> bool:
+    """Whether this is one limit: a number, an array or a schedule."""
+    return callable(value) or isinstance(value, int | float | np.ndarray | np.generic | jax.Array)
+
+
+def at(limit: Any, step: Any) -> Any:
+    """The limit at this step."""
+    return limit(step) if callable(limit) else limit
+
+
+def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
+    """Refuses at construction what cannot be a limit."""
+    if callable(value):
+        return
+    check_number(value, name)
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.isnan(value):
+        raise ValueError(f"Expected {name} to be a number, got {name}={value}.")
+    if not signed and value < 0:
+        raise ValueError(f"Expected {name} >= 0, got {name}={value}.")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses what is no real scalar."""
+    if isinstance(value, bool) or not is_limit(value):
+        raise TypeError(
+            f"Expected {name} to be a number, a scalar array or an optax schedule, got"
+            f" {value!r}."
+        )
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"Expected a real {name}, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"Expected a scalar {name}, got an array of shape {np.shape(value)}. For a"
+            " limit for each leaf pass a pytree prefix of the updates."
+        )
+
+
+def _of_label(limits: Any, label: Any, name: str) -> Any:
+    if not isinstance(limits, dict):
+        raise TypeError(f"Expected {name} to be a dict from label to limit, got {limits!r}.")
+    if label not in limits:
+        raise ValueError(
+            f"Expected a limit for every label, got none for {label!r}: {name} has"
+            f" {sorted(limits, key=str)}."
+        )
+    return limits[label]

@@ -1,0 +1,56 @@
+"""Limits relative to the norm of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._base import Context, Threshold, stateless
+from ._constant import at, check_limit
+
+
+def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
+    r"""A limit in proportion to the parameters: :math:`t = \lambda \max(\|w\|, \epsilon)`.
+
+    The parameters are measured as the updates are: with :func:`unit_norms` this is the
+    limit of adaptive gradient clipping.
+
+    Args:
+        ratio: :math:`\lambda`, the largest norm of an update relative to its
+            parameters; a number, a scalar array or a schedule.
+        eps: a floor for the parameters' norm, in their unit. Without one, a unit that
+            starts at zero would never train.
+
+    Returns:
+        A threshold rule without state, which needs ``params`` in ``update``.
+
+    Raises:
+        ValueError: if a number is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by(clipx.tree_norm(), clipx.relative_to_params(0.1))
+        >>> params, grads = jnp.array([10.0]), jnp.array([5.0])
+        >>> clipped, _ = clipper.update(grads, clipper.init(params), params)
+        >>> print(clipped)
+        [1.]
+
+    References:
+        Brock et al., High-performance large-scale image recognition without
+        normalization, 2021, arXiv 2102.06171.
+    """
+    check_limit(ratio, "ratio")
+    check_limit(eps, "eps")
+
+    def limits(norms: Any, context: Context) -> Any:
+        def limit(norm: jax.Array, param_norm: jax.Array) -> jax.Array:
+            dtype = norm.dtype
+            floor = jnp.asarray(at(eps, context.step)).astype(dtype)
+            factor = jnp.asarray(at(ratio, context.step)).astype(dtype)
+            return factor * jnp.maximum(param_norm, floor)
+
+        return jax.tree.map(limit, norms, context.params_norms)
+
+    uses_step = callable(ratio) or callable(eps)
+    return stateless(limits, uses_params=True, uses_step=uses_step)

@@ -1,0 +1,116 @@
+"""A step of clipping as an optax transformation: state, policies, leaves let through."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _metrics, _policies
+from ._grouping import Packed
+from ._leaves import Leaves, flatten
+from ._metrics import ClipState, Summary
+from ._thresholds._base import Threshold
+
+
+class Options(NamedTuple):
+    """What every clipper takes."""
+
+    nonfinite: str = "propagate"
+    axis_name: Any = None
+    specs: Any = None
+    metrics: bool = True
+    norm_arg: str = "norm"
+
+
+class Step(NamedTuple):
+    """One step of a clipper, before its state is put together."""
+
+    arrays: list[Any]
+    summary: Summary
+    rule: Any
+    norms: Packed = None
+
+
+def transformation(
+    init_rule: Callable[[Leaves], Any],
+    step: Callable[..., Step],
+    rule: Threshold,
+    options: Options,
+) -> optax.GradientTransformationExtraArgs:
+    """A step as an optax transformation: state, policies, leaves that pass through."""
+    _policies.check_policy(options.nonfinite)
+
+    def init_fn(params: Any) -> Any:
+        rule_state = init_rule(flatten(params, updates=False))
+        if not options.metrics and not rule.uses_step and not arrays_in(rule_state):
+            return optax.EmptyState()
+        return ClipState(_metrics.fresh(options.metrics), rule_state)
+
+    def update_fn(
+        updates: Any, state: Any = None, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        leaves = flatten(updates)
+        if state is None:
+            state = init_fn(updates)
+            if arrays_in(getattr(state, "rule", ())):
+                raise ValueError(
+                    "Expected the state of an adaptive clipper, got None. Call"
+                    " init(params) first and pass its state on."
+                )
+        if not isinstance(state, ClipState | optax.EmptyState):
+            raise TypeError(f"Expected a state made by init, got {state!r}.")
+        kept = isinstance(state, ClipState)
+        steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
+        rule_state = state.rule if kept else ()
+        if not leaves.arrays:
+            nothing = _metrics.nothing()
+            new_metrics = _metrics.advance(state.metrics, nothing) if kept else None
+            return updates, ClipState(new_metrics, rule_state) if kept else state
+        found = step(leaves, params, rule_state, steps, extra)
+        if not kept:
+            return leaves.rebuild(found.arrays), state
+        new_rule = _unless(found.summary.nonfinite, found.rule, rule_state)
+        new_metrics = _metrics.advance(state.metrics, found.summary)
+        return leaves.rebuild(found.arrays), ClipState(new_metrics, new_rule)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def by_policy(
+    leaves: Leaves, summary: Summary, policy: str
+) -> tuple[Summary, jax.Array, jax.Array | None]:
+    """The summary, whether every leaf becomes NaN, and whether zero.
+
+    First match wins: an unusable limit, then entries that are not finite.
+    """
+    nonfinite = summary.nonfinite
+    zero = None
+    if policy == "raise":
+        nonfinite = _policies.raise_if_nonfinite(leaves, nonfinite)
+    lost = summary.unusable
+    if policy in ("propagate", "raise"):
+        lost = lost | nonfinite
+    if policy == "zero":
+        zero = nonfinite & ~lost
+
+    def after(value: jax.Array) -> jax.Array:
+        value = jnp.where(lost, jnp.nan, value)
+        return value if zero is None else jnp.where(zero, 0, value)
+
+    summary = summary._replace(
+        nonfinite=nonfinite,
+        clipped_norm=after(summary.clipped_norm),
+        scale=after(summary.scale),
+    )
+    return summary, lost, zero
+
+
+def arrays_in(rule_state: Any) -> list[Any]:
+    """What a rule remembers."""
+    return jax.tree.leaves(rule_state)
+
+
+def _unless(nonfinite: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(nonfinite, o, n), new, old)
