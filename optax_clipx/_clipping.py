@@ -12,7 +12,7 @@ from ._elements import clip_by_magnitude
 from ._grouping import Groups, Packed, ScalarGroups
 from ._leaves import Leaves, flatten, show
 from ._measures import Measure
-from ._reductions import Norms, accumulator, norms
+from ._reductions import Norms, accumulator, as_they_are, norms
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import Context, Threshold
@@ -148,18 +148,24 @@ def _clip_norms(
     given = extra.get(options.norm_arg) if measure.scope == "tree" else None
 
     # Everything that is measured goes into one reduction, and so one collective.
-    trees = []
-    if options.nonfinite == "sanitize":
-        arrays = _policies.sanitize(arrays)
-        trees.append(_policies.indicators(leaves.arrays))
+    sanitized = options.nonfinite == "sanitize"
+    trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
-    if given is None:
-        trees.append(arrays)
-    found = _norms_of(trees, groups, leaves, measure, options)
-    norm = _given(given, accumulator(arrays)) if given is not None else found.pop()
-    params_norms = found.pop().value if rule.uses_params else None
-    bad_entries = found.pop().value if options.nonfinite == "sanitize" else None
+    found = norms(
+        trees,
+        groups,
+        measure.ord,
+        leaves.paths,
+        options.axis_name,
+        options.specs,
+        derive=_sanitized_first if sanitized else as_they_are,
+    ) if trees else []
+    norm = _given(given, accumulator(arrays)) if given is not None else found[0]
+    params_norms = found[-1].value if rule.uses_params else None
+    bad_entries = found[1].value if sanitized else None
+    if sanitized:
+        arrays = _policies.sanitize(arrays)
 
     limits, new_rule = _limits(
         norm, rule, rule_state, step, extra, params_norms, groups, leaves, measure
@@ -185,26 +191,9 @@ def _clip_norms(
     return Step(clipped, summary, new_rule, norm.value)
 
 
-def _norms_of(
-    trees: list[list[Any]],
-    groups: Groups,
-    leaves: Leaves,
-    measure: Measure,
-    options: Options,
-) -> list[Norms]:
-    if not trees:
-        return []
-    times = len(trees)
-    found = norms(
-        [x for tree in trees for x in tree],
-        groups.repeated(times),
-        measure.ord,
-        leaves.paths * times,
-        options.axis_name,
-        options.specs,
-    )
-    split = [groups.split(field, times) for field in found]
-    return [Norms(*fields) for fields in zip(*split, strict=True)]
+def _sanitized_first(trees: Any, extras: Any) -> Any:
+    raw, *others = trees
+    return [_policies.sanitize(raw), _policies.where_nonfinite(raw), *others]
 
 
 def _limits(

@@ -1,6 +1,7 @@
 """Clipping entry by entry: the clamp, and other responses to single magnitudes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from . import _mesh, _policies
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
 from ._metrics import Summary
-from ._reductions import accumulator, norms, times, widened
+from ._reductions import Indicators, accumulator, norms, times, widened
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import Context, Threshold
@@ -56,8 +57,6 @@ def clip_by_magnitude(
     """`clip_by` for single entries."""
 
     def act(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
-        if response is rescale and not jnp.iscomplexobj(array):
-            return _clamp(array, low, high)
         return _respond(array, high, response)
 
     def step(
@@ -69,7 +68,9 @@ def clip_by_magnitude(
                 " tree_norm(), leaf_norms() or unit_norms()."
             )
         high, new = _limits(rule, leaves, state, count, extra)
-        return _finish(leaves, options, [-h for h in high], high, act, new)
+        clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
+        low = [-h for h in high]
+        return _finish(leaves, options, low, high, _clamp if clamps else act, new)
 
     return transformation(lambda leaves: rule.init(_like_leaves(leaves)), step, rule, options)
 
@@ -120,10 +121,11 @@ def _finish(
     if options.nonfinite == "sanitize":
         arrays = _policies.sanitize(arrays)
     unusable = [~(h >= lo) for lo, h in zip(low, high, strict=True)]
-    clipped = []
-    for x, lo, h, bad in zip(arrays, low, high, unusable, strict=True):
-        clipped.append(jnp.where(bad, jnp.nan, act(x, lo, h)))
-    summary = _summarize(leaves, arrays, clipped, low, high, options)
+    # A bound of NaN makes every entry NaN.
+    low = [jnp.where(bad, jnp.nan, b) for b, bad in zip(low, unusable, strict=True)]
+    high = [jnp.where(bad, jnp.nan, b) for b, bad in zip(high, unusable, strict=True)]
+    clipped = [act(x, *b) for x, *b in zip(arrays, low, high, strict=True)]
+    summary = _summarize(leaves, low, high, act, options)
     summary = summary._replace(unusable=jnp.any(jnp.stack(unusable)))
     if options.nonfinite in ("zero", "raise"):
         summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
@@ -135,10 +137,9 @@ def _finish(
 
 def _summarize(
     leaves: Leaves,
-    arrays: list[Any],
-    clipped: list[jax.Array],
     low: list[jax.Array],
     high: list[jax.Array],
+    act: Callable[..., jax.Array],
     options: Options,
 ) -> Summary:
     """Both norms and the share of entries outside, in one reduction.
@@ -150,22 +151,21 @@ def _summarize(
         axis_name, options.specs
     ):
         axis_name = ()  # The clamp itself needs no collective: these are the shard's.
-    # Indicators are 0 and 1, so that the square of their norm is their count.
-    outside = [
-        _outside(x, lo, h).astype(jnp.float16)
-        for x, lo, h in zip(arrays, low, high, strict=True)
-    ]
-    trees = [arrays, clipped, outside, _policies.indicators(leaves.arrays)]
+    arrays = leaves.arrays
     groups = ScalarGroups((0,) * len(arrays), None)
-    found = norms(
-        [x for tree in trees for x in tree],
-        groups.repeated(len(trees)),
-        2.0,
-        leaves.paths * len(trees),
-        axis_name,
-        options.specs,
+    before, after, num_outside, *num_bad = (
+        found.value
+        for found in norms(
+            [leaves.arrays],
+            groups,
+            2.0,
+            leaves.paths,
+            axis_name,
+            options.specs,
+            derive=_Derived(act, options.nonfinite == "sanitize"),
+            extras=(low, high),
+        )
     )
-    before, after, num_outside, num_bad = found.value
     places = _mesh.placements(arrays, leaves.paths, axis_name, options.specs)
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
@@ -177,15 +177,48 @@ def _summarize(
         threshold=jnp.max(jnp.stack([jnp.abs(b) for b in low + high])),
         clipped=share,
         any_clipped=num_outside > 0,
-        nonfinite=num_bad > 0,
+        nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),
         unusable=jnp.zeros((), jnp.bool_),
     )
 
 
+@dataclass(frozen=True)
+class _Derived:
+    """What is measured of the leaves: before, after, and which entries were outside."""
+
+    act: Callable[..., jax.Array]
+    sanitized: bool
+
+    def __call__(self, trees: Any, bounds: Any) -> Any:
+        (leaves,) = trees
+        before = _policies.sanitize(leaves) if self.sanitized else leaves
+        act = _clamped_for_sums if self.act is _clamp else self.act
+        bounded = list(zip(before, *bounds, strict=True))
+        after = [act(*x) for x in bounded]
+        outside = Indicators([_outside(*x) for x in bounded])
+        if not self.sanitized:
+            return [before, after, outside]
+        return [before, after, outside, _policies.where_nonfinite(leaves)]
+
+
 def _outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    """1 for each entry outside of its bounds, else 0.
+
+    On CPU the sum of a comparison takes three times as long as that of this sign.
+    """
     if jnp.iscomplexobj(array):
-        return jnp.abs(array) > high.astype(jnp.abs(array).dtype)
-    return (array < low.astype(array.dtype)) | (array > high.astype(array.dtype))
+        wide = jnp.abs(array).astype(high.dtype)
+    else:
+        wide = array.astype(high.dtype)
+    return jnp.sign(jnp.maximum(wide - high, 0) + jnp.maximum(low - wide, 0))
+
+
+def _clamped_for_sums(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The clamp in a form that XLA does not turn into its clamp operation.
+
+    Inside of a reduction on CPU that one takes eight times as long.
+    """
+    return -jnp.maximum(-jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype))
 
 
 def _is_number(value: Any) -> bool:

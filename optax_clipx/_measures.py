@@ -38,8 +38,9 @@ class Measure:
             return leaves.rebuild([jnp.abs(x) for x in leaves.arrays])
         if not leaves.arrays:
             return self.unpack(None, leaves)
-        found = norms(
-            leaves.arrays, self.groups(leaves), self.ord, leaves.paths, axis_name, specs
+        groups = self.groups(leaves)
+        (found,) = norms(
+            [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
         )
         return self.unpack(found.value, leaves)
 

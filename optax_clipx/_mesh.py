@@ -97,44 +97,44 @@ def index_in(axes: Axes) -> jax.Array:
 
 
 def map_local(
-    fun: Callable[..., Any], arrays: Sequence[Any], out_specs: Callable[..., Any]
+    fun: Callable[..., Any],
+    arrays: Sequence[Any],
+    extras: Any,
+    out_specs: Callable[..., Any],
 ) -> Any:
-    """Calls `fun(arrays, placements)` on the shards of leaves on Explicit axes.
+    """Calls `fun(shards, placements, extras)` on the shards of Explicit axes.
 
-    `out_specs(dims)` gives the PartitionSpecs of what `fun` returns, from the mesh
-    axes that cut each dimension of each leaf. Returns None if no leaf is sharded over
-    an Explicit axis.
+    The extras are scalars. `out_specs(dims)` gives the PartitionSpecs of what `fun`
+    returns, from the mesh axes that cut each dimension of each array. Returns None if
+    no array is sharded over an Explicit axis.
     """
     types = [jax.typeof(x) for x in arrays]
-    sharded = [t for t in types if _explicit_dims(t)]
-    if not sharded:
+    first = next((x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t)), None)
+    if first is None:
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        first = next(x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t))
-        concrete = isinstance(first, jax.Array) and not isinstance(
-            first, jax.core.Tracer
-        )
-        mesh = first.sharding.mesh if concrete else jax.typeof(first).sharding.mesh
+        traced = isinstance(first, jax.core.Tracer)
+        mesh = jax.typeof(first).sharding.mesh if traced else first.sharding.mesh
     dims = [_explicit_dims(t) or ((),) * t.ndim for t in types]
     manual = set(_manual_axes())
     used = {name for d in dims for axes in d for name in axes}
 
-    def local(*shards: Any) -> Any:
+    def local(shards: Any, extras: Any) -> Any:
         places = []
         for shard, leaf_dims in zip(shards, dims, strict=True):
             varying = _varying(shard)
             known = leaf_dims if not varying & manual else None
             places.append(Placement(tuple(sorted(varying)), known))
-        return fun(shards, places)
+        return fun(shards, places, extras)
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=tuple(PartitionSpec(*d) for d in dims),
+        in_specs=([PartitionSpec(*d) for d in dims], PartitionSpec()),
         out_specs=out_specs(dims),
         axis_names=used,
-    )(*arrays)
+    )(list(arrays), extras)
 
 
 def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:

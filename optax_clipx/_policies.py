@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._leaves import Leaves, Path, show
+from ._reductions import Indicators
 
 POLICIES = ("propagate", "zero", "raise", "sanitize")
 
@@ -24,9 +25,9 @@ def sanitize(arrays: list[Any]) -> list[jax.Array]:
     return [jnp.nan_to_num(x) for x in arrays]
 
 
-def indicators(arrays: list[Any]) -> list[jax.Array]:
-    """1 where an entry is not finite; float16, whose sums cannot leave the range."""
-    return [(~jnp.isfinite(x)).astype(jnp.float16) for x in arrays]
+def where_nonfinite(arrays: list[Any]) -> Indicators:
+    """1 where an entry is not finite; the norm of these is 0 if none is."""
+    return Indicators([(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays])
 
 
 def raise_if_nonfinite(leaves: Leaves, nonfinite: jax.Array) -> jax.Array:

@@ -46,137 +46,193 @@ _RANGES = {
 
 def accumulator(arrays: Sequence[Any]) -> Any:
     """The dtype of sums, limits and scales: float64 if any leaf has it."""
-    wide = any(jnp.finfo(x.dtype).bits == 64 for x in arrays)
+    wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
     return jnp.dtype("float64" if wide else "float32")
 
 
+class Indicators(NamedTuple):
+    """A tree of zeros and ones: its norm squared is a count, and always in range."""
+
+    leaves: list[Any]
+
+
+def as_they_are(trees: Any, extras: Any) -> Any:
+    """The trees themselves are measured."""
+    return trees
+
+
 def norms(
-    arrays: Sequence[Any],
+    trees: Sequence[Sequence[Any]],
     groups: Groups,
     ord: Ord,
     paths: list[Path],
     axis_name: Any = None,
     specs: Any = None,
-) -> Norms:
-    """The norm of each group, the same on every device that holds the group."""
-    _mesh.refuse_unreduced(arrays, paths)
-    places = tuple(_mesh.placements(arrays, paths, axis_name, specs))
+    derive: Callable[[Any, Any], Any] = as_they_are,
+    extras: Any = (),
+) -> list[Norms]:
+    """The norms of like trees, group by group, from one reduction and one collective.
+
+    What is measured is `derive(trees, extras)`, again a sequence of like trees; the
+    extras are scalars. It is computed inside of the reduction: made outside, its
+    leaves would be written to memory. Each device that holds a group gets its norm.
+    """
+    flat = [x for tree in trees for x in tree]
+    _mesh.refuse_unreduced(flat, paths * len(trees))
+
+    def local(shards: Sequence[Any], places: Any, extras: Any) -> list[Norms]:
+        each = len(paths)
+        split = tuple(tuple(shards[i : i + each]) for i in range(0, len(shards), each))
+        return _norms(split, extras, groups, ord, tuple(places[:each]), derive)
 
     def out_specs(dims: Any) -> Any:
-        spec = jax.sharding.PartitionSpec()
-        if isinstance(groups, UnitGroups):
-            spec = tuple(
-                jax.sharding.PartitionSpec(*(() if i in axes else d for i, d in enumerate(leaf)))
-                for leaf, axes in zip(dims, groups.axes, strict=True)
-            )
-        return Norms(spec, spec, spec)
+        if isinstance(groups, ScalarGroups):
+            return jax.sharding.PartitionSpec()
+        leaf_specs = tuple(
+            jax.sharding.PartitionSpec(*(() if i in axes else d for i, d in enumerate(leaf)))
+            for leaf, axes in zip(dims, groups.axes, strict=False)
+        )
+        count = len(derive(trees, extras))
+        return [Norms(leaf_specs, leaf_specs, leaf_specs)] * count
 
-    def local(shards: Any, shard_places: Any) -> Norms:
-        return _norms(tuple(shards), groups, ord, tuple(shard_places))
-
-    found = _mesh.map_local(local, arrays, out_specs)
-    return local(arrays, places) if found is None else found
+    found = _mesh.map_local(local, flat, extras, out_specs)
+    if found is not None:
+        return found
+    return local(flat, _mesh.placements(flat, paths * len(trees), axis_name, specs), extras)
 
 
 # Traced once for each structure, also where `update` is called outside of jit.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
 def _norms(
-    arrays: tuple[Any, ...],
+    trees: Any,
+    extras: Any,
     groups: Groups,
     ord: Ord,
     places: tuple[_mesh.Placement, ...],
-) -> Norms:
-    dtype = accumulator(arrays)
+    derive: Callable[[Any, Any], Any],
+) -> list[Norms]:
+    dtype = accumulator([x for tree in trees for x in tree])
+    kinds = jax.eval_shape(derive, trees, extras)
+    times = len(kinds)
+    found = _Measured(
+        kinds=jax.tree.leaves(kinds),
+        at_risk=[
+            not isinstance(tree, Indicators) and _can_leave_range(x.dtype, dtype)
+            for tree in kinds
+            for x in jax.tree.leaves(tree)
+        ],
+        derive=lambda trees, extras: jax.tree.leaves(derive(trees, extras)),
+        groups=groups.repeated(times),
+        places=places * times,
+        dtype=dtype,
+    )
     if ord in (2, "rms"):
-        squares, factor = _sums_of_squares(arrays, groups, places, dtype)
+        squares, factor = _sums_of_squares(found, trees, extras)
         if ord == "rms":
-            sizes = groups.sizes(arrays, places)
+            sizes = found.groups.sizes(found.kinds, found.places)
             squares = jax.tree.map(lambda s, n: s / jnp.asarray(n, dtype), squares, sizes)
         root = jax.tree.map(_sqrt, squares)
     else:
-        root, factor = _power_norms(arrays, groups, places, dtype, ord)
+        root, factor = _power_norms(found, trees, extras, ord)
     factor = jax.tree.map(lax.stop_gradient, factor)
-    return Norms(jax.tree.map(_saturated_quotient, root, factor), root, factor)
+    value = jax.tree.map(_saturated_quotient, root, factor)
+    fields = [groups.split(field, times) for field in (value, root, factor)]
+    return [Norms(*each) for each in zip(*fields, strict=True)]
+
+
+class _Measured(NamedTuple):
+    """What is static about a reduction."""
+
+    kinds: list[Any]  # shapes and dtypes of the derived leaves
+    at_risk: list[bool]  # whether the squares of each may leave the range
+    derive: Callable[[Any, Any], list[Any]]
+    groups: Groups
+    places: tuple[_mesh.Placement, ...]
+    dtype: Any
+
+    def totals(self, terms: list[Any], kind: str = "sum") -> list[Packed]:
+        """For each list of terms the sum or maximum over each group."""
+        return self.groups.totals(terms, self.places, kind)
+
+    def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
+        """The derived leaves in the accumulator's dtype."""
+        return [x.astype(widened(x, self.dtype)) for x in self.derive(trees, extras)]
 
 
 def _sums_of_squares(
-    arrays: tuple[Any, ...], groups: Groups, places: Any, dtype: Any
+    measured: _Measured, trees: Any, extras: Any
 ) -> tuple[Packed, Packed]:
     """Sums of squares of values times a factor, and the factors."""
+    groups, dtype = measured.groups, measured.dtype
     limits = _RANGES[dtype]
-    at_risk = [_can_leave_range(x.dtype, dtype) for x in arrays]
-    if not any(at_risk):
-        squares = groups.totals([_squares(arrays, dtype)], places, "sum")[0]
+    def plain_sums(trees: Any, extras: Any) -> Packed:
+        return measured.totals([list(map(_square, measured.wide(trees, extras)))])[0]
+
+    if not any(measured.at_risk):
+        squares = plain_sums(trees, extras)
         return squares, jax.tree.map(jnp.ones_like, squares)
+    group_at_risk = groups.any_member(measured.at_risk)
 
     def choose(squares: jax.Array, at_risk: Any) -> jax.Array:
         fits = squares <= limits.high  # false for NaN
         factor = jnp.where(squares < limits.low, limits.up, jnp.where(fits, 1, limits.down))
         return lax.stop_gradient(jnp.where(at_risk, factor, 1).astype(dtype))
 
-    group_at_risk = groups.any_member(at_risk)
+    def all_at_once(trees: Any, extras: Any) -> tuple[Packed, Packed]:
+        leaves = measured.wide(trees, extras)
+        # What is above 1 is not chosen raised, but must stay finite for gradients.
+        raised = [_square(_clamp_to_one(x) * limits.up) for x in leaves]
+        lowered = [_square(x * limits.down) for x in leaves]
+        plain = list(map(_square, leaves))
+        sums = measured.totals([plain, raised, lowered])
+        factor = jax.tree.map(choose, sums[0], group_at_risk)
 
-    def all_at_once(*arrays: Any) -> tuple[Packed, Packed]:
-        plain, raised, lowered = groups.totals(
-            [
-                _squares(arrays, dtype),
-                # What is above 1 is not chosen, but must stay finite for gradients.
-                [_square(_clamp_to_one(x.astype(widened(x, dtype))) * limits.up) for x in arrays],
-                [_square(x.astype(widened(x, dtype)) * limits.down) for x in arrays],
-            ],
-            places,
-            "sum",
-        )
+        def pick(f: Any, plain: Any, raised: Any, lowered: Any) -> jax.Array:
+            return jnp.where(f == 1, plain, jnp.where(f > 1, raised, lowered))
+
+        return jax.tree.map(pick, factor, *sums), factor
+
+    def again_if_needed(trees: Any, extras: Any) -> tuple[Packed, Packed]:
+        plain = plain_sums(trees, extras)
         factor = jax.tree.map(choose, plain, group_at_risk)
+        outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
 
-        def pick(f: Any, p: Any, r: Any, l: Any) -> jax.Array:
-            return jnp.where(f == 1, p, jnp.where(f > 1, r, l))
+        def second_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
+            leaves = measured.wide(trees, extras)
+            pairs = zip(leaves, groups.spread(factor), strict=True)
+            return measured.totals([[_square(times(x, f)) for x, f in pairs]])[0]
 
-        return jax.tree.map(pick, factor, plain, raised, lowered), factor
-
-    def again_if_needed(*arrays: Any) -> tuple[Packed, Packed]:
-        plain = groups.totals([_squares(arrays, dtype)], places, "sum")[0]
-        factor = jax.tree.map(choose, plain, group_at_risk)
-        rescue = functools.reduce(
-            jnp.logical_or, [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
-        )
-
-        def second_pass(factor: Any, arrays: Any, plain: Any) -> Packed:
-            terms = [
-                _square(times(x.astype(widened(x, dtype)), f))
-                for x, f in zip(arrays, groups.spread(factor), strict=True)
-            ]
-            return groups.totals([terms], places, "sum")[0]
-
-        def first_pass(factor: Any, arrays: Any, plain: Any) -> Packed:
+        def first_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
             return plain
 
-        return lax.cond(rescue, second_pass, first_pass, factor, arrays, plain), factor
+        again = jnp.any(jnp.stack(outside))
+        return lax.cond(again, second_pass, first_pass, trees, extras, factor, plain), factor
 
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
-    uniform = isinstance(groups, ScalarGroups) or not any(p.axes for p in places)
-    if not uniform:
-        return all_at_once(*arrays)
-    return lax.platform_dependent(*arrays, cpu=again_if_needed, default=all_at_once)
+    if isinstance(groups, UnitGroups) and any(p.axes for p in measured.places):
+        return all_at_once(trees, extras)
+    return lax.platform_dependent(
+        trees, extras, cpu=again_if_needed, default=all_at_once
+    )
 
 
 def _power_norms(
-    arrays: tuple[Any, ...], groups: Groups, places: Any, dtype: Any, ord: Any
+    measured: _Measured, trees: Any, extras: Any, ord: Any
 ) -> tuple[Packed, Packed]:
     """Norms of other orders, relative to the largest magnitude of each group."""
-    magnitudes = [jnp.abs(x.astype(widened(x, dtype))) for x in arrays]
+    groups, dtype = measured.groups, measured.dtype
+    magnitudes = [jnp.abs(x) for x in measured.wide(trees, extras)]
     # Not every all-reduce passes a NaN through a max; every one passes infinity.
     peaks = [jnp.where(jnp.isnan(x), jnp.inf, x) for x in magnitudes]
-    peak = groups.totals([peaks], places, "max")[0]
+    peak = measured.totals([peaks], "max")[0]
     if ord == float("inf"):
         return peak, jax.tree.map(jnp.ones_like, peak)
     peak = jax.tree.map(lax.stop_gradient, peak)
     safe = jax.tree.map(lambda m: jnp.where((m > 0) & jnp.isfinite(m), m, 1), peak)
     ratios = [x / m for x, m in zip(magnitudes, groups.spread(safe), strict=True)]
-    sums = groups.totals([[_power(r, ord) for r in ratios]], places, "sum")[0]
-    large = _RANGES[dtype].high ** 0.5
-    down = _RANGES[dtype].down
+    sums = measured.totals([[_power(r, ord) for r in ratios]])[0]
+    large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
     factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
     root = jax.tree.map(lambda s, m, f: (m * f) * _power(s, 1 / ord), sums, safe, factor)
     return root, factor
@@ -208,10 +264,6 @@ def combine(peaks: jax.Array, totals: jax.Array, size: float, ord: Ord) -> jax.A
     if ord == "rms":
         total = total / jnp.asarray(size, total.dtype)
     return _saturated_quotient(safe * _power(total, 1 / power), jnp.ones_like(peak))
-
-
-def _squares(arrays: Sequence[Any], dtype: Any) -> list[jax.Array]:
-    return [_square(x.astype(widened(x, dtype))) for x in arrays]
 
 
 def _square(x: jax.Array) -> jax.Array:
