@@ -186,8 +186,9 @@ def _clip_norms(
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
     summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
-    fine = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.fine)
-    clipped = _scaling.apply(arrays, groups, scales._replace(fine=fine), zero)
+    scales, zero = _scaling.settle(scales, lost, zero)
+    zero = zero if options.nonfinite == "zero" else None
+    clipped = _scaling.apply(arrays, groups, scales, zero)
     return Step(clipped, summary, new_rule, norm.value)
 
 

@@ -130,8 +130,7 @@ def _finish(
     if options.nonfinite in ("zero", "raise"):
         summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
-        if zero is not None:
-            clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]
+        clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]
     return Step(clipped, summary, new)
 
 

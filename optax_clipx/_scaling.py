@@ -72,12 +72,32 @@ def _scale(
     return coarse, fine, clipped
 
 
+def settle(scales: Scales, lost: jax.Array, zero: jax.Array) -> tuple[Scales, jax.Array]:
+    """The scales, NaN where everything is lost, and the flag for zeros.
+
+    On CPU they come out of a cond, which computes them once. Otherwise XLA fuses what
+    led to them into the loop of every leaf, and compile time grows as the square of
+    the leaves: 26 s against 2 s for the unit norms of 450 leaves.
+    """
+
+    def usual(scales: Scales, lost: Any, zero: Any) -> Any:
+        return scales, zero
+
+    def rare(scales: Scales, lost: Any, zero: Any) -> Any:
+        fine = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.fine)
+        return scales._replace(fine=fine), zero
+
+    def on_cpu(scales: Scales, lost: Any, zero: Any) -> Any:
+        return lax.cond(lost | zero, rare, usual, scales, lost, zero)
+
+    return lax.platform_dependent(scales, lost, zero, cpu=on_cpu, default=rare)
+
+
 def apply(
     arrays: list[Any], groups: Groups, scales: Scales, zero: jax.Array | None
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
-    coarse = groups.spread(scales.coarse)
-    fine = groups.spread(scales.fine)
+    coarse, fine = groups.spread(scales.coarse), groups.spread(scales.fine)
     return [
         _apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)
     ]

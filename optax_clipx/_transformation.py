@@ -80,13 +80,13 @@ def transformation(
 
 def by_policy(
     leaves: Leaves, summary: Summary, policy: str
-) -> tuple[Summary, jax.Array, jax.Array | None]:
+) -> tuple[Summary, jax.Array, jax.Array]:
     """The summary, whether every leaf becomes NaN, and whether zero.
 
     First match wins: an unusable limit, then entries that are not finite.
     """
     nonfinite = summary.nonfinite
-    zero = None
+    zero = jnp.zeros_like(nonfinite)
     if policy == "raise":
         nonfinite = _policies.raise_if_nonfinite(leaves, nonfinite)
     lost = summary.unusable
@@ -97,7 +97,7 @@ def by_policy(
 
     def after(value: jax.Array) -> jax.Array:
         value = jnp.where(lost, jnp.nan, value)
-        return value if zero is None else jnp.where(zero, 0, value)
+        return jnp.where(zero, 0, value)
 
     summary = summary._replace(
         nonfinite=nonfinite,
