@@ -239,7 +239,7 @@ def _given(norm: Any, dtype: Any) -> Norms:
     if norm.ndim or jnp.iscomplexobj(norm):
         raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")
     norm = norm.astype(dtype)
-    return Norms(norm, norm, jnp.ones_like(norm))
+    return Norms(norm, norm, jnp.ones_like(norm), jnp.square(norm))
 
 
 def params_like(leaves: Leaves, params: Any) -> list[Any]:

@@ -49,7 +49,8 @@ class Measure:
         if self.scope == "tree":
             return jnp.zeros((), jnp.float32) if packed is None else packed
         if self.scope == "group":
-            return dict(zip(self.names(leaves), packed or (), strict=True))
+            found = () if packed is None else packed
+            return dict(zip(self.names(leaves), found, strict=True))
         spread = self.groups(leaves).spread(packed) if packed is not None else []
         zeros = [jnp.zeros((), jnp.float32) for _ in leaves.everything]
         return leaves._replace(everything=zeros).rebuild(spread)

@@ -1,5 +1,6 @@
 """What happens to updates that are not finite."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ def check_policy(nonfinite: Any) -> None:
         )
 
 
-def sanitize(arrays: list[Any]) -> list[jax.Array]:
+def sanitize(arrays: Sequence[Any]) -> list[jax.Array]:
     """NaN becomes 0, an infinity the largest finite number of its dtype."""
     return [jnp.nan_to_num(x) for x in arrays]
 
 
-def where_nonfinite(arrays: list[Any]) -> Indicators:
+def where_nonfinite(arrays: Sequence[Any]) -> Indicators:
     """1 where an entry is not finite; the norm of these is 0 if none is."""
     return Indicators([(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays])
 

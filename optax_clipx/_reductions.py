@@ -8,6 +8,7 @@ each sum is a pass of its own, the second pass runs only when the first one need
 
 import functools
 from collections.abc import Callable, Sequence
+from math import log2
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class Norms(NamedTuple):
     value: Packed
     root: Packed
     factor: Packed
+    squares: Packed  # root squared, without the rounding of the root
 
 
 class _Range(NamedTuple):
@@ -93,7 +95,7 @@ def norms(
             for leaf, axes in zip(dims, groups.axes, strict=False)
         )
         count = len(derive(trees, extras))
-        return [Norms(leaf_specs, leaf_specs, leaf_specs)] * count
+        return [Norms(*[leaf_specs] * 4)] * count
 
     found = _mesh.map_local(local, flat, extras, out_specs)
     if found is not None:
@@ -134,9 +136,10 @@ def _norms(
         root = jax.tree.map(_sqrt, squares)
     else:
         root, factor = _power_norms(found, trees, extras, ord)
+        squares = jax.tree.map(jnp.square, root)
     factor = jax.tree.map(lax.stop_gradient, factor)
     value = jax.tree.map(_saturated_quotient, root, factor)
-    fields = [groups.split(field, times) for field in (value, root, factor)]
+    fields = [groups.split(field, times) for field in (value, root, factor, squares)]
     return [Norms(*each) for each in zip(*fields, strict=True)]
 
 
@@ -243,7 +246,7 @@ def whole(norms: Packed, sizes: Packed, ord: Ord) -> tuple[jax.Array, jax.Array]
     leaves, weights = jax.tree.leaves(norms), jax.tree.leaves(sizes)
     peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    power = 2 if ord == "rms" else ord
+    power = 2.0 if ord == "rms" else ord
     if ord == float("inf"):
         return peak, jnp.ones_like(peak)
     terms = []
@@ -253,12 +256,12 @@ def whole(norms: Packed, sizes: Packed, ord: Ord) -> tuple[jax.Array, jax.Array]
     return peak, jnp.sum(jnp.stack(terms))
 
 
-def combine(peaks: jax.Array, totals: jax.Array, size: float, ord: Ord) -> jax.Array:
+def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Array:
     """The whole norm from vectors of peaks and totals."""
     peak = jnp.max(peaks)
     if ord == float("inf"):
         return peak
-    power = 2 if ord == "rms" else ord
+    power = 2.0 if ord == "rms" else ord
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     total = jnp.sum(totals * _power(peaks / safe, power))
     if ord == "rms":
@@ -315,7 +318,5 @@ def _clamp_to_one(x: jax.Array) -> jax.Array:
 
 def _can_leave_range(leaf: Any, dtype: Any) -> bool:
     """Whether squares of this leaf's numbers may under- or overflow the sums'."""
-    largest = float(jnp.finfo(leaf).max)
-    smallest = float(jnp.finfo(leaf).smallest_normal)
-    limits = _RANGES[jnp.dtype(dtype)]
-    return not (largest**2 < limits.high and smallest**2 > limits.low)
+    info, limits = jnp.finfo(leaf), _RANGES[jnp.dtype(dtype)]
+    return 2.0 * info.maxexp > log2(limits.high) or 2.0 * info.minexp < log2(limits.low)

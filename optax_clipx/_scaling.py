@@ -32,6 +32,7 @@ def scales(norms: Norms, limits: Packed, response: Response) -> Scales:
         norms.value,
         norms.root,
         norms.factor,
+        norms.squares,
         limits,
     )
     return Scales(*(_field(found, norms.value, i) for i in range(3)))
@@ -47,6 +48,7 @@ def _scale(
     value: jax.Array,
     root: jax.Array,
     factor: jax.Array,
+    squares: jax.Array,
     limit: jax.Array,
     response: Response,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -65,11 +67,30 @@ def _scale(
     half = lax.stop_gradient(half)
     coarse = lax.stop_gradient(half * unit)
     fine = response(norm, (limit / half) * unit)
+    plain = ~extreme & (factor == 1) & (fine != 1)
+    fine = jnp.where(plain, _sharpened(fine, norm, squares, limit), fine)
     # An infinite limit, like a zero norm, changes nothing.
     fine = jnp.where((value == 0) | jnp.isposinf(limit), 1, fine)
     clipped = jnp.where(value == 0, 0, (norm * fine) * (half / unit))
     clipped = jnp.where(jnp.isposinf(limit), value, clipped)
     return coarse, fine, clipped
+
+
+def _sharpened(
+    scale: jax.Array, norm: jax.Array, squares: jax.Array, limit: jax.Array
+) -> jax.Array:
+    """A scale that aims at the limit, from the squares: one rounding less.
+
+    It makes the clipped norm the limit to the last bit more often. Dividing each entry
+    would too, but on CPU it makes a whole step of Adam 2.4 times as long.
+    """
+    aims = jnp.abs(scale * norm - limit) <= 1e-6 * limit
+    tiny, huge = float(jnp.finfo(norm.dtype).tiny) * 1e8, float(jnp.finfo(norm.dtype).max)
+    wanted = jnp.square(limit)
+    usable = aims & (wanted > tiny) & (wanted < huge) & (squares > tiny) & (squares < huge)
+    ratio = jnp.where(usable, wanted, 1) / jnp.where(usable, squares, 1)
+    sharp = lax.stop_gradient(jnp.sqrt(ratio) - scale)
+    return scale + jnp.where(usable, sharp, 0)
 
 
 def settle(scales: Scales, lost: jax.Array, zero: jax.Array) -> tuple[Scales, jax.Array]:

@@ -1,0 +1,140 @@
+"""The norm and the direction are right at any magnitude, in any dtype."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import optax_clipx as clipx
+
+# A new structure costs a compilation, so that there are twenty, and many values each.
+SHAPES = [
+    [(7,)],
+    [()],
+    [(3, 5), (1,)],
+    [(2, 2), (2,), (2, 3, 2)],
+    [(64,), (64,)],
+    [(1,)] * 8,
+    [(33, 3)],
+]
+NARROW = ("float16", "bfloat16", "float32")
+STRUCTURES = [
+    (shapes, [NARROW[(i + j) % 3] for j in range(len(shapes))])
+    for i in range(3)
+    for shapes in SHAPES[:6]
+] + [([(33, 3)], ["float32"]), ([(33, 3)], ["bfloat16"])]
+WIDE_STRUCTURES = [
+    ([(7,)], ["float64"]),
+    ([(3, 5), (4,)], ["float64", "float32"]),
+    ([(2, 2), (2,), (9,)], ["bfloat16", "float64", "float16"]),
+]
+
+
+@functools.cache
+def clipper():
+    def clip(tree, limit):
+        clipped, norm = clipx.functional.clip_by_global_norm(tree, limit)
+        return clipped, norm
+
+    return jax.jit(clip)
+
+
+@st.composite
+def cases(draw, structures):
+    shapes, dtypes = draw(st.sampled_from(structures))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tree = []
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        info = jnp.finfo(dtype)
+        low, high = np.log2(float(info.smallest_normal)), np.log2(float(info.max))
+        center = draw(st.floats(low, high))
+        spread = draw(st.sampled_from([0.0, 3.0, 300.0, 3000.0]))
+        exponents = np.clip(rng.normal(center, spread, shape), low + 0.001, high - 0.01)
+        values = np.exp2(exponents) * rng.choice([-1, 1], shape)
+        values = np.where(rng.random(shape) < draw(st.sampled_from([0, 0.3])), 0, values)
+        tree.append(np.asarray(values).astype(jnp.dtype(dtype)))
+    return tree, draw(st.floats(-0.1, 30.0))
+
+
+def check(tree, decades):
+    wide = any(x.dtype == np.float64 for x in tree)
+    dtype = np.float64 if wide else np.float32
+    info = np.finfo(dtype)
+    true = reference.norm(tree)
+    smallest = float(info.smallest_normal) * 1e8
+    limit = dtype(np.clip(float(true) * 10.0**-decades, smallest, float(info.max)))
+    clipped, norm = clipper()(tree, limit)
+
+    assert norm.dtype == dtype
+    assert abs(float(norm) - float(min(true, info.max))) <= 1e-5 * float(norm)
+
+    expected = reference.rescale(tree, limit)
+    size = np.sqrt(sum(x.size for x in tree))
+    error, allowed = [], 1e-5 * min(float(limit), float(true))
+    for out, want, x in zip(clipped, expected, tree, strict=True):
+        assert out.dtype == x.dtype
+        leaf = jnp.finfo(x.dtype)
+        error.append(np.asarray(out).astype(np.float64) - want.astype(np.float64))
+        allowed += float(leaf.eps) * float(np.max(np.abs(want), initial=0)) * size
+        allowed += float(leaf.smallest_normal) * size  # what is smaller flushes to 0
+        if float(true) * (1 + 1e-6) <= float(limit):
+            np.testing.assert_array_equal(np.asarray(out), x)
+    assert float(reference.norm(error)) <= allowed
+
+
+@settings(
+    max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(cases(STRUCTURES))
+def test_norm_and_direction(case):
+    check(*case)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases(WIDE_STRUCTURES))
+def test_norm_and_direction_in_float64(case):
+    with jax.enable_x64(True):
+        check(*case)
+
+
+@pytest.mark.parametrize("ord", [1, 3.5, np.inf, "rms"])
+@pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 120])
+def test_other_orders(ord, exponent):
+    rng = np.random.default_rng(0)
+    tree = [
+        (rng.normal(size=shape) * 2.0**exponent).astype(np.float32)
+        for shape in [(3, 4), (5,)]
+    ]
+    norm = clipx.functional.global_norm(tree, ord)
+    np.testing.assert_allclose(float(norm), float(reference.norm(tree, ord)), rtol=1e-5)
+
+
+def test_sums_of_many_entries_keep_their_precision():
+    x = np.random.default_rng(0).normal(size=1 << 24).astype(np.float32)
+    norm = clipx.functional.global_norm([x, x])
+    np.testing.assert_allclose(float(norm), float(reference.norm([x, x])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, 1e-30, 1.3e-38])
+@pytest.mark.parametrize("limit", [3e38, 1.0, 1e-30])
+def test_every_scope_at_the_ends_of_the_range(value, limit):
+    tree = {"w": jnp.full((2, 3), value), "b": jnp.full((4,), value)}
+    measures = [
+        clipx.tree_norm(),
+        clipx.leaf_norms(),
+        clipx.unit_norms(),
+        clipx.leaf_norms(batch_axes=lambda path, leaf: 0 if leaf.ndim > 1 else None),
+        clipx.group_norms({"w": "a", "b": "b"}),
+    ]
+    for measure in measures:
+        clipped, state = clipx.clip_by(measure, limit).update(tree)
+        for leaf in jax.tree.leaves(clipped):
+            flat = np.asarray(leaf, np.float64).ravel()
+            assert np.all(flat > 0)
+            np.testing.assert_allclose(flat, flat[0], rtol=1e-6)
+        assert np.isfinite(state.metrics.norm)
+        assert np.isfinite(state.metrics.clipped_norm)

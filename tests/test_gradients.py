@@ -1,0 +1,99 @@
+"""Clipping can be differentiated: finite at zero, and right above and below the limit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from methods import ALL_METHODS, ELEMENT_METHODS
+
+import optax_clipx as clipx
+
+every_method = pytest.mark.parametrize(
+    "make", ALL_METHODS.values(), ids=ALL_METHODS.keys()
+)
+PARAMS = {"w": jnp.full((2, 2), 2.0), "b": jnp.full((3,), 2.0)}
+
+
+def objective(make, limit=1.0):
+    weights = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([1.0, 2.0, -1.0])}
+
+    def fun(updates):
+        clipped, _ = make(limit).update(updates, None, PARAMS)
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, weights, clipped)))
+
+    return fun
+
+
+@every_method
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_finite_at_zero(make, limit):
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for fun in (jax.grad, jax.jacfwd):
+        found = jax.jit(fun(objective(make, limit)))(zeros)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+
+
+@every_method
+@pytest.mark.parametrize("size", [0.01, 10.0])
+def test_equals_finite_differences(make, size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        updates = jax.tree.map(lambda p: jnp.asarray(size * rng.normal(size=p.shape)), PARAMS)
+        direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS)
+        fun = jax.jit(objective(make))
+        step = 1e-6 * size
+
+        def at(sign):
+            return fun(jax.tree.map(lambda u, d: u + sign * step * d, updates, direction))
+
+        numeric = (at(1) - at(-1)) / (2 * step)
+        gradient = jax.jit(jax.grad(objective(make)))(updates)
+        exact = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+        np.testing.assert_allclose(exact, numeric, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_of_the_norm_at_any_magnitude(scale):
+    x = jnp.array([3.0, 4.0]) * scale
+    for fun in (jax.grad, jax.jacfwd):
+        found = fun(lambda x: clipx.functional.global_norm([x]))(x)
+        np.testing.assert_allclose(found, [0.6, 0.8], rtol=1e-5)
+
+
+def test_with_respect_to_the_limit():
+    def fun(limit):
+        clipped, _ = clipx.functional.clip_by_global_norm([jnp.array([30.0, 40.0])], limit)
+        return jnp.sum(clipped[0])
+
+    np.testing.assert_allclose(jax.grad(fun)(5.0), 1.4, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(fun)(50.1), 0.0, atol=1e-7)
+    assert np.isfinite(jax.grad(fun)(0.0))
+
+
+@pytest.mark.parametrize("make", ELEMENT_METHODS.values(), ids=ELEMENT_METHODS.keys())
+def test_the_clamp_passes_gradients_inside_only(make):
+    fun = lambda x: jnp.sum(make(1.0).update(x)[0])  # noqa: E731
+    found = jax.grad(fun)(jnp.array([0.5, 2.0, -3.0]))
+    np.testing.assert_array_equal(found, [1.0, 0.0, 0.0])
+
+
+def test_meta_gradient_through_a_training_step():
+    """The derivative of the loss after two clipped steps by the learning rate."""
+    with jax.enable_x64(True):
+
+        def loss(w):
+            return jnp.sum((w - jnp.array([3.0, -1.0])) ** 2)
+
+        def after(learning_rate):
+            tx = optax.chain(clipx.clip_by_global_norm(1.0), optax.sgd(learning_rate))
+            w = jnp.zeros(2)
+            state = tx.init(w)
+            for _ in range(2):
+                updates, state = tx.update(jax.grad(loss)(w), state, w)
+                w = optax.apply_updates(w, updates)
+            return loss(w)
+
+        h = 1e-6
+        numeric = (after(0.1 + h) - after(0.1 - h)) / (2 * h)
+        np.testing.assert_allclose(jax.grad(after)(0.1), numeric, rtol=1e-6)
