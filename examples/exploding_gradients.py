@@ -15,6 +15,7 @@ writes a table, a picture and TensorBoard logs:
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,7 @@ def train(task: Task, method: str, num_seeds: int) -> Run:
 
 
 def evaluate(
-    task: Task, predict: Callable[[Array], Array], batch_size: int = 1000
+    task: Task, predict: Callable[[Array], Array], batch_size: int = 200
 ) -> tuple[np.ndarray, np.ndarray]:
     """The loss and the score of each seed on the test data, read in batches."""
     inputs, targets = task.test
@@ -156,10 +157,10 @@ def record(loss: Array, opt_state: Any) -> dict[str, Array]:
     return {"loss": loss, **kept, "clip_rate": clip_rate}
 
 
-def split(indices: np.ndarray, parts: int = 20) -> list[np.ndarray]:
-    """Chunks of one length, so that they compile once; the last may be shorter."""
-    length = -(-len(indices) // parts)
-    return np.split(indices, range(length, len(indices), length))
+def split(indices: np.ndarray, most: int = 20) -> list[np.ndarray]:
+    """Chunks of one length, so that they compile once."""
+    parts = max(n for n in range(1, most + 1) if len(indices) % n == 0)
+    return np.split(indices, parts)
 
 
 def write_logs(run: Run, folder: Path, every: int) -> None:
@@ -271,8 +272,11 @@ def choose_tasks(arguments: argparse.Namespace) -> list[Task]:
             for cell in arguments.cells
         ]
     if arguments.max_norm is not None:
-        for task in chosen:
-            task.limits["global"] = arguments.max_norm
+        limit = {"global": arguments.max_norm}
+        chosen = [
+            dataclasses.replace(task, limits={**task.limits, **limit})
+            for task in chosen
+        ]
     return chosen
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,7 +16,8 @@ from sklearn.datasets import make_regression
 RECURRENT_LIMITS = {"value": 0.01, "leaf": 0.3, "global": 0.3, "adaptive": 0.02}
 REGRESSION_LIMITS = {"value": 1.0, "leaf": 10.0, "global": 10.0, "adaptive": 0.5}
 
-# At these the unclipped networks fail, or nearly so; at a third of them most learn.
+# Chosen by trial, where clipping matters: row by row, 0.03 and 0.6 train both networks
+# on scikit-learn's digits without clipping, too.
 LEARNING_RATES = {
     ("rows", "rnn"): 0.1,
     ("pixels", "rnn"): 0.03,

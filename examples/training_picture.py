@@ -8,6 +8,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # draws files, opens no windows
 
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -41,11 +42,15 @@ def draw(runs: list[Any], path: Path) -> None:
     columns = list(by_task.values())[:2]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(columns), figsize=(5.2 * len(columns), 6.6), squeeze=False
+            2, len(columns), figsize=(5.4 * len(columns), 7), squeeze=False
         )
         for (top, bottom), column in zip(axes.T, columns, strict=True):
             draw_column(top, bottom, column)
-        figure.tight_layout(h_pad=1.6, w_pad=2.0)
+        figure.tight_layout(rect=(0, 0.04, 1, 1), h_pad=1.6, w_pad=2.0)
+        num_seeds = len(runs[0].loss)
+        if num_seeds > 1:
+            note = f"Lines: median of {num_seeds} seeds. Bands: smallest to largest."
+            figure.text(0.01, 0.01, note, color="0.35", size=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -58,43 +63,62 @@ def draw_column(top: Axes, bottom: Axes, runs: list[Any]) -> None:
         (run for run in runs if run.method != "none"), None
     )
     for run in (methods.get("none"), clipped):
-        if run is None:
-            continue
-        colour = COLOURS["without" if run.method == "none" else "with"]
-        draw_series(top, run, "loss", colour)
-        draw_series(bottom, run, "norm", colour)
-    if clipped is not None and clipped.method == "global":
-        draw_limit(bottom, clipped)
-    top.set_title(runs[0].task.title)
+        if run is not None:
+            colour = COLOURS["without" if run.method == "none" else "with"]
+            draw_series(top, run, "loss", colour)
+            draw_series(bottom, run, "norm", colour)
     for axis, name in ((top, "loss"), (bottom, "gradient norm before clipping")):
         axis.set_yscale("log")
         axis.set_ylabel(name)
-        axis.set_xlim(1, runs[0].task.steps)
+        axis.set_xlim(1, max(2, runs[0].task.steps))
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    if clipped is not None and clipped.method == "global":
+        draw_limit(bottom, clipped)
+    # Room above for the legend, and below for the marks of clipped steps.
+    widen(top, above=0.42)
+    widen(bottom, below=0.3, above=0.05)
+    top.set_title(runs[0].task.title, pad=10)
     bottom.set_xlabel("step")
-    top.legend(loc="center right")
+    top.legend(loc="upper right")
+
+
+def widen(axis: Axes, below: float = 0.0, above: float = 0.0) -> None:
+    """Adds shares of the height of a logarithmic axis below and above."""
+    low, high = np.log10(axis.get_ylim())
+    height = high - low
+    axis.set_ylim(10 ** (low - below * height), 10 ** (high + above * height))
 
 
 def draw_series(axis: Axes, run: Any, name: str, colour: str) -> None:
     """The median over seeds, a band around it, and a cross where it ends."""
     values = run.history[name]
-    values = np.where(np.isfinite(values), values, np.nan)
-    count = np.flatnonzero(np.isfinite(values).all(0))
-    end = len(count) if len(count) < values.shape[1] else values.shape[1]
-    steps = np.arange(1, end + 1)
-    kept = smooth(values[:, :end]) if name == "loss" else values[:, :end]
-    axis.fill_between(steps, kept.min(0), kept.max(0), color=colour, alpha=0.2, lw=0)
-    axis.plot(steps, np.median(kept, 0), color=colour, lw=1.8, label=LABELS[run.method])
+    finite = np.isfinite(values).all(0)
+    end = values.shape[1] if finite.all() else int(finite.argmin())
+    if end == 0:
+        return
+    steps, shown = np.arange(1, end + 1), smooth(values[:, :end])
+    band = values[:, :end] if name == "norm" else shown
+    axis.fill_between(steps, band.min(0), band.max(0), color=colour, alpha=0.22, lw=0)
+    median = np.median(shown, 0)
+    label = f"{LABELS[run.method]}: {score(run)}"
+    axis.plot(steps, median, color=colour, lw=2, label=label)
     if end < values.shape[1]:
-        height = np.median(kept[:, -1])
-        axis.plot(end, height, "X", color=colour, ms=11, mec="white", zorder=5)
+        axis.plot(end, median[-1], "X", color=colour, ms=12, mec="white", zorder=5)
         axis.annotate(
-            f"not finite from step {end + 1} on",
-            (end, height),
-            xytext=(10, -2),
+            f"infinite or NaN\nfrom step {end + 1} on",
+            (end, median[-1]),
+            xytext=(12, 0),
             textcoords="offset points",
+            va="top",
             color=colour,
             weight="bold",
         )
+
+
+def score(run: Any) -> str:
+    """The median score in words."""
+    value, name = np.median(run.score), run.task.score_name.split(" (")[0]
+    return f"{name} {value:.2f}" if np.isfinite(value) else f"{name} not finite"
 
 
 def smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
@@ -107,20 +131,27 @@ def smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
 
 def draw_limit(axis: Axes, run: Any) -> None:
     """The limit as a line, and a mark below for each step that was clipped."""
-    axis.axhline(run.limit, color="black", lw=1.2, ls="--")
-    clipped = run.history["norm"][0] > run.limit
-    steps = np.flatnonzero(clipped) + 1
-    axis.plot(
-        steps,
-        np.full(len(steps), 0.03),
-        "|",
-        color=COLOURS["with"],
-        transform=axis.get_xaxis_transform(),
-    )
+    axis.axhline(run.limit, color="black", lw=1.4, ls="--", zorder=4)
     axis.annotate(
         f"limit {run.limit:g}",
-        (1, run.limit),
+        (0.99, run.limit),
         xycoords=("axes fraction", "data"),
+        xytext=(0, -5),
+        textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top",
+        bbox={"fc": "white", "ec": "none", "pad": 1.5, "alpha": 0.8},
+    )
+    steps = np.flatnonzero(run.history["norm"][0] > run.limit) + 1
+    below = axis.get_xaxis_transform()
+    height = np.full(len(steps), 0.035)
+    axis.plot(steps, height, "|", color=COLOURS["with"], ms=9, transform=below)
+    share = len(steps) / run.task.steps
+    axis.text(
+        0.99,
+        0.075,
+        f"clipped steps of the first seed: {share:.0%}",
+        color=COLOURS["with"],
+        transform=axis.transAxes,
+        ha="right",
     )

@@ -385,12 +385,13 @@ def adaptive_grad_clip(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> params, grads = jnp.full((2, 2), 5.0), jnp.array([[3.0, 0.0], [4.0, 0.1]])
-        >>> clipper = clipx.adaptive_grad_clip(0.1)
+        >>> params = jnp.array([[6.0, 1.0], [8.0, 0.0]])  # its columns have norms 10, 1
+        >>> grads = jnp.array([[12.0, 0.0], [16.0, 0.5]])
+        >>> clipper = clipx.adaptive_grad_clip(0.5)
         >>> clipped, _ = clipper.update(grads, clipper.init(params), params)
-        >>> print(clipped.round(3))
-        [[0.424 0.   ]
-         [0.566 0.1  ]]
+        >>> print(clipped)
+        [[3.  0. ]
+         [4.  0.5]]
 
     References:
         Brock et al., High-performance large-scale image recognition without

@@ -32,7 +32,10 @@ class Norms(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Sums of squares within low..high lost nothing to under- or overflow."""
+    """Sums of squares within low..high lost nothing to under- or overflow.
+
+    Nor do derivatives: root times factor must stay a finite number as well.
+    """
 
     low: float
     high: float
@@ -41,7 +44,7 @@ class _Range(NamedTuple):
 
 
 _RANGES = {
-    jnp.dtype("float32"): _Range(2.0**-60, 2.0**100, 2.0**80, 2.0**-80),
+    jnp.dtype("float32"): _Range(2.0**-76, 2.0**100, 2.0**80, 2.0**-80),
     jnp.dtype("float64"): _Range(2.0**-500, 2.0**1000, 2.0**600, 2.0**-600),
 }
 
