@@ -205,7 +205,9 @@ def markdown(report: dict[str, Any]) -> str:
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=200, help="size of the leaves")
+    parser.add_argument(
+        "--megabytes", type=float, default=200, help="size of the leaves"
+    )
     parser.add_argument("--leaves", type=int, nargs="+", default=[12, 450])
     parser.add_argument("--rounds", type=int, default=41, help="alternated rounds")
     parser.add_argument("--output", type=pathlib.Path, help="write OUTPUT.json and .md")

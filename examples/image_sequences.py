@@ -6,6 +6,7 @@ A row-by-row sequence of an 8 x 8 image has 8 steps of 8 values, a pixel-by-pixe
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}.") from error
 
     # The header: two zero bytes, the element type, the rank, and the shape as

@@ -99,7 +99,11 @@ def clip_by(
         return clip_by_magnitude(rule, response, options)
 
     def step(
-        leaves: Leaves, params: Any, rule_state: Any, step: Any, extra: Mapping[str, Any]
+        leaves: Leaves,
+        params: Any,
+        rule_state: Any,
+        step: Any,
+        extra: Mapping[str, Any],
     ) -> Step:
         return _clip_norms(
             leaves, params, rule_state, step, extra, measure, rule, response, options
@@ -126,9 +130,7 @@ def clip_once(
     if not leaves.arrays:
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
-    found = _clip_norms(
-        leaves, params, (), 0, extra, measure, rule, response, options
-    )
+    found = _clip_norms(leaves, params, (), 0, extra, measure, rule, response, options)
     return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves)
 
 
@@ -152,15 +154,19 @@ def _clip_norms(
     trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
-    found = norms(
-        trees,
-        groups,
-        measure.ord,
-        leaves.paths,
-        options.axis_name,
-        options.specs,
-        derive=_sanitized_first if sanitized else as_they_are,
-    ) if trees else []
+    found = (
+        norms(
+            trees,
+            groups,
+            measure.ord,
+            leaves.paths,
+            options.axis_name,
+            options.specs,
+            derive=_sanitized_first if sanitized else as_they_are,
+        )
+        if trees
+        else []
+    )
     norm = _given(given, accumulator(arrays)) if given is not None else found[0]
     params_norms = found[-1].value if rule.uses_params else None
     bad_entries = found[1].value if sanitized else None

@@ -72,7 +72,9 @@ def clip_by_magnitude(
         low = [-h for h in high]
         return _finish(leaves, options, low, high, _clamp if clamps else act, new)
 
-    return transformation(lambda leaves: rule.init(_like_leaves(leaves)), step, rule, options)
+    return transformation(
+        lambda leaves: rule.init(_like_leaves(leaves)), step, rule, options
+    )
 
 
 def _like_leaves(leaves: Leaves) -> jax.Array:
@@ -217,7 +219,9 @@ def _clamped_for_sums(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 
     Inside of a reduction on CPU that one takes eight times as long.
     """
-    return -jnp.maximum(-jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype))
+    return -jnp.maximum(
+        -jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype)
+    )
 
 
 def _is_number(value: Any) -> bool:

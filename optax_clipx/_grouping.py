@@ -117,7 +117,10 @@ class UnitGroups:
         """For each statistic the units' sums, one collective for each set of axes."""
         reduce = jnp.sum if kind == "sum" else jnp.max
         local = [
-            [reduce(x, axis=a, keepdims=True) for x, a in zip(leaf, self.axes, strict=True)]
+            [
+                reduce(x, axis=a, keepdims=True)
+                for x, a in zip(leaf, self.axes, strict=True)
+            ]
             for leaf in terms
         ]
         by_axes: dict[tuple[str, ...], list[int]] = {}

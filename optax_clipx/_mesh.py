@@ -42,7 +42,9 @@ def placements(
             "a PartitionSpec in specs=",
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
-        return [_from_spec(s, x, p) for s, x, p in zip(given, arrays, paths, strict=True)]
+        return [
+            _from_spec(s, x, p) for s, x, p in zip(given, arrays, paths, strict=True)
+        ]
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
         bound = tuple(name for name in names if _is_bound(name))
@@ -109,7 +111,9 @@ def map_local(
     no array is sharded over an Explicit axis.
     """
     types = [jax.typeof(x) for x in arrays]
-    first = next((x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t)), None)
+    first = next(
+        (x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t)), None
+    )
     if first is None:
         return None
     mesh = jax.sharding.get_abstract_mesh()

@@ -94,7 +94,9 @@ def norms(
         if isinstance(groups, ScalarGroups):
             return jax.sharding.PartitionSpec()
         leaf_specs = tuple(
-            jax.sharding.PartitionSpec(*(() if i in axes else d for i, d in enumerate(leaf)))
+            jax.sharding.PartitionSpec(
+                *(() if i in axes else d for i, d in enumerate(leaf))
+            )
             for leaf, axes in zip(dims, groups.axes, strict=False)
         )
         count = len(derive(trees, extras))
@@ -103,7 +105,9 @@ def norms(
     found = _mesh.map_local(local, flat, extras, out_specs)
     if found is not None:
         return found
-    return local(flat, _mesh.placements(flat, paths * len(trees), axis_name, specs), extras)
+    return local(
+        flat, _mesh.placements(flat, paths * len(trees), axis_name, specs), extras
+    )
 
 
 # Traced once for each structure, also where `update` is called outside of jit.
@@ -135,7 +139,9 @@ def _norms(
         squares, factor = _sums_of_squares(found, trees, extras)
         if ord == "rms":
             sizes = found.groups.sizes(found.kinds, found.places)
-            squares = jax.tree.map(lambda s, n: s / jnp.asarray(n, dtype), squares, sizes)
+            squares = jax.tree.map(
+                lambda s, n: s / jnp.asarray(n, dtype), squares, sizes
+            )
         root = jax.tree.map(_sqrt, squares)
     else:
         root, factor = _power_norms(found, trees, extras, ord)
@@ -171,6 +177,7 @@ def _sums_of_squares(
     """Sums of squares of values times a factor, and the factors."""
     groups, dtype = measured.groups, measured.dtype
     limits = _RANGES[dtype]
+
     def plain_sums(trees: Any, extras: Any) -> Packed:
         return measured.totals([list(map(_square, measured.wide(trees, extras)))])[0]
 
@@ -181,7 +188,9 @@ def _sums_of_squares(
 
     def choose(squares: jax.Array, at_risk: Any) -> jax.Array:
         fits = squares <= limits.high  # false for NaN
-        factor = jnp.where(squares < limits.low, limits.up, jnp.where(fits, 1, limits.down))
+        factor = jnp.where(
+            squares < limits.low, limits.up, jnp.where(fits, 1, limits.down)
+        )
         return lax.stop_gradient(jnp.where(at_risk, factor, 1).astype(dtype))
 
     def all_at_once(trees: Any, extras: Any) -> tuple[Packed, Packed]:
@@ -212,7 +221,9 @@ def _sums_of_squares(
             return plain
 
         again = jnp.any(jnp.stack(outside))
-        return lax.cond(again, second_pass, first_pass, trees, extras, factor, plain), factor
+        return lax.cond(
+            again, second_pass, first_pass, trees, extras, factor, plain
+        ), factor
 
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
@@ -240,7 +251,9 @@ def _power_norms(
     sums = measured.totals([[_power(r, ord) for r in ratios]])[0]
     large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
     factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
-    root = jax.tree.map(lambda s, m, f: (m * f) * _power(s, 1 / ord), sums, safe, factor)
+    root = jax.tree.map(
+        lambda s, m, f: (m * f) * _power(s, 1 / ord), sums, safe, factor
+    )
     return root, factor
 
 

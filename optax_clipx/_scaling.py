@@ -95,7 +95,9 @@ def _sharpened(
     return scale + jnp.where(usable, sharp, 0)
 
 
-def settle(scales: Scales, lost: jax.Array, zero: jax.Array) -> tuple[Scales, jax.Array]:
+def settle(
+    scales: Scales, lost: jax.Array, zero: jax.Array
+) -> tuple[Scales, jax.Array]:
     """The scales, NaN where everything is lost, and the flag for zeros.
 
     On CPU they come out of a cond, which computes them once. Otherwise XLA fuses what
@@ -121,9 +123,7 @@ def apply(
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
     coarse, fine = groups.spread(scales.coarse), groups.spread(scales.fine)
-    return [
-        _apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)
-    ]
+    return [_apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)]
 
 
 def _apply(

@@ -312,4 +312,6 @@ def adaptive_grad_clip(
     """
     options = Options(nonfinite, axis_name, specs)
     rule = relative_to_params(clipping, eps)
-    return clip_once(tree, _unit_norms(axis=axis), rule, rescale, options, params=params)
+    return clip_once(
+        tree, _unit_norms(axis=axis), rule, rescale, options, params=params
+    )

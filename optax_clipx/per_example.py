@@ -56,7 +56,9 @@ def per_example_global_norm_clip(
         return clipped, ~(norm <= l2_norm_clip)
 
     clipped, was_clipped = jax.vmap(clip_one)(grads)
-    total = jax.tree.map(lambda g, c: jnp.sum(c, axis=0).astype(g.dtype), grads, clipped)
+    total = jax.tree.map(
+        lambda g, c: jnp.sum(c, axis=0).astype(g.dtype), grads, clipped
+    )
     return total, jnp.sum(was_clipped)
 
 

@@ -19,7 +19,9 @@ def norm(arrays, ord=2):
     if ord == np.inf:
         return np.max(flat)
     peak = np.max(flat)
-    return peak * np.sum((flat / peak) ** WIDE(ord)) ** (1 / WIDE(ord)) if peak else peak
+    return (
+        peak * np.sum((flat / peak) ** WIDE(ord)) ** (1 / WIDE(ord)) if peak else peak
+    )
 
 
 def rescale(arrays, limit, ord=2, eps=0.0):

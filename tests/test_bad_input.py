@@ -32,7 +32,10 @@ PARAMS = {"layers": [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}]}
         (lambda: clipx.clip_by_global_norm(1.0, ord=0), "ord=0"),
         (lambda: clipx.clip_by_global_norm(1.0, ord="fro"), "ord='fro'"),
         (lambda: clipx.clip_by_global_norm(1.0, ord=True), "ord=True"),
-        (lambda: clipx.clip_by_global_norm(1.0, nonfinite="ignore"), "'propagate'.*'ignore'"),
+        (
+            lambda: clipx.clip_by_global_norm(1.0, nonfinite="ignore"),
+            "'propagate'.*'ignore'",
+        ),
         (lambda: clipx.clip_by_group_norm({"a": -1.0}, {"w": "a"}), r"\['a'\]=-1\.0"),
         (lambda: clipx.adaptive_grad_clip(-0.1), r"ratio=-0\.1"),
         (lambda: clipx.adaptive_grad_clip(0.1, eps=-0.1), r"eps=-0\.1"),
@@ -53,8 +56,14 @@ def test_values_are_refused_at_construction(call, message):
         (lambda: clipx.clip_by_global_norm(None), "max_norm.*None"),
         (lambda: clipx.clip_by_group_norm(1.0, {"w": "a"}), "max_norms.*1.0"),
         (lambda: clipx.clip_by(lambda x: x, 1.0), "measure"),
-        (lambda: clipx.clip_by(clipx.tree_norm(), 1.0, "rescale"), "response.*'rescale'"),
-        (lambda: clipx.clip_by_global_norm(1.0, ord=jnp.float32(2)), "static_args='ord'"),
+        (
+            lambda: clipx.clip_by(clipx.tree_norm(), 1.0, "rescale"),
+            "response.*'rescale'",
+        ),
+        (
+            lambda: clipx.clip_by_global_norm(1.0, ord=jnp.float32(2)),
+            "static_args='ord'",
+        ),
     ],
 )
 def test_types_are_refused_at_construction(call, message):
@@ -76,7 +85,9 @@ def test_integer_leaves(make, dtype):
 def test_leaves_that_are_no_arrays(make, leaf):
     clipper = make(1.0)
     with pytest.raises(TypeError, match="at 1"):
-        clipper.update([jnp.ones(2), leaf], clipper.init([jnp.ones(2)]), [jnp.ones(2)] * 2)
+        clipper.update(
+            [jnp.ones(2), leaf], clipper.init([jnp.ones(2)]), [jnp.ones(2)] * 2
+        )
 
 
 @every_method

@@ -169,7 +169,12 @@ def test_nothing_to_clip_passes_through(make, empty):
 @every_method
 def test_leaves_that_pass_through_stand_beside_others(make):
     tree = {**grads(), "none": None, "masked": optax.MaskedNode(), "e": jnp.zeros((0,))}
-    full = {**params(), "none": None, "masked": optax.MaskedNode(), "e": jnp.zeros((0,))}
+    full = {
+        **params(),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "e": jnp.zeros((0,)),
+    }
     clipper = make(0.1)
     clipped, _ = clipper.update(tree, clipper.init(full), full)
     alone, _ = clipper.update(grads(), clipper.init(params()), params())
@@ -202,7 +207,9 @@ def test_vmap_over_models(make):
         one = jax.tree.map(lambda x, i=i: x[i], models)
         alone, state = clipper.update(one, clipper.init(one), one)
         chex.assert_trees_all_close(
-            jax.tree.map(lambda x, i=i: x[i], (clipped, states)), (alone, state), rtol=1e-5
+            jax.tree.map(lambda x, i=i: x[i], (clipped, states)),
+            (alone, state),
+            rtol=1e-5,
         )
 
 

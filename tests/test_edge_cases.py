@@ -25,7 +25,10 @@ element_methods = pytest.mark.parametrize(
 )
 bad_values = pytest.mark.parametrize("bad", [-jnp.inf, jnp.nan])
 
-TREE = {"w": np.array([[3.0, 4.0], [1.0, 2.0]], np.float32), "b": np.ones(3, np.float32)}
+TREE = {
+    "w": np.array([[3.0, 4.0], [1.0, 2.0]], np.float32),
+    "b": np.ones(3, np.float32),
+}
 
 
 def tree(scale=1.0):

@@ -55,7 +55,9 @@ def cases(draw, structures):
         spread = draw(st.sampled_from([0.0, 3.0, 300.0, 3000.0]))
         exponents = np.clip(rng.normal(center, spread, shape), low + 0.001, high - 0.01)
         values = np.exp2(exponents) * rng.choice([-1, 1], shape)
-        values = np.where(rng.random(shape) < draw(st.sampled_from([0, 0.3])), 0, values)
+        values = np.where(
+            rng.random(shape) < draw(st.sampled_from([0, 0.3])), 0, values
+        )
         tree.append(np.asarray(values).astype(jnp.dtype(dtype)))
     return tree, draw(st.floats(-0.1, 30.0))
 
@@ -86,9 +88,7 @@ def check(tree, decades):
     assert float(reference.norm(error)) <= allowed
 
 
-@settings(
-    max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(STRUCTURES))
 def test_norm_and_direction(case):
     check(*case)

@@ -16,7 +16,10 @@ PARAMS = {"w": jnp.full((2, 2), 2.0), "b": jnp.full((3,), 2.0)}
 
 
 def objective(make, limit=1.0):
-    weights = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([1.0, 2.0, -1.0])}
+    weights = {
+        "w": jnp.array([[1.0, -2.0], [0.5, 3.0]]),
+        "b": jnp.array([1.0, 2.0, -1.0]),
+    }
 
     def fun(updates):
         clipped, _ = make(limit).update(updates, None, PARAMS)
@@ -39,13 +42,19 @@ def test_finite_at_zero(make, limit):
 def test_equals_finite_differences(make, size):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        updates = jax.tree.map(lambda p: jnp.asarray(size * rng.normal(size=p.shape)), PARAMS)
-        direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS)
+        updates = jax.tree.map(
+            lambda p: jnp.asarray(size * rng.normal(size=p.shape)), PARAMS
+        )
+        direction = jax.tree.map(
+            lambda p: jnp.asarray(rng.normal(size=p.shape)), PARAMS
+        )
         fun = jax.jit(objective(make))
         step = 1e-6 * size
 
         def at(sign):
-            return fun(jax.tree.map(lambda u, d: u + sign * step * d, updates, direction))
+            return fun(
+                jax.tree.map(lambda u, d: u + sign * step * d, updates, direction)
+            )
 
         numeric = (at(1) - at(-1)) / (2 * step)
         gradient = jax.jit(jax.grad(objective(make)))(updates)
@@ -63,7 +72,9 @@ def test_of_the_norm_at_any_magnitude(scale):
 
 def test_with_respect_to_the_limit():
     def fun(limit):
-        clipped, _ = clipx.functional.clip_by_global_norm([jnp.array([30.0, 40.0])], limit)
+        clipped, _ = clipx.functional.clip_by_global_norm(
+            [jnp.array([30.0, 40.0])], limit
+        )
         return jnp.sum(clipped[0])
 
     np.testing.assert_allclose(jax.grad(fun)(5.0), 1.4, rtol=1e-6)

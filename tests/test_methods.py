@@ -119,15 +119,15 @@ def test_adaptive(axis, clipping):
 def test_value():
     grads = tree()
     clipped, state = clipx.clip_by_value(-0.5, 1.0).update(grads)
-    expected = {k: np.clip(np.asarray(v, np.float64), -0.5, 1) for k, v in grads.items()}
+    expected = {
+        k: np.clip(np.asarray(v, np.float64), -0.5, 1) for k, v in grads.items()
+    }
     for name, want in expected.items():
         np.testing.assert_array_equal(clipped[name], want.astype(np.float32))
     entries = np.concatenate([np.ravel(v) for v in grads.values()])
     outside = np.mean((entries < -0.5) | (entries > 1.0))
     np.testing.assert_allclose(state.metrics.clipped, outside, rtol=1e-6)
-    before, after = (
-        float(reference.norm(list(t.values()))) for t in (grads, expected)
-    )
+    before, after = (float(reference.norm(list(t.values()))) for t in (grads, expected))
     np.testing.assert_allclose(state.metrics.norm, before, rtol=1e-6)
     np.testing.assert_allclose(state.metrics.clipped_norm, after, rtol=1e-6)
     np.testing.assert_allclose(state.metrics.scale, after / before, rtol=1e-6)
@@ -206,7 +206,10 @@ def test_a_schedule_counts_updates_from_zero(make):
 
 
 def test_a_limit_for_each_leaf():
-    grads = {"a": jnp.array([10.0]), "b": {"c": jnp.array([10.0]), "d": jnp.array([1.0])}}
+    grads = {
+        "a": jnp.array([10.0]),
+        "b": {"c": jnp.array([10.0]), "d": jnp.array([1.0])},
+    }
     limits = {"a": 2.0, "b": optax.constant_schedule(3.0)}
     clipped, _ = clipx.clip_by_leaf_norm(limits).update(grads)
     assert [float(x[0]) for x in jax.tree.leaves(clipped)] == [2.0, 3.0, 1.0]
@@ -266,14 +269,18 @@ def test_norm_functions():
     whole = float(reference.norm(list(grads.values())))
     np.testing.assert_allclose(f.global_norm(grads), whole, rtol=1e-6)
     for name, norm in f.leaf_norms(grads, ord=1).items():
-        np.testing.assert_allclose(norm, float(reference.norm([grads[name]], 1)), rtol=1e-6)
+        np.testing.assert_allclose(
+            norm, float(reference.norm([grads[name]], 1)), rtol=1e-6
+        )
     for name, norm in f.unit_norms(grads).items():
         axes = reference.optax_unit_axes(grads[name].shape)
         want = reference.unit_norms(grads[name], axes).astype(np.float64)
         np.testing.assert_allclose(norm, want, rtol=1e-6)
     norms = f.group_norms(grads, lambda path, leaf: leaf.ndim)
     assert list(norms) == [0, 1, 2, 4]
-    np.testing.assert_allclose(norms[2], float(reference.norm([grads["dense"]])), rtol=1e-6)
+    np.testing.assert_allclose(
+        norms[2], float(reference.norm([grads["dense"]])), rtol=1e-6
+    )
     assert float(f.global_norm({})) == 0
     assert float(f.leaf_norms({"e": jnp.zeros((0,))})["e"]) == 0
 

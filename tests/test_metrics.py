@@ -64,7 +64,9 @@ def test_several_clippers_are_told_apart():
     chained = run(optax.chain(clipper(), optax.adam(1e-3), clipx.clip(1.0)))
     assert {k.rsplit("/", 1)[0] for k in clipx.metrics(chained)} == {"clip/0", "clip/2"}
     named = run(
-        optax.named_chain(("first", clipper()), ("o", optax.sgd(1.0)), ("last", clipper()))
+        optax.named_chain(
+            ("first", clipper()), ("o", optax.sgd(1.0)), ("last", clipper())
+        )
     )
     found = clipx.metrics(named, prefix="grads")
     assert {k.rsplit("/", 1)[0] for k in found} == {"grads/first", "grads/last"}
@@ -81,7 +83,9 @@ def test_several_clippers_are_told_apart():
 
 def test_in_an_nnx_optimizer():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.chain(clipper(0.1), optax.adam(1e-3)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, optax.chain(clipper(0.1), optax.adam(1e-3)), wrt=nnx.Param
+    )
 
     @nnx.jit
     def step(model, optimizer):
@@ -117,7 +121,9 @@ def test_no_clipper_is_an_error():
     with pytest.raises(ValueError, match="optax_clipx transform"):
         clipx.metrics(run(optax.adam(1e-3)))
     with pytest.raises(ValueError, match="metrics=False"):
-        clipx.metrics(run(clipx.clip_by_global_norm(optax.constant_schedule(1.0), metrics=False)))
+        clipx.metrics(
+            run(clipx.clip_by_global_norm(optax.constant_schedule(1.0), metrics=False))
+        )
 
 
 def test_counts():
@@ -126,7 +132,11 @@ def test_counts():
     for scale in (1.0, 0.01, jnp.nan, 1.0):
         _, state = tx.update(jax.tree.map(lambda x, s=scale: x * s, PARAMS), state)
     found = state.metrics
-    assert (int(found.steps), int(found.num_clipped), int(found.num_nonfinite)) == (4, 2, 1)
+    assert (int(found.steps), int(found.num_clipped), int(found.num_nonfinite)) == (
+        4,
+        2,
+        1,
+    )
     clipx.check(state)
 
 

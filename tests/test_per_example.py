@@ -14,7 +14,9 @@ def batch(dtype="float32", examples=6):
     rng = np.random.default_rng(0)
     scale = rng.lognormal(size=examples)
     return {
-        "w": jnp.asarray(scale[:, None, None] * rng.normal(size=(examples, 3, 2)), dtype),
+        "w": jnp.asarray(
+            scale[:, None, None] * rng.normal(size=(examples, 3, 2)), dtype
+        ),
         "b": jnp.asarray(scale[:, None] * rng.normal(size=(examples, 4)), dtype),
     }
 
@@ -54,7 +56,9 @@ def test_a_broken_example_adds_zero_and_is_counted(dtype, bad):
     for name, want in expected.items():
         assert total[name].dtype == dtype
         found = total[name].astype(np.float32)
-        np.testing.assert_allclose(found, want.astype(float), rtol=2 * eps, atol=eps / 100)
+        np.testing.assert_allclose(
+            found, want.astype(float), rtol=2 * eps, atol=eps / 100
+        )
 
 
 def test_integer_leaves():

@@ -26,7 +26,9 @@ def test_two_thousand_bfloat16_leaves(float32_leaf):
     """optax accumulates in the leaf's dtype: norm 724 where 1413 is right."""
     leaves = many_bfloat16_leaves()
     extra = [jnp.asarray(np.random.default_rng(1).normal(size=1000), jnp.float32)]
-    tree = {"none": leaves, "first": extra + leaves, "last": leaves + extra}[float32_leaf]
+    tree = {"none": leaves, "first": extra + leaves, "last": leaves + extra}[
+        float32_leaf
+    ]
     true = float(reference.norm(tree))
     clipped, norm = jax.jit(clipx.functional.clip_by_global_norm)(tree, 1.0)
     np.testing.assert_allclose(norm, true, rtol=1e-6)
@@ -88,7 +90,11 @@ def test_gradient_at_zero():
     def through(tx):
         return jax.grad(lambda x: jnp.sum(tx.update([x], optax.EmptyState())[0][0]))
 
-    assert np.all(np.isfinite(through(clipx.clip_by_global_norm(1.0, metrics=False))(jnp.zeros(3))))
+    assert np.all(
+        np.isfinite(
+            through(clipx.clip_by_global_norm(1.0, metrics=False))(jnp.zeros(3))
+        )
+    )
     assert np.all(np.isnan(through(optax.clip_by_global_norm(1.0))(jnp.zeros(3))))
 
 
@@ -96,10 +102,14 @@ def test_the_cap_holds():
     """optax's norm after clipping is above the cap in a few percent of draws."""
     rng = np.random.default_rng(0)
     ours = jax.jit(lambda g: clipx.functional.clip_by_global_norm(g, 1.0)[0])
-    theirs = jax.jit(lambda g: optax.clip_by_global_norm(1.0).update(g, optax.EmptyState())[0])
+    theirs = jax.jit(
+        lambda g: optax.clip_by_global_norm(1.0).update(g, optax.EmptyState())[0]
+    )
     over = {ours: 0.0, theirs: 0.0}
     for _ in range(400):
-        tree = [jnp.asarray(rng.normal(size=size) * 100, jnp.float32) for size in (64, 7)]
+        tree = [
+            jnp.asarray(rng.normal(size=size) * 100, jnp.float32) for size in (64, 7)
+        ]
         for fun in over:
             over[fun] = max(over[fun], float(reference.norm(fun(tree))) - 1)
     assert over[ours] <= 1e-6

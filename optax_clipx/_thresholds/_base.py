@@ -103,7 +103,9 @@ def stateless(limits: Callable[[Any, Context], Any], **options: Any) -> Threshol
 
 def is_pair(value: Any) -> bool:
     """Whether this is a rule, or a bare pair of its two functions."""
-    return isinstance(value, tuple) and len(value) >= 2 and all(map(callable, value[:2]))
+    return (
+        isinstance(value, tuple) and len(value) >= 2 and all(map(callable, value[:2]))
+    )
 
 
 def like(limit: Any, norms: Any) -> Any:

@@ -52,7 +52,9 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
 
     def limits(norms: Any, context: Context) -> Any:
         if context.labels is not None:
-            values = [at(_of_label(limit, k, name), context.step) for k in context.labels]
+            values = [
+                at(_of_label(limit, k, name), context.step) for k in context.labels
+            ]
             return jnp.stack([jnp.asarray(v).astype(norms.dtype) for v in values])
         if context.pack is None or (not isinstance(norms, tuple) and norms.ndim == 0):
             raise ValueError(
@@ -80,7 +82,9 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
 
 def is_limit(value: Any) -> bool:
     """Whether this is one limit: a number, an array or a schedule."""
-    return callable(value) or isinstance(value, int | float | np.ndarray | np.generic | jax.Array)
+    return callable(value) or isinstance(
+        value, int | float | np.ndarray | np.generic | jax.Array
+    )
 
 
 def at(limit: Any, step: Any) -> Any:
@@ -119,7 +123,9 @@ def check_number(value: Any, name: str) -> None:
 
 def _of_label(limits: Any, label: Any, name: str) -> Any:
     if not isinstance(limits, dict):
-        raise TypeError(f"Expected {name} to be a dict from label to limit, got {limits!r}.")
+        raise TypeError(
+            f"Expected {name} to be a dict from label to limit, got {limits!r}."
+        )
     if label not in limits:
         raise ValueError(
             f"Expected a limit for every label, got none for {label!r}: {name} has"

@@ -1,0 +1,39 @@
+"""The code of README and docs runs, and the API page misses no public name."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+from test_docstrings import NAMES
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ["README.md", "docs/index.md", "docs/quickstart.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.*jax.tree_util:DeprecationWarning")
+def test_the_code_of_a_page_runs(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, page, "exec"), namespace)
+    assert re.search(r"92\.73618|clip/norm 92\.73618", capsys.readouterr().out)
+
+
+def test_the_api_page_has_every_public_name():
+    listed = re.findall(r"^   (\w[\w.]*)$", (ROOT / "docs/api.md").read_text(), re.M)
+    listed = {name.rsplit(".", 1)[-1] for name in listed}
+    assert {name.rsplit(".", 1)[-1] for name in NAMES} == listed
+
+
+def test_the_two_commands_stand_on_the_first_screen():
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:48]
+    commands = [
+        line for line in first_screen if line.startswith("python3 -m venv .venv && ")
+    ]
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/python examples/exploding_gradients.py")
+    assert commands[1].endswith('".[test]" && .venv/bin/python -m pytest')
