@@ -49,7 +49,10 @@ def draw(runs: list[Any], path: Path) -> None:
         figure.tight_layout(rect=(0, 0.04, 1, 1), h_pad=1.6, w_pad=2.0)
         num_seeds = len(runs[0].loss)
         if num_seeds > 1:
-            note = f"Lines: median of {num_seeds} seeds. Bands: smallest to largest."
+            note = (
+                f"Lines: median of {num_seeds} seeds, smoothed where there are many"
+                " steps. Bands: smallest to largest."
+            )
             figure.text(0.01, 0.01, note, color="0.35", size=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -134,13 +137,11 @@ def draw_limit(axis: Axes, run: Any) -> None:
     axis.axhline(run.limit, color="black", lw=1.4, ls="--", zorder=4)
     axis.annotate(
         f"limit {run.limit:g}",
-        (0.99, run.limit),
+        (0.01, run.limit),
         xycoords=("axes fraction", "data"),
         xytext=(0, -5),
         textcoords="offset points",
-        ha="right",
         va="top",
-        bbox={"fc": "white", "ec": "none", "pad": 1.5, "alpha": 0.8},
     )
     steps = np.flatnonzero(run.history["norm"][0] > run.limit) + 1
     below = axis.get_xaxis_transform()

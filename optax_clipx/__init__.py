@@ -1,4 +1,4 @@
-"""Gradient clipping for JAX: right at any magnitude, on any mesh, and it says what it did."""
+"""Gradient clipping for JAX: right at any magnitude, and it says what it did."""
 
 from importlib.metadata import version as _version
 

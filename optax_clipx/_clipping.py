@@ -10,7 +10,7 @@ import optax
 from . import _metrics, _policies, _scaling
 from ._elements import clip_by_magnitude
 from ._grouping import Groups, Packed, ScalarGroups
-from ._leaves import Leaves, flatten, show
+from ._leaves import Leaves, flatten, from_prefix, show
 from ._measures import Measure
 from ._reductions import Norms, accumulator, as_they_are, norms
 from ._responses import rescale
@@ -192,9 +192,9 @@ def _clip_norms(
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
     summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
-    scales, zero = _scaling.settle(scales, lost, zero)
-    zero = zero if options.nonfinite == "zero" else None
-    clipped = _scaling.apply(arrays, groups, scales, zero)
+    scales, zeroed = _scaling.settle(scales, lost, zero)
+    flag = zeroed if options.nonfinite == "zero" else None
+    clipped = _scaling.apply(arrays, groups, scales, flag)
     return Step(clipped, summary, new_rule, norm.value)
 
 
@@ -230,8 +230,10 @@ def _limits(
         labels=measure.names(leaves) if measure.scope == "group" else None,
     )
     limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
-    if jax.tree.structure(limits) != jax.tree.structure(norm.value):
+    if jax.tree_util.all_leaves([limits]):
         limits = jax.tree.map(lambda n: limits, norm.value)
+    elif not isinstance(limits, tuple):
+        limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
     limits = jax.tree.map(
         lambda t, n: jnp.broadcast_to(jnp.asarray(t).astype(n.dtype), n.shape),
         limits,

@@ -1,6 +1,6 @@
 """Which leaves of a pytree are clipped, and what they are called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +109,7 @@ def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
 
 def from_prefix(
     prefix: Any,
-    paths: list[Path],
+    paths: Sequence[Path],
     what: str,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> list[Any]:

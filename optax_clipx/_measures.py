@@ -32,7 +32,7 @@ class Measure:
     def __call__(
         self, updates: Any, *, axis_name: Any = None, specs: Any = None
     ) -> Any:
-        """The norms, as a pytree prefix of the updates (a dict of labels for groups)."""
+        """The norms, as a pytree prefix of the updates; for groups a dict."""
         leaves = flatten(updates)
         if self.scope == "element":
             return leaves.rebuild([jnp.abs(x) for x in leaves.arrays])
@@ -212,7 +212,8 @@ def group_norms(labels: Any, ord: Any = None) -> Measure:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
         >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.ones(1)}
-        >>> norms = clipx.group_norms({"w": "weights", "v": "weights", "b": "bias"})(grads)
+        >>> labels = {"w": "weights", "v": "weights", "b": "bias"}
+        >>> norms = clipx.group_norms(labels)(grads)
         >>> print(norms["weights"], norms["bias"])
         5.0 1.0
 

@@ -322,7 +322,7 @@ def clip_by_group_norm(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.array([9.0])}
+        >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": 9 * jnp.ones(1)}
         >>> labels = lambda path, leaf: "bias" if path == ("b",) else "weights"
         >>> clipper = clipx.clip_by_group_norm({"weights": 1.0, "bias": 2.0}, labels)
         >>> grads, _ = clipper.update(grads)

@@ -146,7 +146,7 @@ def _row(
     """What `_from_rows` needs to know of these groups, as one short vector."""
     dtype = jax.tree.leaves(norms.value)[0].dtype
     count, size = 0, 0.0
-    over, bad, unusable, worst = [], [], [], []
+    over, bad, unusable, each = [], [], [], []
     for n, t, s, entries in zip(
         jax.tree.leaves(norms.value),
         jax.tree.leaves(limits),
@@ -161,8 +161,9 @@ def _row(
         unusable.append(jnp.any(~(t >= 0)))
         ratio = n / t
         ratio = jnp.where(jnp.isnan(ratio), jnp.where(n == 0, 0, jnp.inf), ratio)
-        worst.append(_worst(ratio, t, s))
-    worst = _worst(*(jnp.stack(x) for x in zip(*worst, strict=True)))
+        each.append(_worst(ratio, t, s))
+    ratios, thresholds, scale_of = zip(*each, strict=True)
+    worst = _worst(jnp.stack(ratios), jnp.stack(thresholds), jnp.stack(scale_of))
     before = whole(norms.value, sizes, ord)
     after = whole(scales.clipped_norm, sizes, ord)
     numbers = [
@@ -337,7 +338,7 @@ def check(opt_state: Any) -> None:
         >>> clipx.check(state)
         Traceback (most recent call last):
         ...
-        FloatingPointError: clip: non-finite updates in step 1 (norm nan); 1 such step...
+        FloatingPointError: clip: non-finite updates in step 1 (norm nan); 1 such...
 
     References:
         :func:`jax.experimental.checkify.checkify` is the general tool of this kind.

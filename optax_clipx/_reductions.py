@@ -262,9 +262,9 @@ def whole(norms: Packed, sizes: Packed, ord: Ord) -> tuple[jax.Array, jax.Array]
     leaves, weights = jax.tree.leaves(norms), jax.tree.leaves(sizes)
     peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    power = 2.0 if ord == "rms" else ord
     if ord == float("inf"):
         return peak, jnp.ones_like(peak)
+    power = _exponent(ord)
     terms = []
     for n, size in zip(leaves, weights, strict=True):
         weight = jnp.asarray(size if ord == "rms" else 1, n.dtype)
@@ -277,12 +277,16 @@ def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Arr
     peak = jnp.max(peaks)
     if ord == float("inf"):
         return peak
-    power = 2.0 if ord == "rms" else ord
+    power = _exponent(ord)
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     total = jnp.sum(totals * _power(peaks / safe, power))
     if ord == "rms":
         total = total / jnp.asarray(size, total.dtype)
     return _saturated_quotient(safe * _power(total, 1 / power), jnp.ones_like(peak))
+
+
+def _exponent(ord: Ord) -> float:
+    return 2.0 if isinstance(ord, str) else ord
 
 
 def _square(x: jax.Array) -> jax.Array:

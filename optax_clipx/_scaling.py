@@ -1,5 +1,6 @@
 """From norms and limits to scales, and from scales to clipped leaves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Scales(NamedTuple):
 def scales(norms: Norms, limits: Packed, response: Response) -> Scales:
     """What each group is multiplied by, whatever the magnitudes."""
     found = jax.tree.map(
-        lambda *x: _scale(*x, response),
+        functools.partial(_scale, response),
         norms.value,
         norms.root,
         norms.factor,
@@ -45,12 +46,12 @@ def _field(found: Any, like: Packed, index: int) -> Packed:
 
 
 def _scale(
+    response: Response,
     value: jax.Array,
     root: jax.Array,
     factor: jax.Array,
     squares: jax.Array,
     limit: jax.Array,
-    response: Response,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     info = jnp.finfo(value.dtype)
     # The norm itself, or where it is beyond the largest number its root.
@@ -95,6 +96,7 @@ def _sharpened(
     return scale + jnp.where(usable, sharp, 0)
 
 
+@functools.partial(jax.jit, inline=True)
 def settle(
     scales: Scales, lost: jax.Array, zero: jax.Array
 ) -> tuple[Scales, jax.Array]:

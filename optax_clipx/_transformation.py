@@ -1,4 +1,4 @@
-"""A step of clipping as an optax transformation: state, policies, leaves let through."""
+"""A step of clipping as an optax transformation: state, policies, empty trees."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,11 +65,12 @@ def transformation(
         steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
         rule_state = state.rule if kept else ()
         if not leaves.arrays:
-            nothing = _metrics.nothing()
-            new_metrics = _metrics.advance(state.metrics, nothing) if kept else None
-            return updates, ClipState(new_metrics, rule_state) if kept else state
+            if not isinstance(state, ClipState):
+                return updates, state
+            new_metrics = _metrics.advance(state.metrics, _metrics.nothing())
+            return updates, ClipState(new_metrics, rule_state)
         found = step(leaves, params, rule_state, steps, extra)
-        if not kept:
+        if not isinstance(state, ClipState):
             return leaves.rebuild(found.arrays), state
         new_rule = _unless(found.summary.nonfinite, found.rule, rule_state)
         new_metrics = _metrics.advance(state.metrics, found.summary)

@@ -11,11 +11,13 @@ from jaxtyping import Array, Float
 
 from ._clipping import clip_once
 from ._elements import clamp_once
-from ._measures import LeafAxis
-from ._measures import group_norms as _group_norms
-from ._measures import leaf_norms as _leaf_norms
-from ._measures import tree_norm as _tree_norm
-from ._measures import unit_norms as _unit_norms
+from ._measures import (
+    LeafAxis,
+    group_norms as _group_norms,
+    leaf_norms as _leaf_norms,
+    tree_norm as _tree_norm,
+    unit_norms as _unit_norms,
+)
 from ._responses import rescale
 from ._thresholds._constant import constant
 from ._thresholds._relative import relative_to_params
@@ -46,7 +48,7 @@ def global_norm(
     Example:
         >>> import jax.numpy as jnp
         >>> from optax_clipx import functional
-        >>> print(functional.global_norm({"w": jnp.array([3e30]), "b": jnp.array([4e30])}))
+        >>> print(functional.global_norm([jnp.array([3e30]), jnp.array([4e30])]))
         5e+30
 
     References:
@@ -140,7 +142,8 @@ def group_norms(
         >>> import jax.numpy as jnp
         >>> from optax_clipx import functional
         >>> tree = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.ones(1)}
-        >>> norms = functional.group_norms(tree, {"w": "weights", "v": "weights", "b": "bias"})
+        >>> labels = {"w": "weights", "v": "weights", "b": "bias"}
+        >>> norms = functional.group_norms(tree, labels)
         >>> print(norms["weights"], norms["bias"])
         5.0 1.0
 
@@ -232,7 +235,9 @@ def clip_by_global_norm(
     axis_name: Any = None,
     specs: Any = None,
 ) -> tuple[Any, Float[Array, "..."]]:
-    r"""Clips the norm of all leaves together: :math:`\min(1, t / (\|u\| + \epsilon))\, u`.
+    r"""Clips the norm of all leaves together; the direction is kept.
+
+    .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
 
     Args:
         tree: a pytree of floating-point or complex arrays.

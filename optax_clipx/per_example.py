@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ._leaves import flatten
-from ._reductions import times, widened
+from ._reductions import widened
 from .functional import clip_by_global_norm
 
 
@@ -107,7 +107,7 @@ def per_example_layer_norm_clip(
         for leaf, share in zip(leaves, shares, strict=True)
     ]
     sums, counts = zip(*found, strict=True)
-    return treedef.unflatten(sums), treedef.unflatten(counts)
+    return jax.tree.unflatten(treedef, sums), jax.tree.unflatten(treedef, counts)
 
 
 def _floating(leaf: Any) -> Any:

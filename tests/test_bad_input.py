@@ -76,7 +76,7 @@ def test_types_are_refused_at_construction(call, message):
 def test_integer_leaves(make, dtype):
     grads = {"layers": [{"kernel": jnp.ones((2, 2), dtype), "bias": jnp.ones(2)}]}
     clipper = make(1.0)
-    with pytest.raises(TypeError, match=f"{dtype} at layers/0/kernel.*masked"):
+    with pytest.raises(TypeError, match=rf"{dtype} at layers/0/kernel\..*masked"):
         clipper.update(grads, clipper.init(PARAMS), PARAMS)
 
 

@@ -1,4 +1,4 @@
-"""Clipping can be differentiated: finite at zero, and right above and below the limit."""
+"""Clipping can be differentiated: finite at zero, right above and below the limit."""
 
 import jax
 import jax.numpy as jnp

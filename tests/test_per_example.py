@@ -1,4 +1,4 @@
-"""The per-example functions that optax names, in every dtype and with broken examples."""
+"""The per-example functions of optax's names, also with broken examples."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +44,7 @@ def test_a_broken_example_adds_zero_and_is_counted(dtype, bad):
     grads = batch(dtype)
     grads["w"] = grads["w"].at[2, 0, 0].set(bad)
     total, num_clipped = clipx.per_example_global_norm_clip(grads, 0.01)
-    expected = {name: 0.0 for name in grads}
+    expected = dict.fromkeys(grads, 0.0)
     for i in range(6):
         if i == 2:
             continue

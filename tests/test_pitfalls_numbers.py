@@ -131,7 +131,7 @@ def test_float32_limits_with_bfloat16_gradients(limit):
 
 
 def test_a_tiny_limit_is_kept():
-    """PyTorch's absolute eps of 1e-6 leaves 8.3e-7 for a limit of 1e-6 and a norm of 5e-6."""
+    """PyTorch's absolute eps makes 8.3e-7 of a limit of 1e-6, at a norm of 5e-6."""
     tree = [jnp.array([3e-6, 4e-6])]
     ours, _ = clipx.clip_by_global_norm(1e-6).update(tree)
     np.testing.assert_allclose(float(reference.norm(ours)), 1e-6, rtol=1e-6)

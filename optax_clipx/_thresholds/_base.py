@@ -1,6 +1,7 @@
 """What a threshold rule is, and what it is told."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +40,8 @@ class Context(NamedTuple):
 
     step: Int[Array, "..."] | int
     params_norms: Any = None
-    extra: Mapping[str, Any] = {}
-    paths: list[Path] = []
+    extra: Mapping[str, Any] = MappingProxyType({})
+    paths: Sequence[Path] = ()
     pack: Callable[..., Any] | None = None
     labels: list[Any] | None = None
 

@@ -58,7 +58,8 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
             return jnp.stack([jnp.asarray(v).astype(norms.dtype) for v in values])
         if context.pack is None or (not isinstance(norms, tuple) and norms.ndim == 0):
             raise ValueError(
-                f"Expected a single {name} for the norm of the whole tree, got {limit!r}."
+                f"Expected a single {name} for the norm of the whole tree, got"
+                f" {limit!r}."
             )
         leaves = jax.tree.leaves(norms)
         given = from_prefix(limit, context.paths, name)

@@ -10,7 +10,9 @@ from ._constant import at, check_limit
 
 
 def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
-    r"""A limit in proportion to the parameters: :math:`t = \lambda \max(\|w\|, \epsilon)`.
+    r"""A limit in proportion to the norm of the parameters.
+
+    .. math:: t = \lambda \max(\|w\|, \epsilon)
 
     The parameters are measured as the updates are: with :func:`unit_norms` this is the
     limit of adaptive gradient clipping.

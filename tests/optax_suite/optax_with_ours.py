@@ -1,4 +1,4 @@
-"""A pytest plugin: optax's clipping names stand for ours, before its tests import them."""
+"""A pytest plugin: optax's clipping names are ours before its tests import them."""
 
 import functools
 import importlib
