@@ -104,17 +104,17 @@ def test_unusable_numbers_are_refused_at_construction(make, limit):
 
 
 @every_method
-@pytest.mark.parametrize("limit", [-1.0, np.nan])
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
-@pytest.mark.parametrize("updates", [tree(), tree(0), broken(jnp.nan)])
-def test_unusable_traced_limits_make_everything_nan(make, limit, policy, updates):
+def test_unusable_traced_limits_make_everything_nan(make, policy):
     @jax.jit
     def step(limit, updates):
         return make(limit, nonfinite=policy).update(updates, None, tree())
 
-    clipped, _ = step(jnp.float32(limit), updates)
-    for leaf in jax.tree.leaves(clipped):
-        assert np.all(np.isnan(leaf))
+    for limit in (-1.0, np.nan):
+        for updates in (tree(), tree(0), broken(jnp.nan)):
+            clipped, _ = step(jnp.float32(limit), updates)
+            for leaf in jax.tree.leaves(clipped):
+                assert np.all(np.isnan(leaf))
 
 
 @norm_and_relative

@@ -1,0 +1,115 @@
+"""The examples run at a small size, and show what they say they show."""
+
+import gzip
+import os
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments, cwd, check=True):
+    found = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check:
+        assert found.returncode == 0, found.stderr[-3000:]
+    return found
+
+
+def rows_of(output):
+    cells = [
+        re.split(r"\s*\|\s*", x)[1:-1] for x in output.splitlines() if x[:1] == "|"
+    ]
+    return {(c[0], c[1], c[2]): c for c in cells}
+
+
+def is_picture(path):
+    return (
+        path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    )
+
+
+def write_idx(path, array):
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim)
+    data = header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    with gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb") as file:
+        file.write(data)
+
+
+def test_the_regression_explodes_without_clipping_and_trains_with_it(tmp_path):
+    arguments = ["--task", "regression", "--seeds", 2, "--methods", "none", "global"]
+    found = run("exploding_gradients.py", *arguments, "--output", "out", cwd=tmp_path)
+    rows = rows_of(found.stdout)
+    without, clipped = (
+        rows["regression", "mlp", "none"],
+        rows["regression", "mlp", "global"],
+    )
+    assert without[4] == "nan"
+    assert int(without[6].split()[0]) <= 6
+    assert clipped[6] == "never"
+    assert float(clipped[4].split()[0]) < 100
+    assert is_picture(tmp_path / "out" / "exploding_gradients.png")
+    logs = list((tmp_path / "out").rglob("*tfevents*"))
+    assert len(logs) == 4
+    text = b"".join(log.read_bytes() for log in logs)
+    for tag in (b"loss", b"norm", b"clipped_norm", b"scale", b"clip_rate"):
+        assert tag in text
+
+
+@pytest.mark.slow
+def test_everything_quickly(tmp_path):
+    found = run("exploding_gradients.py", "--quick", "--output", "out", cwd=tmp_path)
+    methods = {method for _, _, method in rows_of(found.stdout)}
+    assert {"none", "value", "leaf", "global", "adaptive"} <= methods
+
+
+@pytest.mark.slow
+def test_mnist_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 96), ("t10k", 32)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", images)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", labels)
+    arguments = [
+        "--dataset",
+        "mnist",
+        "--data-dir",
+        tmp_path,
+        "--task",
+        "rows",
+        "--quick",
+    ]
+    methods = ["--methods", "none", "global"]
+    found = run("exploding_gradients.py", *arguments, *methods, cwd=tmp_path)
+    assert any(task == "rows" for task, _, _ in rows_of(found.stdout))
+
+
+def test_missing_mnist_files_are_named(tmp_path):
+    arguments = ["--dataset", "mnist", "--data-dir", tmp_path, "--task", "rows"]
+    found = run("exploding_gradients.py", *arguments, cwd=tmp_path, check=False)
+    assert found.returncode != 0
+    assert "train-images-idx3-ubyte" in found.stderr
+    assert str(tmp_path) in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_cliff(tmp_path):
+    found = run("cliff.py", "--output", "out", cwd=tmp_path)
+    largest, smaller = map(
+        float, re.findall(r"that step was ([\d.]+) long", found.stdout)
+    )
+    assert largest > 10 > 0.2 > smaller
+    assert is_picture(tmp_path / "out" / "cliff.png")
