@@ -110,7 +110,9 @@ def clip_by(
         )
 
     def init_rule(leaves: Leaves) -> Any:
-        return rule.init(_no_norms(measure.groups(leaves), leaves, measure))
+        return rule.init(
+            _no_norms(measure.groups(leaves, axis_name, specs), leaves, measure)
+        )
 
     return transformation(init_rule, step, rule, options)
 
@@ -131,7 +133,9 @@ def clip_once(
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
     found = _clip_norms(leaves, params, (), 0, extra, measure, rule, response, options)
-    return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves)
+    return leaves.rebuild(found.arrays), measure.unpack(
+        found.norms, leaves, measure.groups(leaves, options.axis_name, options.specs)
+    )
 
 
 def _clip_norms(
@@ -145,7 +149,7 @@ def _clip_norms(
     response: Response,
     options: Options,
 ) -> Step:
-    groups = measure.groups(leaves)
+    groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
     given = extra.get(options.norm_arg) if measure.scope == "tree" else None
 
@@ -234,8 +238,9 @@ def _limits(
         limits = jax.tree.map(lambda n: limits, norm.value)
     elif not isinstance(limits, tuple):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
+    # Zeros like the norms, so that limits lie on the mesh as these do.
     limits = jax.tree.map(
-        lambda t, n: jnp.broadcast_to(jnp.asarray(t).astype(n.dtype), n.shape),
+        lambda t, n: jnp.asarray(t).astype(n.dtype) + jnp.zeros_like(n),
         limits,
         norm.value,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._leaves import Path, show
-from ._mesh import Placement, axes_to_sum, max_over, size_of, sum_over
+from ._mesh import Placement, axes_to_sum, max_over, size_of, sum_over, varying
 
 Packed = Any  # a jax.Array, or a tuple of them for units
 Terms = Sequence[jax.Array]  # for each leaf an array of its own shape
@@ -40,7 +40,7 @@ class ScalarGroups:
         if axes and kind == "sum":
             copies = _copies(places, axes)
             if np.any(copies != 1):
-                columns = columns / jnp.asarray(copies, columns.dtype)
+                columns = columns / jnp.asarray(copies, columns.dtype)[None]
         totals = self._combine(columns, reduce)
         totals = (sum_over if kind == "sum" else max_over)(totals, axes)
         return [totals[k] for k in range(len(terms))]
@@ -123,13 +123,15 @@ class UnitGroups:
             ]
             for leaf in terms
         ]
-        by_axes: dict[tuple[str, ...], list[int]] = {}
+        # Leaves that vary alike are concatenated: a concatenation varies as its parts
+        # do together, and what is typed as varying cannot be replicated again.
+        by_axes: dict[Any, list[int]] = {}
         for leaf, (place, axes) in enumerate(zip(places, self.axes, strict=True)):
             cut = self._reduced_mesh_axes(leaf, place, axes)
             if cut:
-                by_axes.setdefault(cut, []).append(leaf)
+                by_axes.setdefault((cut, varying(local[0][leaf])), []).append(leaf)
         over = sum_over if kind == "sum" else max_over
-        for cut, members in by_axes.items():
+        for (cut, _), members in by_axes.items():
             flat = [local[k][i].ravel() for k in range(len(terms)) for i in members]
             summed = over(jnp.concatenate(flat), cut)
             pieces = jnp.split(summed, np.cumsum([x.size for x in flat])[:-1])

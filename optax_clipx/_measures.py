@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import _mesh
 from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
 from ._leaves import Leaves, Path, flatten, from_prefix, show
 from ._reductions import Ord, norms
@@ -38,24 +39,28 @@ class Measure:
             return leaves.rebuild([jnp.abs(x) for x in leaves.arrays])
         if not leaves.arrays:
             return self.unpack(None, leaves)
-        groups = self.groups(leaves)
+        groups = self.groups(leaves, axis_name, specs)
         (found,) = norms(
             [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
         )
-        return self.unpack(found.value, leaves)
+        return self.unpack(found.value, leaves, groups)
 
-    def unpack(self, packed: Packed, leaves: Leaves) -> Any:
+    def unpack(
+        self, packed: Packed, leaves: Leaves, groups: Groups | None = None
+    ) -> Any:
         """Packed norms as a prefix of the updates; 0 for leaves that pass through."""
         if self.scope == "tree":
             return jnp.zeros((), jnp.float32) if packed is None else packed
         if self.scope == "group":
             found = () if packed is None else packed
             return dict(zip(self.names(leaves), found, strict=True))
-        spread = self.groups(leaves).spread(packed) if packed is not None else []
+        spread = groups.spread(packed) if groups is not None else []
         zeros = [jnp.zeros((), jnp.float32) for _ in leaves.everything]
         return leaves._replace(everything=zeros).rebuild(spread)
 
-    def groups(self, leaves: Leaves) -> Groups:
+    def groups(
+        self, leaves: Leaves, axis_name: Any = None, specs: Any = None
+    ) -> Groups:
         """How the leaves fall into groups."""
         if self.scope == "tree":
             return ScalarGroups((0,) * len(leaves.arrays), None)
@@ -65,9 +70,18 @@ class Measure:
             return ScalarGroups(tuple(names.index(n) for n in labels), len(names))
         if self.scope == "leaf" and self.batch_axes is None:
             return ScalarGroups(tuple(range(len(leaves.arrays))), len(leaves.arrays))
+        shapes = [leaf.shape for leaf in leaves.arrays]
+        if specs is not None and any(isinstance(x, jax.Array) for x in leaves.arrays):
+            places = _mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
+            shapes = [
+                _mesh.whole_shape(shape, place)
+                for shape, place in zip(shapes, places, strict=True)
+            ]
         axes = tuple(
-            self._unit_axes(path, leaf)
-            for path, leaf in zip(leaves.paths, leaves.arrays, strict=True)
+            self._unit_axes(path, leaf, shape)
+            for path, leaf, shape in zip(
+                leaves.paths, leaves.arrays, shapes, strict=True
+            )
         )
         return UnitGroups(axes, tuple(leaves.paths))
 
@@ -82,7 +96,9 @@ class Measure:
         """The labels in use, sorted."""
         return sorted(set(self.label_leaves(leaves)), key=str)
 
-    def _unit_axes(self, path: Path, leaf: Any) -> tuple[int, ...]:
+    def _unit_axes(
+        self, path: Path, leaf: Any, shape: tuple[int, ...]
+    ) -> tuple[int, ...]:
         every = tuple(range(leaf.ndim))
         if self.scope == "leaf":
             batch = _axes_of(self.batch_axes, path, leaf, "batch_axes")
@@ -91,7 +107,7 @@ class Measure:
         if axes is not None:
             return axes
         # optax's rule by rank: input axes of a dense layer, heads or convolution.
-        if sum(n != 1 for n in leaf.shape) <= 1:
+        if sum(n != 1 for n in shape) <= 1:
             return every
         if leaf.ndim > 5:
             raise ValueError(

@@ -60,6 +60,13 @@ def placements(
     return [_from_type(x, p, manual) for x, p in zip(arrays, paths, strict=True)]
 
 
+def whole_shape(shape: tuple[int, ...], place: Placement) -> tuple[int, ...]:
+    """The shape on the whole mesh of a leaf of manual code; its own where unknown."""
+    if not place.dims:
+        return shape
+    return tuple(n * size_of(axes) for n, axes in zip(shape, place.dims, strict=True))
+
+
 def is_unknown(axis_name: Any, specs: Any) -> bool:
     """Whether this is manual code whose types are blind and nothing was passed."""
     manual = _manual_axes()
@@ -71,7 +78,7 @@ def axes_to_sum(arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
     """The axes of one sum over all leaves: where any is sharded, or varies by type."""
     axes = {name for place in places for name in place.axes}
     for array in arrays:
-        axes |= _varying(array)
+        axes |= varying(array)
     return tuple(sorted(axes))
 
 
@@ -127,9 +134,9 @@ def map_local(
     def local(shards: Any, extras: Any) -> Any:
         places = []
         for shard, leaf_dims in zip(shards, dims, strict=True):
-            varying = _varying(shard)
-            known = leaf_dims if not varying & manual else None
-            places.append(Placement(tuple(sorted(varying)), known))
+            axes = varying(shard)
+            known = leaf_dims if not axes & manual else None
+            places.append(Placement(tuple(sorted(axes)), known))
         return fun(shards, places, extras)
 
     return jax.shard_map(
@@ -162,10 +169,11 @@ def _manual_axes() -> Axes:
 
 def _has_types(manual: Axes) -> bool:
     # An axis index varies over its axis; where the types are off, it does not say so.
-    return manual[0] in _varying(lax.axis_index(manual[0]))
+    return manual[0] in varying(lax.axis_index(manual[0]))
 
 
-def _varying(value: Any) -> frozenset[str]:
+def varying(value: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value varies, by its type."""
     kind = jax.typeof(value)
     manual = getattr(kind, "manual_axis_type", None)
     if manual is not None:
@@ -176,13 +184,12 @@ def _varying(value: Any) -> frozenset[str]:
 def _vary(value: jax.Array, axes: Axes) -> jax.Array:
     if not _has_types(_manual_axes() or axes):
         return value
-    missing = tuple(name for name in axes if name not in _varying(value))
+    missing = tuple(name for name in axes if name not in varying(value))
     return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def _from_type(array: Any, path: Path, manual: Axes) -> Placement:
-    varying = _varying(array)
-    axes = tuple(name for name in manual if name in varying)
+    axes = tuple(name for name in manual if name in varying(array))
     return Placement(axes, None if axes else ())
 
 

@@ -105,18 +105,19 @@ def summarize(
 
     places = _mesh.placements(arrays, paths, axis_name, specs)
     sizes = groups.sizes(arrays, places)
-    row = _row(norms, limits, scales, sizes, ord)
-    kept = tuple(
-        sorted(
-            {
-                name
-                for place, reduced in zip(places, groups.axes, strict=True)
-                for i, names in enumerate(place.dims or ())
-                for name in names
-                if i not in reduced
-            }
-        )
-    )
+    kept_axes = [
+        {
+            name
+            for i, names in enumerate(place.dims or ())
+            for name in names
+            if i not in reduced
+        }
+        for place, reduced in zip(places, groups.axes, strict=True)
+    ]
+    kept = tuple(sorted(set().union(*kept_axes)))
+    # A unit that several rows have counts once.
+    copies = [_mesh.size_of(tuple(set(kept) - own)) for own in kept_axes]
+    row = _row(norms, limits, scales, sizes, ord, [1 / n for n in copies])
     if kept:
         table = jnp.zeros((_mesh.size_of(kept), *row.shape), row.dtype)
         table = lax.dynamic_update_slice(table, row[None], (_mesh.index_in(kept), 0))
@@ -141,31 +142,40 @@ def _of_tree(norms: Norms, limits: Packed, scales: Scales) -> Summary:
 
 
 def _row(
-    norms: Norms, limits: Packed, scales: Scales, sizes: Packed, ord: Ord
+    norms: Norms,
+    limits: Packed,
+    scales: Scales,
+    sizes: Packed,
+    ord: Ord,
+    weights: list[float] | None = None,
 ) -> jax.Array:
     """What `_from_rows` needs to know of these groups, as one short vector."""
     dtype = jax.tree.leaves(norms.value)[0].dtype
-    count, size = 0, 0.0
+    count, size = 0.0, 0.0
     over, bad, unusable, each = [], [], [], []
-    for n, t, s, entries in zip(
-        jax.tree.leaves(norms.value),
+    leaves = jax.tree.leaves(norms.value)
+    weights = weights or [1.0] * len(leaves)
+    for n, t, s, entries, weight in zip(
+        leaves,
         jax.tree.leaves(limits),
         jax.tree.leaves(scales.product()),
         jax.tree.leaves(sizes),
+        weights,
         strict=True,
     ):
-        count += n.size
-        size += float(np.sum(np.broadcast_to(entries, n.shape)))
-        over.append(jnp.sum((n > t).astype(dtype)))
+        count += n.size * weight
+        size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+        over.append(jnp.sum((n > t).astype(dtype)) * jnp.asarray(weight, dtype))
         bad.append(jnp.any(~jnp.isfinite(n)))
         unusable.append(jnp.any(~(t >= 0)))
-        ratio = n / t
-        ratio = jnp.where(jnp.isnan(ratio), jnp.where(n == 0, 0, jnp.inf), ratio)
+        finite = jnp.isfinite(n) & (t > 0)
+        ratio = jnp.where(finite, n, 0) / jnp.where(finite, t, 1)
+        ratio = jnp.where(finite | (n == 0), ratio, jnp.inf)
         each.append(_worst(ratio, t, s))
     ratios, thresholds, scale_of = zip(*each, strict=True)
     worst = _worst(jnp.stack(ratios), jnp.stack(thresholds), jnp.stack(scale_of))
-    before = whole(norms.value, sizes, ord)
-    after = whole(scales.clipped_norm, sizes, ord)
+    before = whole(norms.value, sizes, ord, weights)
+    after = whole(scales.clipped_norm, sizes, ord, weights)
     numbers = [
         *before,
         *after,

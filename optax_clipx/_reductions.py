@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _mesh
@@ -257,18 +258,20 @@ def _power_norms(
     return root, factor
 
 
-def whole(norms: Packed, sizes: Packed, ord: Ord) -> tuple[jax.Array, jax.Array]:
+def whole(
+    norms: Packed, sizes: Packed, ord: Ord, weights: Sequence[float]
+) -> tuple[jax.Array, jax.Array]:
     """`(peak, total)` of packed norms, from which `combine` makes the whole norm."""
-    leaves, weights = jax.tree.leaves(norms), jax.tree.leaves(sizes)
+    leaves = jax.tree.leaves(norms)
     peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     if ord == float("inf"):
         return peak, jnp.ones_like(peak)
-    power = _exponent(ord)
     terms = []
-    for n, size in zip(leaves, weights, strict=True):
-        weight = jnp.asarray(size if ord == "rms" else 1, n.dtype)
-        terms.append(jnp.sum(_power(n / safe, power) * weight))
+    for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
+        factor = np.asarray(size) * weight if ord == "rms" else weight
+        powers = _power(n / safe, _exponent(ord))
+        terms.append(jnp.sum(powers * jnp.asarray(factor, n.dtype)))
     return peak, jnp.sum(jnp.stack(terms))
 
 

@@ -134,7 +134,11 @@ def _apply(
     wide = jnp.asarray(array).astype(widened(array, fine.dtype))
     scaled = times(times(wide, coarse), fine).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    result = jnp.where(coarse * fine == 1, array, scaled)
+    same = coarse * fine == 1
+    if same.ndim:
+        # On Explicit axes a select wants its predicate sharded as its operands are.
+        same = same & jnp.ones_like(scaled, jnp.bool_)
+    result = jnp.where(same, array, scaled)
     if zero is None:
         return result
     return jnp.where(zero, jnp.zeros_like(result), result)

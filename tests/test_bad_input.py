@@ -117,9 +117,10 @@ def test_labels():
 
 
 def test_prefix_without_a_limit():
-    clipper = clipx.clip_by_leaf_norm({"w": 1.0, "v": None}, metrics=False)
+    with pytest.raises(TypeError, match=r"max_norm\['v'\].*got None"):
+        clipx.clip_by_leaf_norm({"w": 1.0, "v": None})
     with pytest.raises(ValueError, match="none for v"):
-        clipper.update({"w": jnp.ones(2), "v": jnp.ones(2)})
+        clipx.clip_by_leaf_norm({"w": 1.0}).update({"w": jnp.ones(2), "v": jnp.ones(2)})
     with pytest.raises(ValueError, match="single max_norm"):
         clipx.clip_by_global_norm({"w": 1.0}).update({"w": jnp.ones(2)})
 

@@ -46,7 +46,9 @@ def tree():
 
 
 def on(mesh, values):
-    return {k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in values.items()}
+    return {
+        k: jax.device_put(v, NamedSharding(mesh, SPECS[k])) for k, v in values.items()
+    }
 
 
 def expected(measure, values):
@@ -78,7 +80,9 @@ def test_jit(measure, kind, context):
 
 @every_measure
 def test_eager_explicit(measure):
-    clipped, state = clipx.clip_by(measure, 0.7).update(on(mesh(AxisType.Explicit), tree()))
+    clipped, state = clipx.clip_by(measure, 0.7).update(
+        on(mesh(AxisType.Explicit), tree())
+    )
     assert_same((clipped, state), expected(measure, tree()))
 
 
@@ -142,7 +146,9 @@ def test_partly_manual():
 def test_pmap_must_be_told(measure):
     values = jax.tree.map(lambda x: jnp.stack([x] * 8), tree())
     if measure.scope != "element":
-        with pytest.raises(ValueError, match=r"axis_name=\(\).*pmean.*axis_name='i'.*specs="):
+        with pytest.raises(
+            ValueError, match=r"axis_name=\(\).*pmean.*axis_name='i'.*specs="
+        ):
             jax.pmap(clipx.clip_by(measure, 0.7).update, axis_name="i")(values)
     clipper = clipx.clip_by(measure, 0.7, axis_name=())
     clipped, _ = jax.pmap(clipper.update, axis_name="i")(values)
@@ -180,7 +186,10 @@ def test_one_shard_decides_for_all(bad, policy):
     for kind in (AxisType.Auto, AxisType.Explicit):
         assert_same(jax.jit(clipper.update)(on(mesh(kind), values)), want)
     step = jax.shard_map(
-        clipper.update, mesh=mesh(AxisType.Auto), in_specs=(SPECS,), out_specs=(SPECS, P())
+        clipper.update,
+        mesh=mesh(AxisType.Auto),
+        in_specs=(SPECS,),
+        out_specs=(SPECS, P()),
     )
     assert_same(jax.jit(step)(values), want)
 
@@ -206,8 +215,12 @@ def test_one_all_reduce_of_one_short_vector(leaves):
 def test_an_unreduced_leaf_is_refused():
     explicit = mesh(AxisType.Explicit)
     with jax.set_mesh(explicit):
-        x = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(explicit, P(None, "x")))
-        y = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(explicit, P("x", None)))
+        x = jax.device_put(
+            np.ones((8, 4), np.float32), NamedSharding(explicit, P(None, "x"))
+        )
+        y = jax.device_put(
+            np.ones((4, 8), np.float32), NamedSharding(explicit, P("x", None))
+        )
 
         @jax.jit
         def step(x, y):
