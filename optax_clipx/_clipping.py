@@ -53,7 +53,7 @@ def clip_by(
             these, or a :class:`Threshold`; in the unit of the updates.
         response: what happens above the limit: :func:`rescale`, :func:`normalize`,
             :func:`smooth`, :func:`drop`, or any function from norms and limits to
-            scales.
+            scales; far above the limit they must fall as limit over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` is a FloatingPointError, ``"sanitize"`` turns NaN into 0
             and infinities into the largest finite number, then clips.
@@ -171,7 +171,13 @@ def _clip_norms(
         if trees
         else []
     )
-    norm = _given(given, accumulator(arrays)) if given is not None else found[0]
+    if given is None:
+        norm = found[0]
+    else:
+        norm = _given(given, accumulator(arrays))
+        if sanitized:  # then a norm of what was there before means nothing
+            usable = jnp.isfinite(norm.value)
+            norm = jax.tree.map(lambda g, m: jnp.where(usable, g, m), norm, found[0])
     params_norms = found[-1].value if rule.uses_params else None
     bad_entries = found[1].value if sanitized else None
     if sanitized:
@@ -227,7 +233,7 @@ def _limits(
 
     context = Context(
         step=step,
-        params_norms=jax.tree.map(seen, params_norms),
+        params_norms=params_norms,
         extra=extra,
         paths=leaves.paths,
         pack=groups.pack,
@@ -251,7 +257,10 @@ def _given(norm: Any, dtype: Any) -> Norms:
     norm = jnp.asarray(norm)
     if norm.ndim or jnp.iscomplexobj(norm):
         raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")
+    if not isinstance(norm, jax.core.Tracer) and norm < 0:
+        raise ValueError(f"Expected norm >= 0, got norm={norm}.")
     norm = norm.astype(dtype)
+    norm = jnp.where(norm < 0, jnp.nan, norm)
     return Norms(norm, norm, jnp.ones_like(norm), jnp.square(norm))
 
 

@@ -12,9 +12,9 @@ from . import _mesh, _policies
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
 from ._metrics import Summary
-from ._reductions import Indicators, accumulator, norms, times, widened
+from ._reductions import Indicators, Norms, accumulator, norms, times, widened
 from ._responses import rescale
-from ._scaling import Response
+from ._scaling import Response, scales
 from ._thresholds._base import Context, Threshold
 from ._thresholds._constant import constant, is_limit
 from ._transformation import Options, Step, by_policy, transformation
@@ -43,18 +43,22 @@ def clip_by_interval(
     return transformation(lambda leaves: (), step, rule, options)
 
 
-def clamp_once(tree: Any, min_value: Any, max_value: Any, nonfinite: str) -> Any:
+def clamp_once(tree: Any, min_value: Any, max_value: Any, options: Options) -> Any:
     """One clamp without state."""
-    clipper = clip_by_interval(
-        min_value, max_value, Options(nonfinite=nonfinite, metrics=False)
-    )
-    return clipper.update(tree, optax.EmptyState())[0]
+    clipper = clip_by_interval(min_value, max_value, options)
+    return clipper.update(tree, None)[0]
 
 
 def clip_by_magnitude(
     rule: Threshold, response: Response, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """`clip_by` for single entries."""
+    if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros((1,), jnp.float32))):
+        raise ValueError(
+            "Expected a limit that does not depend on norms or parameters for"
+            " magnitudes(), got an adaptive rule: measure with tree_norm(),"
+            " leaf_norms() or unit_norms()."
+        )
 
     def act(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
         return _respond(array, high, response)
@@ -62,11 +66,6 @@ def clip_by_magnitude(
     def step(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
     ) -> Step:
-        if rule.uses_params:
-            raise ValueError(
-                "Limits relative to the parameters are for norms: measure with"
-                " tree_norm(), leaf_norms() or unit_norms()."
-            )
         high, new = _limits(rule, leaves, state, count, extra)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
         low = [-h for h in high]
@@ -103,12 +102,13 @@ def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
     magnitude = jnp.abs(wide)
-    zero = magnitude == 0
-    scale = response(
-        jnp.where(zero, 1, magnitude), jnp.broadcast_to(limit, magnitude.shape)
+    itself = Norms(
+        magnitude, magnitude, jnp.ones_like(magnitude), jnp.square(magnitude)
     )
-    scale = jnp.where(zero, 1, scale)
-    return jnp.where(scale == 1, array, times(wide, scale).astype(array.dtype))
+    limits = jnp.broadcast_to(limit, magnitude.shape)
+    found = scales(itself, limits, response)
+    scaled = times(times(wide, found.coarse), found.fine).astype(array.dtype)
+    return jnp.where(found.product() == 1, array, scaled)
 
 
 def _finish(
@@ -122,13 +122,14 @@ def _finish(
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
         arrays = _policies.sanitize(arrays)
-    unusable = [~(h >= lo) for lo, h in zip(low, high, strict=True)]
+    pairs = zip(low, high, strict=True)
+    unusable = jnp.any(jnp.stack([~(upper >= lower) for lower, upper in pairs]))
     # A bound of NaN makes every entry NaN.
-    low = [jnp.where(bad, jnp.nan, b) for b, bad in zip(low, unusable, strict=True)]
-    high = [jnp.where(bad, jnp.nan, b) for b, bad in zip(high, unusable, strict=True)]
+    low = [jnp.where(unusable, jnp.nan, b) for b in low]
+    high = [jnp.where(unusable, jnp.nan, b) for b in high]
     clipped = [act(x, *b) for x, *b in zip(arrays, low, high, strict=True)]
     summary = _summarize(leaves, low, high, act, options)
-    summary = summary._replace(unusable=jnp.any(jnp.stack(unusable)))
+    summary = summary._replace(unusable=unusable)
     if options.nonfinite in ("zero", "raise"):
         summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
@@ -176,7 +177,7 @@ def _summarize(
         clipped_norm=after,
         scale=jnp.where(before > 0, after / nonzero, 1),
         threshold=jnp.max(jnp.stack([jnp.abs(b) for b in low + high])),
-        clipped=share,
+        clipped=jnp.where(jnp.isfinite(share), share, 0),
         any_clipped=num_outside > 0,
         nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),
         unusable=jnp.zeros((), jnp.bool_),
@@ -211,6 +212,9 @@ def _outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
         wide = jnp.abs(array).astype(high.dtype)
     else:
         wide = array.astype(high.dtype)
+        # The clamp rounds its bounds to the leaf's dtype.
+        low = low.astype(array.dtype).astype(low.dtype)
+        high = high.astype(array.dtype).astype(high.dtype)
     return jnp.sign(jnp.maximum(wide - high, 0) + jnp.maximum(low - wide, 0))
 
 

@@ -16,7 +16,7 @@ from ._measures import (
     unit_norms,
 )
 from ._responses import rescale
-from ._thresholds._constant import check_limit, constant
+from ._thresholds._constant import check_eps, check_limit, constant
 from ._thresholds._relative import relative_to_params
 from ._transformation import Options
 
@@ -271,7 +271,7 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
         networks, 2013, arXiv 1211.5063.
     """
-    check_limit(eps, "eps")
+    check_eps(eps)
     return clip_by(
         tree_norm(ord),
         constant(max_norm, "max_norm"),
@@ -397,6 +397,7 @@ def adaptive_grad_clip(
         Brock et al., High-performance large-scale image recognition without
         normalization, 2021, arXiv 2102.06171.
     """
+    check_limit(clipping, "clipping")
     return clip_by(
         unit_norms(axis=axis),
         relative_to_params(clipping, eps),

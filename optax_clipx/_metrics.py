@@ -1,5 +1,6 @@
 """What a clipper did: the numbers that it keeps in its state, and their reader."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import _mesh
 from ._grouping import Groups, Packed, UnitGroups
-from ._leaves import Path
+from ._leaves import Path, path_of
 from ._reductions import Norms, Ord, combine, whole
 from ._scaling import Scales
 
@@ -249,16 +250,17 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
     steps = _count(last.steps, True)
     if last.norm is None:
         return last._replace(steps=steps)
-    clipped = summary.any_clipped & ~summary.nonfinite
+    # Copies: a state that held the caller's own array could not be donated.
+    own = functools.partial(jnp.array, copy=True)
     return ClipMetrics(
-        norm=to_float32(summary.norm),
-        clipped_norm=to_float32(summary.clipped_norm),
-        scale=to_float32(summary.scale),
-        threshold=to_float32(summary.threshold),
-        clipped=jnp.where(summary.nonfinite, 0, to_float32(summary.clipped)),
-        nonfinite=summary.nonfinite,
+        norm=own(to_float32(summary.norm)),
+        clipped_norm=own(to_float32(summary.clipped_norm)),
+        scale=own(to_float32(summary.scale)),
+        threshold=own(to_float32(summary.threshold)),
+        clipped=own(to_float32(summary.clipped)),
+        nonfinite=own(summary.nonfinite),
         steps=steps,
-        num_clipped=_count(last.num_clipped, clipped),
+        num_clipped=_count(last.num_clipped, summary.any_clipped),
         num_nonfinite=_count(last.num_nonfinite, summary.nonfinite),
     )
 
@@ -317,11 +319,10 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             f" {jax.tree.structure(opt_state)}."
             + (" Its clippers have metrics=False." if found else "")
         )
-    short = _shorten([names for names, _ in kept])
     return {
-        "/".join((prefix, *names, field)): _plain(value)
-        for names, (_, m) in zip(short, kept, strict=True)
-        for field, value in m._asdict().items()
+        "/".join((prefix, *names, field)): value
+        for names, (_, found) in zip(_short_names(kept), kept, strict=True)
+        for field, value in _plain(found)._asdict().items()
     }
 
 
@@ -368,29 +369,21 @@ def check(opt_state: Any) -> None:
         )
 
 
-def _find(opt_state: Any) -> list[tuple[tuple[str, ...], ClipMetrics]]:
+def _find(opt_state: Any) -> list[tuple[Any, ClipMetrics]]:
     leaves = jax.tree_util.tree_leaves_with_path(
         opt_state, is_leaf=lambda x: isinstance(x, ClipMetrics)
     )
-    found = []
-    for keys, leaf in leaves:
-        if isinstance(leaf, ClipMetrics):
-            found.append((_names(keys), leaf))
-    return found
+    return [(keys, leaf) for keys, leaf in leaves if isinstance(leaf, ClipMetrics)]
 
 
-def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
-    names = []
-    for key in keys:
-        if isinstance(key, SequenceKey):
-            names.append(str(key.idx))
-        elif isinstance(key, DictKey | FlattenedIndexKey):
-            names.append(str(key.key))
-    return tuple(names)
-
-
-def _shorten(names: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drops what all names begin with; a single name is dropped whole."""
+def _short_names(found: list[tuple[Any, ClipMetrics]]) -> list[Path]:
+    """Keys and indices on the way to each clipper; fields too, if these do not tell."""
+    for kinds in ((SequenceKey, DictKey, FlattenedIndexKey), (object,)):
+        names = [
+            path_of(tuple(k for k in keys if isinstance(k, kinds))) for keys, _ in found
+        ]
+        if len(set(names)) == len(names):
+            break
     if len(names) == 1:
         return [()]
     while all(names) and len({n[0] for n in names}) == 1:
@@ -398,12 +391,22 @@ def _shorten(names: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return names
 
 
-def _plain(value: Any) -> jax.Array:
-    """The array in an NNX variable; one copy of a pmap-replicated scalar."""
-    (array,) = jax.tree.leaves(value)
+def _plain(found: ClipMetrics) -> ClipMetrics:
+    """The arrays in NNX variables; one copy where pmap has left one on each device."""
+    arrays: list[Any] = [jax.tree.leaves(value)[0] for value in found]
+    if all(map(_is_replicated, arrays)):
+        return ClipMetrics(*(x.addressable_data(0)[0] for x in arrays))
+    return ClipMetrics(*arrays)
+
+
+def _is_replicated(array: Any) -> bool:
+    """Whether each device has one entry and all are the same; an ensemble's differ."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
-        return array
+        return False
     devices = len(array.sharding.device_set)
-    shard = array.sharding.shard_shape(array.shape)
-    replicated = array.ndim == 1 and array.shape[0] == devices > 1 and shard == (1,)
-    return array.addressable_data(0)[0] if replicated else array
+    if array.shape != (devices,) or devices == 1:
+        return False
+    if array.sharding.shard_shape(array.shape) != (1,):
+        return False
+    entries = [np.asarray(shard.data)[0] for shard in array.addressable_shards]
+    return all(np.array_equal(x, entries[0], equal_nan=True) for x in entries)

@@ -4,8 +4,7 @@ A response maps norms and limits, arrays of one shape, to the scales by which th
 updates are multiplied. It depends on the ratio of the two.
 """
 
-import functools
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -42,7 +41,7 @@ def rescale(
     shifted = norms + jnp.asarray(eps, norms.dtype)
     over = shifted > limits
     # The untaken side of a where must stay finite, or its gradient is NaN.
-    return jnp.where(over, limits / jnp.where(over, shifted, 1), 1)
+    return jnp.where(over, _ratio(limits, jnp.where(over, shifted, 1)), 1)
 
 
 def normalize(
@@ -72,7 +71,7 @@ def normalize(
     """
     shifted = norms + jnp.asarray(eps, norms.dtype)
     usable = jnp.isfinite(limits) & (shifted > 0)
-    return jnp.where(usable, limits, 1) / jnp.where(usable, shifted, 1)
+    return _ratio(jnp.where(usable, limits, 1), jnp.where(usable, shifted, 1))
 
 
 def smooth(
@@ -109,7 +108,7 @@ def smooth(
         raise ValueError(f"Expected p > 0, got p={p}.")
     over = norms > limits
     small, large = jnp.where(over, limits, norms), jnp.where(over, norms, limits)
-    ratio = small / jnp.where(large > 0, large, 1)
+    ratio = _ratio(small, jnp.where(large > 0, large, 1))
     # The larger of the two divides, so that no power overflows.
     bend = (1 + ratio**p) ** (-1 / p)
     return jnp.where(over, ratio * bend, bend)
@@ -143,8 +142,16 @@ def drop(
     return jnp.where(norms <= limits, jnp.ones_like(norms), 0)
 
 
-def name_of(response: object) -> str:
-    """The name of a response, for error messages."""
-    if isinstance(response, functools.partial):
-        response = response.func
-    return getattr(response, "__name__", repr(response))
+@jax.custom_jvp
+def _ratio(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x / y`, whose derivative does not form the square of `y`."""
+    return x / y
+
+
+@_ratio.defjvp
+def _ratio_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    ratio = x / y
+    return ratio, dx / y - ratio * (dy / y)

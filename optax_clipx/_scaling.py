@@ -70,6 +70,7 @@ def _scale(
     fine = response(norm, (limit / half) * unit)
     plain = ~extreme & (factor == 1) & (fine != 1)
     fine = jnp.where(plain, _sharpened(fine, norm, squares, limit), fine)
+    fine = jnp.minimum(fine, info.max)
     # An infinite limit, like a zero norm, changes nothing.
     fine = jnp.where((value == 0) | jnp.isposinf(limit), 1, fine)
     clipped = jnp.where(value == 0, 0, (norm * fine) * (half / unit))
@@ -131,14 +132,14 @@ def apply(
 def _apply(
     array: Any, coarse: jax.Array, fine: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
-    wide = jnp.asarray(array).astype(widened(array, fine.dtype))
+    array = jnp.asarray(array)
+    if zero is not None:
+        array = jnp.where(zero, jnp.zeros_like(array), array)
+    wide = array.astype(widened(array, fine.dtype))
     scaled = times(times(wide, coarse), fine).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     same = coarse * fine == 1
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
         same = same & jnp.ones_like(scaled, jnp.bool_)
-    result = jnp.where(same, array, scaled)
-    if zero is None:
-        return result
-    return jnp.where(zero, jnp.zeros_like(result), result)
+    return jnp.where(same, array, scaled)

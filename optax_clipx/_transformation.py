@@ -61,6 +61,11 @@ def transformation(
                 )
         if not isinstance(state, ClipState | optax.EmptyState):
             raise TypeError(f"Expected a state made by init, got {state!r}.")
+        if isinstance(state, optax.EmptyState) and (options.metrics or rule.uses_step):
+            raise TypeError(
+                "Expected a ClipState made by init, got an EmptyState, as optax's own"
+                " clipping or metrics=False has it. Take the state from init(params)."
+            )
         kept = isinstance(state, ClipState)
         steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
         rule_state = state.rule if kept else ()
@@ -104,6 +109,8 @@ def by_policy(
         nonfinite=nonfinite,
         clipped_norm=after(summary.clipped_norm),
         scale=after(summary.scale),
+        clipped=jnp.where(lost | zero, 0, summary.clipped),
+        any_clipped=summary.any_clipped & ~(lost | zero),
     )
     return summary, lost, zero
 
@@ -114,4 +121,6 @@ def arrays_in(rule_state: Any) -> list[Any]:
 
 
 def _unless(nonfinite: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(nonfinite, o, n), new, old)
+    return jax.tree.map(
+        lambda n, o: jnp.where(nonfinite, o, jnp.asarray(n).astype(o.dtype)), new, old
+    )

@@ -19,7 +19,7 @@ from ._measures import (
     unit_norms as _unit_norms,
 )
 from ._responses import rescale
-from ._thresholds._constant import constant
+from ._thresholds._constant import check_eps, check_limit, constant
 from ._thresholds._relative import relative_to_params
 from ._transformation import Options
 
@@ -154,7 +154,13 @@ def group_norms(
 
 
 def clip_by_value(
-    tree: Any, min_value: Any, max_value: Any, *, nonfinite: str = "propagate"
+    tree: Any,
+    min_value: Any,
+    max_value: Any,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
 ) -> Any:
     r"""Clips each entry to an interval: :math:`\min(\max(u, a), b)`.
 
@@ -163,6 +169,8 @@ def clip_by_value(
         min_value: :math:`a`: a number, a scalar array, or a pytree prefix of these.
         max_value: :math:`b`, the same.
         nonfinite: as in :func:`optax_clipx.clip_by_value`.
+        axis_name: as for :func:`global_norm`.
+        specs: as for :func:`global_norm`.
 
     Returns:
         The clipped pytree, of the same dtypes.
@@ -180,7 +188,8 @@ def clip_by_value(
     References:
         Mikolov, Statistical language models based on neural networks, 2012.
     """
-    return clamp_once(tree, min_value, max_value, nonfinite)
+    options = Options(nonfinite, axis_name, specs, metrics=False)
+    return clamp_once(tree, min_value, max_value, options)
 
 
 def clip_by_leaf_norm(
@@ -267,6 +276,7 @@ def clip_by_global_norm(
     References:
         Pascanu, Mikolov and Bengio, 2013, arXiv 1211.5063.
     """
+    check_eps(eps)
     options = Options(nonfinite, axis_name, specs)
     rule = constant(max_norm, "max_norm")
     response = functools.partial(rescale, eps=eps)
@@ -316,6 +326,7 @@ def adaptive_grad_clip(
         Brock et al., 2021, arXiv 2102.06171.
     """
     options = Options(nonfinite, axis_name, specs)
+    check_limit(clipping, "clipping")
     rule = relative_to_params(clipping, eps)
     return clip_once(
         tree, _unit_norms(axis=axis), rule, rescale, options, params=params

@@ -37,7 +37,7 @@ PARAMS = {"layers": [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}]}
             "'propagate'.*'ignore'",
         ),
         (lambda: clipx.clip_by_group_norm({"a": -1.0}, {"w": "a"}), r"\['a'\]=-1\.0"),
-        (lambda: clipx.adaptive_grad_clip(-0.1), r"ratio=-0\.1"),
+        (lambda: clipx.adaptive_grad_clip(-0.1), r"clipping=-0\.1"),
         (lambda: clipx.adaptive_grad_clip(0.1, eps=-0.1), r"eps=-0\.1"),
         (lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=0.0), r"p=0\.0"),
     ],
@@ -117,10 +117,10 @@ def test_labels():
 
 
 def test_prefix_without_a_limit():
-    with pytest.raises(TypeError, match=r"max_norm\['v'\].*got None"):
-        clipx.clip_by_leaf_norm({"w": 1.0, "v": None})
     with pytest.raises(ValueError, match="none for v"):
-        clipx.clip_by_leaf_norm({"w": 1.0}).update({"w": jnp.ones(2), "v": jnp.ones(2)})
+        clipx.clip_by_leaf_norm({"w": 1.0, "v": None}).update(
+            {"w": jnp.ones(2), "v": jnp.ones(2)}
+        )
     with pytest.raises(ValueError, match="single max_norm"):
         clipx.clip_by_global_norm({"w": 1.0}).update({"w": jnp.ones(2)})
 
@@ -130,7 +130,7 @@ def test_missing_or_different_params():
     grads = {"w": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
         clipper.update(grads)
-    with pytest.raises(ValueError, match="at w.*none"):
+    with pytest.raises(ValueError, match=r"at w.*none"):
         clipper.update(grads, None, {"v": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"\(2, 2\) at w.*\(3,\)"):
         clipper.update(grads, None, {"w": jnp.ones(3)})

@@ -48,6 +48,8 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
         )
     entries = jax.tree_util.tree_leaves_with_path(limit, is_leaf=lambda x: x is None)
     for keys, value in entries:
+        if value is None and keys:  # of use only opposite a None in the updates
+            continue
         check_limit(value, name + jax.tree_util.keystr(keys), signed=signed)
 
     def limits(norms: Any, context: Context) -> Any:
@@ -104,6 +106,15 @@ def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
         raise ValueError(f"Expected {name} to be a number, got {name}={value}.")
     if not signed and value < 0:
         raise ValueError(f"Expected {name} >= 0, got {name}={value}.")
+
+
+def check_eps(value: Any) -> None:
+    """Refuses what cannot be added to a norm."""
+    if callable(value):
+        raise TypeError(
+            f"Expected eps to be a number or a scalar array, got {value!r}."
+        )
+    check_limit(value, "eps")
 
 
 def check_number(value: Any, name: str) -> None:
