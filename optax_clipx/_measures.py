@@ -121,29 +121,28 @@ class Measure:
 def tree_norm(ord: Any = None) -> Measure:
     r"""Measures the whole pytree as one vector: the global norm.
 
-        .. math:: n = \Big(\sum_{i} |g_i|^p\Big)^{1/p}
+    .. math:: n = \Big(\sum_{i} |g_i|^p\Big)^{1/p}
 
-        Args:
-            ord: the order ``p``: 2 (also ``None``), 1, any number from 1 on, ``inf`` for
-                the largest magnitude, or ``"rms"`` for the root of the mean square.
+    Args:
+        ord: the order ``p``: 2 (also ``None``), 1, any number from 1 on, ``inf`` for
+            the largest magnitude, or ``"rms"`` for the root of the mean square.
 
-        Returns:
-            A measure for :func:`clip_by`. Called on a pytree it returns a scalar, float32
-            or wider.
+    Returns:
+        A measure for :func:`clip_by`. Called on a pytree it returns a scalar, float32
+        or wider.
 
-        Raises:
-            ValueError: if ``ord`` is unknown.
-            TypeError: if ``ord`` is traced.
+    Raises:
+        ValueError: if ``ord`` is unknown.
+        TypeError: if ``ord`` is traced.
 
-        Example:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> import optax_clipx as clipx
-            >>> print(clipx.tree_norm()({"w": jnp.array([3.0]), "b": jnp.array([4.0])}))
-            5.0
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> print(clipx.tree_norm()({"w": jnp.array([3.0]), "b": jnp.array([4.0])}))
+        5.0
 
-        References:
-            Pascanu et al., 2013, arXiv 1211.5063.
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063.
     """
     return Measure("tree", checked_ord(ord))
 
@@ -151,29 +150,28 @@ def tree_norm(ord: Any = None) -> Measure:
 def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
     r"""Measures each leaf by itself.
 
-        Args:
-            ord: the order of the norm, as for :func:`tree_norm`.
-            batch_axes: axes along which a leaf stacks independent layers, each measured
-                by itself: an int, a tuple, or a function of path and leaf.
+    Args:
+        ord: the order of the norm, as for :func:`tree_norm`.
+        batch_axes: axes along which a leaf stacks independent layers, each measured
+            by itself: an int, a tuple, or a function of path and leaf.
 
-        Returns:
-            A measure for :func:`clip_by`. Called on a pytree it returns a scalar for each
-            leaf, or an array that keeps the batch axes.
+    Returns:
+        A measure for :func:`clip_by`. Called on a pytree it returns a scalar for each
+        leaf, or an array that keeps the batch axes.
 
-        Raises:
-            ValueError: if ``ord`` is unknown or an axis is out of range.
-            TypeError: if ``ord`` or an axis is traced.
+    Raises:
+        ValueError: if ``ord`` is unknown or an axis is out of range.
+        TypeError: if ``ord`` or an axis is traced.
 
-        Example:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> import optax_clipx as clipx
-            >>> norms = clipx.leaf_norms()({"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)})
-            >>> print(norms["w"], norms["b"])
-            5.0 1.0
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> norms = clipx.leaf_norms()({"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)})
+        >>> print(norms["w"], norms["b"])
+        5.0 1.0
 
-        References:
-            Per-parameter norms, as in Keras's ``clipnorm``.
+    References:
+        Per-parameter norms, as in Keras's ``clipnorm``.
     """
     _refuse_traced(batch_axes, "batch_axes")
     return Measure("leaf", checked_ord(ord), batch_axes=batch_axes)
@@ -182,31 +180,30 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
 def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
     r"""Measures the units of each leaf: the rows, columns or filters of a layer.
 
-        Args:
-            ord: the order of the norm, as for :func:`tree_norm`.
-            axis: the axes that one unit spans: an int, a tuple, or a function of path and
-                leaf. ``None`` goes by rank as optax does: everything for vectors, axis 0
-                for rank 2 and 3, all but the last for rank 4 and 5.
+    Args:
+        ord: the order of the norm, as for :func:`tree_norm`.
+        axis: the axes that one unit spans: an int, a tuple, or a function of path and
+            leaf. ``None`` goes by rank as optax does: everything for vectors, axis 0
+            for rank 2 and 3, all but the last for rank 4 and 5.
 
-        Returns:
-            A measure for :func:`clip_by`. Called on a pytree it returns for each leaf an
-            array of its rank, with size 1 along ``axis``.
+    Returns:
+        A measure for :func:`clip_by`. Called on a pytree it returns for each leaf an
+        array of its rank, with size 1 along ``axis``.
 
-        Raises:
-            ValueError: if ``ord`` is unknown, an axis out of range, or ``axis=None`` meets
-                rank 6.
-            TypeError: if ``ord`` or ``axis`` is traced.
+    Raises:
+        ValueError: if ``ord`` is unknown, an axis out of range, or ``axis=None`` meets
+            rank 6.
+        TypeError: if ``ord`` or ``axis`` is traced.
 
-        Example:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> import optax_clipx as clipx
-            >>> clipx.unit_norms()(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
-            [[5.0, 1.0]]
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.unit_norms()(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
+        [[5.0, 1.0]]
 
-        References:
-            Brock et al., High-performance large-scale image recognition without
-            normalization, 2021, arXiv 2102.06171.
+    References:
+        Brock et al., High-performance large-scale image recognition without
+        normalization, 2021, arXiv 2102.06171.
     """
     _refuse_traced(axis, "axis")
     return Measure("unit", checked_ord(ord), axis=axis)
@@ -215,31 +212,30 @@ def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
 def group_norms(labels: Any, ord: Any = None) -> Measure:
     r"""Measures together the leaves that have the same label.
 
-        Args:
-            labels: a pytree prefix of labels, or a function of path and leaf; a path is a
-                tuple of strings such as ``("layers", "0", "kernel")``.
-            ord: the order of the norm, as for :func:`tree_norm`.
+    Args:
+        labels: a pytree prefix of labels, or a function of path and leaf; a path is a
+            tuple of strings such as ``("layers", "0", "kernel")``.
+        ord: the order of the norm, as for :func:`tree_norm`.
 
-        Returns:
-            A measure for :func:`clip_by`. Called on a pytree it returns a dict from label
-            to norm.
+    Returns:
+        A measure for :func:`clip_by`. Called on a pytree it returns a dict from label
+        to norm.
 
-        Raises:
-            ValueError: if ``ord`` is unknown or a leaf has no label.
-            TypeError: if ``ord`` is traced.
+    Raises:
+        ValueError: if ``ord`` is unknown or a leaf has no label.
+        TypeError: if ``ord`` is traced.
 
-        Example:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> import optax_clipx as clipx
-            >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.ones(1)}
-            >>> labels = {"w": "weights", "v": "weights", "b": "bias"}
-            >>> norms = clipx.group_norms(labels)(grads)
-            >>> print(norms["weights"], norms["bias"])
-            5.0 1.0
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.ones(1)}
+        >>> labels = {"w": "weights", "v": "weights", "b": "bias"}
+        >>> norms = clipx.group_norms(labels)(grads)
+        >>> print(norms["weights"], norms["bias"])
+        5.0 1.0
 
-        References:
-            Parameter groups as in :func:`optax.partition`, with one norm for each.
+    References:
+        Parameter groups as in :func:`optax.partition`, with one norm for each.
     """
     return Measure("group", checked_ord(ord), labels=labels)
 
@@ -247,21 +243,20 @@ def group_norms(labels: Any, ord: Any = None) -> Measure:
 def magnitudes() -> Measure:
     r"""Measures each entry by itself: :math:`|g_i|`.
 
-        Returns:
-            A measure for :func:`clip_by`. Called on a pytree it returns the magnitudes.
+    Returns:
+        A measure for :func:`clip_by`. Called on a pytree it returns the magnitudes.
 
-        Raises:
-            TypeError: when called on leaves that are no floating-point arrays.
+    Raises:
+        TypeError: when called on leaves that are no floating-point arrays.
 
-        Example:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> import optax_clipx as clipx
-            >>> clipx.magnitudes()(jnp.array([-2.0, 1.0])).tolist()
-            [2.0, 1.0]
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.magnitudes()(jnp.array([-2.0, 1.0])).tolist()
+        [2.0, 1.0]
 
-        References:
-            Mikolov, Statistical language models based on neural networks, 2012.
+    References:
+        Mikolov, Statistical language models based on neural networks, 2012.
     """
     return Measure("element")
 
