@@ -107,8 +107,9 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
     )
     limits = jnp.broadcast_to(limit, magnitude.shape)
     found = scales(itself, limits, response)
-    scaled = times(times(wide, found.coarse), found.fine).astype(array.dtype)
-    return jnp.where(found.product() == 1, array, scaled)
+    fine = jnp.where(jnp.isnan(limits), jnp.nan, found.fine)
+    scaled = times(times(wide, found.coarse), fine).astype(array.dtype)
+    return jnp.where(found.coarse * fine == 1, array, scaled)
 
 
 def _finish(

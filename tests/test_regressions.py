@@ -175,3 +175,15 @@ def test_the_state_of_another_clipper_is_refused():
 def test_numpy_numbers_as_order():
     x = [jnp.array([3.0, 4.0])]
     assert float(clipx.functional.global_norm(x, ord=np.int64(1))) == 7
+
+
+@pytest.mark.parametrize("response", [clipx.rescale, clipx.smooth, clipx.drop])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_unusable_traced_limits_of_single_entries(response, dtype):
+    @jax.jit
+    def step(limit, updates):
+        return clipx.clip_by(clipx.magnitudes(), limit, response).update(updates)[0]
+
+    for limit in (-1.0, np.nan):
+        clipped = step(jnp.float32(limit), jnp.array([0.5, 2.0], dtype))
+        assert np.all(np.isnan(clipped))
