@@ -180,7 +180,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = []
     for table in report["tables"]:
         lines += [
-            f"### {table['megabytes']:g} MB of float32 in {table['leaves']} leaves",
+            f"## {table['megabytes']:g} MB of float32 in {table['leaves']} leaves",
             "",
             f"Medians of {table['rounds']} alternated rounds.",
             "",

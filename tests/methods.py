@@ -42,7 +42,7 @@ RESPONSES = {
         ),
         response=response,
     )
-    for response in (clipx.rescale, clipx.normalize, clipx.smooth, clipx.drop)
+    for response in (clipx.normalize, clipx.smooth, clipx.drop)
 }
 RELATIVE_METHODS = {"adaptive_grad_clip": clipx.adaptive_grad_clip}
 ALL_METHODS = {**NORM_METHODS, **ELEMENT_METHODS, **RESPONSES, **RELATIVE_METHODS}

@@ -21,7 +21,14 @@ def many_bfloat16_leaves():
     return [jnp.asarray(rng.normal(size=1000), jnp.bfloat16) for _ in range(2000)]
 
 
-@pytest.mark.parametrize("float32_leaf", ["none", "first", "last"])
+@pytest.mark.parametrize(
+    "float32_leaf",
+    [
+        "none",
+        pytest.param("first", marks=pytest.mark.slow),
+        pytest.param("last", marks=pytest.mark.slow),
+    ],
+)
 def test_two_thousand_bfloat16_leaves(float32_leaf):
     """optax accumulates in the leaf's dtype: norm 724 where 1413 is right."""
     leaves = many_bfloat16_leaves()
