@@ -244,9 +244,10 @@ def _limits(
         limits = jax.tree.map(lambda n: limits, norm.value)
     elif not isinstance(limits, tuple):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
-    # Zeros like the norms, so that limits lie on the mesh as these do.
+    # Zeros made from the norms, so that limits lie on the mesh as these do; zeros_like
+    # does not, on Explicit axes without a mesh in context.
     limits = jax.tree.map(
-        lambda t, n: jnp.asarray(t).astype(n.dtype) + jnp.zeros_like(n),
+        lambda t, n: jnp.asarray(t).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
         limits,
         norm.value,
     )

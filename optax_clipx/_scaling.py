@@ -141,5 +141,5 @@ def _apply(
     same = coarse * fine == 1
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
-        same = same & jnp.ones_like(scaled, jnp.bool_)
+        same = same & ((scaled == scaled) | True)
     return jnp.where(same, array, scaled)
