@@ -2,8 +2,9 @@
 
 A float32 sum of squares is right while the norm is within about 1e-9..1e15. Beyond,
 the squares under- or overflow, and the same sum is taken of values multiplied by a
-power of two. On accelerators all three sums stand side by side, to be fused; on CPU, where
-each sum is a pass of its own, the second pass runs only when the first one needs it.
+power of two. On accelerators all three sums stand side by side,
+to be fused; on CPU, where each sum is a pass of its own, the second pass runs only when
+the first one needs it.
 """
 
 import functools
