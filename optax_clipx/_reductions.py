@@ -1,6 +1,6 @@
 """Norms of groups of leaves that are right at any magnitude.
 
-A float32 sum of squares is right while the norm is within about 1e-9..1e15. Beyond,
+A float32 sum of squares is right while the norm is within about 1e-11..1e15. Beyond,
 the squares under- or overflow, and the same sum is taken of values multiplied by a
 power of two. On accelerators all three sums stand side by side,
 to be fused; on CPU, where each sum is a pass of its own, the second pass runs only when
