@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _metrics, _policies, _scaling
+from . import _metrics, _policies, _scaling, _summary
 from ._elements import clip_by_magnitude
 from ._grouping import Groups, Packed, ScalarGroups
 from ._leaves import Leaves, flatten, from_prefix, show
@@ -187,7 +187,7 @@ def _clip_norms(
         norm, rule, rule_state, step, extra, params_norms, groups, leaves, measure
     )
     scales = _scaling.scales(norm, limits, response)
-    summary = _metrics.summarize(
+    summary = _summary.summarize(
         norm,
         limits,
         scales,

@@ -11,10 +11,10 @@ import optax
 from . import _mesh, _policies
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
-from ._metrics import Summary
 from ._reductions import Indicators, Norms, accumulator, norms, times, widened
 from ._responses import rescale
 from ._scaling import Response, scales
+from ._summary import Summary
 from ._thresholds._base import Context, Threshold
 from ._thresholds._constant import constant, is_limit
 from ._transformation import Options, Step, by_policy, transformation

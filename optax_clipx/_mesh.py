@@ -29,6 +29,21 @@ class Placement(NamedTuple):
     axes: Axes
     dims: tuple[Axes, ...] | None
 
+    def cut_by(self, dims: Sequence[Axes]) -> "Placement":
+        """The placement after a further cut of each dimension."""
+        axes = self.axes + tuple(name for d in dims for name in d)
+        if self.axes and self.dims is None:
+            return Placement(axes, None)
+        outer = self.dims or ((),) * len(dims)
+        return Placement(axes, tuple(a + b for a, b in zip(outer, dims, strict=True)))
+
+    def without(self, reduced: Sequence[int]) -> "Placement":
+        """The placement of what is left when some dimensions are summed up."""
+        if not self.dims:
+            return self
+        dims = tuple(() if i in reduced else d for i, d in enumerate(self.dims))
+        return Placement(tuple(name for d in dims for name in d), dims)
+
 
 def placements(
     arrays: Sequence[Any], paths: list[Path], axis_name: Any, specs: Any
@@ -108,43 +123,35 @@ def index_in(axes: Axes) -> jax.Array:
 def map_local(
     fun: Callable[..., Any],
     arrays: Sequence[Any],
+    places: Sequence[Placement],
     extras: Any,
     out_specs: Callable[..., Any],
 ) -> Any:
-    """Calls `fun(shards, placements, extras)` on the shards of Explicit axes.
+    """Calls `fun(shards, placements, extras)` with the shards of Explicit axes.
 
-    The extras are scalars. `out_specs(dims)` gives the PartitionSpecs of what `fun`
-    returns, from the mesh axes that cut each dimension of each array. Returns None if
-    no array is sharded over an Explicit axis.
+    The placements are those given, cut further by the Explicit axes; without such axes
+    the function is called with what is given. The extras are scalars. `out_specs(dims)`
+    gives the PartitionSpecs of what `fun` returns, from the Explicit axes that cut each
+    dimension of each array.
     """
     types = [jax.typeof(x) for x in arrays]
     first = next(
         (x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t)), None
     )
     if first is None:
-        return None
+        return fun(list(arrays), list(places), extras)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         traced = isinstance(first, jax.core.Tracer)
         mesh = jax.typeof(first).sharding.mesh if traced else first.sharding.mesh
     dims = [_explicit_dims(t) or ((),) * t.ndim for t in types]
-    manual = set(_manual_axes())
-    used = {name for d in dims for axes in d for name in axes}
-
-    def local(shards: Any, extras: Any) -> Any:
-        places = []
-        for shard, leaf_dims in zip(shards, dims, strict=True):
-            axes = varying(shard)
-            known = leaf_dims if not axes & manual else None
-            places.append(Placement(tuple(sorted(axes)), known))
-        return fun(shards, places, extras)
-
+    cut = [p.cut_by(d) for p, d in zip(places, dims, strict=True)]
     return jax.shard_map(
-        local,
+        lambda shards, extras: fun(shards, cut, extras),
         mesh=mesh,
         in_specs=([PartitionSpec(*d) for d in dims], PartitionSpec()),
         out_specs=out_specs(dims),
-        axis_names=used,
+        axis_names={name for d in dims for axes in d for name in axes},
     )(list(arrays), extras)
 
 

@@ -6,15 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int
 
-from . import _mesh
-from ._grouping import Groups, Packed, UnitGroups
 from ._leaves import Path, path_of
-from ._reductions import Norms, Ord, combine, whole
-from ._scaling import Scales
+from ._summary import Summary
 
 
 class ClipMetrics(NamedTuple):
@@ -66,164 +62,6 @@ class ClipState(NamedTuple):
 
     metrics: ClipMetrics
     rule: Any
-
-
-class Summary(NamedTuple):
-    """One step seen as a whole, the same on every device."""
-
-    norm: jax.Array
-    clipped_norm: jax.Array
-    scale: jax.Array
-    threshold: jax.Array
-    clipped: jax.Array
-    any_clipped: jax.Array
-    nonfinite: jax.Array
-    unusable: jax.Array  # a limit is negative or NaN
-
-
-def summarize(
-    norms: Norms,
-    limits: Packed,
-    scales: Scales,
-    groups: Groups,
-    ord: Ord,
-    arrays: list[Any],
-    paths: list[Path],
-    axis_name: Any,
-    specs: Any,
-) -> Summary:
-    """One step seen as a whole, from the groups' norms and no other pass.
-
-    Scalar groups are the same on every device. Units that stay sharded are summed up
-    on each device, and the devices' rows gathered in one all-reduce.
-    """
-    if not isinstance(groups, UnitGroups):
-        if groups.count is None:
-            return _of_tree(norms, limits, scales)
-        sizes = groups.sizes(arrays, _mesh.placements(arrays, paths, axis_name, specs))
-        row = _row(norms, limits, scales, sizes, ord)
-        return _from_rows(row[None], ord)
-
-    places = _mesh.placements(arrays, paths, axis_name, specs)
-    sizes = groups.sizes(arrays, places)
-    kept_axes = [
-        {
-            name
-            for i, names in enumerate(place.dims or ())
-            for name in names
-            if i not in reduced
-        }
-        for place, reduced in zip(places, groups.axes, strict=True)
-    ]
-    kept = tuple(sorted(set().union(*kept_axes)))
-    # A unit that several rows have counts once.
-    copies = [_mesh.size_of(tuple(set(kept) - own)) for own in kept_axes]
-    row = _row(norms, limits, scales, sizes, ord, [1 / n for n in copies])
-    if kept:
-        table = jnp.zeros((_mesh.size_of(kept), *row.shape), row.dtype)
-        table = lax.dynamic_update_slice(table, row[None], (_mesh.index_in(kept), 0))
-        table = _mesh.sum_over(table, kept)
-    else:
-        table = row[None]
-    return _from_rows(table, ord)
-
-
-def _of_tree(norms: Norms, limits: Packed, scales: Scales) -> Summary:
-    over = norms.value > limits
-    return Summary(
-        norm=norms.value,
-        clipped_norm=scales.clipped_norm,
-        scale=scales.product(),
-        threshold=limits,
-        clipped=over.astype(norms.value.dtype),
-        any_clipped=over,
-        nonfinite=~jnp.isfinite(norms.value),
-        unusable=~(limits >= 0),
-    )
-
-
-def _row(
-    norms: Norms,
-    limits: Packed,
-    scales: Scales,
-    sizes: Packed,
-    ord: Ord,
-    weights: list[float] | None = None,
-) -> jax.Array:
-    """What `_from_rows` needs to know of these groups, as one short vector."""
-    dtype = jax.tree.leaves(norms.value)[0].dtype
-    count, size = 0.0, 0.0
-    over, bad, unusable, each = [], [], [], []
-    leaves = jax.tree.leaves(norms.value)
-    weights = weights or [1.0] * len(leaves)
-    for n, t, s, entries, weight in zip(
-        leaves,
-        jax.tree.leaves(limits),
-        jax.tree.leaves(scales.product()),
-        jax.tree.leaves(sizes),
-        weights,
-        strict=True,
-    ):
-        count += n.size * weight
-        size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
-        over.append(jnp.sum((n > t).astype(dtype)) * jnp.asarray(weight, dtype))
-        bad.append(jnp.any(~jnp.isfinite(n)))
-        unusable.append(jnp.any(~(t >= 0)))
-        finite = jnp.isfinite(n) & (t > 0)
-        ratio = jnp.where(finite, n, 0) / jnp.where(finite, t, 1)
-        ratio = jnp.where(finite | (n == 0), ratio, jnp.inf)
-        each.append(_worst(ratio, t, s))
-    ratios, thresholds, scale_of = zip(*each, strict=True)
-    worst = _worst(jnp.stack(ratios), jnp.stack(thresholds), jnp.stack(scale_of))
-    before = whole(norms.value, sizes, ord, weights)
-    after = whole(scales.clipped_norm, sizes, ord, weights)
-    numbers = [
-        *before,
-        *after,
-        jnp.sum(jnp.stack(over)),
-        jnp.asarray(count, dtype),
-        jnp.asarray(size, dtype),
-        jnp.any(jnp.stack(bad)).astype(dtype),
-        jnp.any(jnp.stack(unusable)).astype(dtype),
-        *worst,
-    ]
-    return jnp.stack(numbers)
-
-
-def _worst(
-    ratio: jax.Array, limit: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest ratio of norm to limit, with its limit and scale."""
-    largest = jnp.max(ratio)
-    here = ratio == largest
-    return (
-        largest,
-        jnp.max(jnp.where(here, limit, -jnp.inf)),
-        jnp.min(jnp.where(here, scale, jnp.inf)),
-    )
-
-
-def _from_rows(table: jax.Array, ord: Ord) -> Summary:
-    columns = list(table.T)
-    peak, total, peak_after, total_after, over, count, size, bad, unusable = columns[:9]
-    _, threshold, scale = _worst(*columns[9:])
-    num_over = jnp.sum(over)
-    return Summary(
-        norm=combine(peak, total, jnp.sum(size), ord),
-        clipped_norm=combine(peak_after, total_after, jnp.sum(size), ord),
-        scale=scale,
-        threshold=threshold,
-        clipped=num_over / jnp.sum(count),
-        any_clipped=num_over > 0,
-        nonfinite=jnp.any(bad > 0),
-        unusable=jnp.any(unusable > 0),
-    )
-
-
-def nothing() -> Summary:
-    """A step without any leaf."""
-    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool_)
-    return Summary(zero, zero, jnp.ones((), jnp.float32), zero, zero, no, no, no)
 
 
 def fresh(enabled: bool) -> ClipMetrics:

@@ -104,12 +104,8 @@ def norms(
         count = len(derive(trees, extras))
         return [Norms(*[leaf_specs] * 4)] * count
 
-    found = _mesh.map_local(local, flat, extras, out_specs)
-    if found is not None:
-        return found
-    return local(
-        flat, _mesh.placements(flat, paths * len(trees), axis_name, specs), extras
-    )
+    places = _mesh.placements(flat, paths * len(trees), axis_name, specs)
+    return _mesh.map_local(local, flat, places, extras, out_specs)
 
 
 # Traced once for each structure, also where `update` is called outside of jit.

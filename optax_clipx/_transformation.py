@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _metrics, _policies
+from . import _metrics, _policies, _summary
 from ._grouping import Packed
 from ._leaves import Leaves, flatten
-from ._metrics import ClipState, Summary
+from ._metrics import ClipState
+from ._summary import Summary
 from ._thresholds._base import Threshold
 
 
@@ -72,7 +73,7 @@ def transformation(
         if not leaves.arrays:
             if not isinstance(state, ClipState):
                 return updates, state
-            new_metrics = _metrics.advance(state.metrics, _metrics.nothing())
+            new_metrics = _metrics.advance(state.metrics, _summary.nothing())
             return updates, ClipState(new_metrics, rule_state)
         found = step(leaves, params, rule_state, steps, extra)
         if not isinstance(state, ClipState):
