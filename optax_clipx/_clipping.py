@@ -12,6 +12,7 @@ from ._elements import clip_by_magnitude
 from ._grouping import Groups, Packed, ScalarGroups
 from ._leaves import Leaves, flatten, from_prefix, show
 from ._measures import Measure
+from ._mesh import mesh_of
 from ._reductions import Norms, accumulator, as_they_are, norms
 from ._responses import rescale
 from ._scaling import Response
@@ -132,10 +133,12 @@ def clip_once(
     if not leaves.arrays:
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
-    found = _clip_norms(leaves, params, (), 0, extra, measure, rule, response, options)
-    return leaves.rebuild(found.arrays), measure.unpack(
-        found.norms, leaves, measure.groups(leaves, options.axis_name, options.specs)
-    )
+    with mesh_of(leaves.arrays):
+        found = _clip_norms(
+            leaves, params, (), 0, extra, measure, rule, response, options
+        )
+        groups = measure.groups(leaves, options.axis_name, options.specs)
+        return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves, groups)
 
 
 def _clip_norms(
@@ -244,10 +247,8 @@ def _limits(
         limits = jax.tree.map(lambda n: limits, norm.value)
     elif not isinstance(limits, tuple):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
-    # Zeros made from the norms, so that limits lie on the mesh as these do; zeros_like
-    # does not, on Explicit axes without a mesh in context.
     limits = jax.tree.map(
-        lambda t, n: jnp.asarray(t).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
+        lambda t, n: jnp.asarray(t).astype(n.dtype) + jnp.zeros_like(n),
         limits,
         norm.value,
     )

@@ -41,10 +41,11 @@ class Measure:
         if not leaves.arrays:
             return self.unpack(None, leaves)
         groups = self.groups(leaves, axis_name, specs)
-        (found,) = norms(
-            [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
-        )
-        return self.unpack(found.value, leaves, groups)
+        with _mesh.mesh_of(leaves.arrays):
+            (found,) = norms(
+                [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
+            )
+            return self.unpack(found.value, leaves, groups)
 
     def unpack(
         self, packed: Packed, leaves: Leaves, groups: Groups | None = None

@@ -6,8 +6,9 @@ in manual code the caller says it, with `axis_name=` or `specs=`. With Auto axes
 on one device there is nothing to do: XLA adds what a plain sum needs.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,24 +136,42 @@ def map_local(
     dimension of each array.
     """
     types = [jax.typeof(x) for x in arrays]
-    first = next(
-        (x for x, t in zip(arrays, types, strict=True) if _explicit_dims(t)), None
-    )
-    if first is None:
+    dims = [_explicit_dims(t) for t in types]
+    if not any(name for d in dims for name in d):
         return fun(list(arrays), list(places), extras)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        traced = isinstance(first, jax.core.Tracer)
-        mesh = jax.typeof(first).sharding.mesh if traced else first.sharding.mesh
-    dims = [_explicit_dims(t) or ((),) * t.ndim for t in types]
     cut = [p.cut_by(d) for p, d in zip(places, dims, strict=True)]
     return jax.shard_map(
         lambda shards, extras: fun(shards, cut, extras),
-        mesh=mesh,
         in_specs=([PartitionSpec(*d) for d in dims], PartitionSpec()),
         out_specs=out_specs(dims),
         axis_names={name for d in dims for axes in d for name in axes},
     )(list(arrays), extras)
+
+
+@contextlib.contextmanager
+def mesh_of(arrays: Sequence[Any]) -> Iterator[None]:
+    """Sets the mesh of Explicit arrays where the caller has set none.
+
+    Without it, new arrays would lie on no mesh, and not go together with these.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    found = [x for x in arrays if _is_explicit(x)]
+    traced = [x for x in found if isinstance(x, jax.core.Tracer)]
+    if traced:
+        with jax.sharding.use_abstract_mesh(jax.typeof(traced[0]).sharding.mesh):
+            yield
+    elif found:
+        with jax.set_mesh(found[0].sharding.mesh):
+            yield
+    else:
+        yield
+
+
+def _is_explicit(array: Any) -> bool:
+    mesh = jax.typeof(array).sharding.mesh
+    return AxisType.Explicit in (mesh.axis_types or ())
 
 
 def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:
@@ -216,14 +235,14 @@ def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
     return Placement(tuple(name for d in dims for name in d), tuple(dims))
 
 
-def _explicit_dims(kind: Any) -> tuple[Axes, ...] | None:
+def _explicit_dims(kind: Any) -> tuple[Axes, ...]:
     sharding = kind.sharding
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    dims = tuple(
+    dims = [
         tuple(name for name in _names(entry) if types.get(name) == AxisType.Explicit)
         for entry in sharding.spec
-    )
-    return dims if any(dims) else None
+    ]
+    return (*dims, *[()] * (kind.ndim - len(dims)))
 
 
 def _names(entry: Any) -> Axes:

@@ -263,7 +263,7 @@ def whole(
     peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     if ord == float("inf"):
-        return peak, jnp.ones_like(peak)
+        return peak, peak
     terms = []
     for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
         factor = np.asarray(size) * weight if ord == "rms" else weight

@@ -51,31 +51,33 @@ def summarize(
     sizes = groups.sizes(arrays, places)
     fields = (norms.value, limits, scales.product(), scales.clipped_norm)
     if not isinstance(groups, UnitGroups):
-        return _from_rows(_row(*fields, sizes, ord)[None], ord)
+        weights = [1.0]
+        row = _row(*fields, sizes, ord, weights)
+        return _from_rows(row[None], ord, *_extent(norms.value, sizes, weights))
 
-    def local(shards: Any, places: list[Placement], extras: Any) -> jax.Array:
+    def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
         each = len(arrays)
         parts = [tuple(shards[i : i + each]) for i in range(0, len(shards), each)]
-        return _gathered_rows(parts, places[:each], sizes, ord)
+        kept = tuple(sorted({name for place in places for name in place.axes}))
+        # A unit that several rows have counts once.
+        weights = [
+            1 / _mesh.size_of(tuple(set(kept) - set(place.axes)))
+            for place in places[:each]
+        ]
+        row = _row(*parts, sizes, ord, weights)
+        table = _gathered(row, kept)
+        count, size = _extent(parts[0], sizes, weights)
+        return _from_rows(table, ord, count * len(table), size * len(table))
 
     flat = [x for field in fields for x in field]
     kept = [p.without(axes) for p, axes in zip(places, groups.axes, strict=True)]
-    found = _mesh.map_local(
+    return _mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
     )
-    return _from_rows(found, ord)
 
 
-def _gathered_rows(
-    fields: list[Packed], places: list[Placement], sizes: Packed, ord: Ord
-) -> jax.Array:
+def _gathered(row: jax.Array, kept: tuple[str, ...]) -> jax.Array:
     """The rows of all devices that hold different units, on every device."""
-    kept = tuple(sorted({name for place in places for name in place.axes}))
-    # A unit that several rows have counts once.
-    copies = [_mesh.size_of(tuple(set(kept) - set(p.axes))) for p in places]
-    before, limits, scales, after = fields
-    weights = [1 / n for n in copies]
-    row = _row(before, limits, scales, after, sizes, ord, weights)
     # Over other axes a row varies by its type only: one of the copies is taken.
     copied = tuple(sorted(_mesh.varying(row) - set(kept)))
     if not kept and not copied:
@@ -85,6 +87,16 @@ def _gathered_rows(
     table = jnp.zeros((_mesh.size_of(kept), *row.shape), row.dtype)
     table = lax.dynamic_update_slice(table, row[None], (_mesh.index_in(kept), 0))
     return _mesh.sum_over(table, kept + copied)
+
+
+def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[float, float]:
+    """How many groups and entries there are, with these weights."""
+    count, size = 0.0, 0.0
+    leaves = jax.tree.leaves(norms)
+    for n, entries, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
+        count += n.size * weight
+        size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+    return count, size
 
 
 def _of_tree(norms: Norms, limits: Packed, scales: Scales) -> Summary:
@@ -108,24 +120,13 @@ def _row(
     clipped_norms: Packed,
     sizes: Packed,
     ord: Ord,
-    weights: list[float] | None = None,
+    weights: list[float],
 ) -> jax.Array:
     """What `_from_rows` needs to know of these groups, as one short vector."""
     dtype = jax.tree.leaves(norms)[0].dtype
-    count, size = 0.0, 0.0
     over, bad, unusable, each = [], [], [], []
-    leaves = jax.tree.leaves(norms)
-    weights = weights or [1.0] * len(leaves)
-    for n, t, s, entries, weight in zip(
-        leaves,
-        jax.tree.leaves(limits),
-        jax.tree.leaves(scales),
-        jax.tree.leaves(sizes),
-        weights,
-        strict=True,
-    ):
-        count += n.size * weight
-        size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+    columns = map(jax.tree.leaves, (norms, limits, scales))
+    for n, t, s, weight in zip(*columns, weights, strict=True):
         over.append(jnp.sum((n > t).astype(dtype)) * jnp.asarray(weight, dtype))
         bad.append(jnp.any(~jnp.isfinite(n)))
         unusable.append(jnp.any(~(t >= 0)))
@@ -141,8 +142,6 @@ def _row(
         *before,
         *after,
         jnp.sum(jnp.stack(over)),
-        jnp.asarray(count, dtype),
-        jnp.asarray(size, dtype),
         jnp.any(jnp.stack(bad)).astype(dtype),
         jnp.any(jnp.stack(unusable)).astype(dtype),
         *worst,
@@ -163,17 +162,17 @@ def _worst(
     )
 
 
-def _from_rows(table: jax.Array, ord: Ord) -> Summary:
+def _from_rows(table: jax.Array, ord: Ord, count: float, size: float) -> Summary:
     columns = list(table.T)
-    peak, total, peak_after, total_after, over, count, size, bad, unusable = columns[:9]
-    _, threshold, scale = _worst(*columns[9:])
+    peak, total, peak_after, total_after, over, bad, unusable = columns[:7]
+    _, threshold, scale = _worst(*columns[7:])
     num_over = jnp.sum(over)
     return Summary(
-        norm=combine(peak, total, jnp.sum(size), ord),
-        clipped_norm=combine(peak_after, total_after, jnp.sum(size), ord),
+        norm=combine(peak, total, size, ord),
+        clipped_norm=combine(peak_after, total_after, size, ord),
         scale=scale,
         threshold=threshold,
-        clipped=num_over / jnp.sum(count),
+        clipped=num_over / count,
         any_clipped=num_over > 0,
         nonfinite=jnp.any(bad > 0),
         unusable=jnp.any(unusable > 0),

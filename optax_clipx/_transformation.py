@@ -10,6 +10,7 @@ import optax
 from . import _metrics, _policies, _summary
 from ._grouping import Packed
 from ._leaves import Leaves, flatten
+from ._mesh import mesh_of
 from ._metrics import ClipState
 from ._summary import Summary
 from ._thresholds._base import Threshold
@@ -75,11 +76,12 @@ def transformation(
                 return updates, state
             new_metrics = _metrics.advance(state.metrics, _summary.nothing())
             return updates, ClipState(new_metrics, rule_state)
-        found = step(leaves, params, rule_state, steps, extra)
-        if not isinstance(state, ClipState):
-            return leaves.rebuild(found.arrays), state
-        new_rule = _unless(found.summary.nonfinite, found.rule, rule_state)
-        new_metrics = _metrics.advance(state.metrics, found.summary)
+        with mesh_of(leaves.arrays):
+            found = step(leaves, params, rule_state, steps, extra)
+            if not isinstance(state, ClipState):
+                return leaves.rebuild(found.arrays), state
+            new_rule = _unless(found.summary.nonfinite, found.rule, rule_state)
+            new_metrics = _metrics.advance(state.metrics, found.summary)
         return leaves.rebuild(found.arrays), ClipState(new_metrics, new_rule)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

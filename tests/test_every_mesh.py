@@ -215,7 +215,7 @@ def every_cell():
                 yield pytest.param(mesh_name, cell, dtype, marks=marks)
 
 
-@pytest.mark.parametrize(("mesh_name", "cell", "dtype"), every_cell())
+@pytest.mark.parametrize(("mesh_name", "cell", "dtype"), list(every_cell()))
 def test_single_device_answer(mesh_name, cell, dtype, record_property):
     specs = SPECS[mesh_name]
     if " manual" in cell:  # other axes can only cut what the manual ones leave
