@@ -247,8 +247,10 @@ def _limits(
         limits = jax.tree.map(lambda n: limits, norm.value)
     elif not isinstance(limits, tuple):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
+    # Zeros made from the norms: under vmap over an Explicit axis a constant does not
+    # lie as a value for each member does, and the two cannot be stacked.
     limits = jax.tree.map(
-        lambda t, n: jnp.asarray(t).astype(n.dtype) + jnp.zeros_like(n),
+        lambda t, n: jnp.asarray(t).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
         limits,
         norm.value,
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._leaves import Path, from_prefix, show
 
@@ -149,29 +149,39 @@ def map_local(
 
 
 @contextlib.contextmanager
-def mesh_of(arrays: Sequence[Any]) -> Iterator[None]:
-    """Sets the mesh of Explicit arrays where the caller has set none.
+def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
+    """Sets the mesh on which the arrays lie, where the caller has set none.
 
-    Without it, new arrays would lie on no mesh, and not go together with these.
+    Without it, new arrays would lie on no mesh: they would not go together with
+    Explicit ones, and as a state they would change their type at the first update.
+    Meshes whose axes are all Auto count if `auto` is set.
     """
-    if not jax.sharding.get_abstract_mesh().empty:
+    found = [x for x in arrays if _has_mesh(x, auto)]
+    if not found or not jax.sharding.get_abstract_mesh().empty:
         yield
         return
-    found = [x for x in arrays if _is_explicit(x)]
     traced = [x for x in found if isinstance(x, jax.core.Tracer)]
     if traced:
-        with jax.sharding.use_abstract_mesh(jax.typeof(traced[0]).sharding.mesh):
-            yield
-    elif found:
-        with jax.set_mesh(found[0].sharding.mesh):
-            yield
+        context = jax.sharding.use_abstract_mesh(jax.typeof(traced[0]).sharding.mesh)
+    elif isinstance(jnp.zeros(()), jax.core.Tracer):  # arrays closed over by a jit
+        mesh = found[0].sharding.mesh
+        context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     else:
+        context = jax.set_mesh(found[0].sharding.mesh)
+    with context:
         yield
 
 
-def _is_explicit(array: Any) -> bool:
-    mesh = jax.typeof(array).sharding.mesh
-    return AxisType.Explicit in (mesh.axis_types or ())
+def _has_mesh(array: Any, auto: bool) -> bool:
+    if isinstance(array, jax.core.Tracer):
+        sharding = jax.typeof(array).sharding
+    else:
+        sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return False
+    # Types of traced values say nothing of Auto axes, and need not.
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return explicit or (auto and not isinstance(array, jax.core.Tracer))
 
 
 def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:

@@ -45,10 +45,12 @@ def transformation(
     _policies.check_policy(options.nonfinite)
 
     def init_fn(params: Any) -> Any:
-        rule_state = init_rule(flatten(params, updates=False))
-        if not options.metrics and not rule.uses_step and not arrays_in(rule_state):
-            return optax.EmptyState()
-        return ClipState(_metrics.fresh(options.metrics), rule_state)
+        leaves = flatten(params, updates=False)
+        with mesh_of(leaves.arrays, auto=True):
+            rule_state = init_rule(leaves)
+            if not options.metrics and not rule.uses_step and not arrays_in(rule_state):
+                return optax.EmptyState()
+            return ClipState(_metrics.fresh(options.metrics), rule_state)
 
     def update_fn(
         updates: Any, state: Any = None, params: Any = None, **extra: Any

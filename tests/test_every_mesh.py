@@ -87,12 +87,20 @@ def put(mesh, specs, values):
     }
 
 
-def every_method(values, *, specs_for=(), specs=None, **options):
-    """For each method the clipped updates and the metrics; for measures the norms."""
+def methods_for(values):
+    """All; in bfloat16 without the orders 1, 3 and rms, to save time."""
+    if all(x.dtype == np.float32 for x in values.values()):
+        return list(METHODS)
+    return [name for name in METHODS if name.split("_")[-1] not in ("1", "3", "rms")]
+
+
+def every_method(values, *, specs_for=(), specs=None):
+    """For each method the clipped updates and the metrics."""
     found = {}
-    for name, make in METHODS.items():
+    for name in methods_for(values):
+        make = METHODS[name]
         told = specs if name.split("_")[0] in specs_for else None
-        clipper = make(specs=told, **options)
+        clipper = make(specs=told)
         clipped, state = clipper.update(values, None, values)
         found[name] = clipped, state.metrics
     return found
@@ -159,7 +167,7 @@ def in_shard_map(mesh, specs, values, manual, check_vma=True):
         ),
         mesh=mesh,
         in_specs=(inner,),
-        out_specs=({name: (inner, P()) for name in METHODS}),
+        out_specs={name: (inner, P()) for name in methods_for(values)},
         axis_names=set(manual),
         check_vma=check_vma,
     )
@@ -225,8 +233,8 @@ def test_single_device_answer(mesh_name, cell, dtype, record_property):
     found = cells(mesh_name)[cell](specs=specs, values=values)
     want = single(mesh_name, dtype)
     worst = 0.0
-    for method in METHODS:
-        clipped, metrics = found[method]
+    assert found.keys() == want.keys()
+    for method, (clipped, metrics) in found.items():
         want_clipped, want_metrics = want[method]
         for field, got, exact in zip(
             metrics._fields, metrics, want_metrics, strict=True

@@ -1,8 +1,15 @@
-"""The single-device answer, wherever the updates lie on the mesh."""
+"""What goes wrong on meshes elsewhere, and where clippers are used on them.
+
+test_every_mesh.py has the table of all measures, test_programs.py the collectives.
+"""
+
+import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -63,44 +70,11 @@ def assert_same(found, want):
 
 
 @every_measure
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("context", [True, False])
-def test_jit(measure, kind, context):
-    values = on(mesh(kind), tree())
-    step = jax.jit(clipx.clip_by(measure, 0.7).update)
-    if context:
-        with jax.set_mesh(mesh(kind)):
-            clipped, state = step(values)
-    else:
-        clipped, state = step(values)
-    assert_same((clipped, state), expected(measure, tree()))
-    for name, leaf in clipped.items():
-        assert leaf.sharding.is_equivalent_to(values[name].sharding, 2)
-
-
-@every_measure
 def test_eager_explicit(measure):
     clipped, state = clipx.clip_by(measure, 0.7).update(
         on(mesh(AxisType.Explicit), tree())
     )
     assert_same((clipped, state), expected(measure, tree()))
-
-
-@every_measure
-@pytest.mark.parametrize("told", ["types", "specs", "blind"])
-def test_shard_map(measure, told):
-    if measure.scope == "unit" and told == "types":
-        told = "specs"  # a type does not say along which dimension a leaf is cut
-    specs = None if told == "types" else SPECS
-    clipper = clipx.clip_by(measure, 0.7, specs=specs)
-    step = jax.shard_map(
-        clipper.update,
-        mesh=mesh(AxisType.Auto),
-        in_specs=(SPECS,),
-        out_specs=(SPECS, P()),
-        check_vma=told != "blind",
-    )
-    assert_same(jax.jit(step)(tree()), expected(measure, tree()))
 
 
 def test_units_in_manual_code_need_specs():
@@ -112,34 +86,6 @@ def test_units_in_manual_code_need_specs():
     )
     with pytest.raises(ValueError, match=r"units of both.*specs="):
         step(tree())
-
-
-def test_partly_manual():
-    clipper = clipx.clip_by_global_norm(0.7)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        specs = {k: P(*("x" if s == "x" else None for s in SPECS[k])) for k in SPECS}
-        specs["together"] = P("x")
-        step = jax.shard_map(
-            clipper.update,
-            mesh=mesh(kind),
-            in_specs=(specs,),
-            out_specs=(specs, P()),
-            axis_names={"x"},
-        )
-        placed = {
-            "both": P("x", "y"),
-            "rows": P("x"),
-            "columns": P(None, "y"),
-            "together": P("x"),
-            "replicated": P(),
-        }
-        values = {
-            k: jax.device_put(v, NamedSharding(mesh(kind), placed[k]))
-            for k, v in tree().items()
-        }
-        with jax.set_mesh(mesh(kind)):
-            found = jax.jit(step)(values)
-        assert_same(found, expected(clipx.tree_norm(), tree()))
 
 
 @every_measure
@@ -194,24 +140,6 @@ def test_one_shard_decides_for_all(bad, policy):
     assert_same(jax.jit(step)(values), want)
 
 
-@pytest.mark.parametrize("leaves", [10, 200])
-def test_one_all_reduce_of_one_short_vector(leaves):
-    kinds = list(SPECS.values())
-    values = [
-        jax.device_put(
-            np.ones((8, 4), np.float32),
-            NamedSharding(mesh(AxisType.Explicit), kinds[i % len(kinds)]),
-        )
-        for i in range(leaves)
-    ]
-    step = jax.jit(lambda g: clipx.functional.clip_by_global_norm(g, 1.0)[0])
-    text = step.lower(values).compile().as_text()
-    reduces = [line for line in text.splitlines() if " all-reduce(" in line]
-    # The usual path has one; the second stands in the branch for extreme magnitudes.
-    assert len(reduces) == 2
-    assert all("f32[] all-reduce" in line or "f32[1]" in line for line in reduces)
-
-
 def test_an_unreduced_leaf_is_refused():
     explicit = mesh(AxisType.Explicit)
     with jax.set_mesh(explicit):
@@ -240,3 +168,306 @@ def test_a_value_made_varying_needs_specs():
     step = jax.shard_map(step, mesh=mesh(AxisType.Auto), in_specs=P("x"), out_specs=P())
     values = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     np.testing.assert_allclose(jax.jit(step)(values), np.linalg.norm(values), rtol=1e-6)
+
+
+def manual(step, specs, check_vma=True, **options):
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh(AxisType.Auto),
+            in_specs=(specs,),
+            out_specs=(specs, P()),
+            check_vma=check_vma,
+            **options,
+        )
+    )
+
+
+def test_all_leaves_sharded():
+    """optax: each device clips by the norm of its shard, together 2.83 times 1."""
+    specs = P(("x", "y"))
+    values = np.ones(8, np.float32)
+    clipped, _ = manual(clipx.clip_by_global_norm(1.0).update, specs)(values)
+    np.testing.assert_allclose(np.linalg.norm(clipped), 1, rtol=1e-6)
+    theirs = optax.clip_by_global_norm(1.0).update
+    wrong, _ = manual(lambda g: theirs(g, optax.EmptyState()), specs)(values)
+    np.testing.assert_allclose(np.linalg.norm(wrong), 8**0.5, rtol=1e-6)
+
+
+def test_one_shard_thirty_times_larger():
+    """optax: the direction is lost (cosine .55)."""
+    specs, values = P(("x", "y")), np.ones(8, np.float32)
+    values[3] = 30
+
+    def cosine(found):
+        return found @ values / np.linalg.norm(found) / np.linalg.norm(values)
+
+    clipped, _ = manual(clipx.clip_by_global_norm(1.0).update, specs)(values)
+    np.testing.assert_allclose(cosine(np.asarray(clipped)), 1, rtol=1e-6)
+    theirs = optax.clip_by_global_norm(1.0).update
+    wrong, _ = manual(lambda g: theirs(g, optax.EmptyState()), specs)(values)
+    assert cosine(np.asarray(wrong)) < 0.6
+
+
+def test_replicas_stay_alike_where_types_are_blind():
+    """optax, check_vma=False: a replicated leaf ends different on each device."""
+    specs = {"sharded": P(("x", "y")), "replicated": P()}
+    values = {
+        "sharded": np.arange(1, 9, dtype=np.float32),
+        "replicated": np.ones(3, np.float32),
+    }
+    clipper = clipx.clip_by_global_norm(1.0, specs=specs)
+    clipped, _ = manual(clipper.update, specs, check_vma=False)(values)
+    copies = {
+        np.asarray(s.data).tobytes() for s in clipped["replicated"].addressable_shards
+    }
+    assert len(copies) == 1
+    np.testing.assert_allclose(clipx.functional.global_norm(clipped), 1, rtol=1e-6)
+    theirs = optax.clip_by_global_norm(1.0).update
+    wrong, _ = manual(lambda g: theirs(g, optax.EmptyState()), specs, check_vma=False)(
+        values
+    )
+    copies = {
+        np.asarray(s.data).tobytes() for s in wrong["replicated"].addressable_shards
+    }
+    assert len(copies) == 8
+
+
+def test_partial_manual_norm():
+    """optax, two of the eight devices' axes manual: norm 2."""
+    values = np.ones((4, 2), np.float32)
+    options = {"axis_names": {"x"}}
+    clipped, _ = manual(clipx.clip_by_global_norm(1.0).update, P("x"), **options)(
+        values
+    )
+    np.testing.assert_allclose(np.linalg.norm(clipped), 1, rtol=1e-6)
+    theirs = optax.clip_by_global_norm(1.0).update
+    wrong, _ = manual(lambda g: theirs(g, optax.EmptyState()), P("x"), **options)(
+        values
+    )
+    np.testing.assert_allclose(np.linalg.norm(wrong), 2, rtol=1e-6)
+
+
+def test_a_sum_over_every_axis_counts_replicas_once():
+    """A psum of squares over all axes has the replicated leaf eight times."""
+    specs = {"sharded": P(("x", "y")), "replicated": P()}
+    values = {"sharded": np.zeros(8, np.float32), "replicated": np.ones(1, np.float32)}
+    _, state = manual(clipx.clip_by_global_norm(1.0).update, specs)(values)
+    np.testing.assert_allclose(state.metrics.norm, 1, rtol=1e-6)
+
+
+def test_clipping_before_pmean_cannot_be_seen():
+    """docs/meshes.md: reduce first. Clipped before, the mean has another direction."""
+    grads = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    grads[2] *= 30
+    mean = grads.mean(0)
+    clipper = clipx.clip_by_global_norm(1.0, axis_name=())
+
+    def right(g):
+        return clipper.update(lax.pmean(g, "i"))[0]
+
+    def wrong(g):
+        return lax.pmean(clipper.update(g)[0], "i")
+
+    for step, least, most in ((right, 0.999, 1.001), (wrong, -1, 0.6)):
+        found = np.asarray(jax.pmap(step, axis_name="i")(grads))[0]
+        cosine = found @ mean / np.linalg.norm(found) / np.linalg.norm(mean)
+        assert least <= cosine <= most
+
+
+def test_optax_adaptive_clip_fails_on_explicit_axes():
+    """As soon as a reduced axis is sharded; ours is in the table of meshes."""
+    explicit = mesh(AxisType.Explicit)
+    values = on(explicit, tree())
+    clipper = optax.adaptive_grad_clip(0.1)
+    with (
+        jax.set_mesh(explicit),
+        pytest.raises(Exception, match="harding"),
+    ):
+        jax.jit(lambda g: clipper.update(g, optax.EmptyState(), g))(values)
+    clipped, _ = clipx.adaptive_grad_clip(0.1).update(values, None, values)
+    assert set(clipped) == set(values)
+
+
+def test_eager_norm_outside_of_a_mesh_context():
+    values = on(mesh(AxisType.Explicit), tree())
+    found = clipx.functional.global_norm(values)
+    want = np.sqrt(sum(np.sum(np.square(v, dtype=np.float64)) for v in tree().values()))
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_pinned_host_memory(kind, jitted):
+    """optax: an obscure error from the sum of two memory spaces."""
+    here = mesh(kind)
+    values = {
+        name: jax.device_put(
+            np.full((8, 4), 3.0, np.float32),
+            NamedSharding(here, P("x", "y"), memory_kind=memory),
+        )
+        for name, memory in (("host", "pinned_host"), ("device", "device"))
+    }
+    update = clipx.clip_by_global_norm(1.0).update
+    clipped, state = (jax.jit(update) if jitted else update)(values)
+    np.testing.assert_allclose(state.metrics.norm, 24, rtol=1e-6)
+    np.testing.assert_allclose(clipped["host"], 3 / 24, rtol=1e-6)
+    assert clipped["host"].sharding.memory_kind == "pinned_host"
+    with pytest.raises(ValueError, match="memory_space"):
+        jax.jit(lambda g: optax.clip_by_global_norm(1.0).update(g, None)[0])(values)
+
+
+@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
+@pytest.mark.parametrize("scope", ["tree", "unit", "element"])
+def test_vmap_over_explicit_axes(scope, spec, context):
+    """An ensemble whose members lie on different devices."""
+    explicit = mesh(AxisType.Explicit)
+    values = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+    clipper = clipx.clip_by(
+        {
+            "tree": clipx.tree_norm,
+            "unit": clipx.unit_norms,
+            "element": clipx.magnitudes,
+        }[scope](),
+        0.7,
+    )
+    step = jax.jit(jax.vmap(lambda g: clipper.update(g)))
+    want = step(values)
+    with jax.set_mesh(explicit) if context else contextlib.nullcontext():
+        found = step(jax.device_put(values, NamedSharding(explicit, spec)))
+    assert_same(found, want)
+
+
+@pytest.mark.parametrize("scope", ["tree", "unit"])
+def test_scan_over_steps_in_manual_code(scope):
+    """The state that a scan carries has one type from init on."""
+    specs = {"a": P("x"), "b": P(), "c": P(None, "y")}
+    values = {
+        name: np.random.default_rng(i).normal(size=(8, 4)).astype(np.float32)
+        for i, name in enumerate(specs)
+    }
+    make = {"tree": clipx.clip_by_global_norm, "unit": clipx.adaptive_grad_clip}[scope]
+
+    def train(params, specs=None):
+        tx = optax.chain(make(0.1, specs=specs), optax.sgd(0.1))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            norm = clipx.metrics(state)["clip/norm"]
+            return (optax.apply_updates(params, updates), state), norm
+
+        (params, _), norms = lax.scan(step, (params, tx.init(params)), None, length=4)
+        return params, norms
+
+    told = specs if scope == "unit" else None
+    found = manual(lambda p: train(p, told), specs)(values)
+    assert_same(found, jax.jit(train)(values))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_scan_over_layers(kind):
+    """Stacked layers, cut over the mesh inside of each layer."""
+    here = mesh(kind)
+    values = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(np.float32)
+
+    def by_scan(layers):
+        def one(carry, layer):
+            return carry, clipx.functional.clip_by_global_norm(layer, 0.7)
+
+        return lax.scan(one, None, layers)[1]
+
+    def by_batch_axes(layers):
+        clipper = clipx.clip_by_leaf_norm(0.7, batch_axes=0)
+        return clipper.update(layers)[0]
+
+    placed = jax.device_put(values, NamedSharding(here, P(None, "x", "y")))
+    with jax.set_mesh(here):
+        clipped, norms = jax.jit(by_scan)(placed)
+        stacked = jax.jit(by_batch_axes)(placed)
+    np.testing.assert_allclose(
+        norms, np.linalg.norm(values.reshape(3, -1), axis=1), rtol=1e-6
+    )
+    want = values * np.minimum(1, 0.7 / np.asarray(norms))[:, None, None]
+    assert_same((clipped, stacked), (want, want))
+    if kind == AxisType.Explicit:
+        assert clipped.sharding.spec == P(None, "x", "y")
+
+
+def test_the_message_helps():
+    """What the error suggests, pasted, works."""
+    specs = {"w": P(("x", "y")), "b": P()}
+    values = {"w": np.ones((8, 2), np.float32), "b": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="Pass") as caught:
+        manual(clipx.clip_by_global_norm(1.0).update, specs, check_vma=False)(values)
+    suggested = re.findall(r"axis_name=(\(.*?\)|'\w+')", str(caught.value))
+    assert suggested == ["()", "('x', 'y')"]
+
+    def norm(step_specs, values, **told):
+        step = clipx.clip_by_global_norm(1.0, **told).update
+        return manual(step, step_specs, check_vma=False)(values)[1].metrics.norm
+
+    same = {name: P() for name in specs}
+    np.testing.assert_allclose(
+        norm(same, values, axis_name=eval(suggested[0])), 19**0.5, rtol=1e-6
+    )
+    sharded = {"w": P(("x", "y"))}
+    np.testing.assert_allclose(
+        norm(sharded, {"w": values["w"]}, axis_name=eval(suggested[1])), 4, rtol=1e-6
+    )
+    np.testing.assert_allclose(norm(specs, values, specs=specs), 19**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [clipx.clip_by_global_norm, clipx.clip_by_leaf_norm, clipx.adaptive_grad_clip],
+)
+def test_state_is_replicated_from_init_on(make, kind, context):
+    """So a step is compiled once; optax's own states without a context are not."""
+    here = mesh(kind)
+    clipper, values = make(0.1), on(here, tree())
+    with jax.set_mesh(here) if context else contextlib.nullcontext():
+        step = jax.jit(clipper.update)
+        state = clipper.init(values)
+        for _ in range(3):
+            before = [x.sharding for x in jax.tree.leaves(state)]
+            _, state = step(values, state, values)
+            assert [x.sharding for x in jax.tree.leaves(state)] == before
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, 1e6])
+def test_stages_on_disjoint_meshes(bad):
+    """docs/meshes.md: norms of stages, the norm of these norms, then each stage.
+
+    optax, each stage by itself: together 1.41 instead of 1.
+    """
+    devices = np.array(jax.devices())
+    stages = [
+        jax.sharding.Mesh(devices[:4], ("x",), axis_types=(AxisType.Explicit,)),
+        jax.sharding.Mesh(devices[4:], ("x",), axis_types=(AxisType.Explicit,)),
+    ]
+    values = [np.ones((8, 4), np.float32), np.ones((4, 2), np.float32)]
+    if bad is not None:
+        values[1][0, 0] = bad
+    grads = [
+        jax.device_put(v, NamedSharding(stage, P("x")))
+        for v, stage in zip(values, stages, strict=True)
+    ]
+    norm_of = jax.jit(clipx.functional.global_norm)
+    clipper = clipx.clip_by_global_norm(1.0, nonfinite="zero")
+    update = jax.jit(clipper.update)
+
+    norms = jax.device_get([norm_of(g) for g in grads])
+    total = np.asarray(clipx.functional.global_norm(norms))
+    clipped = [update(g, clipper.init(g), norm=total)[0] for g in grads]
+
+    want, _ = clipper.update([jnp.asarray(v) for v in values])
+    assert_same(clipped, want)
+    if bad is None:
+        alone = [optax.clip_by_global_norm(1.0).update(g, None)[0] for g in values]
+        np.testing.assert_allclose(optax.tree.norm(alone), 2**0.5, rtol=1e-6)

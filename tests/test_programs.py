@@ -1,0 +1,122 @@
+"""What compiled programs exchange: one short collective, however many leaves."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_clipx as clipx
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import hlo  # noqa: E402
+
+SPECS = [P("x", "y"), P("x", None), P(None, "y"), P(("x", "y"), None), P()]
+SCOPES = {
+    "tree": clipx.clip_by_global_norm(1.0),
+    "inf": clipx.clip_by_global_norm(1.0, ord=np.inf),
+    "3": clipx.clip_by_global_norm(1.0, ord=3),
+    "leaf": clipx.clip_by_leaf_norm(1.0),
+    "group": clipx.clip_by_group_norm({0: 1.0, 1: 2.0}, lambda p, x: int(p[0]) % 2),
+}
+
+
+def on_cpu(clipper, leaves, way):
+    """The compiled clip of bfloat16 leaves of five shardings, on eight devices."""
+    kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    specs = [SPECS[i % 5] for i in range(leaves)]
+    updates = [
+        jax.ShapeDtypeStruct((8, 4), jnp.bfloat16, sharding=NamedSharding(mesh, s))
+        for s in specs
+    ]
+    state = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=NamedSharding(mesh, P())
+        ),
+        jax.eval_shape(clipper.init, updates),
+    )
+    step = clipper.update
+    if way == "shard_map":
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P())
+        )
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=(0, 1)).lower(updates, state).compile()
+
+
+@pytest.mark.parametrize("way", ["explicit", "shard_map"])
+@pytest.mark.parametrize(
+    ("scope", "leaves"),
+    [
+        *((scope, 10) for scope in SCOPES),
+        ("tree", 200),
+        pytest.param("tree", 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_collectives_on_cpu(scope, leaves, way):
+    program = on_cpu(SCOPES[scope], leaves, way)
+    found = hlo.collectives(program.as_text())
+    usual = [c for c in found if not c.in_branch]
+    groups = {"leaf": leaves, "group": 2}.get(scope, 1)
+    assert [c.kind for c in found] == ["all-reduce"] * len(found)
+    # Other orders take a maximum first; infinity takes nothing else.
+    assert len(usual) == (2 if scope == "3" else 1)
+    for collective in usual:
+        assert collective.dtypes == ["f32"]
+        assert collective.bytes == 4 * groups
+    # The branch for extreme magnitudes holds the only other one.
+    assert len(found) - len(usual) == (scope in ("tree", "leaf", "group"))
+    sizes = program.memory_analysis()
+    assert sizes.alias_size_in_bytes == sizes.argument_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs pip install libtpu"
+)
+@pytest.mark.parametrize("leaves", [10, 200])
+def test_collectives_on_a_pod(tmp_path, leaves):
+    """1,024 chips of TPU v5p, compiled ahead of time."""
+    line = ["--topologies", "v5p:8x8x16", "--leaves", str(leaves), "--dim", "256"]
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "pod.py", *line, "--output", tmp_path / "pod"],
+        check=True,
+    )
+    rows = json.loads((tmp_path / "pod.json").read_text())
+    assert len(rows) == 19
+    payload = {
+        "tree": [4 * 3],  # sums of squares at three scales
+        "tree, ord=inf": [4],
+        "tree, ord=3": [4, 4],
+        "leaf": [4 * 3 * leaves],
+        "group": [4 * 3 * 2],
+    }
+    seen = 0
+    for row in rows:
+        assert "error" not in row, row
+        assert row["conditionals"] == 0
+        if row["program"] == "train step":
+            assert row["alias_bytes"] >= 0.99 * row["argument_bytes"]
+            continue
+        if row["way"] == "Auto" or row["clipper"].startswith("optax"):
+            continue
+        seen += 1
+        found = row["collectives"]
+        assert {c["kind"] for c in found} == {"all-reduce"}
+        assert {o.split("[")[0] for c in found for o in c["operands"]} == {"f32"}
+        if row["clipper"] == "unit (AGC)":
+            # Reduced over x, over x and y, and the metrics over what is kept.
+            assert len(found) == 3
+            assert row["alias_bytes"] >= 0.49 * row["argument_bytes"]
+        else:
+            assert [c["bytes"] for c in found] == payload[row["clipper"]]
+            assert row["alias_bytes"] == row["argument_bytes"]
+    assert seen == 12
