@@ -106,7 +106,8 @@ def train(args):
         number = int(clipped["clip/num_clipped"])
         print(
             f"loss {log[0][0]:.3f} -> {log[-1][0]:.3f} nats a byte;"
-            f" norm {log[-1][1]:.2f}; clipped {number} of {args.steps} steps at {args.max_norm}"
+            f" norm {log[-1][1]:.2f};"
+            f" clipped {number} of {args.steps} steps at {args.max_norm}"
         )
         if args.output:
             losses, norms = zip(*log, strict=True)

@@ -161,6 +161,7 @@ def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
         yield
         return
     traced = [x for x in found if isinstance(x, jax.core.Tracer)]
+    context: Any
     if traced:
         context = jax.sharding.use_abstract_mesh(jax.typeof(traced[0]).sharding.mesh)
     elif isinstance(jnp.zeros(()), jax.core.Tracer):  # arrays closed over by a jit

@@ -64,7 +64,8 @@ def summarize(
             1 / _mesh.size_of(tuple(set(kept) - set(place.axes)))
             for place in places[:each]
         ]
-        row = _row(*parts, sizes, ord, weights)
+        before, limits, scales, after = parts
+        row = _row(before, limits, scales, after, sizes, ord, weights)
         table = _gathered(row, kept)
         count, size = _extent(parts[0], sizes, weights)
         return _from_rows(table, ord, count * len(table), size * len(table))

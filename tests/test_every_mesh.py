@@ -214,12 +214,21 @@ def cells(mesh_name):
     return found
 
 
+USUAL = {  # the rest is slow
+    ("4x2", "explicit"),
+    ("4x2", "shard_map"),
+    ("4x2", "check_vma=False"),
+    ("4x2", "x manual, Explicit"),
+    ("8", "pmap"),
+}
+
+
 def every_cell():
     for mesh_name in MESHES:
         for cell in cells(mesh_name):
             for dtype in ("float32", "bfloat16"):
-                usual = dtype == "float32" and (mesh_name == "4x2" or "map" in cell)
-                marks = () if usual and mesh_name != "2x2x2" else pytest.mark.slow
+                usual = dtype == "float32" and (mesh_name, cell) in USUAL
+                marks = () if usual else pytest.mark.slow
                 yield pytest.param(mesh_name, cell, dtype, marks=marks)
 
 
