@@ -39,6 +39,21 @@ from .per_example import (
 )
 from ._thresholds._base import Context as Context, Threshold as Threshold
 from ._thresholds._constant import constant as constant
+from ._thresholds._combine import (
+    minimum as minimum,
+    scaled as scaled,
+    warmup as warmup,
+)
+from ._thresholds._ema_ratio import (
+    ema_ratio as ema_ratio,
+    group_band as group_band,
+    norm_growth as norm_growth,
+)
+from ._thresholds._quantile import (
+    quantile as quantile,
+    quantile_tracker as quantile_tracker,
+)
 from ._thresholds._relative import relative_to_params as relative_to_params
+from ._thresholds._zscore import zscore as zscore
 
 __version__ = _version("optax_clipx")

@@ -272,6 +272,12 @@ def whole(
     return peak, jnp.sum(jnp.stack(terms))
 
 
+def whole_norm(norms: jax.Array) -> jax.Array:
+    """The 2-norm of norms: that of all groups together."""
+    peak, total = whole(norms, jnp.zeros(norms.shape), 2.0, [1.0])
+    return combine(peak[None], total[None], 1, 2.0)
+
+
 def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Array:
     """The whole norm from vectors of peaks and totals."""
     peak = jnp.max(peaks)

@@ -114,3 +114,130 @@ def like(limit: Any, norms: Any) -> Any:
     return jax.tree.map(
         lambda n: jnp.broadcast_to(jnp.asarray(limit).astype(n.dtype), n.shape), norms
     )
+
+
+def per_norm(
+    init: Callable[[jax.Array], Any],
+    update: Callable[[jax.Array, Any, Context], tuple[Any, Any]],
+) -> Threshold:
+    """A rule with memory, from functions that treat each norm of one array alike.
+
+    The arrays of the state begin with the axes of the norms. A norm of zero says
+    nothing: it leaves the memory as it is, so that frozen parameters or an empty batch
+    can not bring a limit down to zero.
+    """
+
+    def one(norms: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        limits, new = update(norms, state, context)
+        return jnp.broadcast_to(limits, norms.shape), jax.tree.map(
+            lambda n, o: jnp.where(_trailing(norms > 0, o), n, o).astype(o.dtype),
+            new,
+            state,
+        )
+
+    def init_all(norms: Any) -> Any:
+        return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)
+
+    def update_all(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        if not isinstance(norms, tuple):
+            return one(norms, state, context)
+        found = [one(n, s, context) for n, s in zip(norms, state, strict=True)]
+        limits, states = zip(*found, strict=True)
+        return limits, states
+
+    return Threshold(init_all, update_all, uses_step=False)
+
+
+def _trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+class Refusals(NamedTuple):
+    """What is done with a norm above its limit.
+
+    `stats` says what enters the statistics: `"raw"` the norm itself, `"clipped"` the
+    limit, `"skip"` nothing. After `patience` such norms in a row the rule gives in.
+    """
+
+    stats: str
+    patience: Any
+
+    def count(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
+        """How many in a row now, and whether the rule gives in."""
+        refused = jnp.where(over, refused + 1, 0)
+        if self.patience is None:
+            return jnp.minimum(refused, 1), jnp.zeros_like(over)
+        give_in = refused >= jnp.asarray(self.patience, jnp.int32)
+        return jnp.where(give_in, 0, refused), give_in
+
+    def entering(
+        self, norm: jax.Array, limit: jax.Array, over: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What enters the statistics, and whether anything does."""
+        anything = ~over if self.stats == "skip" else jnp.ones_like(over)
+        if self.stats == "raw":
+            return norm, anything
+        return jnp.where(over, limit, norm), anything
+
+
+STATS = ("raw", "clipped", "skip")
+
+
+def refusals(stats: Any, patience: Any) -> Refusals:
+    """Checks the two arguments. Skipping would lock out without patience: 50."""
+    check_choice(stats, "stats", STATS)
+    if patience is not None:
+        check_count(patience, "patience")
+    elif stats == "skip":
+        patience = 50
+    return Refusals(stats, patience)
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Refuses what is none of some strings."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {tuple(choices)}, got {value!r}.")
+
+
+def check_count(value: Any, name: str, least: int = 1) -> None:
+    """Refuses what is no count of steps; a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or jnp.ndim(value) != 0 or int(value) != value:
+        raise ValueError(f"Expected {name} to be a whole number, got {name}={value!r}.")
+    if value < least:
+        raise ValueError(f"Expected {name} >= {least}, got {name}={value!r}.")
+
+
+def check_static_count(value: Any, name: str, least: int = 1) -> None:
+    """Refuses what cannot be the size of an array."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    check_count(value, name, least)
+
+
+def check_between(value: Any, name: str, low: float, high: float) -> None:
+    """Refuses a number outside of an interval; a traced one passes."""
+    if isinstance(value, bool | str) or callable(value) or value is None:
+        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not low <= value <= high:
+        raise ValueError(
+            f"Expected {low} <= {name} <= {high}, got {name}={value!r}."
+        )
+
+
+def static(name: str, value: Any) -> str:
+    """The message for an argument that may not be an array."""
+    return (
+        f"Expected a static {name}, got the array {value}. Under"
+        f" optax.inject_hyperparams pass static_args={name!r}."
+    )
+
+
+def float32(value: Any) -> jax.Array:
+    """A number of a rule, which may be traced."""
+    return jnp.asarray(value, jnp.float32)

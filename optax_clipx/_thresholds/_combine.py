@@ -1,0 +1,171 @@
+"""Rules made of rules."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._base import Context, Threshold, check_between, check_count, float32
+from ._constant import as_threshold, like
+
+
+def minimum(*rules: Any) -> Threshold:
+    r"""The least of several limits: :math:`t = \min_j t_j`.
+
+    Each rule keeps its own statistics and hears of its own limit only: an absolute cap
+    does not pull down what an adaptive rule remembers.
+
+    Args:
+        rules: threshold rules, numbers, schedules or prefixes.
+
+    Returns:
+        A threshold rule; its state is a tuple of theirs.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.minimum(clipx.norm_growth(2.0), 3.0)
+        >>> state = rule.init(jnp.float32(0))
+        >>> for norm in (1.0, 9.0, 9.0):
+        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     print(limit)
+        3.0
+        2.0
+        3.0
+
+    References:
+        ZClip's ``max_grad_norm`` is such a cap: Kumar et al., 2025, arXiv 2504.02507.
+    """
+    if not rules:
+        raise ValueError("Expected one rule or more, got none.")
+    parts = [as_threshold(rule) for rule in rules]
+
+    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        found = [
+            rule.update(norms, s, context) for rule, s in zip(parts, state, strict=True)
+        ]
+        limits, states = zip(*found, strict=True)
+        each = [_in_form(t, norms) for t in limits]
+        return jax.tree.map(lambda *t: _least(t), *each), states
+
+    return _combined(parts, lambda norms: tuple(r.init(norms) for r in parts), update)
+
+
+def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
+    r"""One rule for the first steps, then another.
+
+    The second one sees all norms from the first step on.
+
+    Args:
+        rule: a threshold rule, number, schedule or prefix for the warm-up.
+        then: the same for afterwards.
+        steps: how many updates the warm-up takes.
+
+    Returns:
+        A threshold rule; its state is a pair of theirs.
+
+    Raises:
+        ValueError: if ``steps`` is negative or no whole number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.warmup(1.0, then=clipx.quantile(0.5, window=9), steps=2)
+        >>> state = rule.init(jnp.float32(0))
+        >>> for step, norm in enumerate((4.0, 5.0, 6.0)):
+        ...     context = clipx.Context(step)
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(limit)
+        1.0
+        1.0
+        5.0
+
+    References:
+        AdaGC warms up with a fixed limit: Wang et al., 2025, arXiv 2502.11034.
+    """
+    check_count(steps, "steps", 0)
+    parts = [as_threshold(rule), as_threshold(then)]
+
+    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        first, first_state = parts[0].update(norms, state[0], context)
+        second, second_state = parts[1].update(norms, state[1], context)
+        warming = jnp.asarray(context.step, jnp.int32) < jnp.asarray(steps, jnp.int32)
+        limits = jax.tree.map(
+            lambda a, b: jnp.where(warming, a, b),
+            _in_form(first, norms),
+            _in_form(second, norms),
+        )
+        return limits, (first_state, second_state)
+
+    found = _combined(parts, lambda norms: tuple(r.init(norms) for r in parts), update)
+    return found._replace(uses_step=True)
+
+
+def scaled(rule: Any, factor: Any) -> Threshold:
+    r"""The limit of another rule, times a factor: :math:`t = \alpha\, t'`.
+
+    The rule hears of its own limit and not of the product.
+
+    Args:
+        rule: a threshold rule, number, schedule or prefix.
+        factor: :math:`\alpha`, a number or a scalar array.
+
+    Returns:
+        A threshold rule with the state of the other.
+
+    Raises:
+        ValueError: if the factor is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.scaled(clipx.quantile(0.5, window=9), 2.0)
+        >>> limit, _ = rule.update(
+        ...     jnp.float32(3.0), rule.init(jnp.float32(0)), clipx.Context(0)
+        ... )
+        >>> print(limit)
+        6.0
+
+    References:
+        A multiple of a typical norm, as of the median, is a limit in many practices.
+    """
+    check_between(factor, "factor", 0, float("inf"))
+    inner = as_threshold(rule)
+
+    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        limits, state = inner.update(norms, state, context)
+        limits = _in_form(limits, norms)
+        return jax.tree.map(lambda t: t * float32(factor).astype(t.dtype), limits), state
+
+    return _combined([inner], inner.init, update)
+
+
+def _combined(parts: list[Threshold], init: Any, update: Any) -> Threshold:
+    return Threshold(
+        init,
+        update,
+        uses_params=any(rule.uses_params for rule in parts),
+        uses_step=any(rule.uses_step for rule in parts),
+    )
+
+
+def _in_form(limits: Any, norms: Any) -> Any:
+    """Limits in the form of the norms, where a rule returned a single one."""
+    if jax.tree_util.all_leaves([limits]) and not _same_form(limits, norms):
+        return like(limits, norms)
+    return jax.tree.map(lambda t, n: jnp.asarray(t).astype(n.dtype), limits, norms)
+
+
+def _same_form(limits: Any, norms: Any) -> bool:
+    return not isinstance(norms, tuple) and jnp.shape(limits) == norms.shape
+
+
+def _least(limits: tuple[jax.Array, ...]) -> jax.Array:
+    # A limit of NaN is unusable, and must stay so.
+    least = limits[0]
+    for limit in limits[1:]:
+        least = jnp.minimum(least, limit)
+    return least

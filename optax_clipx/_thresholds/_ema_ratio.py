@@ -1,0 +1,319 @@
+"""Limits in proportion to a moving average of the norms, or to the last one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._base import (
+    Context,
+    Refusals,
+    Threshold,
+    check_between,
+    check_choice,
+    check_count,
+    float32,
+    per_norm,
+    refusals,
+)
+from .._reductions import whole_norm
+
+INITS = ("min", "mean", "first")
+
+
+class EmaRatioState(NamedTuple):
+    """The average, and how many norms it has seen."""
+
+    count: jax.Array
+    average: jax.Array
+    refused: jax.Array
+
+
+class LastState(NamedTuple):
+    """The last norm; 0 before the first."""
+
+    last: jax.Array
+    refused: jax.Array
+
+
+class BandState(NamedTuple):
+    """The average; 0 before the first norm."""
+
+    average: jax.Array
+    refused: jax.Array
+
+
+def ema_ratio(
+    ratio: Any,
+    *,
+    decay: Any = 0.99,
+    warmup_steps: Any = 0,
+    warmup_limit: Any = None,
+    init: str = "first",
+    floor: Any = 0.0,
+    stats: str = "clipped",
+    patience: Any = None,
+) -> Threshold:
+    r"""A limit in proportion to a moving average of the norms.
+
+    .. math:: t = \lambda \max(g, \text{floor}), \qquad
+              g \leftarrow \beta g + (1 - \beta) x
+
+    In the first ``warmup_steps`` norms the whole tree is limited to ``warmup_limit``,
+    and :math:`g` becomes the least (``init="min"``) or the mean of the norms so
+    clipped; with ``"first"`` it is the first norm after them.
+
+    State: three numbers for each norm. Norms of zero and steps that are not finite
+    never enter.
+
+    What enters on a spike, :math:`x`: ``stats="clipped"`` the limit, so the average
+    grows by at most the factor :math:`1 + (1-\beta)(\lambda - 1)` a step, 1.0004 at
+    AdaGC's defaults. If it starts below the natural norm (a small ``warmup_limit``,
+    ``init="min"``), clipping stays engaged for thousands of steps; ``patience``,
+    ``init="mean"`` or a ``floor`` help. ``"raw"`` follows a new level in about
+    :math:`1/(1-\beta)` steps, and one spike raises the limit; ``"skip"`` never follows
+    without patience.
+
+    Args:
+        ratio: :math:`\lambda`, at least 1.
+        decay: :math:`\beta`, between 0 and 1.
+        warmup_steps: how many norms to see before the average limits.
+        warmup_limit: the limit of the norm of the whole tree meanwhile; ``None`` is
+            none. Not for units.
+        init: what the average starts with: ``"first"``, ``"min"`` or ``"mean"``.
+        floor: the average counts as at least this, in the unit of the norms.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
+        patience: after so many norms above in a row the average moves to the norm.
+            ``None`` is never, for ``"skip"`` 50.
+
+    Returns:
+        A threshold rule.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if ``init`` or ``stats`` is traced.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.ema_ratio(1.5, decay=0.5)
+        >>> state = rule.init(jnp.float32(0))
+        >>> for norm in (1.0, 1.0, 9.0, 1.0):
+        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     print(limit)
+        1.5
+        1.5
+        1.5
+        1.875
+
+    References:
+        Wang et al., AdaGC: Improving training stability for large language model
+        pretraining, 2025, arXiv 2502.11034; ``max_grad_norm_ratio`` of OLMo (Groeneveld
+        et al., 2024, arXiv 2402.00838).
+    """
+    check_between(ratio, "ratio", 1, float("inf"))
+    check_between(decay, "decay", 0, 1)
+    check_count(warmup_steps, "warmup_steps", 0)
+    if warmup_limit is not None:
+        check_between(warmup_limit, "warmup_limit", 0, float("inf"))
+    check_choice(init, "init", INITS)
+    check_between(floor, "floor", 0, float("inf"))
+    counted = refusals(stats, patience)
+
+    def start(norms: jax.Array) -> EmaRatioState:
+        zeros = jnp.zeros(norms.shape, jnp.float32)
+        count = jnp.zeros(norms.shape, jnp.int32)
+        return EmaRatioState(count, zeros, count + 0)
+
+    def update(norm: jax.Array, state: EmaRatioState, context: Context) -> Any:
+        count = state.count + (state.count < jnp.iinfo(jnp.int32).max)
+        warm = jnp.asarray(warmup_steps, jnp.int32)
+        warming = count <= warm
+        number = count.astype(jnp.float32)
+        in_warmup = jnp.full_like(norm, jnp.inf)
+        if warmup_limit is not None:
+            share = jnp.minimum(1, float32(warmup_limit) / _positive(whole_norm(norm)))
+            in_warmup = jnp.where(share < 1, share * norm, jnp.inf)
+        clipped = jnp.minimum(norm, in_warmup)
+        started = {
+            "min": jnp.minimum(jnp.where(count == 1, jnp.inf, state.average), clipped),
+            "mean": state.average + (clipped - state.average) / number,
+            "first": state.average,
+        }[init]
+
+        first = count == warm + 1
+        begins = first if init == "first" else first & (warm == 0)
+        average = jnp.where(begins, norm, state.average)
+        limit = float32(ratio) * jnp.maximum(average, float32(floor))
+        over = ~warming & (norm > limit)
+        refused, give_in = counted.count(over, state.refused)
+        over = over & ~give_in
+        entering, anything = counted.entering(norm, limit, over)
+        beta = float32(decay)
+        # The first norm is the average already.
+        beta = jnp.where(begins, 0, beta)
+        after = jnp.where(anything, beta * average + (1 - beta) * entering, average)
+        after = jnp.where(give_in, norm, after)
+        limit = jnp.where(give_in, jnp.inf, limit)
+        return jnp.where(warming, in_warmup, limit), EmaRatioState(
+            count, jnp.where(warming, started, after), refused
+        )
+
+    rule = per_norm(start, update)
+
+    def init_all(norms: Any) -> Any:
+        if warmup_limit is not None and isinstance(norms, tuple):
+            raise ValueError(
+                "Expected tree, leaf or group norms for warmup_limit, which limits the"
+                " norm of the whole tree; got units. Use warmup(a, then=b, steps=)."
+            )
+        return rule.init(norms)
+
+    return rule._replace(init=init_all)
+
+
+def norm_growth(
+    ratio: Any = 1.01,
+    *,
+    floor: Any = 0.0,
+    stats: str = "clipped",
+    patience: Any = None,
+) -> Threshold:
+    r"""A limit on the growth of the norm from one step to the next.
+
+    .. math:: t_k = \gamma \max(x_{k-1}, \text{floor})
+
+    State: two numbers for each norm. Norms of zero and steps that are not finite never
+    enter. What enters on a spike, :math:`x`: ``stats="clipped"`` the limit, so one very
+    small norm is recovered from by the factor :math:`\gamma` a step only, 1% by
+    default: set a ``floor``, or ``patience``. ``"raw"`` clips the first norm of a new
+    level and no more; ``"skip"`` keeps the last one that was within.
+
+    Args:
+        ratio: :math:`\gamma`, at least 1.
+        floor: the last norm counts as at least this, in the unit of the norms.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
+        patience: after so many norms above in a row a norm is accepted as it is.
+            ``None`` is never, for ``"skip"`` 50.
+
+    Returns:
+        A threshold rule.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if ``stats`` is traced.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.norm_growth(1.5)
+        >>> state = rule.init(jnp.float32(0))
+        >>> for norm in (1.0, 9.0, 9.0):
+        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     print(limit)
+        inf
+        1.5
+        2.25
+
+    References:
+        Chen et al., Fira: Can we achieve full-rank training of LLMs under low-rank
+        constraint?, 2024, arXiv 2410.01623.
+    """
+    check_between(ratio, "ratio", 1, float("inf"))
+    check_between(floor, "floor", 0, float("inf"))
+    counted = refusals(stats, patience)
+
+    def update(norm: jax.Array, state: LastState, context: Context) -> Any:
+        limit = float32(ratio) * jnp.maximum(state.last, float32(floor))
+        limit = jnp.where(state.last > 0, limit, jnp.inf)
+        over = norm > limit
+        refused, give_in = counted.count(over, state.refused)
+        limit = jnp.where(give_in, jnp.inf, limit)
+        over = over & ~give_in
+        entering, anything = counted.entering(norm, limit, over)
+        last = jnp.where(anything, entering, state.last)
+        return limit, LastState(last, refused)
+
+    return per_norm(lambda norms: LastState(*_two(norms)), update)
+
+
+def group_band(
+    low: Any,
+    high: Any,
+    *,
+    decay: Any = 0.99,
+    floor: Any = 0.0,
+    patience: Any = None,
+) -> Threshold:
+    r"""A target within a band around a moving average of the norm.
+
+    .. math:: S \leftarrow \beta S + (1 - \beta) n, \qquad
+              t = \min(\max(n, \max(\alpha_{low} S, \text{floor})), \alpha_{high} S)
+
+    Norms below the band are raised to it: use it with the response :func:`normalize`,
+    which gives everything the norm of its limit, and mostly with :func:`group_norms`.
+    Norms enter as they are, this one before it is judged: one spike of :math:`k` times
+    the average raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm.
+    Norms of zero and steps that are not finite never enter.
+
+    Args:
+        low: :math:`\alpha_{low}`, between 0 and 1; a number or a schedule.
+        high: :math:`\alpha_{high}`, at least 1 (below 1 the average would shrink with
+            what it clips); a number or a schedule.
+        decay: :math:`\beta`, between 0 and 1.
+        floor: the least target of a norm that is raised, in the unit of the norms.
+        patience: after so many norms above in a row the average moves to the norm.
+
+    Returns:
+        A threshold rule.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by(
+        ...     clipx.tree_norm(), clipx.group_band(0.5, 2.0), clipx.normalize
+        ... )
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for norm in (1.0, 9.0, 0.1):
+        ...     clipped, state = clipper.update(jnp.array([norm]), state)
+        ...     print(f"{clipped[0]:.3f}")
+        1.000
+        2.160
+        0.535
+
+    References:
+        Li et al., AGGC: Adaptive group gradient clipping for stabilizing large language
+        model training, 2026, arXiv 2601.11864.
+    """
+    if not callable(low):
+        check_between(low, "low", 0, 1)
+    if not callable(high):
+        check_between(high, "high", 1, float("inf"))
+    check_between(decay, "decay", 0, 1)
+    check_between(floor, "floor", 0, float("inf"))
+    counted = refusals("raw", patience)
+
+    def update(norm: jax.Array, state: BandState, context: Context) -> Any:
+        beta = jnp.where(state.average > 0, float32(decay), 0)
+        average = beta * state.average + (1 - beta) * norm
+        lower = float32(low(context.step) if callable(low) else low) * average
+        upper = float32(high(context.step) if callable(high) else high) * average
+        refused, give_in = counted.count(norm > upper, state.refused)
+        target = jnp.clip(norm, jnp.maximum(lower, float32(floor)), upper)
+        target = jnp.where(give_in, norm, target)
+        average = jnp.where(give_in, norm, average)
+        return target, BandState(average, refused)
+
+    rule = per_norm(lambda norms: BandState(*_two(norms)), update)
+    return rule._replace(uses_step=callable(low) or callable(high))
+
+
+def _two(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(norms.shape, jnp.float32), jnp.zeros(norms.shape, jnp.int32)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, 1)

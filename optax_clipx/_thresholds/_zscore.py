@@ -1,0 +1,269 @@
+"""Limits some standard deviations above the mean of the norms so far."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._base import (
+    Context,
+    Refusals,
+    Threshold,
+    check_between,
+    check_choice,
+    check_count,
+    check_static_count,
+    float32,
+    per_norm,
+    refusals,
+)
+
+TARGETS = ("threshold", "mean", "reciprocal")
+
+
+class ZScoreState(NamedTuple):
+    """Mean and standard deviation; for each norm one number each."""
+
+    count: jax.Array
+    mean: jax.Array
+    sd: jax.Array
+    refused: jax.Array
+
+
+class WindowState(NamedTuple):
+    """The last norms, or their logarithms, along the last axis."""
+
+    count: jax.Array
+    window: jax.Array
+    refused: jax.Array
+
+
+def zscore(
+    z_threshold: Any = 2.5,
+    *,
+    decay: Any = 0.97,
+    window: int | None = None,
+    warmup_steps: Any = 25,
+    space: str = "linear",
+    target: str = "threshold",
+    clip_factor: Any = 1.0,
+    include_current: bool = False,
+    stats: str = "clipped",
+    patience: Any = None,
+    min_relative_sd: Any = 0.01,
+) -> Threshold:
+    r"""A limit some standard deviations above the mean of the norms so far.
+
+    .. math:: z = (n - \mu) / \sigma, \qquad
+              t = \begin{cases} \text{target} & z > z^* \\ \mu + z^* \sigma
+              & \text{else} \end{cases}
+
+    In the first ``warmup_steps`` norms there is no limit, and :math:`\mu, \sigma` are
+    their mean and population standard deviation. After them either moving averages,
+
+    .. math:: \mu \leftarrow \beta\mu + (1-\beta) x, \qquad
+              \sigma^2 \leftarrow \beta\sigma^2 + (1-\beta)(x - \mu_{new})^2,
+
+    or mean and population standard deviation of the last ``window`` norms. In
+    ``"log"`` space all of this is of :math:`\log n`, the limit is the exponential, and
+    the moving variance is :math:`E[l^2] - E[l]^2`; with ``warmup_steps=0`` averages are
+    plain until :math:`k` norms outweigh the decay, :math:`k > 1/(1-\beta)`.
+
+    State: four numbers for each norm, or the window and two. Norms of zero and steps
+    that are not finite never enter.
+
+    What enters on a spike, :math:`x`: ``stats="raw"`` the norm (the deviation grows and
+    hides an equal spike soon after); ``"clipped"`` the limit (a real shift of the level
+    is followed slowly); ``"skip"`` nothing (a shift would never be followed, but for
+    ``patience``).
+
+    Args:
+        z_threshold: :math:`z^*`.
+        decay: :math:`\beta`, between 0 and 1.
+        window: how many norms to keep instead of moving averages.
+        warmup_steps: how many norms to see before there is a limit.
+        space: ``"linear"`` or ``"log"``.
+        target: where a norm above goes: ``"threshold"`` :math:`\mu + z^*\sigma`,
+            ``"mean"`` :math:`\mu`, ``"reciprocal"``
+            :math:`(\mu + (z^*)^2/z \cdot \sigma)` times ``clip_factor``.
+        clip_factor: the factor of ``"reciprocal"``.
+        include_current: whether a norm enters before it is judged; then it enters raw.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
+        patience: after so many norms above in a row the level is accepted: mean and
+            deviation move there in proportion. ``None`` is never, for ``"skip"`` 50.
+        min_relative_sd: a floor for :math:`\sigma/\mu`. Without one, constant norms
+            would make the smallest change a spike.
+
+    Returns:
+        A threshold rule; with ``target`` other than ``"threshold"`` its limits lie
+        below norms that they do not touch only when these are spikes.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if ``window``, ``space``, ``target`` or ``stats`` is traced.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.zscore(warmup_steps=3)
+        >>> state = rule.init(jnp.float32(0))
+        >>> for norm in (0.9, 1.0, 1.1, 9.0, 1.0):
+        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     print(f"{norm}: {limit:.2f}")
+        0.9: inf
+        1.0: inf
+        1.1: inf
+        9.0: 1.20
+        1.0: 1.22
+
+    References:
+        Kumar et al., ZClip: Adaptive spike mitigation for LLM pre-training, 2025,
+        arXiv 2504.02507; Chorowski et al., End-to-end continuous speech recognition
+        using attention-based recurrent NN, 2014, arXiv 1412.1602 (log space).
+    """
+    check_between(z_threshold, "z_threshold", 0, float("inf"))
+    check_between(decay, "decay", 0, 1)
+    check_count(warmup_steps, "warmup_steps", 0)
+    check_choice(space, "space", ("linear", "log"))
+    check_choice(target, "target", TARGETS)
+    check_between(clip_factor, "clip_factor", 0, float("inf"))
+    check_between(min_relative_sd, "min_relative_sd", 0, float("inf"))
+    if window is not None:
+        check_static_count(window, "window", 2)
+    rule = _ZScore(
+        z_threshold=z_threshold,
+        decay=decay,
+        window=window,
+        warmup_steps=warmup_steps,
+        log=space == "log",
+        target=target,
+        clip_factor=clip_factor,
+        include_current=include_current,
+        refusals=refusals(stats, patience),
+        min_relative_sd=min_relative_sd,
+    )
+    return per_norm(rule.init, rule.update)
+
+
+class _ZScore(NamedTuple):
+    z_threshold: Any
+    decay: Any
+    window: int | None
+    warmup_steps: Any
+    log: bool
+    target: str
+    clip_factor: Any
+    include_current: bool
+    refusals: Refusals
+    min_relative_sd: Any
+
+    def init(self, norms: jax.Array) -> Any:
+        def zeros(dtype: Any = jnp.float32, *more: int) -> jax.Array:
+            return jnp.zeros((*norms.shape, *more), dtype)
+
+        if self.window is None:
+            return ZScoreState(zeros(jnp.int32), zeros(), zeros(), zeros(jnp.int32))
+        return WindowState(
+            zeros(jnp.int32), zeros(jnp.float32, self.window), zeros(jnp.int32)
+        )
+
+    def update(self, norm: jax.Array, state: Any, context: Context) -> Any:
+        value = jnp.log(jnp.where(norm > 0, norm, 1)) if self.log else norm
+        seen = self.entered(state, value) if self.include_current else state
+        count, mean, sd = self.moments(seen)
+        z_threshold = float32(self.z_threshold)
+        trigger = mean + z_threshold * sd
+        active = count >= jnp.maximum(self.steps(self.warmup_steps), 1)
+        over = active & (value > trigger)
+        refused, give_in = self.refusals.count(over, state.refused)
+        over = over & ~give_in
+        limit = jnp.where(over, self.above(value, mean, sd, z_threshold), trigger)
+        if not self.include_current:
+            entering, anything = self.refusals.entering(value, limit, over)
+            moved = self.moved(state, value, mean)
+            seen = jax.tree.map(
+                lambda m, s: jnp.where(_wide(give_in, s), m, s), moved, state
+            )
+            entering = jnp.where(give_in, value, entering)
+            entered = self.entered(seen, entering)
+            seen = jax.tree.map(
+                lambda e, s: jnp.where(_wide(anything, s), e, s), entered, seen
+            )
+        limit = jnp.exp(limit) if self.log else limit
+        limit = jnp.where(active & ~give_in, limit, jnp.inf)
+        return limit, seen._replace(refused=refused)
+
+    def steps(self, count: Any) -> jax.Array:
+        return jnp.asarray(count, jnp.int32)
+
+    def above(self, value: Any, mean: Any, sd: Any, z_threshold: Any) -> jax.Array:
+        """Where a spike goes."""
+        if self.target == "mean":
+            return mean
+        if self.target == "threshold":
+            return mean + z_threshold * sd
+        z = (value - mean) / jnp.where(sd > 0, sd, 1)
+        raised = mean + z_threshold * (z_threshold / jnp.where(z > 0, z, 1)) * sd
+        factor = float32(self.clip_factor)
+        return raised + jnp.log(factor) if self.log else raised * factor
+
+    def moments(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """How many, their mean, and their standard deviation with its floor."""
+        if self.window is None:
+            count, mean, sd = state.count, state.mean, state.sd
+        else:
+            count = jnp.minimum(state.count, self.window)
+            kept = jnp.arange(self.window) < count[..., None]
+            number = jnp.maximum(count, 1).astype(jnp.float32)
+            values = jnp.where(kept, state.window, 0)
+            # Relative to the largest, so that no sum overflows.
+            peak = jnp.max(jnp.abs(values), axis=-1)
+            peak = jnp.where(peak > 0, peak, 1)
+            ratios = values / peak[..., None]
+            mean = jnp.sum(ratios, axis=-1) / number
+            off = jnp.where(kept, ratios - mean[..., None], 0)
+            sd = jnp.sqrt(jnp.sum(off * off, axis=-1) / number) * peak
+            mean = mean * peak
+        floor = float32(self.min_relative_sd)
+        return count, mean, jnp.maximum(sd, floor if self.log else floor * mean)
+
+    def entered(self, state: Any, value: jax.Array) -> Any:
+        """The state after one more value."""
+        count = state.count + (state.count < jnp.iinfo(jnp.int32).max)
+        if self.window is not None:
+            place = jnp.arange(self.window) == (state.count % self.window)[..., None]
+            window = jnp.where(place, value[..., None], state.window)
+            # The count runs on to know the place; it returns to a full window.
+            full = 2 * self.window
+            count = jnp.where(count >= full, self.window, count)
+            return state._replace(count=count, window=window)
+        number = count.astype(jnp.float32)
+        plain = (number - 1) / number
+        decay = float32(self.decay)
+        warmup = self.steps(self.warmup_steps)
+        takes_over = jnp.where(plain <= decay, plain, decay)
+        decay = jnp.where(
+            warmup > 0, jnp.where(count <= warmup, plain, decay), takes_over
+        )
+        off = jnp.abs(value - state.mean)
+        mean = decay * state.mean + (1 - decay) * value
+        # The deviation is kept, and not its square, which could overflow.
+        exact = self.log | (count <= warmup) | (warmup == 0)
+        share = jnp.sqrt((1 - decay) * decay) * jnp.where(exact, 1, jnp.sqrt(decay))
+        sd = jnp.hypot(jnp.sqrt(decay) * state.sd, share * off)
+        return state._replace(count=count, mean=mean, sd=sd)
+
+    def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:
+        """The state at a new level, with the deviation in proportion."""
+        if self.window is None:
+            ratio = value / jnp.where(mean > 0, mean, 1)
+            sd = state.sd if self.log else state.sd * ratio
+            return state._replace(mean=value, sd=sd)
+        if self.log:
+            return state._replace(window=state.window + (value - mean)[..., None])
+        ratio = value / jnp.where(mean > 0, mean, 1)
+        return state._replace(window=state.window * ratio[..., None])
+
+
+def _wide(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
