@@ -3,6 +3,18 @@
 from importlib.metadata import version as _version
 
 from . import functional as functional, per_example as per_example
+from ._adaptive import (
+    adagc as adagc,
+    autoclip as autoclip,
+    historical_update_clip as historical_update_clip,
+    log_zscore_clip as log_zscore_clip,
+    norm_growth_limit as norm_growth_limit,
+    normalize_by_norm as normalize_by_norm,
+    olmo_ratio_clip as olmo_ratio_clip,
+    quantile_clip as quantile_clip,
+    smooth_clip as smooth_clip,
+    zclip as zclip,
+)
 from ._clipping import clip_by as clip_by
 from ._measures import (
     Measure as Measure,
@@ -24,6 +36,7 @@ from ._methods import (
 from ._metrics import (
     ClipMetrics as ClipMetrics,
     ClipState as ClipState,
+    SkipState as SkipState,
     check as check,
     metrics as metrics,
 )
@@ -33,6 +46,7 @@ from ._responses import (
     rescale as rescale,
     smooth as smooth,
 )
+from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes
 from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,

@@ -106,7 +106,7 @@ def clip_by(
         step: Any,
         extra: Mapping[str, Any],
     ) -> Step:
-        return _clip_norms(
+        return clip_norms(
             leaves, params, rule_state, step, extra, measure, rule, response, options
         )
 
@@ -134,14 +134,14 @@ def clip_once(
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
     with mesh_of(leaves.arrays):
-        found = _clip_norms(
+        found = clip_norms(
             leaves, params, (), 0, extra, measure, rule, response, options
         )
         groups = measure.groups(leaves, options.axis_name, options.specs)
         return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves, groups)
 
 
-def _clip_norms(
+def clip_norms(
     leaves: Leaves,
     params: Any,
     rule_state: Any,
@@ -152,6 +152,7 @@ def _clip_norms(
     response: Response,
     options: Options,
 ) -> Step:
+    """One step of the four parts, before its state is put together."""
     groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
     given = extra.get(options.norm_arg) if measure.scope == "tree" else None

@@ -108,6 +108,19 @@ def max_over(value: jax.Array, axes: Axes) -> jax.Array:
     return lax.pmax(_vary(value, axes), axes) if axes else value
 
 
+def mean_over_devices(value: jax.Array, axis_name: Any) -> jax.Array:
+    """The mean over the manual axes over which a value varies, or may vary."""
+    axes = set(varying(value))
+    if axis_name is not None:
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name
+        axes |= {name for name in names if _is_bound(name)}
+    manual = _manual_axes()
+    if manual and not _has_types(manual):
+        axes |= set(manual)
+    ordered = tuple(sorted(axes))
+    return sum_over(value, ordered) / size_of(ordered) if ordered else value
+
+
 def size_of(axes: Axes) -> int:
     """The number of devices along the axes together."""
     return math.prod(lax.axis_size(name) for name in axes)

@@ -64,6 +64,23 @@ class ClipState(NamedTuple):
     rule: Any
 
 
+class SkipState(NamedTuple):
+    """The state of :func:`skip_spikes`: what it did, and the optimizer inside of it.
+
+    ``reason`` says why the last step was skipped: 0 it was not, 1 a norm that is not
+    finite, 2 a spike of the norm, 3 a loss that is not finite, 4 a spike of the loss.
+    """
+
+    metrics: ClipMetrics
+    rule: Any
+    loss_rule: Any
+    inner: Any
+    skipped: Bool[Array, "..."]
+    reason: Int[Array, "..."]
+    num_skipped: Int[Array, "..."]
+    consecutive_skips: Int[Array, "..."]
+
+
 def fresh(enabled: bool) -> ClipMetrics:
     """Metrics before the first step; each field an array of its own."""
 
@@ -85,7 +102,7 @@ def fresh(enabled: bool) -> ClipMetrics:
 
 def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
     """The metrics after one more step."""
-    steps = _count(last.steps, True)
+    steps = count(last.steps, True)
     if last.norm is None:
         return last._replace(steps=steps)
     # Copies: a state that held the caller's own array could not be donated.
@@ -98,12 +115,13 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
         clipped=own(to_float32(summary.clipped)),
         nonfinite=own(summary.nonfinite),
         steps=steps,
-        num_clipped=_count(last.num_clipped, summary.any_clipped),
-        num_nonfinite=_count(last.num_nonfinite, summary.nonfinite),
+        num_clipped=count(last.num_clipped, summary.any_clipped),
+        num_nonfinite=count(last.num_nonfinite, summary.nonfinite),
     )
 
 
-def _count(number: Any, happened: Any) -> jax.Array:
+def count(number: Any, happened: Any) -> jax.Array:
+    """One more if it happened; stays at int32's largest number."""
     largest = jnp.iinfo(jnp.int32).max
     return number + (jnp.asarray(happened) & (number < largest)).astype(jnp.int32)
 

@@ -75,7 +75,7 @@ def normalize(
 
 
 def smooth(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, p: float = 1.0
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, p: object = 1.0
 ) -> Float[Array, "..."]:
     r"""Bends the norm under its limit: :math:`(1 + (n/t)^p)^{-1/p}`.
 
@@ -104,13 +104,14 @@ def smooth(
         Zhang et al., Why gradient clipping accelerates training, 2020,
         arXiv 1905.11881.
     """
-    if not p > 0:
+    sharpness = jnp.asarray(p, norms.dtype)
+    if not isinstance(p, jax.core.Tracer) and not sharpness > 0:
         raise ValueError(f"Expected p > 0, got p={p}.")
     over = norms > limits
     small, large = jnp.where(over, limits, norms), jnp.where(over, norms, limits)
     ratio = _ratio(small, jnp.where(large > 0, large, 1))
     # The larger of the two divides, so that no power overflows.
-    bend = (1 + ratio**p) ** (-1 / p)
+    bend = (1 + ratio**sharpness) ** (-1 / sharpness)
     return jnp.where(over, ratio * bend, bend)
 
 

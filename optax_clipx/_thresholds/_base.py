@@ -162,7 +162,7 @@ class Refusals(NamedTuple):
     stats: str
     patience: Any
 
-    def count(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
+    def in_a_row(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
         """How many in a row now, and whether the rule gives in."""
         refused = jnp.where(over, refused + 1, 0)
         if self.patience is None:
@@ -198,7 +198,9 @@ def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(static(name, value))
     if value not in choices:
-        raise ValueError(f"Expected {name} to be one of {tuple(choices)}, got {value!r}.")
+        raise ValueError(
+            f"Expected {name} to be one of {tuple(choices)}, got {value!r}."
+        )
 
 
 def check_count(value: Any, name: str, least: int = 1) -> None:
@@ -218,16 +220,14 @@ def check_static_count(value: Any, name: str, least: int = 1) -> None:
     check_count(value, name, least)
 
 
-def check_between(value: Any, name: str, low: float, high: float) -> None:
+def check_between(value: Any, name: str, low: int, high: int | float) -> None:
     """Refuses a number outside of an interval; a traced one passes."""
     if isinstance(value, bool | str) or callable(value) or value is None:
         raise TypeError(f"Expected {name} to be a number, got {value!r}.")
     if isinstance(value, jax.core.Tracer):
         return
     if not low <= value <= high:
-        raise ValueError(
-            f"Expected {low} <= {name} <= {high}, got {name}={value!r}."
-        )
+        raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
 
 
 def static(name: str, value: Any) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._base import Context, Threshold, check_between, check_count, float32
-from ._constant import as_threshold, like
+from ._base import Context, Threshold, check_between, check_count, float32, like
+from ._constant import as_threshold
 
 
 def minimum(*rules: Any) -> Threshold:
@@ -138,7 +138,9 @@ def scaled(rule: Any, factor: Any) -> Threshold:
     def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
         limits, state = inner.update(norms, state, context)
         limits = _in_form(limits, norms)
-        return jax.tree.map(lambda t: t * float32(factor).astype(t.dtype), limits), state
+        return jax.tree.map(
+            lambda t: t * float32(factor).astype(t.dtype), limits
+        ), state
 
     return _combined([inner], inner.init, update)
 

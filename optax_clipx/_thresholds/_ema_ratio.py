@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._reductions import whole_norm
 from ._base import (
     Context,
-    Refusals,
     Threshold,
     check_between,
     check_choice,
@@ -16,7 +16,6 @@ from ._base import (
     per_norm,
     refusals,
 )
-from .._reductions import whole_norm
 
 INITS = ("min", "mean", "first")
 
@@ -24,7 +23,7 @@ INITS = ("min", "mean", "first")
 class EmaRatioState(NamedTuple):
     """The average, and how many norms it has seen."""
 
-    count: jax.Array
+    seen: jax.Array
     average: jax.Array
     refused: jax.Array
 
@@ -126,7 +125,7 @@ def ema_ratio(
         return EmaRatioState(count, zeros, count + 0)
 
     def update(norm: jax.Array, state: EmaRatioState, context: Context) -> Any:
-        count = state.count + (state.count < jnp.iinfo(jnp.int32).max)
+        count = state.seen + (state.seen < jnp.iinfo(jnp.int32).max)
         warm = jnp.asarray(warmup_steps, jnp.int32)
         warming = count <= warm
         number = count.astype(jnp.float32)
@@ -146,7 +145,7 @@ def ema_ratio(
         average = jnp.where(begins, norm, state.average)
         limit = float32(ratio) * jnp.maximum(average, float32(floor))
         over = ~warming & (norm > limit)
-        refused, give_in = counted.count(over, state.refused)
+        refused, give_in = counted.in_a_row(over, state.refused)
         over = over & ~give_in
         entering, anything = counted.entering(norm, limit, over)
         beta = float32(decay)
@@ -227,7 +226,7 @@ def norm_growth(
         limit = float32(ratio) * jnp.maximum(state.last, float32(floor))
         limit = jnp.where(state.last > 0, limit, jnp.inf)
         over = norm > limit
-        refused, give_in = counted.count(over, state.refused)
+        refused, give_in = counted.in_a_row(over, state.refused)
         limit = jnp.where(give_in, jnp.inf, limit)
         over = over & ~give_in
         entering, anything = counted.entering(norm, limit, over)
@@ -253,8 +252,8 @@ def group_band(
     Norms below the band are raised to it: use it with the response :func:`normalize`,
     which gives everything the norm of its limit, and mostly with :func:`group_norms`.
     Norms enter as they are, this one before it is judged: one spike of :math:`k` times
-    the average raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm.
-    Norms of zero and steps that are not finite never enter.
+    the average raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each
+    norm. Norms of zero and steps that are not finite never enter.
 
     Args:
         low: :math:`\alpha_{low}`, between 0 and 1; a number or a schedule.
@@ -301,7 +300,7 @@ def group_band(
         average = beta * state.average + (1 - beta) * norm
         lower = float32(low(context.step) if callable(low) else low) * average
         upper = float32(high(context.step) if callable(high) else high) * average
-        refused, give_in = counted.count(norm > upper, state.refused)
+        refused, give_in = counted.in_a_row(norm > upper, state.refused)
         target = jnp.clip(norm, jnp.maximum(lower, float32(floor)), upper)
         target = jnp.where(give_in, norm, target)
         average = jnp.where(give_in, norm, average)

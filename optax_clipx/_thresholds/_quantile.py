@@ -24,7 +24,7 @@ _WIDTH = (_HIGH - _LOW) / _BINS
 class HistoryState(NamedTuple):
     """The last norms, along the last axis."""
 
-    count: jax.Array
+    seen: jax.Array
     history: jax.Array
 
 
@@ -165,9 +165,9 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
 
 def _update_history(norm: jax.Array, state: HistoryState, q: Any) -> Any:
     size = state.history.shape[-1]
-    place = jnp.arange(size) == (state.count % size)[..., None]
+    place = jnp.arange(size) == (state.seen % size)[..., None]
     history = jnp.where(place, norm[..., None], state.history)
-    count = state.count + 1
+    count = state.seen + 1
     number = jnp.minimum(count, size)
     kept = jnp.arange(size) < number[..., None]
     ordered = jnp.sort(jnp.where(kept, history, jnp.inf), axis=-1)

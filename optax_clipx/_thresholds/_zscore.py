@@ -24,7 +24,7 @@ TARGETS = ("threshold", "mean", "reciprocal")
 class ZScoreState(NamedTuple):
     """Mean and standard deviation; for each norm one number each."""
 
-    count: jax.Array
+    seen: jax.Array
     mean: jax.Array
     sd: jax.Array
     refused: jax.Array
@@ -33,7 +33,7 @@ class ZScoreState(NamedTuple):
 class WindowState(NamedTuple):
     """The last norms, or their logarithms, along the last axis."""
 
-    count: jax.Array
+    seen: jax.Array
     window: jax.Array
     refused: jax.Array
 
@@ -121,15 +121,6 @@ def zscore(
         arXiv 2504.02507; Chorowski et al., End-to-end continuous speech recognition
         using attention-based recurrent NN, 2014, arXiv 1412.1602 (log space).
     """
-    check_between(z_threshold, "z_threshold", 0, float("inf"))
-    check_between(decay, "decay", 0, 1)
-    check_count(warmup_steps, "warmup_steps", 0)
-    check_choice(space, "space", ("linear", "log"))
-    check_choice(target, "target", TARGETS)
-    check_between(clip_factor, "clip_factor", 0, float("inf"))
-    check_between(min_relative_sd, "min_relative_sd", 0, float("inf"))
-    if window is not None:
-        check_static_count(window, "window", 2)
     rule = _ZScore(
         z_threshold=z_threshold,
         decay=decay,
@@ -141,8 +132,27 @@ def zscore(
         include_current=include_current,
         refusals=refusals(stats, patience),
         min_relative_sd=min_relative_sd,
-    )
+    ).checked(space)
     return per_norm(rule.init, rule.update)
+
+
+def zscore_of_any_sign(
+    z_threshold: Any, *, window: int, warmup_steps: Any, stats: str, patience: Any
+) -> Threshold:
+    """The same rule for single numbers that may be zero or negative, as a loss may."""
+    rule = _ZScore(
+        z_threshold=z_threshold,
+        decay=0.0,
+        window=window,
+        warmup_steps=warmup_steps,
+        log=False,
+        target="threshold",
+        clip_factor=1.0,
+        include_current=False,
+        refusals=refusals(stats, patience),
+        min_relative_sd=0.01,
+    ).checked("linear")
+    return Threshold(rule.init, rule.update, uses_step=False)
 
 
 class _ZScore(NamedTuple):
@@ -156,6 +166,18 @@ class _ZScore(NamedTuple):
     include_current: bool
     refusals: Refusals
     min_relative_sd: Any
+
+    def checked(self, space: str) -> "_ZScore":
+        check_between(self.z_threshold, "z_threshold", 0, float("inf"))
+        check_between(self.decay, "decay", 0, 1)
+        check_count(self.warmup_steps, "warmup_steps", 0)
+        check_choice(space, "space", ("linear", "log"))
+        check_choice(self.target, "target", TARGETS)
+        check_between(self.clip_factor, "clip_factor", 0, float("inf"))
+        check_between(self.min_relative_sd, "min_relative_sd", 0, float("inf"))
+        if self.window is not None:
+            check_static_count(self.window, "window", 2)
+        return self
 
     def init(self, norms: jax.Array) -> Any:
         def zeros(dtype: Any = jnp.float32, *more: int) -> jax.Array:
@@ -175,7 +197,7 @@ class _ZScore(NamedTuple):
         trigger = mean + z_threshold * sd
         active = count >= jnp.maximum(self.steps(self.warmup_steps), 1)
         over = active & (value > trigger)
-        refused, give_in = self.refusals.count(over, state.refused)
+        refused, give_in = self.refusals.in_a_row(over, state.refused)
         over = over & ~give_in
         limit = jnp.where(over, self.above(value, mean, sd, z_threshold), trigger)
         if not self.include_current:
@@ -210,9 +232,9 @@ class _ZScore(NamedTuple):
     def moments(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """How many, their mean, and their standard deviation with its floor."""
         if self.window is None:
-            count, mean, sd = state.count, state.mean, state.sd
+            count, mean, sd = state.seen, state.mean, state.sd
         else:
-            count = jnp.minimum(state.count, self.window)
+            count = jnp.minimum(state.seen, self.window)
             kept = jnp.arange(self.window) < count[..., None]
             number = jnp.maximum(count, 1).astype(jnp.float32)
             values = jnp.where(kept, state.window, 0)
@@ -225,18 +247,22 @@ class _ZScore(NamedTuple):
             sd = jnp.sqrt(jnp.sum(off * off, axis=-1) / number) * peak
             mean = mean * peak
         floor = float32(self.min_relative_sd)
-        return count, mean, jnp.maximum(sd, floor if self.log else floor * mean)
+        return (
+            count,
+            mean,
+            jnp.maximum(sd, floor if self.log else floor * jnp.abs(mean)),
+        )
 
     def entered(self, state: Any, value: jax.Array) -> Any:
         """The state after one more value."""
-        count = state.count + (state.count < jnp.iinfo(jnp.int32).max)
+        count = state.seen + (state.seen < jnp.iinfo(jnp.int32).max)
         if self.window is not None:
-            place = jnp.arange(self.window) == (state.count % self.window)[..., None]
+            place = jnp.arange(self.window) == (state.seen % self.window)[..., None]
             window = jnp.where(place, value[..., None], state.window)
             # The count runs on to know the place; it returns to a full window.
             full = 2 * self.window
             count = jnp.where(count >= full, self.window, count)
-            return state._replace(count=count, window=window)
+            return state._replace(seen=count, window=window)
         number = count.astype(jnp.float32)
         plain = (number - 1) / number
         decay = float32(self.decay)
@@ -251,18 +277,18 @@ class _ZScore(NamedTuple):
         exact = self.log | (count <= warmup) | (warmup == 0)
         share = jnp.sqrt((1 - decay) * decay) * jnp.where(exact, 1, jnp.sqrt(decay))
         sd = jnp.hypot(jnp.sqrt(decay) * state.sd, share * off)
-        return state._replace(count=count, mean=mean, sd=sd)
+        return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:
         """The state at a new level, with the deviation in proportion."""
+        ratio = jnp.where(mean == 0, 1, jnp.abs(value / jnp.where(mean == 0, 1, mean)))
         if self.window is None:
-            ratio = value / jnp.where(mean > 0, mean, 1)
             sd = state.sd if self.log else state.sd * ratio
             return state._replace(mean=value, sd=sd)
         if self.log:
             return state._replace(window=state.window + (value - mean)[..., None])
-        ratio = value / jnp.where(mean > 0, mean, 1)
-        return state._replace(window=state.window * ratio[..., None])
+        off = (state.window - mean[..., None]) * ratio[..., None]
+        return state._replace(window=value[..., None] + off)
 
 
 def _wide(mask: jax.Array, like: jax.Array) -> jax.Array:
