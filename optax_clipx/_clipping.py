@@ -296,8 +296,14 @@ def _no_norms(groups: Groups, leaves: Leaves, measure: Measure) -> Packed:
     if isinstance(groups, ScalarGroups):
         return jnp.zeros((groups.count or 0,), jnp.float32)
     return tuple(
-        jnp.zeros(
-            tuple(1 if i in axes else n for i, n in enumerate(leaf.shape)), jnp.float32
-        )
+        _no_unit_norms(leaf, axes)
         for leaf, axes in zip(leaves.arrays, groups.axes, strict=True)
     )
+
+
+def _no_unit_norms(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+    if not isinstance(leaf, jax.Array):  # a shape alone
+        shape = tuple(1 if i in axes else n for i, n in enumerate(leaf.shape))
+        return jnp.zeros(shape, jnp.float32)
+    # Reduced, and not made by its shape, so that it lies on the mesh as norms will.
+    return jnp.zeros_like(jnp.max(jnp.abs(leaf), axis=axes, keepdims=True), jnp.float32)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int
 
 from ._leaves import Path, path_of
@@ -168,7 +168,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
     found = _find(opt_state)
-    kept = [(names, m) for names, m in found if m.norm is not None]
+    kept = [(names, state) for names, state in found if state.metrics.norm is not None]
     if not kept:
         raise ValueError(
             "Expected a state with an optax_clipx transform that keeps metrics, got"
@@ -177,8 +177,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         )
     return {
         "/".join((prefix, *names, field)): value
-        for names, (_, found) in zip(_short_names(kept), kept, strict=True)
-        for field, value in _plain(found)._asdict().items()
+        for names, (_, state) in zip(_short_names(kept), kept, strict=True)
+        for field, value in _plain(_fields(state)).items()
     }
 
 
@@ -225,14 +225,34 @@ def check(opt_state: Any) -> None:
         )
 
 
-def _find(opt_state: Any) -> list[tuple[Any, ClipMetrics]]:
-    leaves = jax.tree_util.tree_leaves_with_path(
-        opt_state, is_leaf=lambda x: isinstance(x, ClipMetrics)
-    )
-    return [(keys, leaf) for keys, leaf in leaves if isinstance(leaf, ClipMetrics)]
+def _find(opt_state: Any) -> list[tuple[Any, Any]]:
+    """The states of clippers and skippers, outer ones first, and the way to each."""
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_ours)
+    found = []
+    for keys, leaf in leaves:
+        if not _is_ours(leaf):
+            continue
+        found.append((keys, leaf))
+        if isinstance(leaf, SkipState):
+            here = (*keys, GetAttrKey("inner"))
+            found += [((*here, *more), state) for more, state in _find(leaf.inner)]
+    return found
 
 
-def _short_names(found: list[tuple[Any, ClipMetrics]]) -> list[Path]:
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, ClipState | SkipState)
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """What is shown of a state, by name."""
+    shown = dict(state.metrics._asdict())
+    if isinstance(state, SkipState):
+        names = ("skipped", "reason", "num_skipped", "consecutive_skips")
+        shown |= {name: getattr(state, name) for name in names}
+    return shown
+
+
+def _short_names(found: list[tuple[Any, Any]]) -> list[Path]:
     """Keys and indices on the way to each clipper; fields too, if these do not tell."""
     for kinds in ((SequenceKey, DictKey, FlattenedIndexKey), (object,)):
         names = [
@@ -247,12 +267,12 @@ def _short_names(found: list[tuple[Any, ClipMetrics]]) -> list[Path]:
     return names
 
 
-def _plain(found: ClipMetrics) -> ClipMetrics:
+def _plain(fields: dict[str, Any]) -> dict[str, jax.Array]:
     """The arrays in NNX variables; one copy where pmap has left one on each device."""
-    arrays: list[Any] = [jax.tree.leaves(value)[0] for value in found]
-    if all(map(_is_replicated, arrays)):
-        return ClipMetrics(*(x.addressable_data(0)[0] for x in arrays))
-    return ClipMetrics(*arrays)
+    arrays = {name: jax.tree.leaves(value)[0] for name, value in fields.items()}
+    if all(map(_is_replicated, arrays.values())):
+        return {name: x.addressable_data(0)[0] for name, x in arrays.items()}
+    return arrays
 
 
 def _is_replicated(array: Any) -> bool:

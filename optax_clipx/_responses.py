@@ -104,9 +104,9 @@ def smooth(
         Zhang et al., Why gradient clipping accelerates training, 2020,
         arXiv 1905.11881.
     """
-    sharpness = jnp.asarray(p, norms.dtype)
-    if not isinstance(p, jax.core.Tracer) and not sharpness > 0:
+    if not isinstance(p, jax.core.Tracer) and not p > 0:  # type: ignore[operator]
         raise ValueError(f"Expected p > 0, got p={p}.")
+    sharpness = jnp.asarray(p, norms.dtype)
     over = norms > limits
     small, large = jnp.where(over, limits, norms), jnp.where(over, norms, limits)
     ratio = _ratio(small, jnp.where(large > 0, large, 1))

@@ -241,3 +241,21 @@ def static(name: str, value: Any) -> str:
 def float32(value: Any) -> jax.Array:
     """A number of a rule, which may be traced."""
     return jnp.asarray(value, jnp.float32)
+
+
+def one_more(count: jax.Array) -> jax.Array:
+    """A count of steps after one more; it stays at int32's largest number."""
+    return count + (count < jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+
+
+def numbered(size: int, like: jax.Array) -> jax.Array:
+    """0, 1, ... along an axis after those of an array, with which it broadcasts."""
+    return jnp.arange(size, dtype=jnp.int32).reshape((1,) * like.ndim + (size,))
+
+
+def memory(norms: jax.Array, dtype: Any = jnp.float32, size: int = 0) -> jax.Array:
+    """Zeros to remember something of each norm; they lie on the mesh as it does."""
+    zeros = jnp.zeros_like(norms, dtype=dtype)
+    if not size:
+        return zeros
+    return jnp.broadcast_to(zeros[..., None], (*norms.shape, size))

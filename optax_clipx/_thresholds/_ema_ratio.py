@@ -13,6 +13,8 @@ from ._base import (
     check_choice,
     check_count,
     float32,
+    memory,
+    one_more,
     per_norm,
     refusals,
 )
@@ -120,12 +122,11 @@ def ema_ratio(
     counted = refusals(stats, patience)
 
     def start(norms: jax.Array) -> EmaRatioState:
-        zeros = jnp.zeros(norms.shape, jnp.float32)
-        count = jnp.zeros(norms.shape, jnp.int32)
-        return EmaRatioState(count, zeros, count + 0)
+        seen, refused = memory(norms, jnp.int32), memory(norms, jnp.int32)
+        return EmaRatioState(seen, memory(norms), refused)
 
     def update(norm: jax.Array, state: EmaRatioState, context: Context) -> Any:
-        count = state.seen + (state.seen < jnp.iinfo(jnp.int32).max)
+        count = one_more(state.seen)
         warm = jnp.asarray(warmup_steps, jnp.int32)
         warming = count <= warm
         number = count.astype(jnp.float32)
@@ -311,7 +312,7 @@ def group_band(
 
 
 def _two(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros(norms.shape, jnp.float32), jnp.zeros(norms.shape, jnp.int32)
+    return memory(norms), memory(norms, jnp.int32)
 
 
 def _positive(x: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ from ._base import (
     check_between,
     check_static_count,
     float32,
+    memory,
+    numbered,
     per_norm,
 )
 
@@ -41,9 +43,7 @@ class TrackerState(NamedTuple):
     quantile: jax.Array
 
 
-def quantile(
-    q: Any, *, window: int | None = None, max_steps: int | None = None
-) -> Threshold:
+def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
     r"""A limit that is a quantile of the norms so far, this one included.
 
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
@@ -102,10 +102,7 @@ def quantile(
     check_static_count(size, name)
 
     def init(norms: jax.Array) -> HistoryState:
-        return HistoryState(
-            jnp.zeros(norms.shape, jnp.int32),
-            jnp.zeros((*norms.shape, size), jnp.float32),
-        )
+        return HistoryState(memory(norms, jnp.int32), memory(norms, size=size))
 
     return per_norm(init, lambda n, s, c: _update_history(n, s, q))
 
@@ -158,24 +155,23 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
         info = jnp.finfo(jnp.float32)
         return limit, TrackerState(jnp.clip(moved, info.tiny, info.max))
 
-    return per_norm(
-        lambda norms: TrackerState(jnp.zeros(norms.shape, jnp.float32)), update
-    )
+    return per_norm(lambda norms: TrackerState(memory(norms)), update)
 
 
 def _update_history(norm: jax.Array, state: HistoryState, q: Any) -> Any:
     size = state.history.shape[-1]
-    place = jnp.arange(size) == (state.seen % size)[..., None]
+    place = numbered(size, norm) == (state.seen % size)[..., None]
     history = jnp.where(place, norm[..., None], state.history)
     count = state.seen + 1
     number = jnp.minimum(count, size)
-    kept = jnp.arange(size) < number[..., None]
+    kept = numbered(size, norm) < number[..., None]
     ordered = jnp.sort(jnp.where(kept, history, jnp.inf), axis=-1)
-    position = float32(q) * (number - 1).astype(jnp.float32)
+    last = (number - 1).astype(jnp.float32)
+    position = float32(q) * last
     below = jnp.floor(position)
     weight = position - below
     low = _entry(ordered, below)
-    high = _entry(ordered, jnp.minimum(below + 1, number - 1))
+    high = _entry(ordered, jnp.minimum(below + 1, last))
     # The count runs on to know the place; it returns to a full history.
     count = jnp.where(count >= 2 * size, size, count)
     return low + weight * (high - low), HistoryState(count, history)
@@ -187,15 +183,13 @@ def _entry(ordered: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _init_sketch(norms: jax.Array) -> SketchState:
-    return SketchState(
-        jnp.zeros((*norms.shape, _BINS), jnp.int32), jnp.zeros(norms.shape, jnp.int32)
-    )
+    return SketchState(memory(norms, jnp.int32, _BINS), memory(norms, jnp.int32))
 
 
 def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
     position = (jnp.log(jnp.where(norm > 0, norm, 1)) - _LOW) / _WIDTH
     index = jnp.clip(jnp.floor(position), 0, _BINS - 1).astype(jnp.int32)
-    here = jnp.arange(_BINS) == index[..., None]
+    here = numbered(_BINS, norm) == index[..., None]
     room = state.counts < jnp.iinfo(jnp.int32).max // _BINS
     counts = state.counts + (here & room).astype(jnp.int32)
     outside = (position < 0) | (position >= _BINS)

@@ -14,6 +14,9 @@ from ._base import (
     check_count,
     check_static_count,
     float32,
+    memory,
+    numbered,
+    one_more,
     per_norm,
     refusals,
 )
@@ -42,7 +45,7 @@ def zscore(
     z_threshold: Any = 2.5,
     *,
     decay: Any = 0.97,
-    window: int | None = None,
+    window: Any = None,
     warmup_steps: Any = 25,
     space: str = "linear",
     target: str = "threshold",
@@ -180,14 +183,10 @@ class _ZScore(NamedTuple):
         return self
 
     def init(self, norms: jax.Array) -> Any:
-        def zeros(dtype: Any = jnp.float32, *more: int) -> jax.Array:
-            return jnp.zeros((*norms.shape, *more), dtype)
-
+        seen, refused = memory(norms, jnp.int32), memory(norms, jnp.int32)
         if self.window is None:
-            return ZScoreState(zeros(jnp.int32), zeros(), zeros(), zeros(jnp.int32))
-        return WindowState(
-            zeros(jnp.int32), zeros(jnp.float32, self.window), zeros(jnp.int32)
-        )
+            return ZScoreState(seen, memory(norms), memory(norms), refused)
+        return WindowState(seen, memory(norms, size=self.window), refused)
 
     def update(self, norm: jax.Array, state: Any, context: Context) -> Any:
         value = jnp.log(jnp.where(norm > 0, norm, 1)) if self.log else norm
@@ -235,7 +234,7 @@ class _ZScore(NamedTuple):
             count, mean, sd = state.seen, state.mean, state.sd
         else:
             count = jnp.minimum(state.seen, self.window)
-            kept = jnp.arange(self.window) < count[..., None]
+            kept = numbered(self.window, count) < count[..., None]
             number = jnp.maximum(count, 1).astype(jnp.float32)
             values = jnp.where(kept, state.window, 0)
             # Relative to the largest, so that no sum overflows.
@@ -255,9 +254,11 @@ class _ZScore(NamedTuple):
 
     def entered(self, state: Any, value: jax.Array) -> Any:
         """The state after one more value."""
-        count = state.seen + (state.seen < jnp.iinfo(jnp.int32).max)
+        count = one_more(state.seen)
         if self.window is not None:
-            place = jnp.arange(self.window) == (state.seen % self.window)[..., None]
+            place = (
+                numbered(self.window, value) == (state.seen % self.window)[..., None]
+            )
             window = jnp.where(place, value[..., None], state.window)
             # The count runs on to know the place; it returns to a full window.
             full = 2 * self.window
