@@ -57,6 +57,10 @@ CLIPPERS = {
     ),
     "unit (AGC)": functools.partial(clipx.adaptive_grad_clip, 0.01),
 }
+TRAIN_STEPS = {  # other chains than a clipper and AdamW
+    "zclip": (clipx.zclip, None),
+    "skip_spikes, tree": (CLIPPERS["tree"], clipx.skip_spikes),
+}
 WAYS = ("Explicit", "shard_map", "Auto")
 
 
@@ -97,7 +101,9 @@ def bare_clip(clipper: str, way: str, leaves: int, mesh: Mesh) -> Any:
 
 def train_step(clipper: str, way: str, dim: int, mesh: Mesh) -> Any:
     """The traced train step of the transformer."""
-    tx = optax.chain(CLIPPERS[clipper](), optax.adamw(1e-3))
+    make, wrap = TRAIN_STEPS.get(clipper) or (CLIPPERS[clipper], None)
+    tx = optax.chain(make(), optax.adamw(1e-3))
+    tx = wrap(tx) if wrap else tx
     data, length = mesh.shape["data"], 256
 
     def create() -> Any:
@@ -204,7 +210,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         ]
         jobs += [
             ("train step", topology, "Explicit", clipper, options.dim)
-            for clipper in ("none", "optax tree", "tree", "unit (AGC)")
+            for clipper in ("none", "optax tree", "tree", "unit (AGC)", *TRAIN_STEPS)
         ]
     jobs = [j for j in jobs if not options.only or j[3] in (*options.only, "none")]
     rows = []
@@ -293,7 +299,9 @@ def main() -> None:
         help="the most leaves with unit norms, which compile slowly",
     )
     parser.add_argument("--dim", type=int, default=1024, help="of the transformer")
-    parser.add_argument("--only", nargs="+", choices=CLIPPERS, help="some clippers")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CLIPPERS, *TRAIN_STEPS], help="some"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="write OUTPUT.json and .md")
     options = parser.parse_args()
     rows = run(options)

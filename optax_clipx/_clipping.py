@@ -1,7 +1,7 @@
 """`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def clip_norms(
     """One step of the four parts, before its state is put together."""
     groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
-    given = extra.get(options.norm_arg) if measure.scope == "tree" else None
+    given = _given(leaves, extra, measure, options)
 
     # Everything that is measured goes into one reduction, and so one collective.
     sanitized = options.nonfinite == "sanitize"
@@ -178,7 +178,7 @@ def clip_norms(
     if given is None:
         norm = found[0]
     else:
-        norm = _given(given, accumulator(arrays))
+        norm = given
         if sanitized:  # then a norm of what was there before means nothing
             usable = jnp.isfinite(norm.value)
             norm = jax.tree.map(lambda g, m: jnp.where(usable, g, m), norm, found[0])
@@ -209,7 +209,7 @@ def clip_norms(
     scales, zeroed = _scaling.settle(scales, lost, zero)
     flag = zeroed if options.nonfinite == "zero" else None
     clipped = _scaling.apply(arrays, groups, scales, flag)
-    return Step(clipped, summary, new_rule, norm.value)
+    return Step(clipped, summary, new_rule, norm)
 
 
 def _sanitized_first(trees: Any, extras: Any) -> Any:
@@ -258,7 +258,37 @@ def _limits(
     return limits, new_rule
 
 
-def _given(norm: Any, dtype: Any) -> Norms:
+class Measured(NamedTuple):
+    """Updates that an outer transformation has measured, and their norm."""
+
+    arrays: list[Any]
+    norms: Norms
+
+
+MEASURED = "optax_clipx_measured"  # the extra argument that carries it inwards
+
+
+def _given(
+    leaves: Leaves, extra: Mapping[str, Any], measure: Measure, options: Options
+) -> Norms | None:
+    """The norm of the tree, if somebody has computed it already."""
+    if measure.scope != "tree":
+        return None
+    if extra.get(options.norm_arg) is not None:
+        return _checked_norm(extra[options.norm_arg], accumulator(leaves.arrays))
+    measured = extra.get(MEASURED)
+    # Only if nothing stands in between: then these are the very same arrays.
+    if (
+        measured is None
+        or measure.ord != 2
+        or len(measured.arrays) != len(leaves.arrays)
+    ):
+        return None
+    same = zip(measured.arrays, leaves.arrays, strict=True)
+    return measured.norms if all(a is b for a, b in same) else None
+
+
+def _checked_norm(norm: Any, dtype: Any) -> Norms:
     norm = jnp.asarray(norm)
     if norm.ndim or jnp.iscomplexobj(norm):
         raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")

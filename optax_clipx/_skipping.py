@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from . import _mesh, _metrics
-from ._clipping import clip_norms
+from ._clipping import MEASURED, Measured, clip_norms
 from ._leaves import flatten, path_of, show
 from ._measures import tree_norm
 from ._metrics import SkipState
@@ -87,7 +87,7 @@ def skip_spikes(
         OLMo-core, Levanter, MaxText and axlearn skip steps by such rules.
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected an optax transformation, got {inner!r}.")
+        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
     check_count(patience, "patience")
     usual: dict[str, Any] = {
         "window": 128,
@@ -148,8 +148,15 @@ def skip_spikes(
             spike = summary.any_clipped
             skipped = summary.nonfinite | spike | loss_bad | loss_spike
             feed = [jnp.where(skipped, jnp.zeros_like(x), x) for x in found.arrays]
+            # A clipper that comes first inside need not measure the same again.
+            known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), found.norms)
+            known = known._replace(factor=jnp.where(skipped, 1, found.norms.factor))
         inner_updates, after = wrapped.update(
-            leaves.rebuild(feed), state.inner, params, **extra
+            leaves.rebuild(feed),
+            state.inner,
+            params,
+            **extra,
+            **{MEASURED: Measured(feed, known)},
         )
         with _mesh.mesh_of(leaves.arrays):
             # A limit that cannot be used made every leaf NaN, which must be seen.
@@ -241,7 +248,7 @@ def reset_moments(
         training, 2025, arXiv 2501.06842.
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected an optax transformation, got {inner!r}.")
+        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
     check_count(every, "every")
     check_count(warmup, "warmup", 0)
     wrapped = optax.with_extra_args_support(inner)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from . import _metrics, _policies, _summary
-from ._grouping import Packed
 from ._leaves import Leaves, flatten
 from ._mesh import mesh_of
 from ._metrics import ClipState
@@ -32,7 +31,7 @@ class Step(NamedTuple):
     arrays: list[Any]
     summary: Summary
     rule: Any
-    norms: Packed = None
+    norms: Any = None  # Norms, where groups are measured
 
 
 def transformation(

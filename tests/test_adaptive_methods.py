@@ -126,7 +126,7 @@ TRACES = {
 }
 # Ours divides by the norm, and not by the norm and 1e-6 as the official codes of ZClip,
 # AdaGC and AutoClip do: a difference of 1e-6 at norms of about 1. The official ZClip
-# also adds 1e-6 to the deviation. With OLMo's rule the average before the second step is
+# also adds 1e-6 to the deviation. The average of OLMo before the second step is
 # never read: the reference writes the first norm there, ours has 0.
 UNREAD = {"olmo1_adaptive_ratio1.5_beta.95": 1}
 

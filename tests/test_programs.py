@@ -91,7 +91,12 @@ def test_collectives_on_a_pod(tmp_path, leaves):
         check=True,
     )
     rows = json.loads((tmp_path / "pod.json").read_text())
-    assert len(rows) == 19
+    assert len(rows) == 21
+    steps = {r["clipper"]: r for r in rows if r["program"] == "train step"}
+    for name in ("zclip", "skip_spikes, tree"):
+        fixed = steps["tree"]
+        assert steps[name]["bytes_accessed"] <= 1.02 * fixed["bytes_accessed"]
+        assert len(steps[name]["collectives"]) == len(fixed["collectives"])
     payload = {
         "tree": [4 * 3],  # sums of squares at three scales
         "tree, ord=inf": [4],

@@ -139,6 +139,7 @@ def per_norm(
         return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)
 
     def update_all(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        norms = jax.tree.map(jnp.asarray, norms)
         if not isinstance(norms, tuple):
             return one(norms, state, context)
         found = [one(n, s, context) for n, s in zip(norms, state, strict=True)]
