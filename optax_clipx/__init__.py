@@ -16,6 +16,7 @@ from ._adaptive import (
     zclip as zclip,
 )
 from ._clipping import clip_by as clip_by
+from ._error_feedback import error_feedback as error_feedback
 from ._measures import (
     Measure as Measure,
     group_norms as group_norms,

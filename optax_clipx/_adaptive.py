@@ -57,7 +57,8 @@ def zclip(
             official 1.0 makes a fixed clipper of it.
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"`` (the
             official skip option, which only leaves the averages alone).
-        patience: after so many spikes in a row their level is accepted.
+        patience: how many spikes in a row it takes until the last of them is accepted,
+            and its level. ``None`` is 50; the official code keeps the old level for ever.
         cap: an absolute limit on top, like ``max_norm``.
         scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
             ``group_norms(labels)``.

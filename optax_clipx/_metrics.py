@@ -225,6 +225,13 @@ def check(opt_state: Any) -> None:
         )
 
 
+def nonfinite_flags(opt_state: Any) -> jax.Array:
+    """Whether any clipper in a state met something that is not finite."""
+    flags = [s.metrics.nonfinite for _, s in _find(opt_state)]
+    known = [jnp.any(flag) for flag in flags if flag is not None]
+    return jnp.any(jnp.stack(known)) if known else jnp.zeros((), jnp.bool_)
+
+
 def _find(opt_state: Any) -> list[tuple[Any, Any]]:
     """The states of clippers and skippers, outer ones first, and the way to each."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_ours)

@@ -20,7 +20,7 @@ def zscore_ema(
     target="threshold",
     factor=1.0,
     stats="clipped",
-    patience=None,
+    patience=50,
 ):
     """ZClip: mean and variance of a warm-up, then moving averages."""
     first, mean, var, refused, limit = [], 0.0, 0.0, 0, None

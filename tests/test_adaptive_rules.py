@@ -25,7 +25,10 @@ RULES = {
         clipx.zscore(2.0, target="reciprocal", clip_factor=0.8, decay=0.9),
         partial(ref.zscore_ema, 2.0, target="reciprocal", factor=0.8, decay=0.9),
     ),
-    "zscore_raw": (clipx.zscore(stats="raw"), partial(ref.zscore_ema, stats="raw")),
+    "zscore_raw": (
+        clipx.zscore(stats="raw"),
+        partial(ref.zscore_ema, stats="raw", patience=None),
+    ),
     "zscore_skip": (
         clipx.zscore(stats="skip", patience=5),
         partial(ref.zscore_ema, stats="skip", patience=5),

@@ -184,12 +184,14 @@ class Refusals(NamedTuple):
 STATS = ("raw", "clipped", "skip")
 
 
-def refusals(stats: Any, patience: Any) -> Refusals:
-    """Checks the two arguments. Skipping would lock out without patience: 50."""
+def refusals(
+    stats: Any, patience: Any, locks_out: Sequence[str] = ("skip",)
+) -> Refusals:
+    """Checks the two arguments; where a rule could lock out, patience is 50."""
     check_choice(stats, "stats", STATS)
     if patience is not None:
         check_count(patience, "patience")
-    elif stats == "skip":
+    elif stats in locks_out:
         patience = 50
     return Refusals(stats, patience)
 

@@ -77,8 +77,8 @@ def zscore(
 
     What enters on a spike, :math:`x`: ``stats="raw"`` the norm (the deviation grows and
     hides an equal spike soon after); ``"clipped"`` the limit (a real shift of the level
-    is followed slowly); ``"skip"`` nothing (a shift would never be followed, but for
-    ``patience``).
+    is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never, but for
+    ``patience``); ``"skip"`` nothing (the same).
 
     Args:
         z_threshold: :math:`z^*`.
@@ -92,8 +92,9 @@ def zscore(
         clip_factor: the factor of ``"reciprocal"``.
         include_current: whether a norm enters before it is judged; then it enters raw.
         stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
-        patience: after so many norms above in a row the level is accepted: mean and
-            deviation move there in proportion. ``None`` is never, for ``"skip"`` 50.
+        patience: how many norms above in a row it takes until the last of them is
+            accepted: mean and deviation move there in proportion. ``None`` is 50, for
+            ``"raw"`` never.
         min_relative_sd: a floor for :math:`\sigma/\mu`. Without one, constant norms
             would make the smallest change a spike.
 
@@ -133,7 +134,7 @@ def zscore(
         target=target,
         clip_factor=clip_factor,
         include_current=include_current,
-        refusals=refusals(stats, patience),
+        refusals=refusals(stats, patience, ("clipped", "skip")),
         min_relative_sd=min_relative_sd,
     ).checked(space)
     return per_norm(rule.init, rule.update)
@@ -152,7 +153,7 @@ def zscore_of_any_sign(
         target="threshold",
         clip_factor=1.0,
         include_current=False,
-        refusals=refusals(stats, patience),
+        refusals=refusals(stats, patience, ("clipped", "skip")),
         min_relative_sd=0.01,
     ).checked("linear")
     return Threshold(rule.init, rule.update, uses_step=False)

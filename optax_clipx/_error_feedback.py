@@ -1,0 +1,94 @@
+"""Error feedback: what a clipper cut off comes back in the next step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._leaves import flatten
+from ._metrics import nonfinite_flags
+
+
+class ErrorState(NamedTuple):
+    """The state of the clipper inside, and what it has cut off so far."""
+
+    inner: Any
+    error: Any
+
+
+def error_feedback(
+    clipper: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Carries over what a clipper cuts off, so that its bias vanishes (U-Clip).
+
+    .. math:: u_k = \mathrm{clip}(g_k + e_k), \qquad e_{k+1} = g_k + e_k - u_k
+
+    Clipped gradients are biased where their noise is skewed. Here the sum of all
+    updates differs from the sum of all gradients by :math:`e` only, which stays bounded
+    as long as the limit is above the norm of the mean gradient; below it, :math:`e`
+    grows without end, and the clipper's metrics show a norm that does.
+
+    Args:
+        clipper: any clipper, of this package or another.
+
+    Returns:
+        A transformation. The error is kept in float32 or wider, one number for each
+        entry. After a step that is not finite it is what it was before.
+
+    Raises:
+        TypeError: if ``clipper`` is no transformation, and from ``update`` for integer
+            leaves and leaves that are no arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.error_feedback(clipx.clip_by_global_norm(1.0))
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for gradient in (2.5, 0.0, 0.0):
+        ...     clipped, state = clipper.update(jnp.array([gradient]), state)
+        ...     print(clipped)
+        [1.]
+        [1.]
+        [0.5]
+
+    References:
+        Elesedy and Hutter, U-Clip: On-average unbiased stochastic gradient clipping,
+        2023, arXiv 2302.02971.
+    """
+    if not (hasattr(clipper, "init") and hasattr(clipper, "update")):
+        raise TypeError(
+            f"Expected clipper to be an optax transformation, got {clipper!r}."
+        )
+    wrapped = optax.with_extra_args_support(clipper)
+
+    def init_fn(params: Any) -> ErrorState:
+        leaves = flatten(params, updates=False)
+        zeros = [jnp.zeros_like(x, dtype=_wide(x)) for x in leaves.arrays]
+        return ErrorState(clipper.init(params), zeros)
+
+    def update_fn(
+        updates: Any, state: ErrorState, params: Any = None, **extra: Any
+    ) -> tuple[Any, ErrorState]:
+        leaves = flatten(updates)
+        whole = [
+            x.astype(e.dtype) + e
+            for x, e in zip(leaves.arrays, state.error, strict=True)
+        ]
+        feed = [w.astype(x.dtype) for w, x in zip(whole, leaves.arrays, strict=True)]
+        clipped, inner = wrapped.update(
+            leaves.rebuild(feed), state.inner, params, **extra
+        )
+        bad = nonfinite_flags(inner)
+        error = []
+        for w, e, u in zip(whole, state.error, flatten(clipped).arrays, strict=True):
+            rest = w - u.astype(e.dtype)
+            keep = jnp.isfinite(rest) & ~bad
+            error.append(jnp.where(keep, rest, e))
+        return clipped, ErrorState(inner, error)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _wide(array: Any) -> Any:
+    return jnp.promote_types(array.dtype, jax.dtypes.canonicalize_dtype("float32"))
