@@ -58,7 +58,7 @@ def zclip(
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"`` (the
             official skip option, which only leaves the averages alone).
         patience: how many spikes in a row it takes until the last of them is accepted,
-            and its level. ``None`` is 50; the official code keeps the old level for ever.
+            and its level. ``None`` is 50; the official code never accepts one.
         cap: an absolute limit on top, like ``max_norm``.
         scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
             ``group_norms(labels)``.

@@ -91,4 +91,5 @@ def error_feedback(
 
 
 def _wide(array: Any) -> Any:
-    return jnp.promote_types(array.dtype, jax.dtypes.canonicalize_dtype("float32"))
+    narrow = jnp.finfo(array.dtype).bits < 32
+    return jnp.float32 if narrow else array.dtype

@@ -115,10 +115,9 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
 
     One number for each norm. A spike, however large, moves the limit by the factor
     :math:`e^{\eta q}`; a new level is reached in steps of this size (30 times as high:
-    190 steps at the defaults and :math:`q = 0.9`). From above it comes down slowly there,
-    by :math:`e^{-\eta(1-q)}` a step: a first norm of 25 times the level is felt for 1,600
-    steps. Norms of zero and steps that are not
-    finite do not move it.
+    190 steps at the defaults and :math:`q = 0.9`). From above it comes down slowly
+    there, by :math:`e^{-\eta(1-q)}` a step: a first norm of 25 times the level is felt
+    for 1,600 steps. Norms of zero and steps that are not finite do not move it.
 
     Args:
         q: the share of norms that should be at most the limit, between 0 and 1.

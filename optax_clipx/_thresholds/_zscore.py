@@ -77,7 +77,7 @@ def zscore(
 
     What enters on a spike, :math:`x`: ``stats="raw"`` the norm (the deviation grows and
     hides an equal spike soon after); ``"clipped"`` the limit (a real shift of the level
-    is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never, but for
+    is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never but for
     ``patience``); ``"skip"`` nothing (the same).
 
     Args:
