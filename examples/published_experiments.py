@@ -1,0 +1,304 @@
+"""Small experiments from the literature on clipping, run again (a few minutes).
+
+    python examples/published_experiments.py --output docs/images/published.png
+
+Each row of the table stands beside the figure that was published, or that a reference
+implementation gave.
+"""
+
+import argparse
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax import lax
+from tqdm import tqdm
+
+import optax_clipx as clipx
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STEPS = 100_000
+
+
+def main():
+    """Runs the experiments, prints the table and draws the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="the picture")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the steps and seeds"
+    )
+    options = parser.parse_args()
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
+    experiments = (heavy_tails, smoothness, quantiles_and_bias, one_spike)
+    rows = []
+    for experiment, panel in zip(
+        tqdm(experiments, unit="experiment"), axes.flat, strict=True
+    ):
+        rows += experiment(panel, options.quick)
+    width = max(len(name) for name, *_ in rows)
+    print(f"\n{'':{width}}  {'here':>10}  {'reference':>10}")
+    for name, here, reference in rows:
+        print(f"{name:{width}}  {here:>10}  {reference:>10}")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.output, dpi=110)
+        print(f"\nwrote {options.output}")
+
+
+# Gorbunov et al., 2020, arXiv 2005.10785: f(x) = |x|^2 / 2 with heavy-tailed noise.
+
+NOISES = {
+    "normal": jax.random.normal,
+    "Weibull(0.2)": lambda key, shape: _standard(
+        (-jnp.log(jax.random.uniform(key, shape, minval=1e-7))) ** 5, 120.0, 3614400.0
+    ),
+    "Burr(1, 2.3)": lambda key, shape: _standard(
+        jax.random.uniform(key, shape, minval=1e-7) ** (-1 / 2.3) - 1,
+        1 / 1.3,
+        2.3 / (1.3**2 * 0.3),
+    ),
+}
+TAILS = {
+    "normal": (".034", ".034"),
+    "Weibull(0.2)": (".249", ".034"),
+    "Burr(1, 2.3)": (".167", ".032"),
+}
+
+
+def _standard(x, mean, variance):
+    return (x - mean) / math.sqrt(variance)
+
+
+@functools.partial(jax.jit, static_argnames=("noise", "limit", "steps", "seeds"))
+def descend_quadratic(noise, limit, steps, seeds):
+    """The loss of each step, from several seeds; the second half of each run."""
+    clipper = clipx.clip_by_global_norm(limit, metrics=False)
+
+    def step(x, key):
+        gradient = x + NOISES[noise](key, x.shape)
+        clipped, _ = clipper.update(gradient, optax.EmptyState())
+        x = x - 1e-3 * clipped
+        return x, 0.5 * jnp.sum(x * x)
+
+    def run(key):
+        start = jnp.zeros(100)
+        return lax.scan(step, start, jax.random.split(key, steps))[1]
+
+    losses = jax.vmap(run)(jax.random.split(jax.random.key(0), seeds))
+    return losses[:, steps // 2 :]
+
+
+def heavy_tails(panel, quick):
+    """The 99.9th percentile of the loss, without and with clipping."""
+    rows, names = [], list(NOISES)
+    steps, seeds = (STEPS // 10, 2) if quick else (STEPS, 10)
+    for i, noise in enumerate(names):
+        for j, (label, limit) in enumerate((("SGD", jnp.inf), ("clipped", 100.0))):
+            losses = np.asarray(descend_quadratic(noise, float(limit), steps, seeds))
+            tail = float(np.quantile(losses, 0.999))
+            rows.append(
+                (f"tail of the loss, {noise}, {label}", f"{tail:.3f}", TAILS[noise][j])
+            )
+            panel.bar(
+                i + 0.4 * j,
+                tail,
+                0.36,
+                color=("C3", "C0")[j],
+                label=label if i == 0 else None,
+            )
+    panel.set_xticks([i + 0.2 for i in range(len(names))], names)
+    panel.set_title("Heavy-tailed noise")
+    panel.set_ylabel("loss, 99.9th percentile")
+    panel.legend(frameon=False)
+    return rows
+
+
+# Zhang et al., 2020, arXiv 1905.11881: functions whose smoothness grows.
+
+FUNCTIONS = {
+    # name: function, starts, tolerance of the slope, rate, limit, published figures
+    "x^4": (
+        lambda x: x**4,
+        (2.0, 5.0, 20.0),
+        1e-2,
+        0.2,
+        2.5,
+        (320, 2029, 32564),
+        (33, 39, 69),
+    ),
+    "cosh x": (jnp.cosh, (5.0, 10.0), 1e-3, 0.5, 1.0, (558, 83702), (18, 28)),
+}
+
+
+def steps_to_the_minimum(function, start, rate, limit, tolerance):
+    """How many steps of gradient descent, and where it was."""
+    slope = jax.grad(function)
+    tx = optax.chain(clipx.clip_by_global_norm(limit, metrics=False), optax.sgd(rate))
+
+    def go_on(carry):
+        x, _ = carry
+        return jnp.abs(slope(x)) > tolerance
+
+    def step(carry):
+        x, number = carry
+        update, _ = tx.update(slope(x), tx.init(x))
+        return x + update, number + 1
+
+    with jax.enable_x64(True):
+        run = jax.jit(lambda x: lax.while_loop(go_on, step, (x, 0)))
+        return int(run(jnp.asarray(start, jnp.float64))[1])
+
+
+def smoothness(panel, quick):
+    """Steps of plain gradient descent at its best constant rate, and of clipped."""
+    rows, labels, plain_steps, clipped_steps = [], [], [], []
+    for name, spec in FUNCTIONS.items():
+        function, starts, tolerance, rate, limit, published, clipped_published = spec
+        curvature = jax.grad(jax.grad(function))
+        for i, start in enumerate(starts):
+            best = 1 / float(curvature(start))
+            plain = steps_to_the_minimum(function, start, best, jnp.inf, tolerance)
+            clipped = steps_to_the_minimum(function, start, rate, limit, tolerance)
+            where = f"steps, {name} from {start:g}"
+            rows.append((f"{where}, gradient descent", str(plain), str(published[i])))
+            rows.append((f"{where}, clipped", str(clipped), str(clipped_published[i])))
+            labels.append(f"{name}\nfrom {start:g}")
+            plain_steps.append(plain)
+            clipped_steps.append(clipped)
+    places = np.arange(len(labels))
+    panel.bar(places, plain_steps, 0.36, color="C3", label="gradient descent")
+    panel.bar(places + 0.4, clipped_steps, 0.36, color="C0", label="clipped")
+    panel.set_yscale("log")
+    panel.set_xticks(places + 0.2, labels)
+    panel.set_title("Growing smoothness")
+    panel.set_ylabel("steps")
+    panel.legend(frameon=False)
+    return rows
+
+
+# Andrew et al., 2021, arXiv 1905.03871, and the bias of clipping (arXiv 2302.02971).
+
+
+def tracked_quantile():
+    """The limit of each round, towards the median of LogNormal(0, 1)."""
+    rule = clipx.quantile_tracker(0.5, learning_rate=0.2)
+    state = rule.init(jnp.float32(0))
+    # Begins at .1 and sees the share of a batch of 100 at once: the mean of the moves.
+    limit, limits = jnp.float32(0.1), []
+    for key in jax.random.split(jax.random.key(0), 100):
+        norms = jnp.exp(jax.random.normal(key, (100,)))
+        states = jax.tree.map(lambda s, t=limit: jnp.full(100, t), state)
+        _, moved = rule.update(norms, states, clipx.Context(0))
+        limit = jnp.exp(jnp.mean(jnp.log(moved.quantile)))
+        limits.append(float(limit))
+    return limits
+
+
+def biased_mean(clipper, steps, per_example):
+    """Where descent to the mean of 9, 0 and 0 ends with gradients clipped to 1."""
+    targets = jnp.array([9.0, 0.0, 0.0])
+    tx = optax.chain(clipper, optax.sgd(0.002))
+
+    def step(carry, i):
+        x, state = carry
+        if per_example:
+            gradients = (x - targets)[:, None]
+            clipped = jax.vmap(lambda g: clipper.update(g)[0])(gradients)
+            return (x - 0.002 * jnp.mean(clipped), state), x
+        update, state = tx.update((x - targets[i % 3])[None], state)
+        return (x + update[0], state), x
+
+    start = (jnp.float32(1.0), tx.init(jnp.zeros(1)))
+    return jax.jit(lambda: lax.scan(step, start, jnp.arange(steps))[1])()
+
+
+def quantiles_and_bias(panel, quick):
+    """Rounds until the tracked median is within 10%, and three ends of descent."""
+    limits = tracked_quantile()
+    first = int(np.nonzero(np.abs(np.array(limits) - 1) <= 0.1)[0][0]) + 1
+    rows = [("rounds to 10% of the median", str(first), "46")]
+    steps = 6_000 if quick else 30_000
+    unit = clipx.clip_by_global_norm(1.0)
+    for name, clipper, per_example, reference in (
+        ("clipped", unit, True, ".5"),
+        ("normalized (AUTO-S)", clipx.normalize_by_norm(1.0, eps=0.01), True, ".01"),
+        (
+            "error feedback",
+            clipx.error_feedback(clipx.clip_by_global_norm(4.0)),
+            False,
+            "3.0",
+        ),
+    ):
+        path = np.asarray(biased_mean(clipper, steps, per_example))
+        end = float(path[-steps // 10 :].mean())
+        rows.append((f"mean of 9, 0, 0: {name}", f"{end:.2f}", reference))
+        panel.plot(path[:: steps // 300], label=name)
+    panel.axhline(3, color="0.6", lw=0.8)
+    panel.set_title("The bias of clipping: targets 9, 0, 0")
+    panel.set_xlabel(f"step / {steps // 300}")
+    panel.set_ylabel("estimate of the mean, 3")
+    panel.legend(frameon=False)
+    return rows
+
+
+# Adam and one gradient of noise a thousand times as large.
+
+AFTER_A_SPIKE = {
+    "no clipping": (optax.identity, "1.83"),
+    "clip_by_global_norm(1)": (lambda: clipx.clip_by_global_norm(1.0), ".084"),
+    "zclip": (clipx.zclip, ".045"),
+    "autoclip(10)": (lambda: clipx.autoclip(10.0, max_steps=1000), ".044"),
+    "adagc": (clipx.adagc, ".098"),
+}
+
+
+@functools.partial(jax.jit, static_argnames=("name", "seeds"))
+def adam_on_a_quadratic(name, seeds):
+    """Mean loss of each step: 20 dimensions, noise 1, rate .02, spike at 300 of 500."""
+    tx = optax.chain(AFTER_A_SPIKE[name][0](), optax.adam(0.02))
+
+    def run(key):
+        def step(carry, i):
+            x, state = carry
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            gradient = x + 0.1 * noise * jnp.where(i == 300, 1000.0, 1.0)
+            update, state = tx.update(gradient, state, x)
+            x = x + update
+            return (x, state), 0.5 * jnp.sum(x * x)
+
+        start = jnp.ones(20)
+        return lax.scan(step, (start, tx.init(start)), jnp.arange(500))[1]
+
+    return jax.vmap(run)(jax.random.split(jax.random.key(0), seeds)).mean(0)
+
+
+def one_spike(panel, quick):
+    """Mean loss in the 200 steps after the spike.
+
+    The reference had a setting of its own: only the order can be compared.
+    """
+    rows = []
+    for name, (_, reference) in AFTER_A_SPIKE.items():
+        losses = np.asarray(adam_on_a_quadratic(name, 2 if quick else 20))
+        after = float(losses[300:].mean())
+        rows.append((f"loss after a spike, Adam, {name}", f"{after:.3f}", reference))
+        panel.plot(losses, label=name)
+    panel.set_yscale("log")
+    panel.set_title("Adam: one spike of 1000 in step 300")
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss")
+    panel.legend(frameon=False)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
