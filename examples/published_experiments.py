@@ -296,7 +296,7 @@ def one_spike(panel, quick):
     panel.set_title("Adam: one spike of 1000 in step 300")
     panel.set_xlabel("step")
     panel.set_ylabel("loss")
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="upper right")
     return rows
 
 

@@ -138,7 +138,8 @@ def clip_once(
             leaves, params, (), 0, extra, measure, rule, response, options
         )
         groups = measure.groups(leaves, options.axis_name, options.specs)
-        return leaves.rebuild(found.arrays), measure.unpack(found.norms, leaves, groups)
+        before = found.norms.value
+        return leaves.rebuild(found.arrays), measure.unpack(before, leaves, groups)
 
 
 def clip_norms(

@@ -113,3 +113,39 @@ def test_the_cliff(tmp_path):
     )
     assert largest > 10 > 0.2 > smaller
     assert is_picture(tmp_path / "out" / "cliff.png")
+
+
+def test_a_rule_of_ones_own_is_short_and_gets_everything(tmp_path):
+    source = (EXAMPLES / "own_rule.py").read_text()
+    rule = source.split("# begin\n")[1].split("# end")[0]
+    assert len([line for line in rule.splitlines() if line.strip()]) < 25
+    lines = run("own_rule.py", cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == 16
+    spikes = [line for line in lines if "step 40" in line]
+    assert all(float(re.search(r"-> +([\d.]+)", s)[1]) < 10 for s in spikes)
+
+
+@pytest.mark.slow
+def test_published_experiments_come_out(tmp_path):
+    output = tmp_path / "published.png"
+    script = "published_experiments.py"
+    printed = run(script, "--output", output, cwd=tmp_path).stdout
+    rows = {}
+    for row in printed.splitlines():
+        found = re.match(r"(\S.*?)  +([\d.]+)  +([\d.]+)$", row)
+        if found:
+            rows[found[1]] = float(found[2]), float(found[3])
+    assert len(rows) == 25
+    for name, (here, reference) in rows.items():
+        if name.startswith("steps"):
+            assert here == reference
+        if name.startswith("mean of"):
+            assert here == pytest.approx(reference, abs=0.01)
+        if name.startswith("tail") and (name.endswith("clipped") or "normal" in name):
+            assert here == pytest.approx(reference, rel=0.2)
+    for noise in ("Weibull(0.2)", "Burr(1, 2.3)"):
+        plain, _ = rows[f"tail of the loss, {noise}, SGD"]
+        assert plain > 3 * rows[f"tail of the loss, {noise}, clipped"][0]
+    after = [rows[n][0] for n in rows if n.startswith("loss after a spike")]
+    assert after[0] > 20 * max(after[1:])  # no clipping, and then the others
+    assert output.stat().st_size > 20_000

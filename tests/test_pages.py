@@ -13,6 +13,7 @@ PAGES = {  # what each prints
     "docs/index.md": r"92\.73618",
     "docs/quickstart.md": r"clip/norm 92\.73618",
     "docs/meshes.md": r"10\.0\n10\.0",
+    "docs/adaptive.md": r"2449 came down to 2\.69\n1",
 }
 
 
