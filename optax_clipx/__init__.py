@@ -3,18 +3,6 @@
 from importlib.metadata import version as _version
 
 from . import functional as functional, per_example as per_example
-from ._adaptive import (
-    adagc as adagc,
-    autoclip as autoclip,
-    historical_update_clip as historical_update_clip,
-    log_zscore_clip as log_zscore_clip,
-    norm_growth_limit as norm_growth_limit,
-    normalize_by_norm as normalize_by_norm,
-    olmo_ratio_clip as olmo_ratio_clip,
-    quantile_clip as quantile_clip,
-    smooth_clip as smooth_clip,
-    zclip as zclip,
-)
 from ._clipping import clip_by as clip_by
 from ._error_feedback import error_feedback as error_feedback
 from ._measures import (
@@ -25,7 +13,7 @@ from ._measures import (
     tree_norm as tree_norm,
     unit_norms as unit_norms,
 )
-from ._methods import (
+from ._methods._fixed import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip as clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -33,6 +21,24 @@ from ._methods import (
     clip_by_group_norm as clip_by_group_norm,
     clip_by_leaf_norm as clip_by_leaf_norm,
     clip_by_value as clip_by_value,
+)
+from ._methods._zscore import (
+    historical_update_clip as historical_update_clip,
+    log_zscore_clip as log_zscore_clip,
+    zclip as zclip,
+)
+from ._methods._quantile import (
+    autoclip as autoclip,
+    quantile_clip as quantile_clip,
+)
+from ._methods._ratio import (
+    adagc as adagc,
+    norm_growth_limit as norm_growth_limit,
+    olmo_ratio_clip as olmo_ratio_clip,
+)
+from ._methods._smooth import (
+    normalize_by_norm as normalize_by_norm,
+    smooth_clip as smooth_clip,
 )
 from ._metrics import (
     ClipMetrics as ClipMetrics,

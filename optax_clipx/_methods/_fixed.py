@@ -1,13 +1,13 @@
-"""The named methods, each a composition of measure, threshold and response."""
+"""Fixed limits: by value, leaf, block, tree and group; relative to the parameters."""
 
 import functools
 from typing import Any
 
 import optax
 
-from ._clipping import clip_by
-from ._elements import clip_by_interval
-from ._measures import (
+from .._clipping import clip_by
+from .._elements import clip_by_interval
+from .._measures import (
     LeafAxis,
     group_norms,
     leaf_norms,
@@ -15,10 +15,10 @@ from ._measures import (
     tree_norm,
     unit_norms,
 )
-from ._responses import rescale
-from ._thresholds._constant import check_eps, check_limit, constant
-from ._thresholds._relative import relative_to_params
-from ._transformation import Options
+from .._responses import rescale
+from .._thresholds._constant import check_eps, check_limit, constant
+from .._thresholds._relative import relative_to_params
+from .._transformation import Options
 
 
 def clip(

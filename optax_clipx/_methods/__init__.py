@@ -1,0 +1,1 @@
+"""The named methods, each a composition of measure, threshold and response."""

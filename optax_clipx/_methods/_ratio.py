@@ -1,0 +1,220 @@
+"""Limits in proportion to norms before: AdaGC, OLMo, Fira."""
+
+from typing import Any
+
+import optax
+
+from .._responses import rescale
+from .._thresholds._ema_ratio import ema_ratio, norm_growth
+from ._common import capped, method
+
+
+def adagc(
+    ratio: Any = 1.04,
+    *,
+    decay: Any = 0.99,
+    max_norm: Any = 1.0,
+    warmup_steps: Any = 100,
+    init: str = "min",
+    floor: Any = 0.0,
+    stats: str = "clipped",
+    patience: Any = None,
+    cap: Any = None,
+    scope: Any = "leaf",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each leaf relative to a moving average of its norm (AdaGC).
+
+    .. math:: c_i = \min(1, \lambda g_i / n_i), \qquad
+              g_i \leftarrow \beta g_i + (1 - \beta)\, c_i n_i
+
+    In the first ``warmup_steps`` steps, exactly so many, the whole tree is clipped to
+    ``max_norm`` and :math:`g_i` is the least norm of the leaf so clipped. After them it
+    grows by at most the factor 1.0004 a step: with ``max_norm`` below the natural norm,
+    clipping stays engaged for thousands of steps. ``init="mean"``, a ``floor`` or
+    ``patience`` avoid that; see :func:`ema_ratio`.
+
+    Args:
+        ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some ports.
+        decay: :math:`\beta`; 0.99 in the paper, 0.98 in some ports.
+        max_norm: the limit of the tree's norm in the warm-up, and no cap afterwards;
+            in the unit of the updates.
+        warmup_steps: how many steps the warm-up takes.
+        init: what the average starts with: ``"min"``, ``"mean"`` or ``"first"``.
+        floor: the average counts as at least this, in the unit of the updates.
+        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
+        patience: after so many spikes in a row their level is accepted.
+        cap: an absolute limit on top.
+        scope: as in :func:`zclip`; the default is each leaf.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; its state has three numbers for each norm.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if a name is traced, and from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.adagc(warmup_steps=2)
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for norm in (0.5, 0.6, 0.5, 9.0):
+        ...     clipped, state = clipper.update(jnp.array([norm]), state)
+        >>> print(clipped)
+        [0.52]
+
+    References:
+        Wang et al., AdaGC: Improving training stability for large language model
+        pretraining, 2025, arXiv 2502.11034.
+    """
+    rule = ema_ratio(
+        ratio,
+        decay=decay,
+        warmup_steps=warmup_steps,
+        warmup_limit=max_norm,
+        init=init,
+        floor=floor,
+        stats=stats,
+        patience=patience,
+    )
+    rule = capped(rule, cap)
+    return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
+
+
+def olmo_ratio_clip(
+    ratio: Any,
+    *,
+    decay: Any = 0.99,
+    floor: Any = 0.0,
+    stats: str = "clipped",
+    patience: Any = None,
+    cap: Any = None,
+    scope: Any = "leaf",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips each leaf relative to a moving average of its norm, as OLMo did.
+
+    .. math:: c_i = \min(1, \lambda g_i / n_i), \qquad
+              g_i \leftarrow \beta g_i + (1 - \beta)\, c_i n_i
+
+    :func:`adagc` without warm-up: the first step passes unrecorded, and the average
+    starts with the norm of the second.
+
+    Args:
+        ratio: :math:`\lambda` (``max_grad_norm_ratio``).
+        decay: :math:`\beta`; OLMo took the larger of its optimizer's two decays.
+        floor: the average counts as at least this, in the unit of the updates.
+        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``; see
+            :func:`ema_ratio`.
+        patience: after so many spikes in a row their level is accepted.
+        cap: an absolute limit on top.
+        scope: as in :func:`zclip`; the default is each leaf.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; its state has three numbers for each norm.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if a name is traced, and from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.olmo_ratio_clip(1.5)
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for norm in (7.0, 1.0, 9.0):
+        ...     clipped, state = clipper.update(jnp.array([norm]), state)
+        ...     print(clipped)
+        [7.]
+        [1.]
+        [1.5]
+
+    References:
+        Groeneveld et al., OLMo: Accelerating the science of language models, 2024,
+        arXiv 2402.00838, and its training code.
+    """
+    rule = ema_ratio(
+        ratio,
+        decay=decay,
+        warmup_steps=1,
+        floor=floor,
+        stats=stats,
+        patience=patience,
+    )
+    rule = capped(rule, cap)
+    return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
+
+
+def norm_growth_limit(
+    ratio: Any = 1.01,
+    *,
+    floor: Any = 0.0,
+    stats: str = "clipped",
+    patience: Any = None,
+    cap: Any = None,
+    scope: Any = "tree",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets the norm grow by a ratio from step to step, and no more (Fira).
+
+    .. math:: t_k = \gamma\, x_{k-1}, \qquad x_k = \min(n_k, t_k)
+
+    Meant for updates, after the optimizer. One very small norm is recovered from by 1%
+    a step only: set a ``floor`` or ``patience``; see :func:`norm_growth`.
+
+    Args:
+        ratio: :math:`\gamma`, at least 1.
+        floor: the last norm counts as at least this, in the unit of the updates.
+        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
+        patience: after so many norms above in a row a norm is accepted as it is.
+        cap: an absolute limit on top.
+        scope: as in :func:`zclip`; the paper's code measures each leaf.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; its state has two numbers for each norm.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+        TypeError: if a name is traced, and from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.norm_growth_limit(1.5)
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for norm in (1.0, 9.0, 9.0):
+        ...     clipped, state = clipper.update(jnp.array([norm]), state)
+        ...     print(clipped)
+        [1.]
+        [1.5]
+        [2.25]
+
+    References:
+        Chen et al., Fira: Can we achieve full-rank training of LLMs under low-rank
+        constraint?, 2024, arXiv 2410.01623.
+    """
+    rule = norm_growth(ratio, floor=floor, stats=stats, patience=patience)
+    rule = capped(rule, cap)
+    return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)

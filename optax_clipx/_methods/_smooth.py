@@ -1,0 +1,105 @@
+"""Other responses than a corner at the limit."""
+
+import functools
+from typing import Any
+
+import optax
+
+from .._responses import normalize, smooth
+from .._thresholds._base import check_between
+from ._common import method
+
+
+def smooth_clip(
+    max_norm: Any,
+    *,
+    p: Any = 1.0,
+    scope: Any = "tree",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bends the norm under a limit without a corner.
+
+    .. math:: u \leftarrow \bigl(1 + (\|u\| / t)^p\bigr)^{-1/p}\, u
+
+    Args:
+        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+            schedule, a prefix, or a threshold rule.
+        p: the sharpness, above 0; 1 is :math:`1/(1 + n/t)`, a large one approaches
+            :func:`clip_by_global_norm`.
+        scope: as in :func:`zclip`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        TypeError: from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipped, _ = clipx.smooth_clip(1.0).update(jnp.array([3.0]))
+        >>> print(clipped)
+        [0.75]
+
+    References:
+        Zhang et al., Why gradient clipping accelerates training, 2020,
+        arXiv 1905.11881.
+    """
+    check_between(p, "p", 0, float("inf"))
+    response = functools.partial(smooth, p=p)
+    return method(scope, max_norm, response, nonfinite, axis_name, specs, metrics)
+
+
+def normalize_by_norm(
+    target: Any = 1.0,
+    *,
+    eps: Any = 0.0,
+    scope: Any = "tree",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives the updates a norm, large or small: normalized gradient descent.
+
+    .. math:: u \leftarrow \frac{t}{\|u\| + \epsilon}\, u
+
+    Args:
+        target: :math:`t`, in the unit of the updates: a number, a scalar array, a
+            schedule, a prefix, or a threshold rule.
+        eps: :math:`\epsilon`, in the unit of the updates. With 0, an update of zero
+            stays zero.
+        scope: as in :func:`zclip`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        ValueError: if a number is negative or NaN.
+        TypeError: from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipped, _ = clipx.normalize_by_norm().update(jnp.array([0.0, 0.25]))
+        >>> print(clipped)
+        [0. 1.]
+
+    References:
+        Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
+    """
+    check_between(eps, "eps", 0, float("inf"))
+    response = functools.partial(normalize, eps=eps)
+    return method(scope, target, response, nonfinite, axis_name, specs, metrics)
