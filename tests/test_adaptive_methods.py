@@ -412,3 +412,43 @@ def test_stateless_methods(make):
     name = next(k for k, v in STATELESS.items() if v is make)
     n = float(clipx.functional.global_norm(clipped))
     assert n == pytest.approx(want[name], rel=1e-5)
+
+
+def test_an_exploding_layer_does_not_cut_the_others_of_its_stack():
+    """optax's units of a stacked leaf reach across the layers: 5e3 times too small."""
+    params = {"kernel": jnp.ones((6, 4, 3))}
+    healthy = jnp.full((6, 4, 3), 1e-3)
+    grads = {"kernel": healthy.at[0].mul(1e8)}
+    clipper = clipx.adaptive_grad_clip(0.01, axis=1)
+    clipped, _ = clipper.update(grads, None, params)
+    np.testing.assert_array_equal(clipped["kernel"][5], healthy[5])
+    assert float(jnp.max(jnp.abs(clipped["kernel"][0]))) < 0.02
+    wrong, _ = optax.adaptive_grad_clip(0.01).update(grads, None, params)
+    assert float(jnp.max(jnp.abs(wrong["kernel"][5]))) < 1e-3 / 1e3
+
+
+def test_weights_of_zero_train_because_of_the_floor():
+    """Without a floor their limit is zero for ever."""
+    params, grads = jnp.zeros((3, 2)), jnp.ones((3, 2))
+    clipped, _ = clipx.adaptive_grad_clip(0.01).update(grads, None, params)
+    assert np.all(np.asarray(clipped) > 0)
+    frozen, _ = clipx.adaptive_grad_clip(0.01, eps=0.0).update(grads, None, params)
+    assert not np.any(np.asarray(frozen))
+
+
+def test_the_average_does_not_ratchet_for_ever():
+    """AdaGC whose warm-up cut the norm to a tenth: 1.0004 a step, or patience."""
+
+    def engaged(**options):
+        clipper = clipx.adagc(warmup_steps=5, scope="tree", **options)
+        norms = jnp.full(800, 10.0)
+        _, out = lax.scan(
+            lambda s, n: clipper.update(n[None], s)[::-1],
+            clipper.init(jnp.zeros(1)),
+            norms,
+        )
+        return int(np.sum(np.asarray(out[:, 0]) < 9.9))
+
+    assert engaged() == 800
+    assert engaged(patience=20) <= 5 + 20
+    assert engaged(floor=10.0) == 5  # the warm-up alone
