@@ -57,7 +57,21 @@ STATELESS = {
     "smooth_clip": partial(clipx.smooth_clip, 1.0, p=2.0),
     "normalize_by_norm": partial(clipx.normalize_by_norm, 2.0, eps=1e-6),
 }
-every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+# The slow ones differ from others in what test_adaptive_rules.py has already.
+SLOW = {
+    "zclip_mean",
+    "autoclip_all",
+    "adagc_tree",
+    "quantile_clip_window",
+    "norm_growth_limit_group",
+}
+every_method = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, make in METHODS.items()
+    ],
+)
 
 
 def traced(make):

@@ -217,8 +217,6 @@ def cells(mesh_name):
 USUAL = {  # the rest is slow
     ("4x2", "explicit"),
     ("4x2", "shard_map"),
-    ("4x2", "check_vma=False"),
-    ("4x2", "x manual, Explicit"),
     ("8", "pmap"),
 }
 

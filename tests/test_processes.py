@@ -54,7 +54,8 @@ def seen_by(processes):
     return [dict(np.load(file)) for file in files]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes(processes):
     (alone,) = seen_by(1)
     several = seen_by(processes)
