@@ -256,6 +256,16 @@ def _limits(
         limits,
         norm.value,
     )
+    if narrow:  # what the rule saw as within its limit is so in float64 too
+        limits = jax.tree.map(
+            lambda t, n: (
+                jnp.where(seen(n) <= _metrics.to_float32(t), jnp.maximum(t, n), t)
+                if n.dtype == jnp.float64
+                else t
+            ),
+            limits,
+            norm.value,
+        )
     return limits, new_rule
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from ._clipping import MEASURED
 from ._leaves import flatten
 from ._metrics import nonfinite_flags
 
@@ -33,9 +34,12 @@ def error_feedback(
 
     Returns:
         A transformation. The error is kept in float32 or wider, one number for each
-        entry. After a step that is not finite it is what it was before.
+        entry. After a step that is not finite it is what it was before, if the clipper
+        is one of this package and keeps metrics; else only entries that are not finite
+        are left as they were. A ``norm=`` passed to ``update`` is not used.
 
     Raises:
+        ValueError: from ``update`` if there are other leaves than at ``init``.
         TypeError: if ``clipper`` is no transformation, and from ``update`` for integer
             leaves and leaves that are no arrays.
 
@@ -70,6 +74,14 @@ def error_feedback(
         updates: Any, state: ErrorState, params: Any = None, **extra: Any
     ) -> tuple[Any, ErrorState]:
         leaves = flatten(updates)
+        if len(leaves.arrays) != len(state.error):
+            raise ValueError(
+                f"Expected the {len(state.error)} leaves that init saw, got"
+                f" {len(leaves.arrays)}. Leave frozen ones out with optax.masked."
+            )
+        # A norm that was computed elsewhere is not that of what is clipped here.
+        extra.pop(MEASURED, None)
+        extra.pop("norm", None)
         whole = [
             x.astype(e.dtype) + e
             for x, e in zip(leaves.arrays, state.error, strict=True)

@@ -193,9 +193,13 @@ def _sums_of_squares(
 
     def all_at_once(trees: Any, extras: Any) -> tuple[Packed, Packed]:
         leaves = measured.wide(trees, extras)
+        # Behind a barrier: of an array with one entry XLA would square the factor.
+        up, down = lax.optimization_barrier(
+            (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
+        )
         # What is above 1 is not chosen raised, but must stay finite for gradients.
-        raised = [_square(_clamp_to_one(x) * limits.up) for x in leaves]
-        lowered = [_square(x * limits.down) for x in leaves]
+        raised = [_square(times(_clamp_to_one(x), up)) for x in leaves]
+        lowered = [_square(times(x, down)) for x in leaves]
         plain = list(map(_square, leaves))
         sums = measured.totals([plain, raised, lowered])
         factor = jax.tree.map(choose, sums[0], group_at_risk)

@@ -14,6 +14,7 @@ from ._leaves import flatten, path_of, show
 from ._measures import tree_norm
 from ._metrics import SkipState
 from ._responses import drop
+from ._summary import nothing
 from ._thresholds._base import Context, Threshold, check_count
 from ._thresholds._constant import as_threshold
 from ._thresholds._zscore import zscore, zscore_of_any_sign
@@ -40,9 +41,9 @@ def skip_spikes(
     :math:`n` is the norm of the whole updates that come in, before any clipping inside.
     On a skip the updates are zero and the state of ``inner`` stays bit for bit, by a
     selection and no branch. By default :math:`t` is the mean of the last 128 norms and
-    six of their standard deviations, from the 64th on. What was skipped does not enter,
-    so one spike hides no other; after ``patience`` skips in a row their level is
-    accepted. What is not finite never enters, and is never accepted.
+    six of their standard deviations, from the 64th on. A spike does not enter, so that
+    it hides no other; the ``patience``-th in a row is accepted, and its level with
+    it. What is not finite never enters, and is never accepted.
 
     The loss is judged if it is passed as ``loss=`` or ``value=`` to ``update``. On a
     mesh the decision is that of all devices.
@@ -127,7 +128,9 @@ def skip_spikes(
         leaves = flatten(updates)
         if not leaves.arrays:
             updates, after = wrapped.update(updates, state.inner, params, **extra)
-            return updates, state._replace(inner=after)
+            return updates, state._replace(
+                metrics=_metrics.advance(state.metrics, nothing()), inner=after
+            )
         with _mesh.mesh_of(leaves.arrays):
             found = clip_norms(
                 leaves,
@@ -147,7 +150,9 @@ def skip_spikes(
             )
             spike = summary.any_clipped
             skipped = summary.nonfinite | spike | loss_bad | loss_spike
-            feed = [jnp.where(skipped, jnp.zeros_like(x), x) for x in found.arrays]
+            # A limit that cannot be used made every leaf NaN, which must be seen.
+            keep = skipped & ~summary.unusable
+            feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in found.arrays]
             # A clipper that comes first inside need not measure the same again.
             known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), found.norms)
             known = known._replace(factor=jnp.where(skipped, 1, found.norms.factor))
@@ -155,12 +160,9 @@ def skip_spikes(
             leaves.rebuild(feed),
             state.inner,
             params,
-            **extra,
-            **{MEASURED: Measured(feed, known)},
+            **{**extra, MEASURED: Measured(feed, known)},
         )
         with _mesh.mesh_of(leaves.arrays):
-            # A limit that cannot be used made every leaf NaN, which must be seen.
-            keep = skipped & ~summary.unusable
             inner_updates = _select(
                 keep, optax.tree.zeros_like(inner_updates), inner_updates
             )
@@ -254,7 +256,8 @@ def reset_moments(
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> ResetState:
-        return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
+        with _mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
+            return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
 
     def update_fn(
         updates: Any, state: ResetState, params: Any = None, **extra: Any
@@ -273,7 +276,9 @@ def reset_moments(
         done = jnp.where(length > 0, since / jnp.maximum(length, 1), 1)
         scale = 0.5 * (1 - jnp.cos(jnp.pi * jnp.minimum(done, 1)))
         scale = jnp.where(state.steps < interval, 1, scale)
-        updates = jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
+        leaves = flatten(updates)
+        scaled = [u * scale.astype(u.dtype) for u in leaves.arrays]
+        updates = leaves.rebuild(scaled)
         # The count runs on to know the place, and never overflows.
         steps = state.steps + 1
         steps = jnp.where(steps >= 2 * interval, interval, steps)
@@ -308,9 +313,11 @@ def _judge(
 
 
 def _select(condition: jax.Array, this: Any, that: Any) -> Any:
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, a, jnp.asarray(b).astype(a.dtype)), this, that
-    )
+    def one(a: Any, b: Any) -> jax.Array:
+        # Keys of random numbers cannot be cast, and need not.
+        return jnp.where(condition, a, b if b.dtype == a.dtype else b.astype(a.dtype))
+
+    return jax.tree.map(one, this, jax.tree.map(jnp.asarray, that))
 
 
 def _checked(inner_state: Any) -> Any:

@@ -50,7 +50,7 @@ def zscore_ema(
             }[target]
         if over and stats == "skip":
             continue
-        x = limit if over and stats == "clipped" else n
+        x = min(limit, n) if over and stats == "clipped" else n
         mean = decay * mean + (1 - decay) * x
         var = decay * var + (1 - decay) * (x - mean) ** 2
 

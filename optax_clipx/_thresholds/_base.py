@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from .._leaves import Path
@@ -28,6 +29,7 @@ class Context(NamedTuple):
 
     Example:
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> import optax_clipx as clipx
         >>> context = clipx.Context(step=jnp.int32(3))
         >>> print(context.step)
@@ -68,6 +70,7 @@ class Threshold(NamedTuple):
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> import optax_clipx as clipx
         >>> def twice_the_last():
         ...     def init(norms):
@@ -111,8 +114,10 @@ def is_pair(value: Any) -> bool:
 
 def like(limit: Any, norms: Any) -> Any:
     """One limit in the form of the norms, in their dtype."""
+    # Zeros made from the norms let it lie on the mesh as they do.
     return jax.tree.map(
-        lambda n: jnp.broadcast_to(jnp.asarray(limit).astype(n.dtype), n.shape), norms
+        lambda n: jnp.asarray(limit).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
+        norms,
     )
 
 
@@ -129,6 +134,8 @@ def per_norm(
 
     def one(norms: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         limits, new = update(norms, state, context)
+        # A limit of infinity times a norm of zero would be NaN.
+        limits = jnp.where(norms > 0, limits, jnp.inf)
         return jnp.broadcast_to(limits, norms.shape), jax.tree.map(
             lambda n, o: jnp.where(_trailing(norms > 0, o), n, o).astype(o.dtype),
             new,
@@ -178,7 +185,7 @@ class Refusals(NamedTuple):
         anything = ~over if self.stats == "skip" else jnp.ones_like(over)
         if self.stats == "raw":
             return norm, anything
-        return jnp.where(over, limit, norm), anything
+        return jnp.where(over, jnp.minimum(limit, norm), norm), anything
 
 
 STATS = ("raw", "clipped", "skip")
@@ -210,7 +217,9 @@ def check_count(value: Any, name: str, least: int = 1) -> None:
     """Refuses what is no count of steps; a traced one passes."""
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or jnp.ndim(value) != 0 or int(value) != value:
+    if not _is_number(value):
+        raise TypeError(f"Expected {name} to be a whole number, got {name}={value!r}.")
+    if jnp.ndim(value) != 0 or value % 1 != 0:
         raise ValueError(f"Expected {name} to be a whole number, got {name}={value!r}.")
     if value < least:
         raise ValueError(f"Expected {name} >= {least}, got {name}={value!r}.")
@@ -221,16 +230,23 @@ def check_static_count(value: Any, name: str, least: int = 1) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(static(name, value))
     check_count(value, name, least)
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"Expected {name} to be an int, got {name}={value!r}.")
 
 
 def check_between(value: Any, name: str, low: int, high: int | float) -> None:
     """Refuses a number outside of an interval; a traced one passes."""
-    if isinstance(value, bool | str) or callable(value) or value is None:
-        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
     if isinstance(value, jax.core.Tracer):
         return
+    if not _is_number(value) or jnp.ndim(value) != 0:
+        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
     if not low <= value <= high:
         raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    return number and not isinstance(value, bool)
 
 
 def static(name: str, value: Any) -> str:

@@ -137,10 +137,12 @@ def scaled(rule: Any, factor: Any) -> Threshold:
 
     def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
         limits, state = inner.update(norms, state, context)
-        limits = _in_form(limits, norms)
-        return jax.tree.map(
-            lambda t: t * float32(factor).astype(t.dtype), limits
-        ), state
+        return jax.tree.map(scale, _in_form(limits, norms)), state
+
+    def scale(limit: jax.Array) -> jax.Array:
+        # No limit stays none, also times zero.
+        times = limit * float32(factor).astype(limit.dtype)
+        return jnp.where(jnp.isinf(limit), limit, times)
 
     return _combined([inner], inner.init, update)
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .._leaves import from_prefix
 from ._base import Context, Threshold, is_pair, like, stateless
@@ -78,6 +79,11 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
     """A rule from whatever may stand for one."""
     if isinstance(value, Threshold):
         return value
+    if isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"Expected {name} to be a limit or a threshold rule, got an optax"
+            f" transformation: {value!r}."
+        )
     if is_pair(value):
         return Threshold(value[0], value[1])
     return constant(value, name)

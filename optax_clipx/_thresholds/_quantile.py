@@ -191,8 +191,10 @@ def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
     position = (jnp.log(jnp.where(norm > 0, norm, 1)) - _LOW) / _WIDTH
     index = jnp.clip(jnp.floor(position), 0, _BINS - 1).astype(jnp.int32)
     here = numbered(_BINS, norm) == index[..., None]
-    room = state.counts < jnp.iinfo(jnp.int32).max // _BINS
-    counts = state.counts + (here & room).astype(jnp.int32)
+    # Before the sum of all counts overflows they are halved, which keeps the shares.
+    full = jnp.any(state.counts >= jnp.iinfo(jnp.int32).max // _BINS, axis=-1)
+    before = jnp.where(full[..., None], state.counts // 2, state.counts)
+    counts = before + here.astype(jnp.int32)
     outside = (position < 0) | (position >= _BINS)
     ranks = jnp.cumsum(counts, axis=-1)
     # The smallest bin up to which the share q of all norms lies.

@@ -136,6 +136,7 @@ def zscore(
         include_current=include_current,
         refusals=refusals(stats, patience, ("clipped", "skip")),
         min_relative_sd=min_relative_sd,
+        in_proportion=space == "linear",
     ).checked(space)
     return per_norm(rule.init, rule.update)
 
@@ -155,6 +156,7 @@ def zscore_of_any_sign(
         include_current=False,
         refusals=refusals(stats, patience, ("clipped", "skip")),
         min_relative_sd=0.01,
+        in_proportion=False,  # the mean may be close to zero
     ).checked("linear")
     return Threshold(rule.init, rule.update, uses_step=False)
 
@@ -170,6 +172,7 @@ class _ZScore(NamedTuple):
     include_current: bool
     refusals: Refusals
     min_relative_sd: Any
+    in_proportion: bool  # whether a new level scales the deviation
 
     def checked(self, space: str) -> "_ZScore":
         check_between(self.z_threshold, "z_threshold", 0, float("inf"))
@@ -195,7 +198,10 @@ class _ZScore(NamedTuple):
         count, mean, sd = self.moments(seen)
         z_threshold = float32(self.z_threshold)
         trigger = mean + z_threshold * sd
-        active = count >= jnp.maximum(self.steps(self.warmup_steps), 1)
+        wanted = jnp.maximum(self.steps(self.warmup_steps), 1)
+        # A window that is shorter than the warm-up limits as soon as it is full.
+        wanted = wanted if self.window is None else jnp.minimum(wanted, self.window)
+        active = count >= wanted
         over = active & (value > trigger)
         refused, give_in = self.refusals.in_a_row(over, state.refused)
         over = over & ~give_in
@@ -282,14 +288,20 @@ class _ZScore(NamedTuple):
         return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:
-        """The state at a new level, with the deviation in proportion."""
-        ratio = jnp.where(mean == 0, 1, jnp.abs(value / jnp.where(mean == 0, 1, mean)))
+        """The state at a new level; in linear space the deviation is in proportion."""
+
+        def at_level(off: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:
+            if not self.in_proportion:
+                return off
+            # Relative first: value / mean may be beyond the largest number.
+            largest = jnp.finfo(jnp.float32).max
+            relative = off / jnp.where(mean > 0, mean, 1)
+            return jnp.clip(relative * value, -largest / 4, largest / 4)
+
         if self.window is None:
-            sd = state.sd if self.log else state.sd * ratio
-            return state._replace(mean=value, sd=sd)
-        if self.log:
-            return state._replace(window=state.window + (value - mean)[..., None])
-        off = (state.window - mean[..., None]) * ratio[..., None]
+            return state._replace(mean=value, sd=at_level(state.sd, mean, value))
+        off = state.window - mean[..., None]
+        off = at_level(off, mean[..., None], value[..., None])
         return state._replace(window=value[..., None] + off)
 
 
