@@ -29,7 +29,6 @@ class Context(NamedTuple):
 
     Example:
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> import optax_clipx as clipx
         >>> context = clipx.Context(step=jnp.int32(3))
         >>> print(context.step)
@@ -70,7 +69,6 @@ class Threshold(NamedTuple):
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> import optax_clipx as clipx
         >>> def twice_the_last():
         ...     def init(norms):
