@@ -135,7 +135,7 @@ def per_norm(
         # A limit of infinity times a norm of zero would be NaN.
         limits = jnp.where(norms > 0, limits, jnp.inf)
         return jnp.broadcast_to(limits, norms.shape), jax.tree.map(
-            lambda n, o: jnp.where(_trailing(norms > 0, o), n, o).astype(o.dtype),
+            lambda n, o: jnp.where(trailing(norms > 0, o), n, o).astype(o.dtype),
             new,
             state,
         )
@@ -154,7 +154,8 @@ def per_norm(
     return Threshold(init_all, update_all, uses_step=False)
 
 
-def _trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
+def trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask of norms in the rank of something that is remembered of them."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 

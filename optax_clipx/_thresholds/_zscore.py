@@ -19,6 +19,7 @@ from ._base import (
     one_more,
     per_norm,
     refusals,
+    trailing,
 )
 
 TARGETS = ("threshold", "mean", "reciprocal")
@@ -210,12 +211,12 @@ class _ZScore(NamedTuple):
             entering, anything = self.refusals.entering(value, limit, over)
             moved = self.moved(state, value, mean)
             seen = jax.tree.map(
-                lambda m, s: jnp.where(_wide(give_in, s), m, s), moved, state
+                lambda m, s: jnp.where(trailing(give_in, s), m, s), moved, state
             )
             entering = jnp.where(give_in, value, entering)
             entered = self.entered(seen, entering)
             seen = jax.tree.map(
-                lambda e, s: jnp.where(_wide(anything, s), e, s), entered, seen
+                lambda e, s: jnp.where(trailing(anything, s), e, s), entered, seen
             )
         limit = jnp.exp(limit) if self.log else limit
         limit = jnp.where(active & ~give_in, limit, jnp.inf)
@@ -303,7 +304,3 @@ class _ZScore(NamedTuple):
         off = state.window - mean[..., None]
         off = at_level(off, mean[..., None], value[..., None])
         return state._replace(window=value[..., None] + off)
-
-
-def _wide(mask: jax.Array, like: jax.Array) -> jax.Array:
-    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
