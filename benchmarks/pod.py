@@ -206,7 +206,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             for clipper in CLIPPERS
             for way in WAYS
             if is_shown(clipper, way, full)
-            and (leaves <= options.unit_leaves or not clipper.startswith("unit"))
         ]
         jobs += [
             ("train step", topology, "Explicit", clipper, options.dim)
@@ -274,8 +273,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     out.append(
         f"Compiled ahead of time with jax {jax.__version__} and optax"
         f" {optax.__version__}; bytes are of one chip, as XLA estimates them. AGC also"
-        " reads the parameters, which are not donated in the bare clip. Unit norms of"
-        " 1,000 leaves are left out: they compile for a quarter of an hour and more."
+        " reads the parameters, which are not donated in the bare clip."
     )
     return "\n".join(out) + "\n"
 
@@ -292,12 +290,6 @@ def main() -> None:
     )
     parser.add_argument("--full", default="v5p:8x8x16", help="where to show everything")
     parser.add_argument("--leaves", type=int, nargs="+", default=[10, 200, 1000])
-    parser.add_argument(
-        "--unit-leaves",
-        type=int,
-        default=200,
-        help="the most leaves with unit norms, which compile slowly",
-    )
     parser.add_argument("--dim", type=int, default=1024, help="of the transformer")
     parser.add_argument(
         "--only", nargs="+", choices=[*CLIPPERS, *TRAIN_STEPS], help="some"

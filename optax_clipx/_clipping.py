@@ -9,10 +9,10 @@ import optax
 
 from . import _metrics, _policies, _scaling, _summary
 from ._elements import clip_by_magnitude
-from ._grouping import Groups, Packed, ScalarGroups
+from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
 from ._leaves import Leaves, flatten, from_prefix, show
 from ._measures import Measure
-from ._mesh import mesh_of
+from ._mesh import mesh_of, placements
 from ._reductions import Norms, accumulator, as_they_are, norms
 from ._responses import rescale
 from ._scaling import Response
@@ -135,7 +135,16 @@ def clip_once(
     extra = {} if norm is None else {options.norm_arg: norm}
     with mesh_of(leaves.arrays):
         found = clip_norms(
-            leaves, params, (), 0, extra, measure, rule, response, options
+            leaves,
+            params,
+            (),
+            0,
+            extra,
+            measure,
+            rule,
+            response,
+            options,
+            by_leaf=True,
         )
         groups = measure.groups(leaves, options.axis_name, options.specs)
         before = found.norms.value
@@ -152,8 +161,13 @@ def clip_norms(
     rule: Threshold,
     response: Response,
     options: Options,
+    *,
+    by_leaf: bool = False,
 ) -> Step:
-    """One step of the four parts, before its state is put together."""
+    """One step of the four parts, before its state is put together.
+
+    The norms of units may come in buckets, unless `by_leaf` is set.
+    """
     groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
     given = _given(leaves, extra, measure, options)
@@ -163,6 +177,9 @@ def clip_norms(
     trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
+    if isinstance(groups, UnitGroups) and not by_leaf and not arrays_in(rule_state):
+        places = placements(arrays, leaves.paths, options.axis_name, options.specs)
+        groups = groups.bucketed(trees, places)
     found = (
         norms(
             trees,

@@ -2,12 +2,12 @@
 
 Values of groups are *packed*: one array for the scalar scopes, of shape `()` for the
 tree and `(groups,)` for labelled groups (sorted by label) and leaves (in flattening
-order); a tuple of keepdims arrays, one a leaf, for units.
+order); for units a tuple, of one keepdims array a leaf, or of one vector a bucket.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._leaves import Path, show
-from ._mesh import Placement, axes_to_sum, max_over, size_of, sum_over, varying
+from ._mesh import (
+    Axes,
+    Placement,
+    axes_to_sum,
+    cut_sizes,
+    explicit_dims,
+    knows_shards,
+    max_over,
+    size_of,
+    sum_over,
+    varying,
+)
 
 Packed = Any  # a jax.Array, or a tuple of them for units
 Terms = Sequence[jax.Array]  # for each leaf an array of its own shape
@@ -105,11 +116,72 @@ class ScalarGroups:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Leaves that lie alike on the mesh: their units make up one vector."""
+
+    leaves: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of each leaf's units on one device
+    explicit: Axes  # the Explicit mesh axes over which the vector is sharded
+    parts: int  # on how many devices along them
+
+    def counts(self) -> list[int]:
+        """How many units each leaf has on one device."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def fill(self, values: Sequence[Any]) -> np.ndarray:
+        """A vector from one static number for each leaf."""
+        return np.repeat([values[i] for i in self.leaves], self.counts())
+
+
+@dataclass(frozen=True)
 class UnitGroups:
-    """Each leaf is cut into units; its norms keep the leaf's rank."""
+    """Each leaf is cut into units; its norms keep the leaf's rank.
+
+    With buckets the units of many leaves are one vector instead, so that what is done
+    with them is compiled once and not for each leaf.
+    """
 
     axes: tuple[tuple[int, ...], ...]  # for each leaf the axes that a unit spans
     paths: tuple[Path, ...]
+    buckets: tuple[Bucket, ...] = ()
+
+    def bucketed(
+        self, trees: Sequence[Sequence[Any]], places: Sequence[Placement]
+    ) -> "UnitGroups":
+        """The same units in buckets, where it is known how the trees are sharded.
+
+        With Auto mesh axes it is not: a vector of many leaves would gather them.
+        """
+        dims = [list(map(explicit_dims, tree)) for tree in trees]
+        known = all(knows_shards(x) for tree in trees for x in tree)
+        if not known or any(other != dims[0] for other in dims):
+            return self
+        found: dict[Any, list[int]] = {}
+        for leaf, (place, axes) in enumerate(zip(places, self.axes, strict=True)):
+            explicit = _kept(dims[0][leaf], axes)
+            key = (
+                self._reduced_mesh_axes(leaf, place.cut_by(dims[0][leaf]), axes),
+                _kept(place.dims or (), axes),
+                explicit,
+                tuple(varying(tree[leaf]) for tree in trees),
+            )
+            found.setdefault(key, []).append(leaf)
+        buckets = tuple(
+            Bucket(
+                tuple(leaves),
+                tuple(self._shape(i, trees[0][i]) for i in leaves),
+                key[2],
+                _parts_of_units(trees[0][leaves[0]], self.axes[leaves[0]]),
+            )
+            for key, leaves in found.items()
+        )
+        return UnitGroups(self.axes, self.paths, buckets)
+
+    def _shape(self, leaf: int, array: Any) -> tuple[int, ...]:
+        cuts = zip(array.shape, cut_sizes(array), strict=True)
+        return tuple(
+            1 if i in self.axes[leaf] else n // cut for i, (n, cut) in enumerate(cuts)
+        )
 
     def totals(
         self, terms: Sequence[Terms], places: Sequence[Placement], kind: str
@@ -123,13 +195,17 @@ class UnitGroups:
             ]
             for leaf in terms
         ]
-        # Leaves that vary alike are concatenated: a concatenation varies as its parts
-        # do together, and what is typed as varying cannot be replicated again.
+        firsts = list(range(len(self.axes)))
+        if self.buckets:
+            local = [self._joined(leaf) for leaf in local]
+            firsts = [bucket.leaves[0] for bucket in self.buckets]
+        # What varies alike is concatenated: a concatenation varies as its parts do
+        # together, and what is typed as varying cannot be replicated again.
         by_axes: dict[Any, list[int]] = {}
-        for leaf, (place, axes) in enumerate(zip(places, self.axes, strict=True)):
-            cut = self._reduced_mesh_axes(leaf, place, axes)
+        for i, leaf in enumerate(firsts):
+            cut = self._reduced_mesh_axes(leaf, places[leaf], self.axes[leaf])
             if cut:
-                by_axes.setdefault((cut, varying(local[0][leaf])), []).append(leaf)
+                by_axes.setdefault((cut, varying(local[0][i])), []).append(i)
         over = sum_over if kind == "sum" else max_over
         for (cut, _), members in by_axes.items():
             flat = [local[k][i].ravel() for k in range(len(terms)) for i in members]
@@ -156,20 +232,26 @@ class UnitGroups:
 
     def repeated(self, times: int) -> "UnitGroups":
         """The units of several like trees, one after the other."""
-        return UnitGroups(self.axes * times, self.paths * times)
+        each = len(self.axes)
+        buckets = tuple(
+            replace(b, leaves=tuple(i + k * each for i in b.leaves))
+            for k in range(times)
+            for b in self.buckets
+        )
+        return UnitGroups(self.axes * times, self.paths * times, buckets)
 
     def split(self, packed: Packed, times: int) -> list[Packed]:
         """What belongs to each of several like trees."""
-        each = len(self.axes)
+        each = len(self.buckets or self.axes)
         return [packed[k * each : (k + 1) * each] for k in range(times)]
 
     def any_member(self, flags: Sequence[bool]) -> Packed:
-        """For each leaf whether it has the flag."""
-        return tuple(flags)
+        """For each leaf, or each unit in a bucket, whether it has the flag."""
+        return tuple(b.fill(flags) for b in self.buckets) or tuple(flags)
 
     def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
-        """The number of entries of a unit of each leaf, on the whole mesh."""
-        return tuple(
+        """The number of entries of a unit, on the whole mesh."""
+        sizes = tuple(
             float(
                 math.prod(array.shape[a] for a in axes)
                 * size_of(self._reduced_mesh_axes(leaf, place, axes))
@@ -178,17 +260,67 @@ class UnitGroups:
                 zip(arrays, places, self.axes, strict=True)
             )
         )
+        return tuple(b.fill(sizes) for b in self.buckets) or sizes
 
     def spread(self, packed: Packed) -> list[Any]:
-        """For each leaf its units' values, which broadcast against it."""
-        return list(packed)
+        """For each leaf its units' values, which broadcast against it.
+
+        Buckets are of one device's units: on Explicit axes inside of a `map_local`.
+        """
+        if not self.buckets:
+            return list(packed)
+        spread: list[Any] = [None] * len(self.axes)
+        for bucket, vector in zip(self.buckets, packed, strict=True):
+            pieces = jnp.split(vector, np.cumsum(bucket.counts())[:-1])
+            for leaf, piece, shape in zip(
+                bucket.leaves, pieces, bucket.shapes, strict=True
+            ):
+                spread[leaf] = piece.reshape(shape)
+        return spread
 
     def pack(self, values: Sequence[Any]) -> Packed:
-        """The values of each leaf's units, as a tuple."""
-        return tuple(values)
+        """The packed form from one scalar for each leaf."""
+        if not self.buckets:
+            return tuple(values)
+        return tuple(
+            jnp.tile(
+                jnp.concatenate(
+                    [
+                        jnp.broadcast_to(values[i], (n,))
+                        for i, n in zip(b.leaves, b.counts(), strict=True)
+                    ]
+                ),
+                b.parts,
+            )
+            for b in self.buckets
+        )
+
+    def kept(self, places: Sequence[Placement]) -> list[Placement]:
+        """Where the packed arrays of units lie."""
+        left = [p.without(a) for p, a in zip(places, self.axes, strict=True)]
+        if not self.buckets:
+            return left
+        return [Placement(left[b.leaves[0]].axes, None) for b in self.buckets]
+
+    def _joined(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        return [
+            jnp.concatenate([leaves[i].ravel() for i in b.leaves]) for b in self.buckets
+        ]
 
 
 Groups = ScalarGroups | UnitGroups
+
+
+def _kept(dims: Sequence[Axes], reduced: Sequence[int]) -> Axes:
+    """The mesh axes that cut the dimensions which are not reduced."""
+    names = {name for i, cut in enumerate(dims) if i not in reduced for name in cut}
+    return tuple(sorted(names))
+
+
+def _parts_of_units(array: Any, reduced: Sequence[int]) -> int:
+    """Over how many devices the units of a leaf are spread by Explicit axes."""
+    cuts = enumerate(cut_sizes(array))
+    return math.prod(cut for i, cut in cuts if i not in reduced)
 
 
 def _copies(places: Sequence[Placement], axes: tuple[str, ...]) -> np.ndarray:

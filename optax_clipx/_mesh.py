@@ -148,8 +148,7 @@ def map_local(
     gives the PartitionSpecs of what `fun` returns, from the Explicit axes that cut each
     dimension of each array.
     """
-    types = [jax.typeof(x) for x in arrays]
-    dims = [_explicit_dims(t) for t in types]
+    dims = [explicit_dims(x) for x in arrays]
     if not any(name for d in dims for name in d):
         return fun(list(arrays), list(places), extras)
     cut = [p.cut_by(d) for p, d in zip(places, dims, strict=True)]
@@ -159,6 +158,36 @@ def map_local(
         out_specs=out_specs(dims),
         axis_names={name for d in dims for axes in d for name in axes},
     )(list(arrays), extras)
+
+
+def explicit_dims(array: Any) -> tuple[Axes, ...]:
+    """The Explicit mesh axes that cut each dimension of an array."""
+    kind = jax.typeof(array)
+    sharding = kind.sharding
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    dims = [
+        tuple(name for name in _names(entry) if types.get(name) == AxisType.Explicit)
+        for entry in sharding.spec
+    ]
+    return (*dims, *[()] * (kind.ndim - len(dims)))
+
+
+def cut_sizes(array: Any) -> tuple[int, ...]:
+    """Into how many parts the Explicit mesh axes cut each dimension of an array."""
+    mesh = jax.typeof(array).sharding.mesh
+    return tuple(
+        math.prod(mesh.shape[name] for name in axes) for axes in explicit_dims(array)
+    )
+
+
+def knows_shards(array: Any) -> bool:
+    """Whether all is known of how an array is sharded: no mesh axis is Auto."""
+    meshes = (jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh())
+    return not any(
+        kind == AxisType.Auto and mesh.shape[name] > 1
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -257,16 +286,6 @@ def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
     dims = [tuple(n for n in _names(entry) if _is_bound(n)) for entry in spec]
     dims += [()] * (array.ndim - len(dims))
     return Placement(tuple(name for d in dims for name in d), tuple(dims))
-
-
-def _explicit_dims(kind: Any) -> tuple[Axes, ...]:
-    sharding = kind.sharding
-    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    dims = [
-        tuple(name for name in _names(entry) if types.get(name) == AxisType.Explicit)
-        for entry in sharding.spec
-    ]
-    return (*dims, *[()] * (kind.ndim - len(dims)))
 
 
 def _names(entry: Any) -> Axes:

@@ -95,7 +95,8 @@ def norms(
     def out_specs(dims: Any) -> Any:
         if isinstance(groups, ScalarGroups):
             return jax.sharding.PartitionSpec()
-        leaf_specs = tuple(
+        specs = tuple(jax.sharding.PartitionSpec(b.explicit) for b in groups.buckets)
+        leaf_specs = specs or tuple(
             jax.sharding.PartitionSpec(
                 *(() if i in axes else d for i, d in enumerate(leaf))
             )

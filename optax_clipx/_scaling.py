@@ -1,14 +1,16 @@
 """From norms and limits to scales, and from scales to clipped leaves."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from ._grouping import Groups, Packed
+from ._grouping import Groups, Packed, UnitGroups
+from ._mesh import Placement, map_local
 from ._reductions import Norms, times, widened
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
@@ -124,6 +126,27 @@ def apply(
     arrays: list[Any], groups: Groups, scales: Scales, zero: jax.Array | None
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
+
+    def local(shards: Sequence[Any], places: Any, zero: Any) -> list[jax.Array]:
+        parts = iter(shards)
+        leaves = [next(parts) for _ in arrays]
+        coarse, fine = (
+            groups.spread(tuple(next(parts) for _ in packed))
+            for packed in (scales.coarse, scales.fine)
+        )
+        pairs = zip(leaves, coarse, fine, strict=True)
+        return [_apply(x, c, f, zero) for x, c, f in pairs]
+
+    if isinstance(groups, UnitGroups) and groups.buckets:
+        flat = [*arrays, *scales.coarse, *scales.fine]
+        nowhere = [Placement((), None)] * len(flat)
+        return map_local(
+            local,
+            flat,
+            nowhere,
+            zero,
+            lambda dims: [PartitionSpec(*d) for d in dims[: len(arrays)]],
+        )
     coarse, fine = groups.spread(scales.coarse), groups.spread(scales.fine)
     return [_apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)]
 

@@ -56,7 +56,6 @@ def summarize(
         return _from_rows(row[None], ord, *_extent(norms.value, sizes, weights))
 
     def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
-        each = len(arrays)
         parts = [tuple(shards[i : i + each]) for i in range(0, len(shards), each)]
         kept = tuple(sorted({name for place in places for name in place.axes}))
         # A unit that several rows have counts once.
@@ -71,7 +70,7 @@ def summarize(
         return _from_rows(table, ord, count * len(table), size * len(table))
 
     flat = [x for field in fields for x in field]
-    kept = [p.without(axes) for p, axes in zip(places, groups.axes, strict=True)]
+    kept, each = groups.kept(places), len(norms.value)
     return _mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
     )
