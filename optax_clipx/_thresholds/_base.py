@@ -51,7 +51,8 @@ class Threshold(NamedTuple):
     """A threshold rule: a pair of pure functions, as in ``GradientTransformation``.
 
     Norms reach a rule packed: a scalar for the tree, one array for the groups (sorted
-    by label) or the leaves (in flattening order), a tuple of arrays for units. A rule
+    by label) or the leaves (in flattening order), a tuple of arrays for units: one
+    keepdims array a leaf, or for a rule without memory vectors of many units. A rule
     that works element by element with :func:`jax.tree.map` serves every scope. Norms
     are finite; on a non-finite step the rule's new state is thrown away.
 
