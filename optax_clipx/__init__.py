@@ -2,9 +2,10 @@
 
 from importlib.metadata import version as _version
 
-from . import functional as functional, per_example as per_example
+from . import functional as functional, per_example as per_example, units as units
 from ._clipping import clip_by as clip_by
 from ._error_feedback import error_feedback as error_feedback
+from ._excluding import excluding as excluding
 from ._measures import (
     Measure as Measure,
     group_norms as group_norms,

@@ -1,6 +1,6 @@
 """Measures: what is measured together, and by which norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ._leaves import Leaves, Path, flatten, from_prefix, show
 from ._reductions import Ord, norms
 
 Axis = int | tuple[int, ...] | None
-LeafAxis = Axis | Callable[[Path, Any], Axis]
+LeafAxis = Axis | Callable[[Path, Any], Axis] | Mapping[Any, Any] | list[Any]
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,12 @@ class Measure:
                 _mesh.whole_shape(shape, place)
                 for shape, place in zip(shapes, places, strict=True)
             ]
+        name = "batch_axes" if self.scope == "leaf" else "axis"
+        given = _by_leaf(getattr(self, name), leaves, name)
         axes = tuple(
-            self._unit_axes(path, leaf, shape)
-            for path, leaf, shape in zip(
-                leaves.paths, leaves.arrays, shapes, strict=True
+            self._unit_axes(path, leaf, shape, axes)
+            for path, leaf, shape, axes in zip(
+                leaves.paths, leaves.arrays, shapes, given, strict=True
             )
         )
         return UnitGroups(axes, tuple(leaves.paths))
@@ -99,13 +101,13 @@ class Measure:
         return sorted(set(self.label_leaves(leaves)), key=str)
 
     def _unit_axes(
-        self, path: Path, leaf: Any, shape: tuple[int, ...]
+        self, path: Path, leaf: Any, shape: tuple[int, ...], given: Any
     ) -> tuple[int, ...]:
         every = tuple(range(leaf.ndim))
         if self.scope == "leaf":
-            batch = _axes_of(self.batch_axes, path, leaf, "batch_axes")
+            batch = _axes_of(given, path, leaf, "batch_axes")
             return tuple(i for i in every if i not in (batch or ()))
-        axes = _axes_of(self.axis, path, leaf, "axis")
+        axes = _axes_of(given, path, leaf, "axis")
         if axes is not None:
             return axes
         # optax's rule by rank: input axes of a dense layer, heads or convolution.
@@ -154,7 +156,8 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
     Args:
         ord: the order of the norm, as for :func:`tree_norm`.
         batch_axes: axes along which a leaf stacks independent layers, each measured
-            by itself: an int, a tuple, or a function of path and leaf.
+            by itself: an int, a tuple, a function of path and leaf, or a pytree prefix
+            of ints and tuples.
 
     Returns:
         A measure for :func:`clip_by`. Called on a pytree it returns a scalar for each
@@ -183,8 +186,9 @@ def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
 
     Args:
         ord: the order of the norm, as for :func:`tree_norm`.
-        axis: the axes that one unit spans: an int, a tuple, or a function of path and
-            leaf. ``None`` goes by rank as optax does: everything for vectors, axis 0
+        axis: the axes that one unit spans: an int, a tuple, a function of path and
+            leaf such as :func:`optax_clipx.units.flax`, or a pytree prefix of ints and
+            tuples. ``None`` goes by rank as optax does: everything for vectors, axis 0
             for rank 2 and 3, all but the last for rank 4 and 5.
 
     Returns:
@@ -283,6 +287,19 @@ def _refuse_traced(value: Any, name: str) -> None:
             f"Expected a static {name}, got the array {value}. Under"
             f" optax.inject_hyperparams pass static_args={name!r}."
         )
+
+
+def _by_leaf(given: Any, leaves: Leaves, what: str) -> list[Any]:
+    """What is given for each leaf: the same for all, or by a pytree prefix."""
+    if given is None or callable(given) or _is_axes(given):
+        return [given] * len(leaves.arrays)
+    return from_prefix(given, leaves.paths, what, is_leaf=_is_axes)
+
+
+def _is_axes(given: Any) -> bool:
+    if isinstance(given, int | np.integer):
+        return True
+    return isinstance(given, tuple) and all(isinstance(a, int) for a in given)
 
 
 def _axes_of(given: Any, path: Path, leaf: Any, what: str) -> tuple[int, ...] | None:

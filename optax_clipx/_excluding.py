@@ -1,0 +1,59 @@
+"""Leaving leaves out of a clipper by their path."""
+
+from typing import Any
+
+import jax
+import optax
+
+from ._leaves import path_of, show
+from .units import chooser
+
+
+def excluding(
+    clipper: optax.GradientTransformation, where: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves some leaves alone: neither measured nor clipped.
+
+    For the final linear layer in adaptive gradient clipping, for biases, and for what
+    is no gradient at all, such as the statistics of fp8 layers
+    (``"_overwrite_with_gradient"`` in Flax).
+
+    Args:
+        clipper: any clipper, of this package or another.
+        where: which leaves: a name in their path, a tuple of names, or a function of
+            path and leaf that is true for them.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        ValueError: from ``init`` and ``update``, if no leaf is left out: a name that
+            fits nothing is a mistake.
+        TypeError: if ``where`` is none of these.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.excluding(clipx.clip_by_global_norm(1.0), "head")
+        >>> grads = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([10.0])}
+        >>> grads, _ = clipper.update(grads, clipper.init(grads))
+        >>> print(grads["body"], grads["head"])
+        [0.6 0.8] [10.]
+
+    References:
+        Brock et al., 2021, arXiv 2102.06171, leave the final layer out.
+        :func:`optax.masked` does the work.
+    """
+    chosen = chooser(where)
+
+    def mask(tree: Any) -> Any:
+        with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
+        if kept and all(kept):
+            known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
+            raise ValueError(
+                f"Expected where={where!r} to fit a leaf, it fits none of: {known}."
+            )
+        return jax.tree.unflatten(treedef, kept)
+
+    return optax.masked(optax.with_extra_args_support(clipper), mask)

@@ -1,0 +1,359 @@
+r"""Which entries of a layer make up one unit, for the names of the common libraries.
+
+A unit is what feeds one output: a column of a dense kernel, a filter of a convolution,
+a row of an embedding. :func:`flax`, :func:`equinox` and :func:`haiku` know it from a
+leaf's path and rank, :func:`of_model` from the layers themselves; pass any of them as
+``axis=`` of :func:`optax_clipx.adaptive_grad_clip` or :func:`optax_clipx.unit_norms`.
+:func:`show` prints what will be measured together.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from ._leaves import Path, flatten, show as show_path
+from ._measures import LeafAxis, unit_norms
+
+Axes = tuple[int, ...]
+Rule = Callable[[Path, Any], Axes | None]
+
+_EMBEDDINGS = ("embedding", "embeddings", "pos_embedding", "embed")
+
+
+def flax(path: Path, leaf: Any) -> Axes:
+    r"""The axes of one unit, by the names of Flax Linen and NNX.
+
+    ==========================================  ====================  ================
+    leaf                                        shape                 a unit spans
+    ==========================================  ====================  ================
+    kernel of a dense, LSTM or GRU layer        (in, out)             (0,)
+    kernel of a convolution                     (..., in, out)        all but the last
+    kernel of query, key, value                 (in, heads, head)     (0,)
+    kernel of out, inside of an attention       (heads, head, out)    (0, 1)
+    embedding                                   (rows, features)      the last
+    bias, scale and all other vectors           (n,)                  everything
+    bias of query, key, value                   (heads, head)         everything
+    ==========================================  ====================  ================
+
+    One rank more than that is a stack of layers, as :func:`flax.linen.scan` and
+    :func:`flax.nnx.vmap` make, and its first axis is no part of a unit. A kernel of
+    rank 3 or more that stands under neither "conv" nor one of attention's names may
+    be either of two things: that is an error, and :func:`stacked` or
+    :func:`of_model` resolve it.
+
+    Args:
+        path: the leaf's path, as strings.
+        leaf: an array, or anything with a shape.
+
+    Returns:
+        The axes that one unit spans.
+
+    Raises:
+        ValueError: where names and rank do not tell.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.units.flax(("attention", "out", "kernel"), jnp.zeros((4, 4, 16)))
+        (0, 1)
+
+    References:
+        The shapes are those of :mod:`flax.linen` and :mod:`flax.nnx`; units in the
+        sense of Brock et al., 2021, arXiv 2102.06171.
+    """
+    rank, name = leaf.ndim, path[-1] if path else ""
+    layer = path[-2] if len(path) > 1 else ""
+    if _is_vector(leaf):
+        return tuple(range(rank))
+    if name in _EMBEDDINGS:
+        return (rank - 1,)
+    if layer in ("query", "key", "value"):
+        core = 2 if name == "bias" else 3
+        return _of_core(path, leaf, core, (0, 1) if name == "bias" else (0,))
+    if name in ("bias", "scale"):
+        return _of_core(path, leaf, 1, (0,))
+    if _is_convolution(path):
+        return _filters(path, leaf, last=True)
+    if layer == "out" and any("att" in part.lower() for part in path[:-2]):
+        return _of_core(path, leaf, 3, (0, 1))
+    if rank == 2:
+        return (0,)
+    if rank == 4 or rank == 5:
+        return tuple(range(rank - 1))
+    raise ValueError(_unclear(path, leaf))
+
+
+def equinox(path: Path, leaf: Any) -> Axes:
+    r"""The axes of one unit, by the names of Equinox: ``weight`` is (out, in, ...).
+
+    A linear, LSTM or GRU weight and an embedding have their rows as units, a
+    convolution (below a name with "conv", or of rank 4 and 5) its filters, and a bias
+    is one unit. A weight of rank 3 elsewhere is an error: :func:`stacked` says that it
+    is a stack of linear layers, :func:`of_model` reads it off the model.
+
+    Args:
+        path: the leaf's path, as strings.
+        leaf: an array, or anything with a shape.
+
+    Returns:
+        The axes that one unit spans.
+
+    Raises:
+        ValueError: where names and rank do not tell.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.units.equinox(("layers", "0", "weight"), jnp.zeros((8, 32)))
+        (1,)
+
+    References:
+        The shapes are those of ``equinox.nn``.
+    """
+    rank, name = leaf.ndim, path[-1] if path else ""
+    if _is_vector(leaf):
+        return tuple(range(rank))
+    if name.startswith("bias"):
+        return _of_core(path, leaf, 1, (0,))
+    if _is_convolution(path):
+        return _filters(path, leaf, last=False)
+    if rank == 2:
+        return (1,)
+    if rank == 4 or rank == 5:
+        return tuple(range(1, rank))
+    raise ValueError(_unclear(path, leaf))
+
+
+def haiku(path: Path, leaf: Any) -> Axes:
+    r"""The axes of one unit, by the names of Haiku: ``w`` is (..., in, out).
+
+    Units of dense layers, LSTMs and attention are columns, those of convolutions
+    filters, those of ``embeddings`` rows; a bias is one unit. Layers of
+    ``haiku.layer_stack`` are known by that name.
+
+    Args:
+        path: the leaf's path, as strings.
+        leaf: an array, or anything with a shape.
+
+    Returns:
+        The axes that one unit spans.
+
+    Raises:
+        ValueError: where names and rank do not tell.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.units.haiku(("mlp/~/linear_0", "w"), jnp.zeros((8, 32)))
+        (0,)
+
+    References:
+        The shapes are those of ``haiku``.
+    """
+    if any("layer_stack" in part for part in path) and leaf.ndim > 1:
+        inner = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        below = tuple(part.replace("layer_stack", "") for part in path)
+        return tuple(a + 1 for a in haiku(below, inner))
+    rank, name = leaf.ndim, path[-1] if path else ""
+    if _is_vector(leaf):
+        return tuple(range(rank))
+    if name == "embeddings":
+        return (rank - 1,)
+    if _is_convolution(path):
+        return _filters(path, leaf, last=True)
+    if rank == 2:
+        return (0,)
+    if rank == 4 or rank == 5:
+        return tuple(range(rank - 1))
+    raise ValueError(_unclear(path, leaf))
+
+
+def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
+    r"""A rule for models in which some leaves stack layers along an axis.
+
+    Args:
+        rule: the rule for a single layer, such as :func:`flax`.
+        where: which leaves: a name in their path, a tuple of names, or a function of
+            path and leaf.
+        axis: the axis along which they are stacked.
+
+    Returns:
+        A rule of path and leaf.
+
+    Raises:
+        ValueError: from the rule, if the axis is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> rule = clipx.units.stacked(clipx.units.flax, "blocks")
+        >>> rule(("blocks", "linear", "kernel"), jnp.zeros((12, 64, 256)))
+        (1,)
+
+    References:
+        :func:`flax.linen.scan`, :func:`flax.nnx.vmap` and :func:`jax.vmap` of an
+        initializer make such leaves.
+    """
+    chosen = chooser(where)
+
+    def of_stack(path: Path, leaf: Any) -> Axes | None:
+        if not chosen(path, leaf):
+            return rule(path, leaf)
+        if not -leaf.ndim <= axis < leaf.ndim:
+            raise ValueError(
+                f"Expected axis={axis} within the rank of shape {leaf.shape} at"
+                f" {show_path(path)}."
+            )
+        at = axis % leaf.ndim
+        shape = leaf.shape[:at] + leaf.shape[at + 1 :]
+        axes = rule(path, jax.ShapeDtypeStruct(shape, leaf.dtype))
+        return None if axes is None else tuple(a + (a >= at) for a in axes)
+
+    return of_stack
+
+
+def of_model(model: Any) -> Rule:
+    r"""A rule read off the layers of an NNX or Equinox model, whatever their names.
+
+    Layers that it does not know go by :func:`flax` or :func:`equinox`. A rank above
+    the layer's own is a stack of layers, along the first axes.
+
+    Args:
+        model: a :class:`flax.nnx.Module` or an ``equinox.Module``.
+
+    Returns:
+        A rule of path and leaf.
+
+    Raises:
+        TypeError: for other models: Linen and Haiku keep no layers to be asked.
+        ValueError: from the rule, where nothing tells.
+
+    Example:
+        >>> from flax import nnx
+        >>> import optax_clipx as clipx
+        >>> model = nnx.Sequential(nnx.Conv(3, 8, (3,), rngs=nnx.Rngs(0)))
+        >>> rule = clipx.units.of_model(model)
+        >>> rule(("layers", "0", "kernel"), model.layers[0].kernel[...])
+        (0, 1)
+
+    References:
+        The layers of :mod:`flax.nnx` and ``equinox.nn``.
+    """
+    modules = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    if "flax" in modules and hasattr(model, "__dict__"):
+        from ._layers import of_nnx
+
+        return _by_path(of_nnx(model), flax)
+    if "equinox" in modules:
+        from ._layers import of_equinox
+
+        return _by_path(of_equinox(model), equinox)
+    raise TypeError(
+        f"Expected an NNX or Equinox model, got {type(model).__name__}. For the"
+        " parameters of Linen or Haiku use optax_clipx.units.flax or .haiku."
+    )
+
+
+def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
+    r"""Prints the units of each leaf: what will be measured and clipped together.
+
+    Args:
+        params: a pytree of arrays or of shapes.
+        axis: as in :func:`optax_clipx.unit_norms`.
+
+    Returns:
+        Nothing; a table goes to the standard output.
+
+    Raises:
+        ValueError: where the rule of ``axis`` does not tell.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipx.units.show({"kernel": jnp.zeros((3, 32, 8))}, axis=(0, 1))
+        leaf    shape       unit spans  units  entries each
+        kernel  (3, 32, 8)  (0, 1)          8            96
+
+    References:
+        In the manner of :meth:`flax.linen.Module.tabulate`.
+    """
+    leaves = flatten(params, updates=False)
+    groups: Any = unit_norms(axis=axis).groups(leaves)
+    rows = [("leaf", "shape", "unit spans", "units", "entries each")]
+    for path, leaf, axes in zip(leaves.paths, leaves.arrays, groups.axes, strict=True):
+        entries = 1
+        for a in axes:
+            entries *= leaf.shape[a]
+        spans = "everything" if len(axes) == leaf.ndim else str(axes)
+        numbers = (str(leaf.size // entries), str(entries))
+        rows.append((show_path(path), str(leaf.shape), spans, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def chooser(where: Any) -> Callable[[Path, Any], bool]:
+    """A predicate of path and leaf from a name, names or a function."""
+    if callable(where):
+        return lambda path, leaf: bool(where(path, leaf))
+    names = (where,) if isinstance(where, str) else tuple(where)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "Expected where to be a name in the path, a tuple of names or a function of"
+            f" path and leaf, got {where!r}."
+        )
+    return lambda path, leaf: any(name in path for name in names)
+
+
+def _by_path(known: Mapping[Path, tuple[int, Axes]], fallback: Rule) -> Rule:
+    """A rule from the rank of each known leaf in its layer, and its units there."""
+
+    def rule(path: Path, leaf: Any) -> Axes | None:
+        if path not in known:
+            return fallback(path, leaf)
+        core, axes = known[path]
+        return _of_core(path, leaf, core, axes)
+
+    return rule
+
+
+def _of_core(path: Path, leaf: Any, core: int, axes: Axes) -> Axes:
+    """The axes in a leaf whose layer has `core` dimensions, stacked along the rest."""
+    more = leaf.ndim - core
+    if more < 0:
+        raise ValueError(
+            f"Expected rank {core} or more at {show_path(path)}, got shape"
+            f" {leaf.shape}."
+        )
+    return tuple(a + more for a in axes)
+
+
+def _is_vector(leaf: Any) -> bool:
+    return sum(n != 1 for n in leaf.shape) <= 1
+
+
+def _is_convolution(path: Path) -> bool:
+    return any("conv" in part.lower() for part in path[:-1])
+
+
+def _filters(path: Path, leaf: Any, last: bool) -> Axes:
+    if not 3 <= leaf.ndim <= 5:
+        raise ValueError(_unclear(path, leaf))
+    axes = tuple(range(leaf.ndim))
+    return axes[:-1] if last else axes[1:]
+
+
+def _unclear(path: Path, leaf: Any) -> str:
+    return (
+        f"Cannot tell the units of {show_path(path)} of shape {leaf.shape} from its"
+        " name: it may be a convolution, or layers in a stack. Say which with"
+        f" axis=optax_clipx.units.stacked(rule, where={path[0] if path else ''!r}) or"
+        " axis=optax_clipx.units.of_model(model), or give the axes: a function of path"
+        " and leaf."
+    )
+
