@@ -48,11 +48,23 @@ from ._metrics import (
     check as check,
     metrics as metrics,
 )
+from ._moments import (
+    clip_spikes as clip_spikes,
+    mixed_clip as mixed_clip,
+    normalized_momentum as normalized_momentum,
+    scale_by_acclip as scale_by_acclip,
+)
 from ._responses import (
     drop as drop,
     normalize as normalize,
     rescale as rescale,
     smooth as smooth,
+)
+from ._spectral import clip_by_spectral_norm as clip_by_spectral_norm
+from ._stabilizers import (
+    scale_by_stable_adam as scale_by_stable_adam,
+    stabilize_norm as stabilize_norm,
+    stable_adamw as stable_adamw,
 )
 from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes
 from .per_example import (

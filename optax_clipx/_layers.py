@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from ._leaves import Path, path_of
+from ._leaves import path_of
 
 Axes = tuple[int, ...]
-Known = dict[Path, tuple[int, Axes]]  # the rank in the layer, and what a unit spans
+Known = dict[Any, tuple[int, Axes]]  # the rank in the layer, and what a unit spans
 
 
 def of_nnx(model: Any) -> Known:
@@ -60,7 +60,10 @@ def _nnx_layers(nnx: Any) -> list[tuple[Any, Callable[[Any], Known]]]:
 
 
 def _linear_general(layer: Any) -> Any:
-    count_in, count_out = len(_tuple(layer.in_features)), len(_tuple(layer.out_features))
+    count_in, count_out = (
+        len(_tuple(layer.in_features)),
+        len(_tuple(layer.out_features)),
+    )
     batch = len(layer.batch_axis or ())
     return {
         "kernel": (batch + count_in + count_out, _range(batch, batch + count_in)),

@@ -356,4 +356,3 @@ def _unclear(path: Path, leaf: Any) -> str:
         " axis=optax_clipx.units.of_model(model), or give the axes: a function of path"
         " and leaf."
     )
-

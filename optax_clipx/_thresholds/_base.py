@@ -234,6 +234,14 @@ def check_static_count(value: Any, name: str, least: int = 1) -> None:
         raise TypeError(f"Expected {name} to be an int, got {name}={value!r}.")
 
 
+def check_static_number(value: Any, name: str) -> None:
+    """Refuses what is no Python number."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    if not _is_number(value) or isinstance(value, np.ndarray):
+        raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
+
+
 def check_between(value: Any, name: str, low: int, high: int | float) -> None:
     """Refuses a number outside of an interval; a traced one passes."""
     if isinstance(value, jax.core.Tracer):

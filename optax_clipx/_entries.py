@@ -1,0 +1,181 @@
+"""What transformations that remember something of each entry have in common."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from . import _mesh, _policies
+from ._grouping import Packed, ScalarGroups
+from ._leaves import Leaves, show
+from ._reductions import Indicators, accumulator, norms
+from ._summary import Summary
+from ._thresholds._base import stateless
+from ._transformation import Options, Step, by_policy, transformation
+
+NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
+
+# `act(arrays, moments, count)` gives the updates and the new moments.
+Act = Callable[[list[Any], list[jax.Array], Any], tuple[list[Any], list[jax.Array]]]
+
+
+def elementwise(
+    act: Act,
+    times: int,
+    options: Options,
+    *,
+    of_moment: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose entries know of themselves only.
+
+    It keeps so many moments of each entry. What its metrics call the norm before is
+    that of the updates, or of the first of the new moments.
+    """
+
+    def step(
+        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
+    ) -> Step:
+        refuse_complex(leaves)
+        arrays = [jnp.asarray(x) for x in leaves.arrays]
+        if options.nonfinite == "sanitize":
+            arrays = _policies.sanitize(arrays)
+        out, new = act(arrays, state, count)
+        source = new[: len(arrays)] if of_moment else arrays
+        summary = _changed(leaves, source, out, options)
+        return finish(leaves, out, summary, new, options)
+
+    return transformation(
+        lambda leaves: zeros_like(leaves, times), step, NO_RULE, options
+    )
+
+
+def finish(
+    leaves: Leaves, out: list[Any], summary: Summary, new: Any, options: Options
+) -> Step:
+    """The step by its policy, in the dtypes of the updates."""
+    summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
+    out = [u.astype(x.dtype) for u, x in zip(out, leaves.arrays, strict=True)]
+    out = [jnp.where(lost, jnp.nan, x) for x in out]
+    out = [jnp.where(zero, jnp.zeros_like(x), x) for x in out]
+    return Step(out, summary, new)
+
+
+def zeros_like(leaves: Leaves, times: int) -> list[jax.Array]:
+    """Moments of zero for each leaf, in float32 or wider, so many times over."""
+    return [
+        jnp.zeros_like(x, dtype=at_least_float32(x))
+        for _ in range(times)
+        for x in leaves.arrays
+    ]
+
+
+def at_least_float32(array: Any) -> Any:
+    """The dtype of moments of an array."""
+    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
+
+
+def mean_of(mean: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
+    """The exponential moving average after one more value."""
+    # Behind a barrier: for b = 1/2 XLA would halve the sum, which may overflow.
+    b, rest = lax.optimization_barrier(_shares(decay, mean.dtype))
+    return b * mean + rest * x
+
+
+def root_of_mean(
+    root: jax.Array, magnitude: jax.Array, decay: Any, power: float
+) -> jax.Array:
+    """The root of the average power of magnitudes, after one more.
+
+    Relative to the larger of the two, so that no power leaves the range.
+    """
+    if power == 1:
+        return mean_of(root, magnitude, decay)
+    b, rest = _shares(decay, root.dtype)
+    largest = jnp.maximum(root, magnitude)
+    safe = jnp.where(largest > 0, largest, 1)
+    mean = b * (root / safe) ** power + rest * (magnitude / safe) ** power
+    return largest * (jnp.sqrt(mean) if power == 2 else mean ** (1 / power))
+
+
+def _shares(decay: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Decay and 1 - decay, which in float32 would be off by 1e-5 for b = .999."""
+    return jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
+
+
+def weight_of(decay: Any, counts: jax.Array) -> jax.Array:
+    """By what an average of so many values is divided to debias it: 1 - b^t."""
+    is_array = isinstance(decay, jax.Array)
+    log = jnp.log(decay) if is_array else math.log(decay) if decay else -math.inf
+    weight = -jnp.expm1(jnp.maximum(counts, 1).astype(jnp.float32) * log)
+    return jnp.where((counts > 0) & (weight > 0), weight, 1)
+
+
+def refuse_complex(leaves: Leaves) -> None:
+    """An order of entries is needed, or a sign."""
+    for path, leaf in zip(leaves.paths, leaves.arrays, strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"Expected real updates, got {leaf.dtype} at {show(path)}. Leave it out"
+                " with optax_clipx.excluding."
+            )
+
+
+def _changed(
+    leaves: Leaves, before: list[Any], after: list[Any], options: Options
+) -> Summary:
+    """Both norms and the share of entries that changed, in one reduction."""
+    axis_name = options.axis_name
+    quiet = options.nonfinite in ("propagate", "sanitize")
+    if quiet and _mesh.is_unknown(axis_name, options.specs):
+        axis_name = ()  # No collective is needed but for these: they are the shard's.
+    groups = ScalarGroups((0,) * len(before), None)
+    found = norms(
+        [before, after, leaves.arrays],
+        groups,
+        2.0,
+        leaves.paths,
+        axis_name,
+        options.specs,
+        derive=_and_differences,
+    )
+    norm, clipped_norm, different, bad = (n.value for n in found)
+    places = _mesh.placements(before, leaves.paths, axis_name, options.specs)
+    size = jnp.asarray(groups.sizes(before, places), norm.dtype)
+    share = jnp.square(different) / size
+    return Summary(
+        norm=norm,
+        clipped_norm=clipped_norm,
+        scale=jnp.where(norm > 0, clipped_norm / jnp.where(norm > 0, norm, 1), 1),
+        threshold=jnp.zeros((), accumulator(before)),
+        clipped=jnp.where(jnp.isfinite(share), share, 0),
+        any_clipped=different > 0,
+        nonfinite=bad > 0,
+        unusable=jnp.zeros((), jnp.bool_),
+    )
+
+
+def _and_differences(trees: Any, extras: Any) -> Any:
+    before, after, raw = trees
+    different = Indicators(
+        [
+            (x != y.astype(x.dtype)).astype(jnp.float32)
+            for x, y in zip(before, after, strict=True)
+        ]
+    )
+    return [before, after, different, _policies.where_nonfinite(raw)]
+
+
+def with_flags(trees: Any, extras: Any) -> Any:
+    """The first tree, and which entries of the second are not finite."""
+    first, raw = trees
+    return [first, _policies.where_nonfinite(raw)]
+
+
+def any_of(flags: Packed) -> jax.Array:
+    """Whether the norm of any group's indicators is above 0."""
+    found = [jnp.any(n > 0) for n in jax.tree.leaves(flags)]
+    return jnp.any(jnp.stack(found))

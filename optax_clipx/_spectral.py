@@ -1,0 +1,413 @@
+"""Clipping the singular values of matrices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from . import _mesh, _scaling
+from ._entries import any_of, finish, with_flags
+from ._grouping import UnitGroups
+from ._leaves import Leaves, show
+from ._measures import LeafAxis, leaf_norms, unit_norms
+from ._reductions import accumulator, norms, widened
+from ._responses import normalize, smooth
+from ._summary import Summary
+from ._thresholds._base import Context
+from ._thresholds._constant import as_threshold
+from ._transformation import Options, Step, arrays_in, transformation
+
+
+def clip_by_spectral_norm(
+    max_norm: Any,
+    *,
+    form: str = "hard",
+    method: str = "svd",
+    steps: int = 24,
+    axis: LeafAxis = None,
+    batch_axes: LeafAxis = None,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits the singular values of each matrix.
+
+    .. math:: U \,\mathrm{diag}(\sigma)\, V^\top \leftarrow
+              U \,\mathrm{diag}(\sigma')\, V^\top, \qquad
+              \sigma' = \min(\sigma, t) \;\text{(hard)}, \qquad
+              \sigma' = \frac{\sigma}{\sqrt{1 + \sigma^2 / t^2}} \;\text{(soft)}
+
+    A vector is a matrix of one column: its singular value is its 2-norm, so that the
+    rule has no jump between the two. Work is cubic in the shorter side.
+
+    Args:
+        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+            schedule, or a pytree prefix of these.
+        form: ``"hard"`` or ``"soft"``.
+        method: ``"svd"`` is exact up to rounding. ``"newton_schulz"`` uses products of
+            matrices alone, as accelerators like: its error is at most
+            :math:`\|G\|_F\,(2^{-0.9(k - 4)} + 10^{-5})` for ``steps`` :math:`k`, and no
+            singular value ends above the limit by more than that.
+        steps: iterations of Newton-Schulz; for ``"hard"`` there are two rounds.
+        axis: the axes that make up the rows of a matrix, the inputs of a layer, as in
+            :func:`unit_norms`; the others make up its columns.
+        batch_axes: axes along which a leaf stacks matrices.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`; needed in ``shard_map`` where a matrix is cut.
+        metrics: whether the state keeps :class:`ClipMetrics`. Their norm is the largest
+            singular value of any matrix, estimated from below by power iteration
+            with ``"newton_schulz"``.
+
+    Returns:
+        A transformation. A matrix that is cut over the mesh is gathered on every
+        device that holds a part of it.
+
+    Raises:
+        ValueError: for a negative or NaN limit, an unknown form or method, and from
+            ``update`` for axes out of range.
+        TypeError: from ``update`` as :func:`clip_by`, and for complex leaves.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.clip_by_spectral_norm(2.0)
+        >>> clipped, _ = clipper.update(jnp.array([[3.0, 0.0], [0.0, 1.0]]))
+        >>> print(jnp.round(clipped, 4))
+        [[2. 0.]
+         [0. 1.]]
+
+    References:
+        Spectral clipping: arXiv 2603.14315 and 2605.11838. The Newton-Schulz iteration
+        of degree five: Higham, Functions of Matrices, 2008, chapter 8.
+    """
+    for name, value, known in (
+        ("form", form, ("hard", "soft")),
+        ("method", method, ("svd", "newton_schulz")),
+    ):
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {known}, got {value!r}.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"Expected steps to be an int from 1 on, got steps={steps!r}.")
+    rule = as_threshold(max_norm, "max_norm")
+    if rule.uses_params or arrays_in(rule.init(jnp.zeros((1,), jnp.float32))):
+        raise ValueError(
+            "Expected max_norm to be a number, a schedule or a prefix of these, got a"
+            " rule that adapts to norms or parameters."
+        )
+    options = Options(nonfinite, axis_name, specs, metrics)
+    ways = _Ways(form, method, steps)
+
+    def step(
+        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
+    ) -> Step:
+        context = Context(count, None, extra, leaves.paths, lambda v: jnp.stack(v))
+        dtype = accumulator(leaves.arrays)
+        limits, _ = rule.update(jnp.zeros((len(leaves.arrays),), dtype), state, context)
+        limits = jnp.broadcast_to(limits, (len(leaves.arrays),)).astype(dtype)
+        layouts = _layouts(leaves, axis, batch_axes)
+        clipped, before, after, bad = _clip(leaves, limits, layouts, ways, options)
+        summary = _summary(before, after, limits)
+        summary = summary._replace(nonfinite=bad | summary.nonfinite)
+        return finish(leaves, clipped, summary, state, options)
+
+    return transformation(lambda leaves: (), step, rule, options)
+
+
+class _Ways(NamedTuple):
+    form: str
+    method: str
+    steps: int
+
+
+class _Layout(NamedTuple):
+    """Which axes of a leaf stack matrices, and which are rows and columns."""
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def _layouts(leaves: Leaves, axis: Any, batch_axes: Any) -> list[_Layout]:
+    spans: Any = leaf_norms(batch_axes=batch_axes if batch_axes is not None else ())
+    whole = spans.groups(leaves).axes
+    units: Any = unit_norms(axis=axis)
+    rows = units.groups(leaves).axes if axis is not None else None
+    found = []
+    for i, (leaf, every) in enumerate(zip(leaves.arrays, whole, strict=True)):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"Expected real updates, got {leaf.dtype} at {show(leaves.paths[i])}."
+            )
+        batch = tuple(a for a in range(leaf.ndim) if a not in every)
+        if rows is not None:
+            of_rows = tuple(a for a in rows[i] if a in every)
+        else:  # the last axis are the outputs, as in the kernels of most layers
+            of_rows = every[:-1] if len(every) > 1 else every
+        columns = tuple(a for a in every if a not in of_rows)
+        found.append(_Layout(batch, of_rows, columns))
+    return found
+
+
+def _clip(
+    leaves: Leaves,
+    limits: jax.Array,
+    layouts: list[_Layout],
+    ways: _Ways,
+    options: Options,
+) -> tuple[list[Any], list[Any], list[Any], jax.Array]:
+    """The clipped leaves, and the largest singular value of each matrix before, after.
+
+    All at a Frobenius norm of 1, so that no magnitude is out of range.
+    """
+    arrays, paths = leaves.arrays, leaves.paths
+    if options.nonfinite == "sanitize":
+        arrays = [jnp.nan_to_num(x) for x in arrays]
+    spans = UnitGroups(
+        tuple(tuple(sorted(x.rows + x.columns)) for x in layouts), tuple(paths)
+    )
+    norm, bad = norms(
+        [arrays, leaves.arrays],
+        spans,
+        2.0,
+        paths,
+        options.axis_name,
+        options.specs,
+        derive=with_flags,
+    )
+    ones = jax.tree.map(jnp.ones_like, norm.value)
+    to_one = _scaling.scales(norm, ones, normalize)
+    wide = [x.astype(widened(x, limits.dtype)) for x in arrays]
+    unit = [
+        jnp.where(n > 0, (x * c) * f, 0)
+        for x, c, f, n in zip(wide, to_one.coarse, to_one.fine, norm.value, strict=True)
+    ]
+    places = _mesh.placements(arrays, paths, options.axis_name, options.specs)
+    found = [
+        _clip_leaf(x, u, norm.value[i], limits[i], layout, ways, place, path)
+        for i, (x, u, layout, place, path) in enumerate(
+            zip(arrays, unit, layouts, places, paths, strict=True)
+        )
+    ]
+    clipped, before, after = zip(*found, strict=True)
+    return list(clipped), list(before), list(after), any_of(bad.value)
+
+
+def _clip_leaf(
+    array: jax.Array,
+    unit: jax.Array,
+    norm: jax.Array,
+    limit: jax.Array,
+    layout: _Layout,
+    ways: _Ways,
+    place: _mesh.Placement,
+    path: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def local(
+        shards: Sequence[Any], places: Any, limit: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        array, unit, norm = shards
+        whole = _gathered(unit, places[1], layout, path)
+        matrices, restore = _as_matrices(whole, layout)
+        scale = norm.reshape((*matrices.shape[:-2], 1))  # one a matrix
+        new, top, top_after = _clip_matrices(matrices, scale, limit, ways)
+        mine = _own_part(restore(new), unit.shape, places[1], layout)
+        known = top.reshape(norm.shape) if ways.method == "svd" else norm
+        unchanged = (known <= limit) if ways.form == "hard" else (norm == 0)
+        scaled = jnp.where(norm == 0, 0, mine).astype(array.dtype)
+        tops = [_largest(x, places[1]) for x in (top, top_after)]
+        return jnp.where(unchanged, array, scaled), tops[0], tops[1]
+
+    def out_specs(dims: Any) -> Any:
+        return PartitionSpec(*dims[0]), PartitionSpec(), PartitionSpec()
+
+    kept = place.without(layout.rows + layout.columns)
+    return _mesh.map_local(
+        local, [array, unit, norm], [place, place, kept], limit, out_specs
+    )
+
+
+def _clip_matrices(
+    unit: jax.Array, norm: jax.Array, limit: jax.Array, ways: _Ways
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Clips matrices `unit * norm`; with the largest singular values before, after."""
+    finite = jnp.isfinite(unit).all(axis=(-2, -1), keepdims=True)
+    unit = jnp.where(finite, unit, 0)
+    ratio = limit / jnp.where(norm > 0, norm, 1)  # the limit at a norm of 1
+    if ways.method == "svd" or min(unit.shape[-2:]) == 1:
+        new, top, top_after = _by_svd(unit, norm, limit, ways.form)
+    else:
+        tiny = float(jnp.finfo(unit.dtype).tiny) ** 0.5
+        new = _by_products(unit, jnp.maximum(ratio, tiny), ways)
+        # A limit of zero leaves nothing, and one above the norm everything.
+        new = jnp.where(ratio[..., None] > tiny, new, 0)
+        top_after = _power_iteration(new) * norm[..., 0]
+        top = _power_iteration(unit) * norm[..., 0]
+        new = new * norm[..., None]
+        infinite = jnp.isposinf(limit)
+        new = jnp.where(infinite, unit * norm[..., None], new)
+        top_after = jnp.where(infinite, top, top_after)
+    bad = ~finite[..., 0, 0]
+    return new, jnp.where(bad, jnp.nan, top), jnp.where(bad, jnp.nan, top_after)
+
+
+def _by_svd(
+    unit: jax.Array, norm: jax.Array, limit: jax.Array, form: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    u, values, v = jnp.linalg.svd(unit, full_matrices=False)
+    values = jnp.minimum(values, 1)  # no larger than the Frobenius norm
+    whole = values * norm
+    limits = jnp.broadcast_to(limit, whole.shape)
+    if form == "hard":
+        clipped = jnp.minimum(whole, limits)
+    else:
+        bent = whole * smooth(whole, limits, p=2.0)
+        clipped = jnp.where(jnp.isposinf(limits) | (whole == 0), whole, bent)
+    new = (u * clipped[..., None, :]) @ v
+    return new, whole[..., 0], clipped[..., 0]
+
+
+def _by_products(unit: jax.Array, ratio: jax.Array, ways: _Ways) -> jax.Array:
+    """The clipped matrices at a norm of 1, from products of matrices."""
+    tall = unit.shape[-2] >= unit.shape[-1]
+    x = unit if tall else jnp.swapaxes(unit, -1, -2)
+    limit = ratio[..., None]
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    if ways.form == "soft":
+        # The upper part of the polar factor of [X / t; I] is X (X'X + t^2 I)^(-1/2).
+        tilt = jnp.minimum(limit, 1 / jnp.maximum(limit, 1e-30))
+        small, large = jnp.where(limit < 1, 1, tilt), jnp.where(limit < 1, limit, 1)
+        stacked = jnp.concatenate(
+            [x * small, jnp.broadcast_to(identity * large, _square(x))], axis=-2
+        )
+        factor = _polar(stacked / jnp.sqrt(small**2 + large**2), ways.steps)
+        new = factor[..., : x.shape[-2], :] * limit
+    else:
+        # min(s, t) = (s + t - |s - t|) / 2, and |H| = H sign(H).
+        factor = _polar(x, ways.steps)
+        shifted = _dot(jnp.swapaxes(factor, -1, -2), x)
+        shifted = (shifted + jnp.swapaxes(shifted, -1, -2)) / 2 - limit * identity
+        bound = 1 + limit
+        magnitude = _dot(shifted, _polar(shifted / bound, ways.steps))
+        new = (x + _dot(factor, limit * identity - magnitude)) / 2
+        new = jnp.where(limit >= 1, x, new)
+    return new if tall else jnp.swapaxes(new, -1, -2)
+
+
+def _square(x: jax.Array) -> tuple[int, ...]:
+    return (*x.shape[:-2], x.shape[-1], x.shape[-1])
+
+
+def _polar(x: jax.Array, steps: int) -> jax.Array:
+    """The orthogonal polar factor of tall matrices of spectral norm at most 1.
+
+    Singular values go by s (15 - 10 s^2 + 3 s^4) / 8, which never exceeds 1.
+    """
+
+    def refine(_: Any, x: jax.Array) -> jax.Array:
+        gram = _dot(jnp.swapaxes(x, -1, -2), x)
+        return (15 * x + _dot(x, 3 * _dot(gram, gram) - 10 * gram)) / 8
+
+    return lax.fori_loop(0, steps, refine, x)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _power_iteration(x: jax.Array, steps: int = 16) -> jax.Array:
+    """The largest singular value of matrices, from below."""
+    v = jnp.ones((*x.shape[:-2], x.shape[-1], 1), x.dtype) + 0 * x[..., :1, :1]
+    # A start that is orthogonal to what counts finds nothing: add the longest row.
+    longest = jnp.argmax(jnp.sum(jnp.square(x), axis=-1, keepdims=True), axis=-2)
+    row = jnp.take_along_axis(x, longest[..., None], axis=-2)
+    v = v * 1e-3 + jnp.swapaxes(row, -1, -2)
+
+    def refine(_: Any, v: jax.Array) -> jax.Array:
+        v = _dot(jnp.swapaxes(x, -1, -2), _dot(x, v))
+        length = jnp.linalg.norm(v, axis=-2, keepdims=True)
+        return v / jnp.where(length > 0, length, 1)
+
+    v = lax.fori_loop(0, steps, refine, v)
+    return jnp.linalg.norm(_dot(x, v), axis=(-2, -1))
+
+
+def _as_matrices(x: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
+    """A stack of matrices from a leaf, and the way back."""
+    order = layout.batch + layout.rows + layout.columns
+    moved = jnp.transpose(x, order)
+    sizes = [
+        math.prod(x.shape[a] for a in axes) for axes in (layout.rows, layout.columns)
+    ]
+    batch = tuple(x.shape[a] for a in layout.batch)
+    inverse = sorted(range(x.ndim), key=order.__getitem__)
+
+    def restore(matrices: jax.Array) -> jax.Array:
+        return jnp.transpose(matrices.reshape(moved.shape), inverse)
+
+    return moved.reshape((*batch, *sizes)), restore
+
+
+def _gathered(
+    x: jax.Array, place: _mesh.Placement, layout: _Layout, path: Any
+) -> jax.Array:
+    """The whole matrices, of which this device has a part."""
+    if not place.axes:
+        return x
+    if place.dims is None:
+        raise ValueError(
+            f"The matrix {show(path)} is sharded over the mesh axes {place.axes}, and"
+            " its type does not say along which of its dimensions. Pass specs= with a"
+            " PartitionSpec for each leaf."
+        )
+    for dim in layout.rows + layout.columns:
+        for name in reversed(place.dims[dim]):
+            x = lax.all_gather(x, name, axis=dim, tiled=True)
+    return x
+
+
+def _own_part(
+    x: jax.Array, shape: tuple[int, ...], place: _mesh.Placement, layout: _Layout
+) -> jax.Array:
+    """This device's part of whole matrices."""
+    for dim in layout.rows + layout.columns:
+        axes = place.dims[dim] if place.dims else ()
+        if axes:
+            start = _mesh.index_in(axes) * shape[dim]
+            x = lax.dynamic_slice_in_dim(x, start, shape[dim], axis=dim)
+    return x
+
+
+def _largest(x: jax.Array, place: _mesh.Placement) -> jax.Array:
+    """The largest of all matrices of a leaf, on every device."""
+    axes = tuple(sorted(set(place.axes) | _mesh.varying(x)))
+    top = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x))
+    return _mesh.max_over(top, axes)
+
+
+def _summary(
+    before: list[jax.Array], after: list[jax.Array], limits: jax.Array
+) -> Summary:
+    tops, ends = jnp.stack(before), jnp.stack(after)
+    over = tops > limits
+    worst = jnp.argmax(
+        jnp.where(limits > 0, tops / jnp.where(limits > 0, limits, 1), tops)
+    )
+    norm = jnp.max(tops)
+    here = jnp.where(tops[worst] > 0, tops[worst], 1)
+    return Summary(
+        norm=norm,
+        clipped_norm=jnp.max(ends),
+        scale=jnp.where(tops[worst] > 0, ends[worst] / here, 1),
+        threshold=limits[worst],
+        clipped=jnp.mean(over.astype(limits.dtype)),
+        any_clipped=jnp.any(over),
+        nonfinite=~jnp.isfinite(norm),
+        unusable=jnp.any(~(limits >= 0)),
+    )

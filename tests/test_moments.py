@@ -1,0 +1,370 @@
+"""Moments and stabilizers: traces of reference codes, and what they promise."""
+
+import functools
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_clipx as clipx
+
+GOLDEN = Path(__file__).parent / "golden"
+INPUTS = np.load(GOLDEN / "inputs.npz")
+partial = functools.partial
+
+
+def run(tx, steps=80):
+    """The updates of a transformation over the gradients of the traces."""
+    grads = [jnp.asarray(INPUTS[f"g{i}"][:steps]) for i in range(3)]
+    state = tx.init([g[0] for g in grads])
+    _, found = jax.jit(lambda s, g: lax.scan(lambda s, g: tx.update(g, s)[::-1], s, g))(
+        state, grads
+    )
+    return found
+
+
+def sgd(lr):
+    return optax.scale(-lr)
+
+
+TRACES = {
+    "acclip_update_mod0_alpha1": lambda: optax.chain(
+        clipx.scale_by_acclip(), sgd(0.01)
+    ),
+    "acclip_update_mod0_alpha2": lambda: optax.chain(
+        clipx.scale_by_acclip(alpha=2.0), sgd(0.01)
+    ),
+    # The paper's gamma is the limit times the rate.
+    "zhang2020_sgdclip": lambda: optax.chain(
+        clipx.mixed_clip(2.0, nu=1.0, decay=0.9), sgd(0.1)
+    ),
+    "zhang2020_momclip": lambda: optax.chain(
+        clipx.mixed_clip(2.0, nu=1.0, decay=0.9, response=clipx.smooth), sgd(0.1)
+    ),
+    "zhang2020_mixclip": lambda: optax.chain(
+        clipx.mixed_clip(2.0, nu=0.7, decay=0.9, response=clipx.smooth), sgd(0.1)
+    ),
+    "zhang2020_nsgd": lambda: optax.chain(
+        clipx.normalized_momentum(0.9, eps=1e-6), sgd(0.1)
+    ),
+    "stableadamw_wortsman": lambda: clipx.stable_adamw(0.01, weight_decay=0.0),
+    "stablespam_gradtransform": clipx.stabilize_norm,
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_trace_of_the_reference(name):
+    tx = TRACES[name]()
+    if name == "stableadamw_wortsman":  # its decay of zero asks for parameters
+        tx = optax.chain(clipx.scale_by_stable_adam(), sgd(0.01))
+    found = run(tx)
+    golden = np.load(GOLDEN / f"{name}.npz")
+    for i in range(3):
+        want = golden[f"u{i}"]
+        assert np.max(np.abs(np.float64(found[i]) - want)) < 1e-5 * np.max(np.abs(want))
+
+
+def test_trace_of_spam():
+    """The reference counts its grace from 1, and adds eps before debiasing."""
+    found = run(clipx.clip_spikes(50.0, warmup_steps=4))
+    golden = np.load(GOLDEN / "spam_update_theta50.npz")
+    for i in range(3):
+        m, v = 0.0, 0.0
+        for t, g in enumerate(np.float64(found[i]), 1):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            size = np.sqrt(v) + 1e-6
+            want = -0.01 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / size
+            off = np.max(np.abs(golden[f"u{i}"][t - 1] - want))
+            assert off < 1e-5 * np.max(np.abs(golden[f"u{i}"]))
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam promotes its count
+def test_spam_clips_in_the_trace_and_follows_adam_s_second_moment():
+    tx = optax.chain(clipx.clip_spikes(50.0, warmup_steps=4), optax.scale_by_adam())
+    grads = [jnp.asarray(INPUTS[f"g{i}"]) for i in range(3)]
+    state = tx.init([g[0] for g in grads])
+    update = jax.jit(tx.update)
+    for t in range(45):
+        _, state = update([g[t] for g in grads], state)
+    assert float(state[0].metrics.num_clipped) >= 1
+    for root, v in zip(state[0].rule, state[1].nu, strict=True):
+        np.testing.assert_allclose(root**2, v, rtol=1e-5)
+
+
+def test_an_entry_that_was_always_zero_is_not_killed():
+    """In the published rule it is clipped to zero for ever."""
+    clipper = clipx.clip_spikes(warmup_steps=0)
+    state = clipper.init(jnp.zeros(2))
+    for _ in range(5):
+        _, state = clipper.update(jnp.array([1.0, 0.0]), state)
+    clipped, state = clipper.update(jnp.array([1.0, 0.5]), state)
+    assert clipped.tolist() == [1.0, 0.5]
+    clipped, _ = clipper.update(jnp.array([1.0, 1e6]), state)
+    assert float(clipped[1]) == pytest.approx(np.sqrt(5000 * 0.001 * 0.25), rel=1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_spam_as_a_whole_resets_and_warms_up():
+    inner = optax.chain(clipx.clip_spikes(warmup_steps=2), optax.scale_by_adam())
+    tx = clipx.reset_moments(inner, every=3, warmup=2)
+    params = jnp.zeros(2)
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(jnp.array([1.0, 2.0]), state, params)
+    np.testing.assert_allclose(updates, [0.5, 0.5], rtol=1e-3)
+    assert int(state.inner[0].metrics.steps) == 1
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_the_stabilizer_forgets_the_scale_and_survives_resets():
+    rng = np.random.default_rng(0)
+    grads = [jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(30)]
+    small = clipx.stabilize_norm(eps=0.0)
+    states = [small.init(grads[0]), small.init(grads[0])]
+    for g in grads:
+        one, states[0] = small.update(g, states[0])
+        tiny, states[1] = small.update(g * 2.0**-60, states[1])
+        np.testing.assert_allclose(one, tiny, rtol=1e-5)
+    # Adam's moments are reset inside; the stabilizer outside keeps its averages.
+    tx = optax.chain(
+        clipx.stabilize_norm(), clipx.reset_moments(optax.scale_by_adam(), 2, warmup=0)
+    )
+    state = tx.init(grads[0])
+    for g in grads[:6]:
+        _, state = tx.update(g, state, g)
+    peaks, _, _, counts = state[0].rule
+    assert counts.tolist() == [6.0]
+    spike, _ = tx.update(grads[6].at[0, 0].set(1e4), state, grads[0])
+    assert float(jnp.max(jnp.abs(spike))) < 5
+    assert float(peaks[0]) > 0
+
+
+def test_the_rms_shows_a_second_moment_out_of_date():
+    """What StableAdamW limits rises when gradients grow faster than their average."""
+    tx = clipx.scale_by_stable_adam(b2=0.99)
+    params = {"old": jnp.zeros(4), "new": jnp.zeros(4)}
+    state = tx.init(params)
+    for _ in range(50):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, params), state)
+    assert float(state.metrics.norm) == pytest.approx(1.0, rel=1e-3)
+    updates, state = tx.update({"old": jnp.ones(4), "new": jnp.full(4, 100.0)}, state)
+    assert float(state.metrics.norm) > 5
+    assert float(state.metrics.clipped) == 0.5
+    scale = float(state.metrics.scale)
+    assert scale == pytest.approx(1 / float(state.metrics.norm), rel=1e-6)
+    assert float(jnp.max(updates["old"])) == pytest.approx(1.0, rel=1e-2)
+
+
+EVERY = {
+    "clip_spikes": partial(clipx.clip_spikes, 4.0, warmup_steps=1),
+    "scale_by_acclip": clipx.scale_by_acclip,
+    "scale_by_acclip_1.5": partial(clipx.scale_by_acclip, alpha=1.5),
+    "mixed_clip": partial(clipx.mixed_clip, 0.5, decay=0.5),
+    "stabilize_norm": clipx.stabilize_norm,
+    "scale_by_stable_adam": clipx.scale_by_stable_adam,
+    "clip_by_spectral_norm": partial(clipx.clip_by_spectral_norm, 0.5),
+    "clip_by_spectral_norm_soft": partial(
+        clipx.clip_by_spectral_norm, 0.5, form="soft", method="newton_schulz"
+    ),
+}
+every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+
+
+def tree(seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    values = {"a": rng.normal(size=(4, 8)), "b": rng.normal(size=(8,))}
+    return {k: jnp.asarray(v * scale, jnp.float32) for k, v in values.items()}
+
+
+@every
+def test_one_trace_and_a_donated_state(make):
+    tx = make()
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(tx.update, n=1), donate_argnums=1)
+    state = tx.init(tree())
+    leaves = jax.tree.leaves(state)
+    assert len({id(x) for x in leaves}) == len(leaves)
+    for i in range(5):
+        kinds = jax.tree.map(jax.typeof, state)
+        updates, state = update(tree(i, 10.0**i), state)
+        assert jax.tree.map(jax.typeof, state) == kinds
+        chex.assert_tree_all_finite((updates, state))
+    assert int(state.metrics.steps) == 5
+    assert float(state.metrics.num_clipped) >= 1
+
+
+@every
+@pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize", "raise"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_remembered(make, policy, bad):
+    tx = make(nonfinite=policy)
+    _, before = tx.update(tree(), tx.init(tree()))
+    spoiled = tree(1)
+    spoiled["a"] = spoiled["a"].at[0, 0].set(bad)
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="a"):
+            tx.update(spoiled, before)
+        return
+    updates, after = jax.jit(tx.update)(spoiled, before)
+    chex.assert_trees_all_equal(after.rule, before.rule)
+    assert bool(after.metrics.nonfinite)
+    values = jnp.concatenate([x.ravel() for x in jax.tree.leaves(updates)])
+    if policy == "propagate":
+        assert bool(jnp.all(jnp.isnan(values)))
+    elif policy == "zero":
+        assert bool(jnp.all(values == 0))
+    else:
+        chex.assert_tree_all_finite(updates)
+
+
+@every
+def test_the_full_range(make):
+    tx = make()
+    update = jax.jit(tx.update)
+    state = tx.init({"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)})
+    for size in (1.0, 3e38, 1e-38, 3e38, 0.0, 1e-30, 1e30, 1.0):
+        grads = {"a": jnp.full((2, 2), size), "b": jnp.full(3, -size)}
+        updates, state = update(grads, state)
+        chex.assert_tree_all_finite((updates, state))
+
+
+@every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_dtypes(make, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = make()
+        grads = jax.tree.map(lambda x: x.astype(dtype), tree())
+        state = tx.init(grads)
+        updates, new = jax.jit(tx.update)(grads, state)
+        assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
+        assert all(x.dtype == dtype for x in jax.tree.leaves(updates))
+
+
+@every
+def test_under_vmap_each_model_has_its_own(make):
+    tx = make()
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(1, 50.0))
+    state = jax.vmap(tx.init)(stacked)
+    found, _ = jax.jit(jax.vmap(tx.update))(stacked, state)
+    for j, one in enumerate((tree(0), tree(1, 50.0))):
+        want, _ = tx.update(one, tx.init(one))
+        mine = jax.tree.map(lambda x, j=j: x[j], found)
+        chex.assert_trees_all_close(mine, want, rtol=1e-4, atol=1e-5)
+
+
+SPECS = {"a": P("x", "y"), "b": P("y")}
+
+
+@every
+@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "blind"])
+def test_on_a_mesh_it_is_the_same(make, way):
+    tx = make()
+    kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    grads = [tree(i, 10.0**i) for i in range(4)]
+    want_state = tx.init(grads[0])
+    placed = jax.tree.map(
+        lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree(), SPECS
+    )
+    state, update = tx.init(placed), tx.update
+    if way in ("shard_map", "blind"):
+        told = make(specs=SPECS)
+        by_shape = {(4, 8): SPECS["a"], (8,): SPECS["b"]}
+        state_specs = jax.tree.map(
+            lambda x: by_shape.get(x.shape, P()), tx.init(grads[0])
+        )
+        update = jax.shard_map(
+            lambda g, s: told.update(g, s),
+            mesh=mesh,
+            in_specs=(SPECS, state_specs),
+            out_specs=(SPECS, state_specs),
+            check_vma=way == "shard_map",
+        )
+    update = jax.jit(update)
+    for g in grads:
+        want, want_state = tx.update(g, want_state)
+        here = jax.tree.map(
+            lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), g, SPECS
+        )
+        found, state = update(here, state)
+        chex.assert_trees_all_close(
+            jax.device_get(found), jax.device_get(want), rtol=1e-5, atol=1e-6
+        )
+        chex.assert_trees_all_close(
+            jax.device_get(state.metrics), jax.device_get(want_state.metrics), rtol=1e-4
+        )
+        if way == "explicit":
+            kinds = jax.tree.map(jax.typeof, found)
+            assert kinds == jax.tree.map(jax.typeof, here)
+
+
+@every
+def test_nothing_to_clip_and_complex(make):
+    tx = make()
+    for empty in ({}, {"a": None}, {"a": jnp.zeros((0, 2))}):
+        updates, state = tx.update(empty, tx.init(empty))
+        assert int(state.metrics.steps) == 1
+        assert jax.tree.structure(updates) == jax.tree.structure(empty)
+    values = jnp.ones((2, 2), jnp.complex64)
+    if make is EVERY["mixed_clip"]:
+        tx.update(values, tx.init(values))
+        return
+    with pytest.raises(TypeError, match=r"real updates.*complex64"):
+        tx.update(values, tx.init(values))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: clipx.clip_spikes(-1.0), "theta=-1.0"),
+        (lambda: clipx.clip_spikes(decay=1.5), "decay=1.5"),
+        (lambda: clipx.clip_spikes(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: clipx.scale_by_acclip(b1=-0.1), "b1=-0.1"),
+        (lambda: clipx.scale_by_acclip(alpha=0.5), "alpha=0.5"),
+        (lambda: clipx.mixed_clip(-1.0), "max_norm=-1.0"),
+        (lambda: clipx.mixed_clip(1.0, nu=2.0), "nu=2.0"),
+        (lambda: clipx.mixed_clip(clipx.quantile(0.5)), "a rule that adapts"),
+        (lambda: clipx.stabilize_norm(b3=2.0), "b3=2.0"),
+        (lambda: clipx.scale_by_stable_adam(eps=-1.0), "eps=-1.0"),
+        (lambda: clipx.normalized_momentum(2.0), "decay=2.0"),
+        (lambda: clipx.clip_by_spectral_norm(-1.0), "max_norm=-1.0"),
+        (lambda: clipx.clip_by_spectral_norm(1.0, form="firm"), "'firm'"),
+        (lambda: clipx.clip_by_spectral_norm(1.0, method="qr"), "'qr'"),
+        (lambda: clipx.clip_by_spectral_norm(1.0, steps=0), "steps=0"),
+        (lambda: clipx.clip_by_spectral_norm(clipx.quantile(0.5)), "adapts"),
+    ],
+)
+def test_bad_arguments(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_hyperparameters_may_be_traced():
+    for make, kwargs in (
+        (clipx.clip_spikes, {"theta": 4.0, "decay": 0.9, "warmup_steps": 1}),
+        (clipx.scale_by_acclip, {"b1": 0.5, "b2": 0.9}),
+        (clipx.mixed_clip, {"max_norm": 0.5, "nu": 0.5, "decay": 0.9}),
+        (clipx.stabilize_norm, {"b1": 0.5, "b2": 0.5, "b3": 0.9, "eps": 1e-8}),
+        (clipx.scale_by_stable_adam, {"b1": 0.5, "b2": 0.9, "eps": 1e-6}),
+        (clipx.clip_by_spectral_norm, {"max_norm": 0.5}),
+    ):
+        static = {
+            "scale_by_acclip": "alpha",
+            "clip_by_spectral_norm": "steps",
+            "mixed_clip": "response",  # a function would be taken for a schedule
+        }
+        inject = optax.inject_hyperparams(
+            make, static_args=static.get(make.__name__, ())
+        )
+        tx, plain = inject(**kwargs), make(**kwargs)
+        state, want_state = tx.init(tree()), plain.init(tree())
+        for i in range(3):
+            found, state = jax.jit(tx.update)(tree(i), state)
+            want, want_state = plain.update(tree(i), want_state)
+        chex.assert_trees_all_close(found, want, rtol=1e-5)
