@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument(
         "--topologies",
         nargs="+",
-        default=["v5e:2x4", "v5e:16x16", "v5p:2x2x2", "v5p:8x8x16", "v5p:16x16x24"],
+        default=["v5e:2x4", "v5e:16x16", "v5p:2x2x2", "v5p:8x8x16", "v5p:16x16x16"],
     )
     parser.add_argument("--full", default="v5p:8x8x16", help="where to show everything")
     parser.add_argument("--leaves", type=int, nargs="+", default=[10, 200, 1000])
@@ -298,10 +298,13 @@ def main() -> None:
     options = parser.parse_args()
     rows = run(options)
     print(markdown(rows))
+    failed = sum("error" in row for row in rows)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1))
         options.output.with_suffix(".md").write_text(markdown(rows))
+    if failed:
+        sys.exit(f"{failed} of {len(rows)} programs were not compiled")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,9 @@ def _by_svd(
     else:
         bent = whole * smooth(whole, limits, p=2.0)
         clipped = jnp.where(jnp.isposinf(limits) | (whole == 0), whole, bent)
-    new = (u * clipped[..., None, :]) @ v
+    top = clipped[..., :1]  # products of what is small would vanish: near 1 first
+    shares = clipped / jnp.where(top > 0, top, 1)
+    new = _dot(u * shares[..., None, :], v) * top[..., None]
     return new, whole[..., 0], clipped[..., 0]
 
 
@@ -278,14 +280,12 @@ def _by_products(unit: jax.Array, ratio: jax.Array, ways: _Ways) -> jax.Array:
     tall = unit.shape[-2] >= unit.shape[-1]
     x = unit if tall else jnp.swapaxes(unit, -1, -2)
     limit = ratio[..., None]
-    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), _square(x))
     if ways.form == "soft":
         # The upper part of the polar factor of [X / t; I] is X (X'X + t^2 I)^(-1/2).
         tilt = jnp.minimum(limit, 1 / jnp.maximum(limit, 1e-30))
         small, large = jnp.where(limit < 1, 1, tilt), jnp.where(limit < 1, limit, 1)
-        stacked = jnp.concatenate(
-            [x * small, jnp.broadcast_to(identity * large, _square(x))], axis=-2
-        )
+        stacked = jnp.concatenate([x * small, identity * large], axis=-2)
         factor = _polar(stacked / jnp.sqrt(small**2 + large**2), ways.steps)
         new = factor[..., : x.shape[-2], :] * limit
     else:

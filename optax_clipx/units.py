@@ -301,7 +301,8 @@ def chooser(where: Any) -> Callable[[Path, Any], bool]:
     """A predicate of path and leaf from a name, names or a function."""
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
-    names = (where,) if isinstance(where, str) else tuple(where)
+    listed = isinstance(where, tuple | list | set | frozenset)
+    names = tuple(where) if listed else (where,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             "Expected where to be a name in the path, a tuple of names or a function of"
