@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._leaves import path_of, show
-from .units import chooser
+from ._leaves import chooser, path_of, show
 
 
 def excluding(

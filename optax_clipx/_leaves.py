@@ -107,6 +107,20 @@ def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
     )
 
 
+def chooser(where: Any) -> Callable[[Path, Any], bool]:
+    """A predicate of path and leaf from a name, names or a function."""
+    if callable(where):
+        return lambda path, leaf: bool(where(path, leaf))
+    listed = isinstance(where, tuple | list | set | frozenset)
+    names = tuple(where) if listed else (where,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "Expected where to be a name in the path, a tuple of names or a function of"
+            f" path and leaf, got {where!r}."
+        )
+    return lambda path, leaf: any(name in path for name in names)
+
+
 def from_prefix(
     prefix: Any,
     paths: Sequence[Path],

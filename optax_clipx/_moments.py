@@ -293,10 +293,10 @@ def normalized_momentum(
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
         >>> optimizer = clipx.normalized_momentum()
-        >>> updates, _ = optimizer.update(jnp.array([3.0, 4.0]),
+        >>> updates, _ = optimizer.update(jnp.array([0.0, 4.0]),
         ...                               optimizer.init(jnp.zeros(2)))
         >>> print(updates)
-        [0.6 0.8]
+        [0. 1.]
 
     References:
         Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.

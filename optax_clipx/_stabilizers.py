@@ -83,9 +83,9 @@ def stabilize_norm(
         >>> import optax_clipx as clipx
         >>> stabilizer = clipx.stabilize_norm(eps=0.0)
         >>> state = stabilizer.init(jnp.zeros(2))
-        >>> updates, state = stabilizer.update(jnp.array([3e-6, 4e-6]), state)
+        >>> updates, state = stabilizer.update(jnp.array([0.0, 3e-6]), state)
         >>> print(jnp.round(updates, 4))
-        [0.6 0.8]
+        [0. 1.]
 
     References:
         Huang et al., Stable-SPAM: How to train in 4-bit more stably than 16-bit Adam,

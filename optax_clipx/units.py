@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ._leaves import Path, flatten, show as show_path
+from ._leaves import Path, chooser, flatten, show as show_path
 from ._measures import LeafAxis, unit_norms
 
 Axes = tuple[int, ...]
@@ -295,20 +295,6 @@ def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
-
-
-def chooser(where: Any) -> Callable[[Path, Any], bool]:
-    """A predicate of path and leaf from a name, names or a function."""
-    if callable(where):
-        return lambda path, leaf: bool(where(path, leaf))
-    listed = isinstance(where, tuple | list | set | frozenset)
-    names = tuple(where) if listed else (where,)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            "Expected where to be a name in the path, a tuple of names or a function of"
-            f" path and leaf, got {where!r}."
-        )
-    return lambda path, leaf: any(name in path for name in names)
 
 
 def _by_path(known: Mapping[Path, tuple[int, Axes]], fallback: Rule) -> Rule:
