@@ -275,48 +275,51 @@ def quantiles_and_bias(panel, quick):
 
 # Adam and one gradient of noise a thousand times as large.
 
+SPIKE = 500
 AFTER_A_SPIKE = {
     "no clipping": (optax.identity, "1.83"),
     "clip_by_global_norm(1)": (lambda: clipx.clip_by_global_norm(1.0), ".084"),
     "zclip": (clipx.zclip, ".045"),
     "autoclip(10)": (lambda: clipx.autoclip(10.0, max_steps=1000), ".044"),
     "adagc": (clipx.adagc, ".098"),
+    "stabilize_norm": (clipx.stabilize_norm, ".103"),
 }
 
 
 @functools.partial(jax.jit, static_argnames=("name", "seeds"))
 def adam_on_a_quadratic(name, seeds):
-    """Mean loss of each step: 20 dimensions, noise 1, rate .02, spike at 300 of 500."""
-    tx = optax.chain(AFTER_A_SPIKE[name][0](), optax.adam(0.02))
+    """Mean loss of each step: 50 dimensions, noise .1, rate .05, spike in the middle."""
+    tx = optax.chain(AFTER_A_SPIKE[name][0](), optax.adam(0.05))
 
     def run(key):
         def step(carry, i):
             x, state = carry
             noise = jax.random.normal(jax.random.fold_in(key, i), x.shape)
-            gradient = x + 0.1 * noise * jnp.where(i == 300, 1000.0, 1.0)
+            gradient = x + 0.1 * noise * jnp.where(i == SPIKE, 1000.0, 1.0)
             update, state = tx.update(gradient, state, x)
             x = x + update
             return (x, state), 0.5 * jnp.sum(x * x)
 
-        start = jnp.ones(20)
-        return lax.scan(step, (start, tx.init(start)), jnp.arange(500))[1]
+        start = jnp.ones(50)
+        return lax.scan(step, (start, tx.init(start)), jnp.arange(2 * SPIKE))[1]
 
     return jax.vmap(run)(jax.random.split(jax.random.key(0), seeds)).mean(0)
 
 
 def one_spike(panel, quick):
-    """Mean loss in the 200 steps after the spike.
+    """Mean loss in the steps after the spike.
 
-    The reference had a setting of its own: only the order can be compared.
+    The reference does not state its setting. Here the rate and the dimensions are such
+    that the loss without clipping agrees; the others may be compared with it.
     """
     rows = []
     for name, (_, reference) in AFTER_A_SPIKE.items():
         losses = np.asarray(adam_on_a_quadratic(name, 2 if quick else 20))
-        after = float(losses[300:].mean())
+        after = float(losses[SPIKE:].mean())
         rows.append((f"loss after a spike, Adam, {name}", f"{after:.3f}", reference))
         panel.plot(losses, label=name)
     panel.set_yscale("log")
-    panel.set_title("Adam: one spike of 1000 in step 300")
+    panel.set_title("Adam: one spike of 1000 in step 500")
     panel.set_xlabel("step")
     panel.set_ylabel("loss")
     panel.legend(frameon=False, loc="upper center")
