@@ -1,15 +1,338 @@
 """Clipping each example's gradient by itself, before the sum over the batch."""
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from ._leaves import flatten
-from ._reductions import widened
+from . import _clipped_grad
+from ._example_groups import ExampleGroups
+from ._grouping import ScalarGroups
+from ._leaves import Leaves, flatten, from_prefix
+from ._measures import Measure, tree_norm
+from ._mesh import Placement, mesh_of
+from ._reductions import accumulator, widened
+from ._responses import rescale
+from ._scaling import Response
+from ._thresholds._base import check_choice, check_static_count
+from ._thresholds._constant import check_limit, is_limit
 from .functional import clip_by_global_norm
+
+
+class ClippedExamples(NamedTuple):
+    """What :func:`clipped_grad` found in a batch.
+
+    Attributes:
+        norms: the norm of each example before clipping, float32 or wider, in the order
+            of the batch. A vector for the tree, a pytree of vectors for leaves, a dict
+            of vectors for labelled groups. In ``shard_map`` those of this device.
+        clipped: the share of examples above the limit, non-finite ones included, from
+            0 to 1; in the structure of ``norms``.
+        num_nonfinite: how many examples were not finite, and so added zero.
+        num_examples: how many examples there were, without padding.
+        aux: what ``fun`` returned besides the loss, for each example; else ``None``.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> loss = lambda w, x: w * x
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0)
+        >>> _, found = grad_fn(2.0, jnp.array([0.5, 3.0, jnp.nan]))
+        >>> print(found.clipped, found.num_nonfinite, found.num_examples)
+        0.6666667 1 3
+
+    References:
+        :func:`clipped_grad`.
+    """
+
+    norms: Any
+    clipped: Any
+    num_nonfinite: Int[Array, "..."]
+    num_examples: Int[Array, "..."]
+    aux: Any = None
+
+
+def clipped_grad(
+    fun: Callable[..., Any],
+    max_norm: Any,
+    *,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    measure: Measure | None = None,
+    response: Response = rescale,
+    shares: str = "equal",
+    two_pass: bool = False,
+    reduction: str = "sum",
+    batch_size: Any = None,
+    keep_batch_dim: bool = False,
+    dtype: Any = None,
+    axis_name: Any = None,
+) -> Callable[..., tuple[Any, ClippedExamples]]:
+    r"""The sum of the clipped gradients of the examples of a batch.
+
+    .. math:: \sum_b \mathrm{response}(\|g_b\|, C)\, g_b,
+              \qquad g_b = \nabla \mathrm{fun}(\theta, x_b)
+
+    No example adds more than :math:`C (1 + 10^{-6})`, in whatever dtype the gradients
+    are: each is measured, scaled and added up in float32. One that is not finite adds
+    zero and is counted. The result takes the arguments of ``fun``, with a batch for
+    one example, and ``mask=``: a bool for each example, false for padding.
+
+    ``two_pass=True`` first takes the norms and then the gradient of
+    :math:`\sum_b w_b\, \mathrm{fun}(\theta, x_b)`. The weights then go through the
+    backward pass, so that the bound holds up to its rounding. Where anything narrower
+    than float32 is computed, and for norms of leaves and groups, that is no option, and
+    the gradients of a microbatch are weighted one by one, in as much memory.
+
+    Where a batch is sharded over a mesh, ``jit`` needs no word about it. In
+    ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
+
+    ==================  ==================  =========================================
+    norm of an example  limit               what it adds
+    ==================  ==================  =========================================
+    0                   any                 zero
+    at most the limit   infinity included   its gradient, with :func:`rescale`
+    above               0                   zero
+    infinite or NaN     any                 zero; counted in ``num_nonfinite``
+    any                 negative or NaN     ValueError; if traced, the sum is NaN
+    ==================  ==================  =========================================
+
+    Args:
+        fun: the loss of one example, a scalar; with ``has_aux`` also something else.
+            What lies along axis 0 of the batch is clipped together, so an entry may as
+            well be a user with all of their examples: see :func:`group_by_user`.
+        max_norm: :math:`C`, in the unit of the gradients, for the example as a whole; a
+            number or a scalar array, which may be traced. Or a limit for each leaf, as
+            a pytree prefix, or for each label, as a dict.
+        argnums: by which arguments to differentiate, as for :func:`jax.grad`.
+        batch_argnums: the arguments with the examples along axis 0 of each leaf.
+        microbatch_size: how many examples are taken at a time; all, or with
+            ``two_pass`` one, if ``None``. It has to divide the size of the batch.
+        has_aux: whether ``fun`` returns a pair, of the loss and something else.
+        measure: :func:`optax_clipx.tree_norm` for the whole example, the default;
+            :func:`optax_clipx.leaf_norms` or :func:`optax_clipx.group_norms` to
+            clip leaves or groups by themselves.
+        response: :func:`optax_clipx.rescale`, or any function of norms and limits:
+            ``functools.partial(clipx.normalize, eps=0.01)`` is AUTO-S, :func:`psac`
+            is DP-PSAC.
+        shares: how :math:`K` leaves or groups share one limit: ``"equal"`` gives
+            :math:`C/\sqrt{K}` to each, ``"size"`` :math:`C \sqrt{d_k/d}`.
+        two_pass: whether to take the norms first.
+        reduction: ``"sum"`` or ``"mean"``.
+        batch_size: what the mean divides by; if ``None``, the number of examples
+            without padding. With random batches pass the expected size.
+        keep_batch_dim: whether ``fun`` gets each example with an axis of length 1.
+        dtype: the dtype of the result; ``None`` is float32, or float64 where a
+            parameter has it. A cast to less may round the sum above the bound: add
+            noise before it.
+        axis_name: in manual code the mesh axes over which the examples are spread;
+            needed where types are blind (pmap, ``check_vma=False``), and there the
+            parameters have to be whole on every device.
+
+    Returns:
+        A function that returns the sum or mean, in the structure of the parameters, and
+        :class:`ClippedExamples`.
+
+    Raises:
+        ValueError: for a negative or NaN limit, argument numbers that overlap, an
+            unknown option; and from the function for a batch whose leaves differ in
+            length, or a ``microbatch_size`` that does not divide it.
+        TypeError: for a ``fun`` that is no function, or parameters that are no
+            floating-point arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> loss = lambda w, x, y: (jnp.vdot(w, x) - y) ** 2 / 2
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
+        >>> x, y = jnp.array([[3.0, 4.0], [0.1, 0.0]]), jnp.array([-1.0, -1.0])
+        >>> grads, found = grad_fn(jnp.zeros(2), x, y)
+        >>> print(grads, found.norms, found.clipped)
+        [0.70000005 0.8       ] [5.  0.1] 0.5
+
+    References:
+        Abadi et al., Deep learning with differential privacy, 2016, arXiv 1607.00133.
+        Bu et al., Automatic clipping, 2022, arXiv 2206.07136 (AUTO-S).
+        Xia et al., Differentially private learning with per-sample adaptive clipping,
+        2023, arXiv 2212.00328 (DP-PSAC).
+    """
+    if not callable(fun):
+        raise TypeError(f"Expected fun to be a function, got {fun!r}.")
+    measure = tree_norm() if measure is None else measure
+    if not isinstance(measure, Measure):
+        raise TypeError(f"Expected a measure such as tree_norm(), got {measure!r}.")
+    if measure.scope not in ("tree", "leaf", "group") or measure.batch_axes is not None:
+        raise ValueError(
+            "Expected measure to be tree_norm(), leaf_norms() or group_norms(labels),"
+            f" got {measure!r}."
+        )
+    _check_max_norm(max_norm)
+    check_choice(shares, "shares", ("equal", "size"))
+    check_choice(reduction, "reduction", ("sum", "mean"))
+    if batch_size is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'Expected reduction="mean" beside batch_size={batch_size}, got'
+                f" reduction={reduction!r}."
+            )
+        check_limit(batch_size, "batch_size")
+    if microbatch_size is not None:
+        check_static_count(microbatch_size, "microbatch_size")
+    batched = _numbers(batch_argnums, "batch_argnums")
+    if not batched or set(batched) & set(_numbers(argnums, "argnums")):
+        raise ValueError(
+            "Expected batch_argnums with the arguments that have examples, and argnums"
+            f" with others, got batch_argnums={batch_argnums} and argnums={argnums}."
+        )
+    argnums = argnums if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def grad_fn(
+        *args: Any, mask: Any = None, **kwargs: Any
+    ) -> tuple[Any, ClippedExamples]:
+        _check_args(args, argnums, batched)
+        params = args[argnums] if isinstance(argnums, int) else [args[i] for i in argnums]
+        params = params if isinstance(argnums, int) else tuple(params)
+        leaves = flatten(params)
+        batch = jax.tree.leaves([args[i] for i in batched])
+        size = _size_of(batch, mask)
+        with mesh_of([*leaves.arrays, *batch]):
+            of_one = measure.groups(leaves)
+            assert isinstance(of_one, ScalarGroups)
+            wide = accumulator(leaves.arrays)
+            limits = _limits(max_norm, measure, leaves, of_one, shares, wide)
+            clipped = _clipped_grad.ClippedGrad(
+                fun=_of_one(fun, kwargs, batched, has_aux, keep_batch_dim),
+                argnums=argnums,
+                args=args,
+                batch_argnums=batched,
+                steps=_steps(size, microbatch_size, two_pass),
+                leaves=leaves,
+                groups=ExampleGroups(
+                    of_one, tuple(x.ndim + 1 for x in leaves.arrays)
+                ),
+                limits=limits,
+                ord=measure.ord,
+                response=response,
+                axes=_clipped_grad.example_axes(batch, axis_name),
+                dtype=wide,
+            )
+            sums, norms, aux = clipped.sums(mask, two_pass)
+            count = jnp.maximum(sums.count, 1).astype(wide)
+            divisor = count if batch_size is None else jnp.asarray(batch_size, wide)
+            usable = jnp.all(limits >= 0)
+
+            def finish(total: jax.Array) -> jax.Array:
+                total = jnp.where(usable, total, jnp.nan)
+                total = total / divisor if reduction == "mean" else total
+                return total if dtype is None else total.astype(dtype)
+
+            found = ClippedExamples(
+                _unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
+                _unpacked(sums.over.astype(wide) / count, measure, leaves),
+                sums.nonfinite,
+                sums.count,
+                aux,
+            )
+            return leaves.rebuild([finish(x) for x in sums.grads]), found
+
+    return grad_fn
+
+
+def psac(
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, r: Any = 0.1
+) -> Float[Array, "..."]:
+    r"""Normalizes, but does not enlarge small gradients: :math:`t / (n + r/(n + r))`.
+
+    Large norms come close to their limit, as with :func:`optax_clipx.normalize`; a
+    norm near 0 is multiplied by about :math:`t`, and not by :math:`t/n`.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape.
+        r: the scale of norms that count as small, above 0.
+
+    Returns:
+        Scales, the same shape.
+
+    Raises:
+        ValueError: if ``r`` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> scales = clipx.per_example.psac(jnp.array([0.0, 4.0]), jnp.ones(2))
+        >>> print(scales)
+        [1.         0.24848485]
+
+    References:
+        Xia et al., Differentially private learning with per-sample adaptive clipping,
+        2023, arXiv 2212.00328.
+    """
+    if not isinstance(r, jax.core.Tracer) and not r > 0:
+        raise ValueError(f"Expected r > 0, got r={r}.")
+    share = jnp.asarray(r, norms.dtype)
+    return limits / (norms + share / (norms + share))
+
+
+def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users most"]]:
+    r"""Puts the examples of each user together, so that they are clipped together.
+
+    Runs on the host, with NumPy. Users come in the order of their sorted names; one with
+    fewer examples than others is filled up with copies of their first one, for which
+    the mask is false.
+
+    Args:
+        users: for each example whose it is; integers or strings.
+        batch: a pytree of arrays with the examples along axis 0.
+
+    Returns:
+        The batch with a first axis of users and a second of their examples, and the
+        mask of this shape, for a ``fun`` that adds up what the mask lets through.
+
+    Raises:
+        ValueError: if ``users`` and the batch differ in length.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> x = jnp.array([0.3, 5.0, 0.4])
+        >>> grouped, mask = clipx.per_example.group_by_user(["ann", "bob", "ann"], x)
+        >>> loss = lambda w, x, mask: jnp.sum(jnp.where(mask, w * x, 0))
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
+        >>> _, found = grad_fn(1.0, grouped, mask)
+        >>> print(found.norms)
+        [0.7 5. ]
+
+    References:
+        McMahan et al., Learning differentially private recurrent language models, 2018,
+        arXiv 1710.06963.
+    """
+    users = np.asarray(users)
+    arrays = jax.tree.map(np.asarray, batch)
+    lengths = {len(x) for x in jax.tree.leaves(arrays)}
+    if users.ndim != 1 or lengths - {len(users)}:
+        raise ValueError(
+            f"Expected a user for each example, got users of shape {users.shape} and"
+            f" examples of length {sorted(lengths)}."
+        )
+    _, owner, counts = np.unique(users, return_inverse=True, return_counts=True)
+    order = np.argsort(owner, kind="stable")
+    first = np.cumsum(counts) - counts
+    column = np.arange(counts.max(initial=0))[None, :]
+    mask = column < counts[:, None]
+    index = order[first[:, None] + np.where(mask, column, 0)]
+    return jax.tree.map(lambda x: x[index], arrays), mask
 
 
 def per_example_global_norm_clip(
@@ -129,3 +452,125 @@ def _check_batch(grads: Any) -> None:
             "Expected arrays with the examples along axis 0, as many in each, got"
             f" shapes {dict(zip(map('/'.join, leaves.paths), shapes, strict=True))}."
         )
+
+
+_ALONE = Placement((), ())
+
+
+def _numbers(value: Any, name: str) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ValueError(f"Expected {name} to be 0 or above, got {name}={value!r}.")
+    return numbers
+
+
+def _check_max_norm(max_norm: Any) -> None:
+    if callable(max_norm):
+        raise TypeError(
+            f"Expected max_norm to be a number or array, got {max_norm!r}. Call a"
+            " schedule with its step first."
+        )
+    if is_limit(max_norm):
+        return check_limit(max_norm, "max_norm")
+    for keys, value in jax.tree_util.tree_leaves_with_path(max_norm):
+        check_limit(value, "max_norm" + jax.tree_util.keystr(keys))
+
+
+def _check_args(args: Any, argnums: Any, batched: tuple[int, ...]) -> None:
+    last = max(*_numbers(argnums, "argnums"), *batched)
+    if len(args) <= last:
+        raise ValueError(
+            f"Expected at least {last + 1} positional arguments, for"
+            f" argnums={argnums} and batch_argnums={batched}, got {len(args)}."
+        )
+
+
+def _size_of(batch: list[Any], mask: Any) -> int:
+    shapes = [jnp.shape(x) for x in batch]
+    if not shapes or any(not s or s[0] != shapes[0][0] for s in shapes):
+        raise ValueError(
+            "Expected arrays with the examples along axis 0 in batch_argnums, as many"
+            f" in each, got shapes {shapes}."
+        )
+    if mask is not None and (jnp.shape(mask) != shapes[0][:1] or mask.dtype != bool):
+        raise ValueError(
+            f"Expected mask to have a bool for each of {shapes[0][0]} examples, got"
+            f" {mask!r}."
+        )
+    return shapes[0][0]
+
+
+def _steps(size: int, microbatch_size: int | None, two_pass: bool) -> int:
+    if microbatch_size is None:
+        microbatch_size = 1 if two_pass else size
+    microbatch_size = min(microbatch_size, size)
+    if size and size % microbatch_size:
+        raise ValueError(
+            f"Expected microbatch_size to divide the batch of {size} examples, got"
+            f" microbatch_size={microbatch_size}. Pad the batch and pass mask=."
+        )
+    return size // microbatch_size if size else 1
+
+
+def _of_one(
+    fun: Callable[..., Any],
+    kwargs: Any,
+    batched: tuple[int, ...],
+    has_aux: bool,
+    keep_batch_dim: bool,
+) -> Callable[..., Any]:
+    """The function of one example, which returns a pair."""
+
+    def of_one(*args: Any) -> Any:
+        if keep_batch_dim:
+            expand = functools.partial(jnp.expand_dims, axis=0)
+            args = tuple(
+                jax.tree.map(expand, a) if i in batched else a
+                for i, a in enumerate(args)
+            )
+        found = fun(*args, **kwargs)
+        return found if has_aux else (found, None)
+
+    return of_one
+
+
+def _limits(
+    max_norm: Any,
+    measure: Measure,
+    leaves: Leaves,
+    of_one: ScalarGroups,
+    shares: str,
+    dtype: Any,
+) -> Float[Array, "..."]:
+    """The limit of each group; a scalar for the whole tree."""
+    if is_limit(max_norm):
+        limit = jnp.asarray(max_norm).astype(dtype)
+        if of_one.count is None:
+            return limit
+        sizes = of_one.sizes(leaves.arrays, [_ALONE] * len(leaves.arrays))
+        parts = np.ones_like(sizes) if shares == "equal" else sizes
+        return limit * jnp.asarray(np.sqrt(parts / parts.sum()), dtype)
+    if measure.scope == "tree":
+        raise ValueError(
+            f"Expected a single max_norm for the whole example, got {max_norm!r}. Pass"
+            " measure=optax_clipx.leaf_norms() for one of each leaf."
+        )
+    if measure.scope == "leaf":
+        given = from_prefix(max_norm, leaves.paths, "max_norm")
+    else:
+        names = measure.names(leaves)
+        missing = [n for n in names if n not in max_norm]
+        if missing:
+            raise ValueError(f"Expected a max_norm for {missing}, got {max_norm!r}.")
+        given = [max_norm[name] for name in names]
+    return jnp.stack([jnp.asarray(v).astype(dtype) for v in given])
+
+
+def _unpacked(packed: jax.Array, measure: Measure, leaves: Leaves) -> Any:
+    """Values with the groups first, in the structure of the groups."""
+    if measure.scope == "tree":
+        return packed
+    columns = list(packed)
+    if measure.scope == "group":
+        return dict(zip(measure.names(leaves), columns, strict=True))
+    return leaves.rebuild(columns)
