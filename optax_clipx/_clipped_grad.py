@@ -102,8 +102,8 @@ class ClippedGrad:
             for x in self.leaves.arrays
         ]
 
-    def _varied(self, x: Any) -> Any:
-        return _mesh._vary(x, self.axes) if self.axes else x
+    def _varied(self, x: Any) -> jax.Array:
+        return _mesh._vary(jnp.asarray(x), self.axes) if self.axes else x
 
     def _gradients(self, batch: dict[int, Any]) -> tuple[list[jax.Array], Any]:
         """The gradient of each example, and what else its function returned."""
@@ -120,6 +120,9 @@ class ClippedGrad:
 
     def _placed(self, batch: dict[int, Any]) -> tuple[list[Any], list[Any]]:
         args = [batch.get(i, arg) for i, arg in enumerate(self.args)]
+        for i in self._argnums():
+            # By the same parameter on all devices a gradient would be summed over them.
+            args[i] = jax.tree.map(self._varied, args[i])
         return args, [0 if i in batch else None for i in range(len(args))]
 
     def _measure(self, batch: dict[int, Any], mask: Any) -> tuple[None, Example]:
@@ -219,18 +222,13 @@ class ClippedGrad:
             # 0 times NaN is NaN: another example stands in, with weight 0.
             clean = jax.tree.map(functools.partial(_replaced, finite), batch)
 
-            def total(*params: Any) -> jax.Array:
-                args, axes = self._placed(clean)
-                for i, param in zip(argnums, params, strict=True):
-                    args[i] = param
-                losses = jax.vmap(lambda *a: self.fun(*a)[0], axes)(*args)
+            args, axes = self._placed(clean)
+
+            def total(*args: Any) -> jax.Array:
+                losses, _ = jax.vmap(self.fun, axes)(*args)
                 return jnp.sum(fine.astype(losses.dtype) * losses)
 
-            argnums = self._argnums()
-            grads = jax.grad(total, tuple(range(len(argnums))))(
-                *(self.args[i] for i in argnums)
-            )
-            flat = jax.tree.leaves(grads)
+            flat = jax.tree.leaves(jax.grad(total, self.argnums)(*args))
             found = [flat[i] for i in self.leaves.indices]
             none = ~jnp.any(keep)
             return [
