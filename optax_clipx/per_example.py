@@ -1,7 +1,6 @@
 """Clipping each example's gradient by itself, before the sum over the batch."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +10,22 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _clipped_grad
-from ._example_groups import ExampleGroups
+from ._examples import (
+    ExampleGroups,
+    in_rows,
+    like_norms,
+    measured,
+    weighted_sum,
+)
 from ._grouping import ScalarGroups
 from ._leaves import Leaves, flatten, from_prefix
-from ._measures import Measure, tree_norm
+from ._measures import Measure, leaf_norms, tree_norm
 from ._mesh import Placement, mesh_of
-from ._reductions import accumulator, widened
+from ._reductions import accumulator
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import check_choice, check_static_count
 from ._thresholds._constant import check_limit, is_limit
-from .functional import clip_by_global_norm
 
 
 class ClippedExamples(NamedTuple):
@@ -201,7 +205,9 @@ def clipped_grad(
         *args: Any, mask: Any = None, **kwargs: Any
     ) -> tuple[Any, ClippedExamples]:
         _check_args(args, argnums, batched)
-        params = args[argnums] if isinstance(argnums, int) else [args[i] for i in argnums]
+        params = (
+            args[argnums] if isinstance(argnums, int) else [args[i] for i in argnums]
+        )
         params = params if isinstance(argnums, int) else tuple(params)
         leaves = flatten(params)
         batch = jax.tree.leaves([args[i] for i in batched])
@@ -219,7 +225,9 @@ def clipped_grad(
                 steps=_steps(size, microbatch_size, two_pass),
                 leaves=leaves,
                 groups=ExampleGroups(
-                    of_one, tuple(x.ndim + 1 for x in leaves.arrays)
+                    of_one.ids,
+                    of_one.count,
+                    tuple(x.ndim + 1 for x in leaves.arrays),
                 ),
                 limits=limits,
                 ord=measure.ord,
@@ -228,7 +236,7 @@ def clipped_grad(
                 dtype=wide,
             )
             sums, norms, aux = clipped.sums(mask, two_pass)
-            count = jnp.maximum(sums.count, 1).astype(wide)
+            count = jnp.maximum(sums.number, 1).astype(wide)
             divisor = count if batch_size is None else jnp.asarray(batch_size, wide)
             usable = jnp.all(limits >= 0)
 
@@ -241,7 +249,7 @@ def clipped_grad(
                 _unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
                 _unpacked(sums.over.astype(wide) / count, measure, leaves),
                 sums.nonfinite,
-                sums.count,
+                sums.number,
                 aux,
             )
             return leaves.rebuild([finish(x) for x in sums.grads]), found
@@ -288,9 +296,9 @@ def psac(
 def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users most"]]:
     r"""Puts the examples of each user together, so that they are clipped together.
 
-    Runs on the host, with NumPy. Users come in the order of their sorted names; one with
-    fewer examples than others is filled up with copies of their first one, for which
-    the mask is false.
+    Runs on the host, with NumPy. Users come in the order of their sorted names. Who has
+    fewer examples than others is filled up with copies of the first, for which the mask
+    is false.
 
     Args:
         users: for each example whose it is; integers or strings.
@@ -371,18 +379,8 @@ def per_example_global_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
-
-    def clip_one(example: Any) -> tuple[Any, jax.Array]:
-        # The clipped example stays wide until the sum: rounding it might break C.
-        wide = jax.tree.map(_wide, example)
-        clipped, norm = clip_by_global_norm(wide, l2_norm_clip, nonfinite="zero")
-        return clipped, ~(norm <= l2_norm_clip)
-
-    clipped, was_clipped = jax.vmap(clip_one)(grads)
-    total = jax.tree.map(
-        lambda g, c: jnp.sum(c, axis=0).astype(g.dtype), grads, clipped
-    )
-    return total, jnp.sum(was_clipped)
+    total, num_clipped = _clipped_sums(grads, tree_norm(), l2_norm_clip, "equal")
+    return total, num_clipped
 
 
 def per_example_layer_norm_clip(
@@ -421,27 +419,43 @@ def per_example_layer_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
-    leaves, treedef = jax.tree.flatten(grads)
-    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
-    total = sum(sizes)
-    shares = [1 / len(leaves) if uniform else size / total for size in sizes]
-    found = [
-        per_example_global_norm_clip(leaf, global_l2_norm_clip * math.sqrt(share))
-        for leaf, share in zip(leaves, shares, strict=True)
+    shares = "equal" if uniform else "size"
+    return _clipped_sums(grads, leaf_norms(), global_l2_norm_clip, shares)
+
+
+def _clipped_sums(
+    grads: Any, measure: Measure, max_norm: Any, shares: str
+) -> tuple[Any, Any]:
+    """Sums of clipped gradients that are at hand, and the numbers of clipped ones."""
+    check_limit(max_norm, "l2_norm_clip")
+    leaves = flatten(grads)
+    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves.arrays]
+    of_one = measure.groups(leaves)
+    assert isinstance(of_one, ScalarGroups)
+    with mesh_of(leaves.arrays):
+        wide = accumulator(one)
+        limits = _limits(
+            max_norm, measure, leaves._replace(arrays=one), of_one, shares, wide
+        )
+        groups = ExampleGroups(
+            of_one.ids, of_one.count, tuple(x.ndim for x in leaves.arrays)
+        )
+        arrays = in_rows(leaves.arrays)
+        places = [_ALONE] * len(arrays)
+        found = measured(arrays, groups, limits, 2.0, rescale, places)
+        sums = weighted_sum(arrays, groups, found, None)
+        over = jnp.sum(~(found.norms <= like_norms(limits, found.norms)), axis=0)
+    totals = [
+        jnp.where(jnp.all(limits >= 0), x, jnp.nan).astype(g.dtype)
+        for x, g in zip(sums, arrays, strict=True)
     ]
-    sums, counts = zip(*found, strict=True)
-    return jax.tree.unflatten(treedef, sums), jax.tree.unflatten(treedef, counts)
+    return leaves.rebuild(totals), _unpacked(over, measure, leaves)
 
 
 def _floating(leaf: Any) -> Any:
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.asarray(leaf).astype(jnp.float32)
     return leaf
-
-
-def _wide(leaf: Any) -> Any:
-    wide = jnp.dtype("float64" if jnp.finfo(leaf.dtype).bits == 64 else "float32")
-    return leaf.astype(widened(leaf, wide))
 
 
 def _check_batch(grads: Any) -> None:
