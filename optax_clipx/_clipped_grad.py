@@ -154,10 +154,10 @@ class ClippedGrad:
     ) -> tuple[list[jax.Array], None]:
         """The gradient of the weighted sum of the examples' losses."""
         keep = found.finite if mask is None else found.finite & mask
-        weights = jnp.where(keep, found.scales.fine, 0)
+        weights = jnp.where(keep, found.fine, 0)
         info = jnp.finfo(weights.dtype)
         low, high = float(info.tiny) * 2.0**20, float(info.max) * 2.0**-20
-        tame = (weights > low) & (weights < high) & (found.scales.coarse == 1)
+        tame = (weights > low) & (weights < high) & (found.coarse == 1)
 
         def at_once(batch: Any) -> list[jax.Array]:
             # 0 times NaN is NaN: another example stands in, with weight 0.

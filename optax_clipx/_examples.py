@@ -13,7 +13,7 @@ from . import _mesh, _scaling
 from ._grouping import Packed, ScalarGroups, Terms
 from ._mesh import Placement, max_over, size_of, sum_over
 from ._reductions import Ord, _norms, accumulator, as_they_are, times, widened
-from ._scaling import Response, Scales
+from ._scaling import Response
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,17 @@ def along(values: jax.Array, ndim: int) -> jax.Array:
 
 
 class Measured(NamedTuple):
-    """What is known of each example, along axis 0."""
+    """The norm of each example along axis 0, and its scale in two factors; packed."""
 
-    norms: jax.Array  # packed, as the scales
-    scales: Scales
-    finite: jax.Array
+    norms: jax.Array
+    coarse: jax.Array
+    fine: jax.Array
+
+    @property
+    def finite(self) -> jax.Array:
+        """Whether each example is, as a whole."""
+        finite = jnp.isfinite(self.norms)
+        return finite if finite.ndim == 1 else jnp.all(finite, axis=1)
 
 
 def measured(
@@ -90,11 +96,11 @@ def measured(
 ) -> Measured:
     """Norms and scales; `limits` is a scalar for the tree, else one for each group."""
     (norms,) = _norms((tuple(arrays),), (), groups, ord, tuple(places), as_they_are)
-    scales = _scaling.scales(norms, like_norms(limits, norms.value), response)
-    finite = jnp.isfinite(norms.value)
-    if finite.ndim > 1:
-        finite = jnp.all(finite, axis=1)
-    return Measured(norms.value, scales, finite)
+    limits = like_norms(limits, norms.value)
+    scales = _scaling.scales(norms, limits, response)
+    # Without a limit nothing is scaled, even where the norm is beyond all numbers.
+    coarse = jnp.where(jnp.isposinf(limits), 1, scales.coarse)
+    return Measured(norms.value, coarse, scales.fine)
 
 
 def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
@@ -131,8 +137,8 @@ def weighted_sum(
     parts = (
         [x.astype(widened(x, dtype)) for x in arrays],
         [along(keep, x.ndim) for x in arrays],
-        groups.spread(found.scales.coarse),
-        groups.spread(found.scales.fine),
+        groups.spread(found.coarse),
+        groups.spread(found.fine),
     )
 
     def sums(*parts: Any) -> list[jax.Array]:
@@ -146,7 +152,7 @@ def weighted_sum(
     # vector and a matrix, but there 0 times NaN is NaN.
     def products(arrays: Any, keeps: Any, coarse: Any, fine: Any) -> list[jax.Array]:
         weights = [jnp.where(k, f, 0) for k, f in zip(keeps, fine, strict=True)]
-        usual = jnp.all(found.finite) & jnp.all(found.scales.coarse == 1)
+        usual = jnp.all(found.finite) & jnp.all(found.coarse == 1)
 
         def plain(arrays: Any) -> list[jax.Array]:
             return list(map(_product, weights, arrays))

@@ -314,13 +314,13 @@ def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> x = jnp.array([0.3, 5.0, 0.4])
+        >>> x = jnp.array([0.25, 5.0, 0.5])
         >>> grouped, mask = clipx.per_example.group_by_user(["ann", "bob", "ann"], x)
         >>> loss = lambda w, x, mask: jnp.sum(jnp.where(mask, w * x, 0))
         >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
         >>> _, found = grad_fn(1.0, grouped, mask)
         >>> print(found.norms)
-        [0.7 5. ]
+        [0.75 5.  ]
 
     References:
         McMahan et al., Learning differentially private recurrent language models, 2018,
@@ -558,12 +558,14 @@ def _limits(
 ) -> Float[Array, "..."]:
     """The limit of each group; a scalar for the whole tree."""
     if is_limit(max_norm):
-        limit = jnp.asarray(max_norm).astype(dtype)
         if of_one.count is None:
-            return limit
+            return jnp.asarray(max_norm).astype(dtype)
         sizes = of_one.sizes(leaves.arrays, [_ALONE] * len(leaves.arrays))
-        parts = np.ones_like(sizes) if shares == "equal" else sizes
-        return limit * jnp.asarray(np.sqrt(parts / parts.sum()), dtype)
+        parts = np.ones_like(sizes) if shares == "equal" else np.asarray(sizes)
+        factors = np.sqrt(parts / parts.sum())
+        if not isinstance(max_norm, jax.Array):  # rounded once
+            return jnp.asarray(max_norm * factors, dtype)
+        return max_norm.astype(dtype) * jnp.asarray(factors, dtype)
     if measure.scope == "tree":
         raise ValueError(
             f"Expected a single max_norm for the whole example, got {max_norm!r}. Pass"
