@@ -9,6 +9,7 @@ printed, and written with the environment as JSON and Markdown.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import platform
@@ -62,10 +63,7 @@ def tasks(examples: int) -> dict[str, tuple[Any, Any, jax.Array, jax.Array]]:
     found = {}
     for width in (64, 256, 512):
         sizes = (64, width, width, 10)
-        layers = [
-            (normal(a, b), jnp.zeros(b))
-            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        ]
+        layers = [(normal(a, b), jnp.zeros(b)) for a, b in itertools.pairwise(sizes)]
         inputs = normal(examples, 64) * 8
         found[f"dense, width {width}"] = network, layers, inputs, labels
     filters = [normal(3, 3, 3, 32), normal(3, 3, 32, 64), normal(8 * 8 * 64, 10)]

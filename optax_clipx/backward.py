@@ -127,9 +127,9 @@ def clip_norm(
         >>> import optax_clipx as clipx
         >>> weights = jnp.array([30.0, 40.0])
         >>> def loss(h):
-        ...     return jnp.vdot(weights, clipx.backward.clip_norm(h, 1.0))
+        ...     return jnp.vdot(weights, clipx.backward.clip_norm(h, 5.0))
         >>> print(jax.grad(loss)(jnp.zeros(2)))
-        [0.6 0.8]
+        [3. 4.]
 
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural

@@ -13,7 +13,7 @@ SECTIONS = ("Raises:", "Example:", "References:")
 
 
 def public():
-    for module in (clipx, clipx.functional, clipx.per_example):
+    for module in (clipx, clipx.backward, clipx.functional, clipx.per_example):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("optax_clipx")
             if name.startswith("_") or isinstance(value, types.ModuleType) or not ours:

@@ -14,6 +14,8 @@ PAGES = {  # what each prints
     "docs/quickstart.md": r"clip/norm 92\.73618",
     "docs/meshes.md": r"10\.0\n10\.0",
     "docs/adaptive.md": r"2449 came down to 2\.69\n1",
+    "docs/backward.md": r"2184\d\.\d*\n3\.0",
+    "docs/per_example.md": r"1 64\n1\.0\n\(10,\)",
 }
 
 
