@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -668,3 +669,18 @@ def test_users_without_examples():
         group_by_user([0, 1], np.ones((3, 2)))
     with pytest.raises(ValueError, match="r=0"):
         psac(jnp.ones(1), jnp.ones(1), r=0)
+
+
+@renamed
+def test_the_noise_of_optax_and_of_jax_privacy():
+    """Both add to the sum what the recipe says: Gaussian, of the bound's size."""
+    noise_addition = pytest.importorskip("jax_privacy.noise_addition")
+    zeros = {"a": jnp.zeros(20_000)}
+    with jax.numpy_dtype_promotion("standard"):
+        for tx in (
+            optax.add_noise((1.1 * 2.0) ** 2, 0.0, jax.random.key(1)),
+            noise_addition.gaussian_privatizer(stddev=1.1 * 2.0, prng_key=1),
+        ):
+            noisy, _ = tx.update(zeros, tx.init(zeros))
+            assert float(jnp.std(noisy["a"])) == pytest.approx(2.2, rel=0.03)
+            assert abs(float(jnp.mean(noisy["a"]))) < 0.07
