@@ -10,6 +10,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _clipped_grad
+from ._batch_arguments import (
+    ALONE,
+    check_args,
+    check_max_norm,
+    limits_of_groups,
+    number_of_steps,
+    numbers,
+    of_one_example,
+    size_of_batch,
+    unpacked,
+)
 from ._examples import (
     ExampleGroups,
     in_rows,
@@ -18,14 +29,14 @@ from ._examples import (
     weighted_sum,
 )
 from ._grouping import ScalarGroups
-from ._leaves import Leaves, flatten, from_prefix
+from ._leaves import flatten
 from ._measures import Measure, leaf_norms, tree_norm
-from ._mesh import Placement, mesh_of
+from ._mesh import mesh_of
 from ._reductions import accumulator
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import check_choice, check_static_count
-from ._thresholds._constant import check_limit, is_limit
+from ._thresholds._constant import check_limit
 
 
 class ClippedExamples(NamedTuple):
@@ -180,7 +191,7 @@ def clipped_grad(
             "Expected measure to be tree_norm(), leaf_norms() or group_norms(labels),"
             f" got {measure!r}."
         )
-    _check_max_norm(max_norm)
+    check_max_norm(max_norm)
     check_choice(shares, "shares", ("equal", "size"))
     check_choice(reduction, "reduction", ("sum", "mean"))
     if batch_size is not None:
@@ -192,8 +203,8 @@ def clipped_grad(
         check_limit(batch_size, "batch_size")
     if microbatch_size is not None:
         check_static_count(microbatch_size, "microbatch_size")
-    batched = _numbers(batch_argnums, "batch_argnums")
-    if not batched or set(batched) & set(_numbers(argnums, "argnums")):
+    batched = numbers(batch_argnums, "batch_argnums")
+    if not batched or set(batched) & set(numbers(argnums, "argnums")):
         raise ValueError(
             "Expected batch_argnums with the arguments that have examples, and argnums"
             f" with others, got batch_argnums={batch_argnums} and argnums={argnums}."
@@ -204,25 +215,25 @@ def clipped_grad(
     def grad_fn(
         *args: Any, mask: Any = None, **kwargs: Any
     ) -> tuple[Any, ClippedExamples]:
-        _check_args(args, argnums, batched)
+        check_args(args, argnums, batched)
         params = (
             args[argnums] if isinstance(argnums, int) else [args[i] for i in argnums]
         )
         params = params if isinstance(argnums, int) else tuple(params)
         leaves = flatten(params)
         batch = jax.tree.leaves([args[i] for i in batched])
-        size = _size_of(batch, mask)
+        size = size_of_batch(batch, mask)
         with mesh_of([*leaves.arrays, *batch]):
             of_one = measure.groups(leaves)
             assert isinstance(of_one, ScalarGroups)
             wide = accumulator(leaves.arrays)
-            limits = _limits(max_norm, measure, leaves, of_one, shares, wide)
+            limits = limits_of_groups(max_norm, measure, leaves, of_one, shares, wide)
             clipped = _clipped_grad.ClippedGrad(
-                fun=_of_one(fun, kwargs, batched, has_aux, keep_batch_dim),
+                fun=of_one_example(fun, kwargs, batched, has_aux, keep_batch_dim),
                 argnums=argnums,
                 args=args,
                 batch_argnums=batched,
-                steps=_steps(size, microbatch_size, two_pass),
+                steps=number_of_steps(size, microbatch_size, two_pass),
                 leaves=leaves,
                 groups=ExampleGroups(
                     of_one.ids,
@@ -246,8 +257,8 @@ def clipped_grad(
                 return total if dtype is None else total.astype(dtype)
 
             found = ClippedExamples(
-                _unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
-                _unpacked(sums.over.astype(wide) / count, measure, leaves),
+                unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
+                unpacked(sums.over.astype(wide) / count, measure, leaves),
                 sums.nonfinite,
                 sums.number,
                 aux,
@@ -379,8 +390,8 @@ def per_example_global_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
-    total, num_clipped = _clipped_sums(grads, tree_norm(), l2_norm_clip, "equal")
-    return total, num_clipped
+    check_limit(l2_norm_clip, "l2_norm_clip")
+    return _clipped_sums(grads, tree_norm(), l2_norm_clip, "equal")
 
 
 def per_example_layer_norm_clip(
@@ -419,6 +430,7 @@ def per_example_layer_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
+    check_limit(global_l2_norm_clip, "global_l2_norm_clip")
     shares = "equal" if uniform else "size"
     return _clipped_sums(grads, leaf_norms(), global_l2_norm_clip, shares)
 
@@ -427,21 +439,20 @@ def _clipped_sums(
     grads: Any, measure: Measure, max_norm: Any, shares: str
 ) -> tuple[Any, Any]:
     """Sums of clipped gradients that are at hand, and the numbers of clipped ones."""
-    check_limit(max_norm, "l2_norm_clip")
     leaves = flatten(grads)
     one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves.arrays]
     of_one = measure.groups(leaves)
     assert isinstance(of_one, ScalarGroups)
     with mesh_of(leaves.arrays):
         wide = accumulator(one)
-        limits = _limits(
+        limits = limits_of_groups(
             max_norm, measure, leaves._replace(arrays=one), of_one, shares, wide
         )
         groups = ExampleGroups(
             of_one.ids, of_one.count, tuple(x.ndim for x in leaves.arrays)
         )
         arrays = in_rows(leaves.arrays)
-        places = [_ALONE] * len(arrays)
+        places = [ALONE] * len(arrays)
         found = measured(arrays, groups, limits, 2.0, rescale, places)
         sums = weighted_sum(arrays, groups, found, None)
         over = jnp.sum(~(found.norms <= like_norms(limits, found.norms)), axis=0)
@@ -449,7 +460,7 @@ def _clipped_sums(
         jnp.where(jnp.all(limits >= 0), x, jnp.nan).astype(g.dtype)
         for x, g in zip(sums, arrays, strict=True)
     ]
-    return leaves.rebuild(totals), _unpacked(over, measure, leaves)
+    return leaves.rebuild(totals), unpacked(over, measure, leaves)
 
 
 def _floating(leaf: Any) -> Any:
@@ -466,127 +477,3 @@ def _check_batch(grads: Any) -> None:
             "Expected arrays with the examples along axis 0, as many in each, got"
             f" shapes {dict(zip(map('/'.join, leaves.paths), shapes, strict=True))}."
         )
-
-
-_ALONE = Placement((), ())
-
-
-def _numbers(value: Any, name: str) -> tuple[int, ...]:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"Expected {name} to be 0 or above, got {name}={value!r}.")
-    return numbers
-
-
-def _check_max_norm(max_norm: Any) -> None:
-    if callable(max_norm):
-        raise TypeError(
-            f"Expected max_norm to be a number or array, got {max_norm!r}. Call a"
-            " schedule with its step first."
-        )
-    if is_limit(max_norm):
-        return check_limit(max_norm, "max_norm")
-    for keys, value in jax.tree_util.tree_leaves_with_path(max_norm):
-        check_limit(value, "max_norm" + jax.tree_util.keystr(keys))
-
-
-def _check_args(args: Any, argnums: Any, batched: tuple[int, ...]) -> None:
-    last = max(*_numbers(argnums, "argnums"), *batched)
-    if len(args) <= last:
-        raise ValueError(
-            f"Expected at least {last + 1} positional arguments, for"
-            f" argnums={argnums} and batch_argnums={batched}, got {len(args)}."
-        )
-
-
-def _size_of(batch: list[Any], mask: Any) -> int:
-    shapes = [jnp.shape(x) for x in batch]
-    if not shapes or any(not s or s[0] != shapes[0][0] for s in shapes):
-        raise ValueError(
-            "Expected arrays with the examples along axis 0 in batch_argnums, as many"
-            f" in each, got shapes {shapes}."
-        )
-    if mask is not None and (jnp.shape(mask) != shapes[0][:1] or mask.dtype != bool):
-        raise ValueError(
-            f"Expected mask to have a bool for each of {shapes[0][0]} examples, got"
-            f" {mask!r}."
-        )
-    return shapes[0][0]
-
-
-def _steps(size: int, microbatch_size: int | None, two_pass: bool) -> int:
-    if microbatch_size is None:
-        microbatch_size = 1 if two_pass else size
-    microbatch_size = min(microbatch_size, size)
-    if size and size % microbatch_size:
-        raise ValueError(
-            f"Expected microbatch_size to divide the batch of {size} examples, got"
-            f" microbatch_size={microbatch_size}. Pad the batch and pass mask=."
-        )
-    return size // microbatch_size if size else 1
-
-
-def _of_one(
-    fun: Callable[..., Any],
-    kwargs: Any,
-    batched: tuple[int, ...],
-    has_aux: bool,
-    keep_batch_dim: bool,
-) -> Callable[..., Any]:
-    """The function of one example, which returns a pair."""
-
-    def of_one(*args: Any) -> Any:
-        if keep_batch_dim:
-            expand = functools.partial(jnp.expand_dims, axis=0)
-            args = tuple(
-                jax.tree.map(expand, a) if i in batched else a
-                for i, a in enumerate(args)
-            )
-        found = fun(*args, **kwargs)
-        return found if has_aux else (found, None)
-
-    return of_one
-
-
-def _limits(
-    max_norm: Any,
-    measure: Measure,
-    leaves: Leaves,
-    of_one: ScalarGroups,
-    shares: str,
-    dtype: Any,
-) -> Float[Array, "..."]:
-    """The limit of each group; a scalar for the whole tree."""
-    if is_limit(max_norm):
-        if of_one.count is None:
-            return jnp.asarray(max_norm).astype(dtype)
-        sizes = of_one.sizes(leaves.arrays, [_ALONE] * len(leaves.arrays))
-        parts = np.ones_like(sizes) if shares == "equal" else np.asarray(sizes)
-        factors = np.sqrt(parts / parts.sum())
-        if not isinstance(max_norm, jax.Array):  # rounded once
-            return jnp.asarray(max_norm * factors, dtype)
-        return max_norm.astype(dtype) * jnp.asarray(factors, dtype)
-    if measure.scope == "tree":
-        raise ValueError(
-            f"Expected a single max_norm for the whole example, got {max_norm!r}. Pass"
-            " measure=optax_clipx.leaf_norms() for one of each leaf."
-        )
-    if measure.scope == "leaf":
-        given = from_prefix(max_norm, leaves.paths, "max_norm")
-    else:
-        names = measure.names(leaves)
-        missing = [n for n in names if n not in max_norm]
-        if missing:
-            raise ValueError(f"Expected a max_norm for {missing}, got {max_norm!r}.")
-        given = [max_norm[name] for name in names]
-    return jnp.stack([jnp.asarray(v).astype(dtype) for v in given])
-
-
-def _unpacked(packed: jax.Array, measure: Measure, leaves: Leaves) -> Any:
-    """Values with the groups first, in the structure of the groups."""
-    if measure.scope == "tree":
-        return packed
-    columns = list(packed)
-    if measure.scope == "group":
-        return dict(zip(measure.names(leaves), columns, strict=True))
-    return leaves.rebuild(columns)
