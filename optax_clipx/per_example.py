@@ -221,6 +221,10 @@ def clipped_grad(
         )
         params = params if isinstance(argnums, int) else tuple(params)
         leaves = flatten(params)
+        if not leaves.arrays:
+            raise ValueError(
+                f"Expected parameters with an array, got argnums={argnums}: {params!r}."
+            )
         batch = jax.tree.leaves([args[i] for i in batched])
         size = size_of_batch(batch, mask)
         with mesh_of([*leaves.arrays, *batch]):

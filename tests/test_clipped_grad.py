@@ -653,6 +653,7 @@ def test_the_bound_holds_where_that_of_jax_privacy_does_not():
         ({"y": np.ones((3, 2), np.float32)}, ValueError, r"\(12, 5\), \(3, 2\)"),
         ({"y": np.float32(1.0)}, ValueError, "axis 0"),
         ({"params": {"a": np.arange(3)}}, TypeError, "int.* at a"),
+        ({"params": {"a": None}}, ValueError, "with an array"),
     ],
 )
 def test_bad_input(options, error, message):
