@@ -142,19 +142,19 @@ def draw(runs: dict[str, Run], path: Path, title: str) -> None:
     """Loss and gradient norm over the steps: median and range of the seeds."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     for name, run in runs.items():
-        colour = COLOURS[name]
-        for axis, values in ((top, run.loss), (bottom, run.norm)):
-            smooth = smoothed(values)
-            steps = np.arange(smooth.shape[1])
-            low, middle, high = np.nanquantile(smooth, (0, 0.5, 1), axis=0)
-            axis.plot(steps, middle, color=colour, lw=1.8, label=LABELS[name])
-            axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        for axis, values in ((top, smoothed(run.loss)), (bottom, run.norm)):
+            steps = np.arange(run.loss.shape[1])[-values.shape[1] :]
+            low, middle, high = np.nanquantile(values, (0, 0.5, 1), axis=0)
+            style = {"color": COLOURS[name], "label": LABELS[name]}
+            axis.plot(steps, middle, lw=1.8 if axis is top else 0.8, **style)
+            axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
     top.set_ylabel("loss (mean of 25 steps)")
-    bottom.set_ylabel("norm of the gradient")
+    top.set_ylim(0, 1.4 * top.get_ylim()[1])  # room for the legend
+    bottom.set_ylabel("norm of the gradient, before the update")
     bottom.set_yscale("log")
-    bottom.set_xlabel("step")
+    bottom.set_xlabel("step (lines: median of the seeds; bands: their range)")
     top.set_title(title, loc="left", weight="bold")
-    top.legend(frameon=False)
+    top.legend(frameon=False, loc="upper left")
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.92")

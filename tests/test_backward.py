@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optax_clipx as clipx
 from optax_clipx.backward import clip_norm, clip_value, zero_nonfinite
 
-STEPS, INPUTS, HIDDEN = 12, 3, 5
+STEPS, INPUTS, HIDDEN = 8, 3, 5
 
 
 def cotangent(identity, ct, *limits):
