@@ -142,17 +142,19 @@ def draw(runs: dict[str, Run], path: Path, title: str) -> None:
     """Loss and gradient norm over the steps: median and range of the seeds."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     for name, run in runs.items():
-        for axis, values in ((top, smoothed(run.loss)), (bottom, run.norm)):
-            steps = np.arange(run.loss.shape[1])[-values.shape[1] :]
-            low, middle, high = np.nanquantile(values, (0, 0.5, 1), axis=0)
-            style = {"color": COLOURS[name], "label": LABELS[name]}
-            axis.plot(steps, middle, lw=1.8 if axis is top else 0.8, **style)
-            axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
+        style = {"color": COLOURS[name], "label": LABELS[name], "lw": 1.8}
+        low, middle, high = np.nanquantile(smoothed(run.loss), (0, 0.5, 1), axis=0)
+        steps = np.arange(run.loss.shape[1])[-len(middle) :]
+        top.plot(steps, middle, **style)
+        top.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, lw=0)
+        bottom.plot(steps, windows(run.norm).max(axis=(0, 2)), **style)
     top.set_ylabel("loss (mean of 25 steps)")
     top.set_ylim(0, 1.4 * top.get_ylim()[1])  # room for the legend
-    bottom.set_ylabel("norm of the gradient, before the update")
+    bottom.set_ylabel("largest gradient norm of 25 steps")
     bottom.set_yscale("log")
-    bottom.set_xlabel("step (lines: median of the seeds; bands: their range)")
+    bottom.set_xlabel(
+        "step (loss: median and range of the seeds; norm: the largest of all)"
+    )
     top.set_title(title, loc="left", weight="bold")
     top.legend(frameon=False, loc="upper left")
     for axis in (top, bottom):
@@ -163,11 +165,15 @@ def draw(runs: dict[str, Run], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def smoothed(values: np.ndarray, width: int = 25) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """The mean of each step and those before it."""
+    return windows(values).mean(axis=2)
+
+
+def windows(values: np.ndarray, width: int = 25) -> np.ndarray:
+    """Each step and those before it, along the last axis."""
     width = min(width, values.shape[1])
-    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
-    return (sums[:, width:] - sums[:, :-width]) / width
+    return np.lib.stride_tricks.sliding_window_view(values, width, axis=1)
 
 
 def main() -> None:

@@ -423,6 +423,45 @@ def test_functions_of_a_batch():
     np.testing.assert_allclose(grads, [0.7, 1.0], rtol=1e-6)
 
 
+def linear(params, x):
+    return jnp.vdot(params, x)
+
+
+@every_mode
+def test_under_vmap_and_differentiated_by_the_limit(mode):
+    rng = np.random.default_rng(0)
+    models, batches = rng.normal(size=(3, 2)), rng.normal(size=(3, 4, 2)) * 5
+    models, batches = jnp.float32(models), jnp.float32(batches)
+
+    def run(params, x, limit=1.0):
+        return clipped_grad(linear, limit, **mode)(params, x)[0]
+
+    found = jax.vmap(run)(models, batches)
+    for i in range(3):
+        np.testing.assert_allclose(found[i], run(models[i], batches[i]), rtol=1e-5)
+    slope = jax.grad(lambda c: jnp.sum(run(models[0], batches[0], c)))(1.0)
+    norms = np.linalg.norm(batches[0], axis=1, keepdims=True)
+    want = np.sum(np.where(norms > 1, batches[0] / norms, 0))
+    np.testing.assert_allclose(slope, want, rtol=1e-5)
+
+
+@every_mode
+def test_batches_of_integers_and_random_keys(mode):
+    def fun(params, i, key):
+        kept = jax.random.bernoulli(key, 0.5, (3,)).astype(jnp.float32)
+        return jnp.log(params[i]) * jnp.sum(kept)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    index = jnp.array([0, 1, 2, 1])
+    params = jnp.array([0.0, 4.0, 0.5])  # the first one divides by zero
+    run = clipped_grad(fun, 1.0, batch_argnums=(1, 2), **mode)
+    grads, found = jax.jit(run)(params, index, keys)
+    each = jax.vmap(jax.grad(fun), (None, 0, 0))(params, index, keys)
+    assert int(found.num_nonfinite) == int(np.sum(~np.isfinite(each).all(1))) == 1
+    want = np.nansum(np.clip(each[1:], -1, 1), axis=0)  # one entry in each
+    np.testing.assert_allclose(grads, want, rtol=1e-6)
+
+
 def test_the_limit_may_follow_a_quantile():
     """Andrew et al.: from .1 to within 10% of the median, after about 46 rounds."""
 
