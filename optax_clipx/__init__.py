@@ -2,7 +2,12 @@
 
 from importlib.metadata import version as _version
 
-from . import functional as functional, per_example as per_example, units as units
+from . import (
+    backward as backward,
+    functional as functional,
+    per_example as per_example,
+    units as units,
+)
 from ._clipping import clip_by as clip_by
 from ._error_feedback import error_feedback as error_feedback
 from ._excluding import excluding as excluding

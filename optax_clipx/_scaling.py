@@ -58,12 +58,13 @@ def _scale(
     info = jnp.finfo(value.dtype)
     # The norm itself, or where it is beyond the largest number its root.
     beyond = (value >= info.max) & (factor < 1) & jnp.isfinite(root)
+    beyond = beyond & ~jnp.isposinf(limit)
     nonzero = jnp.where(value > 0, value, 1)
     norm = jnp.where(beyond, root, nonzero)
     unit = jnp.where(beyond, jnp.sqrt(factor), 1)
     # Far above its limit, the scale is split evenly over two factors.
     extreme = beyond | (limit < norm * 2.0 ** (info.minexp * 3 // 4))
-    extreme = extreme & (limit > 0) & jnp.isfinite(norm)
+    extreme = extreme & (limit > 0) & jnp.isfinite(limit) & jnp.isfinite(norm)
     half = jnp.sqrt(jnp.where(extreme, limit, 1)) / jnp.sqrt(
         jnp.where(extreme, norm, 1)
     )

@@ -1,15 +1,361 @@
 """Clipping each example's gradient by itself, before the sum over the batch."""
 
-import math
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from . import _clipped_grad
+from ._batch_arguments import (
+    ALONE,
+    check_args,
+    check_max_norm,
+    limits_of_groups,
+    number_of_steps,
+    numbers,
+    of_one_example,
+    size_of_batch,
+    unpacked,
+)
+from ._examples import (
+    ExampleGroups,
+    in_rows,
+    like_norms,
+    measured,
+    weighted_sum,
+)
+from ._grouping import ScalarGroups
 from ._leaves import flatten
-from ._reductions import widened
-from .functional import clip_by_global_norm
+from ._measures import Measure, leaf_norms, tree_norm
+from ._mesh import mesh_of
+from ._reductions import accumulator
+from ._responses import rescale
+from ._scaling import Response
+from ._thresholds._base import check_choice, check_static_count
+from ._thresholds._constant import check_limit
+
+
+class ClippedExamples(NamedTuple):
+    """What :func:`clipped_grad` found in a batch.
+
+    Attributes:
+        norms: the norm of each example before clipping, float32 or wider, in the order
+            of the batch. A vector for the tree, a pytree of vectors for leaves, a dict
+            of vectors for labelled groups. In ``shard_map`` those of this device.
+        clipped: the share of examples above the limit, non-finite ones included, from
+            0 to 1; in the structure of ``norms``.
+        num_nonfinite: how many examples were not finite, and so added zero.
+        num_examples: how many examples there were, without padding.
+        aux: what ``fun`` returned besides the loss, for each example; else ``None``.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> loss = lambda w, x: w * x
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0)
+        >>> _, found = grad_fn(2.0, jnp.array([0.5, 3.0, jnp.nan]))
+        >>> print(found.clipped, found.num_nonfinite, found.num_examples)
+        0.6666667 1 3
+
+    References:
+        :func:`clipped_grad`.
+    """
+
+    norms: Any
+    clipped: Any
+    num_nonfinite: Int[Array, "..."]
+    num_examples: Int[Array, "..."]
+    aux: Any = None
+
+
+def clipped_grad(
+    fun: Callable[..., Any],
+    max_norm: Any,
+    *,
+    argnums: int | Sequence[int] = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    microbatch_size: int | None = None,
+    has_aux: bool = False,
+    measure: Measure | None = None,
+    response: Response = rescale,
+    shares: str = "equal",
+    two_pass: bool = False,
+    reduction: str = "sum",
+    batch_size: Any = None,
+    keep_batch_dim: bool = False,
+    dtype: Any = None,
+    axis_name: Any = None,
+) -> Callable[..., tuple[Any, ClippedExamples]]:
+    r"""The sum of the clipped gradients of the examples of a batch.
+
+    .. math:: \sum_b \mathrm{response}(\|g_b\|, C)\, g_b,
+              \qquad g_b = \nabla \mathrm{fun}(\theta, x_b)
+
+    No example adds more than :math:`C (1 + 10^{-6})`, in whatever dtype the gradients
+    are: each is measured, scaled and added up in float32. One that is not finite adds
+    zero and is counted. The result takes the arguments of ``fun``, with a batch for
+    one example, and ``mask=``: a bool for each example, false for padding.
+
+    ``two_pass=True`` first takes the norms and then the gradient of
+    :math:`\sum_b w_b\, \mathrm{fun}(\theta, x_b)`. The weights then go through the
+    backward pass, so that the bound holds up to its rounding. Where anything narrower
+    than float32 is computed, and for norms of leaves and groups, that is no option, and
+    the gradients of a microbatch are weighted one by one, in as much memory.
+
+    Where a batch is sharded over a mesh, ``jit`` needs no word about it. In
+    ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
+
+    ==================  ==================  =========================================
+    norm of an example  limit               what it adds
+    ==================  ==================  =========================================
+    0                   any                 zero
+    at most the limit   infinity included   its gradient, with :func:`rescale`
+    above               0                   zero
+    infinite or NaN     any                 zero; counted in ``num_nonfinite``
+    any                 negative or NaN     ValueError; if traced, the sum is NaN
+    ==================  ==================  =========================================
+
+    Args:
+        fun: the loss of one example, a scalar; with ``has_aux`` also something else.
+            What lies along axis 0 of the batch is clipped together, so an entry may as
+            well be a user with all of their examples: see :func:`group_by_user`.
+        max_norm: :math:`C`, in the unit of the gradients, for the example as a whole; a
+            number or a scalar array, which may be traced. Or a limit for each leaf, as
+            a pytree prefix, or for each label, as a dict.
+        argnums: by which arguments to differentiate, as for :func:`jax.grad`.
+        batch_argnums: the arguments with the examples along axis 0 of each leaf.
+        microbatch_size: how many examples are taken at a time; all, or with
+            ``two_pass`` one, if ``None``. It has to divide the size of the batch.
+        has_aux: whether ``fun`` returns a pair, of the loss and something else.
+        measure: :func:`optax_clipx.tree_norm` for the whole example, the default;
+            :func:`optax_clipx.leaf_norms` or :func:`optax_clipx.group_norms` to
+            clip leaves or groups by themselves.
+        response: :func:`optax_clipx.rescale`, or any function of norms and limits:
+            ``functools.partial(clipx.normalize, eps=0.01)`` is AUTO-S, :func:`psac`
+            is DP-PSAC.
+        shares: how :math:`K` leaves or groups share one limit: ``"equal"`` gives
+            :math:`C/\sqrt{K}` to each, ``"size"`` :math:`C \sqrt{d_k/d}`.
+        two_pass: whether to take the norms first.
+        reduction: ``"sum"`` or ``"mean"``.
+        batch_size: what the mean divides by; if ``None``, the number of examples
+            without padding. With random batches pass the expected size.
+        keep_batch_dim: whether ``fun`` gets each example with an axis of length 1.
+        dtype: the dtype of the result; ``None`` is float32, or float64 where a
+            parameter has it. A cast to less may round the sum above the bound: add
+            noise before it.
+        axis_name: in manual code the mesh axes over which the examples are spread;
+            needed where types are blind (pmap, ``check_vma=False``), and there the
+            parameters have to be whole on every device.
+
+    Returns:
+        A function that returns the sum or mean, in the structure of the parameters, and
+        :class:`ClippedExamples`.
+
+    Raises:
+        ValueError: for a negative or NaN limit, argument numbers that overlap, an
+            unknown option; and from the function for a batch whose leaves differ in
+            length, or a ``microbatch_size`` that does not divide it.
+        TypeError: for a ``fun`` that is no function, or parameters that are no
+            floating-point arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> loss = lambda w, x, y: (jnp.vdot(w, x) - y) ** 2 / 2
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
+        >>> x, y = jnp.array([[3.0, 4.0], [0.1, 0.0]]), jnp.array([-1.0, -1.0])
+        >>> grads, found = grad_fn(jnp.zeros(2), x, y)
+        >>> print(grads, found.norms, found.clipped)
+        [0.70000005 0.8       ] [5.  0.1] 0.5
+
+    References:
+        Abadi et al., Deep learning with differential privacy, 2016, arXiv 1607.00133.
+        Bu et al., Automatic clipping, 2022, arXiv 2206.07136 (AUTO-S).
+        Xia et al., Differentially private learning with per-sample adaptive clipping,
+        2023, arXiv 2212.00328 (DP-PSAC).
+    """
+    if not callable(fun):
+        raise TypeError(f"Expected fun to be a function, got {fun!r}.")
+    measure = tree_norm() if measure is None else measure
+    if not isinstance(measure, Measure):
+        raise TypeError(f"Expected a measure such as tree_norm(), got {measure!r}.")
+    if measure.scope not in ("tree", "leaf", "group") or measure.batch_axes is not None:
+        raise ValueError(
+            "Expected measure to be tree_norm(), leaf_norms() or group_norms(labels),"
+            f" got {measure!r}."
+        )
+    check_max_norm(max_norm)
+    check_choice(shares, "shares", ("equal", "size"))
+    check_choice(reduction, "reduction", ("sum", "mean"))
+    if batch_size is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'Expected reduction="mean" beside batch_size={batch_size}, got'
+                f" reduction={reduction!r}."
+            )
+        check_limit(batch_size, "batch_size")
+    if microbatch_size is not None:
+        check_static_count(microbatch_size, "microbatch_size")
+    batched = numbers(batch_argnums, "batch_argnums")
+    if not batched or set(batched) & set(numbers(argnums, "argnums")):
+        raise ValueError(
+            "Expected batch_argnums with the arguments that have examples, and argnums"
+            f" with others, got batch_argnums={batch_argnums} and argnums={argnums}."
+        )
+    argnums = argnums if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def grad_fn(
+        *args: Any, mask: Any = None, **kwargs: Any
+    ) -> tuple[Any, ClippedExamples]:
+        check_args(args, argnums, batched)
+        params = (
+            args[argnums] if isinstance(argnums, int) else [args[i] for i in argnums]
+        )
+        params = params if isinstance(argnums, int) else tuple(params)
+        leaves = flatten(params)
+        if not leaves.arrays:
+            raise ValueError(
+                f"Expected parameters with an array, got argnums={argnums}: {params!r}."
+            )
+        batch = jax.tree.leaves([args[i] for i in batched])
+        size = size_of_batch(batch, mask)
+        with mesh_of([*leaves.arrays, *batch]):
+            of_one = measure.groups(leaves)
+            assert isinstance(of_one, ScalarGroups)
+            wide = accumulator(leaves.arrays)
+            limits = limits_of_groups(max_norm, measure, leaves, of_one, shares, wide)
+            clipped = _clipped_grad.ClippedGrad(
+                fun=of_one_example(fun, kwargs, batched, has_aux, keep_batch_dim),
+                argnums=argnums,
+                args=args,
+                batch_argnums=batched,
+                steps=number_of_steps(size, microbatch_size, two_pass),
+                leaves=leaves,
+                groups=ExampleGroups(
+                    of_one.ids,
+                    of_one.count,
+                    tuple(x.ndim + 1 for x in leaves.arrays),
+                ),
+                limits=limits,
+                ord=measure.ord,
+                response=response,
+                axes=_clipped_grad.example_axes(batch, axis_name),
+                dtype=wide,
+            )
+            sums, norms, aux = clipped.sums(mask, two_pass)
+            count = jnp.maximum(sums.number, 1).astype(wide)
+            divisor = count if batch_size is None else jnp.asarray(batch_size, wide)
+            usable = jnp.all(limits >= 0)
+
+            def finish(total: jax.Array) -> jax.Array:
+                total = jnp.where(usable, total, jnp.nan)
+                total = total / divisor if reduction == "mean" else total
+                return total if dtype is None else total.astype(dtype)
+
+            found = ClippedExamples(
+                unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
+                unpacked(sums.over.astype(wide) / count, measure, leaves),
+                sums.nonfinite,
+                sums.number,
+                aux,
+            )
+            return leaves.rebuild([finish(x) for x in sums.grads]), found
+
+    return grad_fn
+
+
+def psac(
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, r: Any = 0.1
+) -> Float[Array, "..."]:
+    r"""Normalizes, but does not enlarge small gradients: :math:`t / (n + r/(n + r))`.
+
+    Large norms come close to their limit, as with :func:`optax_clipx.normalize`; a
+    norm near 0 is multiplied by about :math:`t`, and not by :math:`t/n`.
+
+    Args:
+        norms: norms :math:`n`, any shape.
+        limits: limits :math:`t`, the same shape.
+        r: the scale of norms that count as small, above 0.
+
+    Returns:
+        Scales, the same shape.
+
+    Raises:
+        ValueError: if ``r`` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> scales = clipx.per_example.psac(jnp.array([0.0, 4.0]), jnp.ones(2))
+        >>> print(scales)
+        [1.         0.24848485]
+
+    References:
+        Xia et al., Differentially private learning with per-sample adaptive clipping,
+        2023, arXiv 2212.00328.
+    """
+    if not isinstance(r, jax.core.Tracer) and not r > 0:
+        raise ValueError(f"Expected r > 0, got r={r}.")
+    share = jnp.asarray(r, norms.dtype)
+    return limits / (norms + share / (norms + share))
+
+
+def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users most"]]:
+    r"""Puts the examples of each user together, so that they are clipped together.
+
+    Runs on the host, with NumPy. Users come in the order of their sorted names. Who has
+    fewer examples than others is filled up with copies of the first, for which the mask
+    is false.
+
+    Args:
+        users: for each example whose it is; integers or strings.
+        batch: a pytree of arrays with the examples along axis 0.
+
+    Returns:
+        The batch with a first axis of users and a second of their examples, and the
+        mask of this shape, for a ``fun`` that adds up what the mask lets through.
+
+    Raises:
+        ValueError: if ``users`` and the batch differ in length.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> x = jnp.array([0.25, 5.0, 0.5])
+        >>> grouped, mask = clipx.per_example.group_by_user(["ann", "bob", "ann"], x)
+        >>> loss = lambda w, x, mask: jnp.sum(jnp.where(mask, w * x, 0))
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
+        >>> _, found = grad_fn(1.0, grouped, mask)
+        >>> print(found.norms)
+        [0.75 5.  ]
+
+    References:
+        McMahan et al., Learning differentially private recurrent language models, 2018,
+        arXiv 1710.06963.
+    """
+    users = np.asarray(users)
+    arrays = jax.tree.map(np.asarray, batch)
+    lengths = {len(x) for x in jax.tree.leaves(arrays)}
+    if users.ndim != 1 or lengths - {len(users)}:
+        raise ValueError(
+            f"Expected a user for each example, got users of shape {users.shape} and"
+            f" examples of length {sorted(lengths)}."
+        )
+    _, owner, counts = np.unique(users, return_inverse=True, return_counts=True)
+    order = np.argsort(owner, kind="stable")
+    first = np.cumsum(counts) - counts
+    column = np.arange(counts.max(initial=0))[None, :]
+    mask = column < counts[:, None]
+    index = order[first[:, None] + np.where(mask, column, 0)]
+    return jax.tree.map(lambda x: x[index], arrays), mask
 
 
 def per_example_global_norm_clip(
@@ -48,18 +394,8 @@ def per_example_global_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
-
-    def clip_one(example: Any) -> tuple[Any, jax.Array]:
-        # The clipped example stays wide until the sum: rounding it might break C.
-        wide = jax.tree.map(_wide, example)
-        clipped, norm = clip_by_global_norm(wide, l2_norm_clip, nonfinite="zero")
-        return clipped, ~(norm <= l2_norm_clip)
-
-    clipped, was_clipped = jax.vmap(clip_one)(grads)
-    total = jax.tree.map(
-        lambda g, c: jnp.sum(c, axis=0).astype(g.dtype), grads, clipped
-    )
-    return total, jnp.sum(was_clipped)
+    check_limit(l2_norm_clip, "l2_norm_clip")
+    return _clipped_sums(grads, tree_norm(), l2_norm_clip, "equal")
 
 
 def per_example_layer_norm_clip(
@@ -98,27 +434,43 @@ def per_example_layer_norm_clip(
     """
     grads = jax.tree.map(_floating, grads)
     _check_batch(grads)
-    leaves, treedef = jax.tree.flatten(grads)
-    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
-    total = sum(sizes)
-    shares = [1 / len(leaves) if uniform else size / total for size in sizes]
-    found = [
-        per_example_global_norm_clip(leaf, global_l2_norm_clip * math.sqrt(share))
-        for leaf, share in zip(leaves, shares, strict=True)
+    check_limit(global_l2_norm_clip, "global_l2_norm_clip")
+    shares = "equal" if uniform else "size"
+    return _clipped_sums(grads, leaf_norms(), global_l2_norm_clip, shares)
+
+
+def _clipped_sums(
+    grads: Any, measure: Measure, max_norm: Any, shares: str
+) -> tuple[Any, Any]:
+    """Sums of clipped gradients that are at hand, and the numbers of clipped ones."""
+    leaves = flatten(grads)
+    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves.arrays]
+    of_one = measure.groups(leaves)
+    assert isinstance(of_one, ScalarGroups)
+    with mesh_of(leaves.arrays):
+        wide = accumulator(one)
+        limits = limits_of_groups(
+            max_norm, measure, leaves._replace(arrays=one), of_one, shares, wide
+        )
+        groups = ExampleGroups(
+            of_one.ids, of_one.count, tuple(x.ndim for x in leaves.arrays)
+        )
+        arrays = in_rows(leaves.arrays)
+        places = [ALONE] * len(arrays)
+        found = measured(arrays, groups, limits, 2.0, rescale, places)
+        sums = weighted_sum(arrays, groups, found, None)
+        over = jnp.sum(~(found.norms <= like_norms(limits, found.norms)), axis=0)
+    totals = [
+        jnp.where(jnp.all(limits >= 0), x, jnp.nan).astype(g.dtype)
+        for x, g in zip(sums, arrays, strict=True)
     ]
-    sums, counts = zip(*found, strict=True)
-    return jax.tree.unflatten(treedef, sums), jax.tree.unflatten(treedef, counts)
+    return leaves.rebuild(totals), unpacked(over, measure, leaves)
 
 
 def _floating(leaf: Any) -> Any:
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.asarray(leaf).astype(jnp.float32)
     return leaf
-
-
-def _wide(leaf: Any) -> Any:
-    wide = jnp.dtype("float64" if jnp.finfo(leaf.dtype).bits == 64 else "float32")
-    return leaf.astype(widened(leaf, wide))
 
 
 def _check_batch(grads: Any) -> None:

@@ -13,7 +13,8 @@ SECTIONS = ("Raises:", "Example:", "References:")
 
 
 def public():
-    for module in (clipx, clipx.functional, clipx.per_example, clipx.units):
+    modules = (clipx.backward, clipx.functional, clipx.per_example, clipx.units)
+    for module in (clipx, *modules):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("optax_clipx")
             if name.startswith("_") or isinstance(value, types.ModuleType) or not ours:

@@ -149,3 +149,15 @@ def test_published_experiments_come_out(tmp_path):
     after = [rows[n][0] for n in rows if n.startswith("loss after a spike")]
     assert after[0] > 20 * max(after[1:])  # no clipping, and then the others
     assert output.stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_an_lstm_clipped_within_the_backward_pass(tmp_path):
+    output = tmp_path / "out" / "lstm.png"
+    arguments = ["--steps", 200, "--seeds", 1, "--order", "rows", "--output", output]
+    found = run("lstm_backward.py", *arguments, cwd=tmp_path)
+    rows = {cells[0]: cells for cells in rows_of(found.stdout).values()}
+    assert float(rows["backward"][3]) > 0.8
+    assert float(rows["global"][3]) > 0.8
+    assert is_picture(output)
+    assert "none: " in found.stderr  # the progress bar

@@ -187,3 +187,10 @@ def test_unusable_traced_limits_of_single_entries(response, dtype):
     for limit in (-1.0, np.nan):
         clipped = step(jnp.float32(limit), jnp.array([0.5, 2.0], dtype))
         assert np.all(np.isnan(clipped))
+
+
+def test_an_infinite_limit_leaves_a_norm_beyond_the_range_alone():
+    grads = [jnp.full(4, 3e38)]
+    clipped, norm = clipx.functional.clip_by_global_norm(grads, jnp.inf)
+    np.testing.assert_array_equal(clipped[0], grads[0])
+    assert float(norm) == float(jnp.finfo(jnp.float32).max)

@@ -1,0 +1,145 @@
+"""What functions of batches are given: checks, limits of groups, shapes of answers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._grouping import ScalarGroups
+from ._leaves import Leaves, from_prefix
+from ._measures import Measure
+from ._mesh import Placement
+from ._thresholds._constant import check_limit, is_limit
+
+ALONE = Placement((), ())
+
+
+def numbers(value: Any, name: str) -> tuple[int, ...]:
+    """Argument numbers as a tuple."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ValueError(f"Expected {name} to be 0 or above, got {name}={value!r}.")
+    return numbers
+
+
+def check_max_norm(max_norm: Any) -> None:
+    """Refuses limits that cannot be."""
+    if callable(max_norm):
+        raise TypeError(
+            f"Expected max_norm to be a number or array, got {max_norm!r}. Call a"
+            " schedule with its step first."
+        )
+    if is_limit(max_norm):
+        return check_limit(max_norm, "max_norm")
+    for keys, value in jax.tree_util.tree_leaves_with_path(max_norm):
+        check_limit(value, "max_norm" + jax.tree_util.keystr(keys))
+
+
+def check_args(args: Any, argnums: Any, batched: tuple[int, ...]) -> None:
+    """Refuses calls with too few arguments."""
+    last = max(*numbers(argnums, "argnums"), *batched)
+    if len(args) <= last:
+        raise ValueError(
+            f"Expected at least {last + 1} positional arguments, for"
+            f" argnums={argnums} and batch_argnums={batched}, got {len(args)}."
+        )
+
+
+def size_of_batch(batch: list[Any], mask: Any) -> int:
+    """The number of examples."""
+    shapes = [jnp.shape(x) for x in batch]
+    if not shapes or any(not s or s[0] != shapes[0][0] for s in shapes):
+        raise ValueError(
+            "Expected arrays with the examples along axis 0 in batch_argnums, as many"
+            f" in each, got shapes {shapes}."
+        )
+    dtype = getattr(mask, "dtype", None)
+    if mask is not None and (jnp.shape(mask) != shapes[0][:1] or dtype != jnp.bool_):
+        raise ValueError(
+            f"Expected mask to have a bool for each of {shapes[0][0]} examples, got"
+            f" {mask!r}."
+        )
+    return shapes[0][0]
+
+
+def number_of_steps(size: int, microbatch_size: int | None, two_pass: bool) -> int:
+    """The number of microbatches."""
+    if microbatch_size is None:
+        microbatch_size = 1 if two_pass else size
+    microbatch_size = min(microbatch_size, size)
+    if size and size % microbatch_size:
+        raise ValueError(
+            f"Expected microbatch_size to divide the batch of {size} examples, got"
+            f" microbatch_size={microbatch_size}. Pad the batch and pass mask=."
+        )
+    return size // microbatch_size if size else 1
+
+
+def of_one_example(
+    fun: Callable[..., Any],
+    kwargs: Any,
+    batched: tuple[int, ...],
+    has_aux: bool,
+    keep_batch_dim: bool,
+) -> Callable[..., Any]:
+    """The function of one example, which returns a pair."""
+
+    def of_one(*args: Any) -> Any:
+        if keep_batch_dim:
+            expand = functools.partial(jnp.expand_dims, axis=0)
+            args = tuple(
+                jax.tree.map(expand, a) if i in batched else a
+                for i, a in enumerate(args)
+            )
+        found = fun(*args, **kwargs)
+        return found if has_aux else (found, None)
+
+    return of_one
+
+
+def limits_of_groups(
+    max_norm: Any,
+    measure: Measure,
+    leaves: Leaves,
+    of_one: ScalarGroups,
+    shares: str,
+    dtype: Any,
+) -> Float[Array, "..."]:
+    """The limit of each group; a scalar for the whole tree."""
+    if is_limit(max_norm):
+        if of_one.count is None:
+            return jnp.asarray(max_norm).astype(dtype)
+        sizes = of_one.sizes(leaves.arrays, [ALONE] * len(leaves.arrays))
+        parts = np.ones_like(sizes) if shares == "equal" else np.asarray(sizes)
+        factors = np.sqrt(parts / parts.sum())
+        if not isinstance(max_norm, jax.Array):  # rounded once
+            return jnp.asarray(max_norm * factors, dtype)
+        return max_norm.astype(dtype) * jnp.asarray(factors, dtype)
+    if measure.scope == "tree":
+        raise ValueError(
+            f"Expected a single max_norm for the whole example, got {max_norm!r}. Pass"
+            " measure=optax_clipx.leaf_norms() for one of each leaf."
+        )
+    if measure.scope == "leaf":
+        given = from_prefix(max_norm, leaves.paths, "max_norm")
+    else:
+        names = measure.names(leaves)
+        missing = [n for n in names if n not in max_norm]
+        if missing:
+            raise ValueError(f"Expected a max_norm for {missing}, got {max_norm!r}.")
+        given = [max_norm[name] for name in names]
+    return jnp.stack([jnp.asarray(v).astype(dtype) for v in given])
+
+
+def unpacked(packed: jax.Array, measure: Measure, leaves: Leaves) -> Any:
+    """Values with the groups first, in the structure of the groups."""
+    if measure.scope == "tree":
+        return packed
+    columns = list(packed)
+    if measure.scope == "group":
+        return dict(zip(measure.names(leaves), columns, strict=True))
+    return leaves.rebuild(columns)

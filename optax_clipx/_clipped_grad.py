@@ -1,0 +1,251 @@
+"""Sums of clipped gradients of single examples, by microbatch, in one pass or two."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _mesh
+from ._examples import (
+    ExampleGroups,
+    Measured,
+    along,
+    in_rows,
+    like_norms,
+    measured,
+    weighted_sum,
+)
+from ._leaves import Leaves
+from ._reductions import widened
+from ._scaling import Response
+
+
+class Sums(NamedTuple):
+    """What is summed up over the examples of all devices."""
+
+    grads: list[jax.Array]
+    over: jax.Array  # for each group how many examples were above its limit
+    nonfinite: jax.Array
+    number: jax.Array
+
+
+@dataclass(frozen=True)
+class ClippedGrad:
+    """The gradients of one batch: what all its microbatches share."""
+
+    fun: Callable[..., Any]  # from the arguments to the loss of one example and more
+    argnums: int | tuple[int, ...]
+    args: tuple[Any, ...]
+    batch_argnums: tuple[int, ...]
+    steps: int
+    leaves: Leaves  # the parameters
+    groups: ExampleGroups
+    limits: jax.Array  # a scalar for the tree, else one for each group
+    ord: Any
+    response: Response
+    axes: tuple[str, ...]  # the mesh axes of manual code that hold other examples
+    dtype: Any
+
+    def sums(self, mask: Any, two_pass: bool) -> tuple[Sums, jax.Array, Any]:
+        """The sums, the norms of the examples, and what else `fun` returned."""
+        examples = ({i: self.args[i] for i in self.batch_argnums}, mask)
+        whole = self.groups.count is None
+        if two_pass and whole and not _is_narrow(self._gradients, examples[0]):
+            # Where products are rounded, both passes must round alike.
+            with jax.default_matmul_precision("highest"):
+                _, (found, aux) = self._over_microbatches(self._measure, examples)
+                grads, _ = self._over_microbatches(
+                    self._weighted_gradient, examples, (found,)
+                )
+        else:
+            grads, (found, aux) = self._over_microbatches(self._clip, examples)
+        found, aux = jax.tree.map(self._joined, (found, aux))
+        counted = found.finite | True if mask is None else mask
+        over = ~(found.norms <= like_norms(self.limits, found.norms))
+        sums = Sums(
+            grads,
+            _count(over & along(counted, over.ndim)),
+            _count(~found.finite & counted),
+            _count(counted),
+        )
+        if self.axes:
+            sums = lax.psum(jax.tree.map(self._varied, sums), self.axes)
+        return sums, found.norms, aux
+
+    def _over_microbatches(
+        self, fun: Callable[..., tuple[Any, Any]], examples: Any, known: Any = ()
+    ) -> tuple[Any, Any]:
+        """Adds up the first output of a function of examples, stacks the second.
+
+        What is known of the examples is such a stack, from an earlier pass.
+        """
+        if self.steps == 1:
+            return fun(*examples, *known)
+
+        # Every steps-th example: so each microbatch lies on the devices as all of them
+        # do, and the batch is not copied.
+        def take(i: jax.Array, x: jax.Array) -> jax.Array:
+            parts = x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
+            return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
+
+        def step(total: Any, now: Any) -> tuple[Any, Any]:
+            i, known = now
+            chosen = jax.tree.map(functools.partial(take, i), examples)
+            part, found = fun(*chosen, *known)
+            return jax.tree.map(jnp.add, total, part), found
+
+        start = None if fun == self._measure else self._zeros()
+        return lax.scan(step, start, (jnp.arange(self.steps), known))
+
+    def _joined(self, x: jax.Array) -> jax.Array:
+        """What was stacked, in the order of the batch."""
+        if self.steps == 1:
+            return x
+        swapped = jnp.swapaxes(x, 0, 1)
+        return swapped.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    def _zeros(self) -> list[jax.Array]:
+        return [
+            self._varied(jnp.zeros_like(x, dtype=widened(x, self.dtype)))
+            for x in self.leaves.arrays
+        ]
+
+    def _varied(self, x: Any) -> Any:
+        return _mesh._vary(jnp.asarray(x), self.axes) if self.axes else x
+
+    def _gradients(self, batch: dict[int, Any]) -> tuple[list[jax.Array], Any]:
+        """The gradient of each example, and what else its function returned."""
+        args, axes = self._placed(batch)
+        gradient = jax.grad(self.fun, self.argnums, has_aux=True)
+        grads, aux = jax.vmap(gradient, axes)(*args)
+        return in_rows(self._arrays_of(grads)), aux
+
+    def _arrays_of(self, grads: Any) -> list[jax.Array]:
+        flat = jax.tree.leaves(grads)
+        return [flat[i] for i in self.leaves.indices]
+
+    def _placed(self, batch: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+        args = [batch.get(i, arg) for i, arg in enumerate(self.args)]
+        for i in self._argnums():
+            # By the same parameter on all devices a gradient would be summed over them.
+            args[i] = jax.tree.map(self._varied, args[i])
+        return args, [0 if i in batch else None for i in range(len(args))]
+
+    def _measure(
+        self, batch: dict[int, Any], mask: Any
+    ) -> tuple[None, tuple[Measured, Any]]:
+        arrays, aux = self._gradients(batch)
+        return None, (self._measured(arrays), aux)
+
+    def _clip(
+        self, batch: dict[int, Any], mask: Any
+    ) -> tuple[list[jax.Array], tuple[Measured, Any]]:
+        arrays, aux = self._gradients(batch)
+        found = self._measured(arrays)
+        return weighted_sum(arrays, self.groups, found, mask), (found, aux)
+
+    def _measured(self, arrays: list[jax.Array]) -> Measured:
+        groups, limits, response = self.groups, self.limits, self.response
+        return measured(arrays, groups, limits, self.ord, response, self._places())
+
+    def _places(self) -> list[_mesh.Placement]:
+        """Over which mesh axes each parameter is sharded; other examples aside."""
+        arrays, paths = self.leaves.arrays, self.leaves.paths
+        blind = _mesh.is_unknown(None, None)
+        found = []
+        for place in _mesh.placements(arrays, paths, () if blind else None, None):
+            kept = tuple(name for name in place.axes if name not in self.axes)
+            found.append(_mesh.Placement(kept, None if kept else ()))
+        return found
+
+    def _weighted_gradient(
+        self, batch: dict[int, Any], mask: Any, found: Measured
+    ) -> tuple[list[jax.Array], None]:
+        """The gradient of the weighted sum of the examples' losses."""
+        keep = found.finite if mask is None else found.finite & mask
+        weights = jnp.where(keep, found.fine, 0)
+        tame = (weights > 2.0**-40) & (weights < 2.0**40) & (found.coarse == 1)
+
+        def at_once(batch: Any) -> list[jax.Array]:
+            # 0 times NaN is NaN: another example stands in, with weight 0.
+            clean = jax.tree.map(functools.partial(_replaced, found.finite), batch)
+            args, axes = self._placed(clean)
+
+            def total(*args: Any) -> jax.Array:
+                losses, _ = jax.vmap(self.fun, axes)(*args)
+                return jnp.sum(weights.astype(losses.dtype) * losses)
+
+            grads = self._arrays_of(jax.grad(total, self.argnums)(*args))
+            nothing = ~jnp.any(keep)
+            return [
+                jnp.where(nothing, 0, x.astype(widened(x, self.dtype))) for x in grads
+            ]
+
+        def each(batch: Any) -> list[jax.Array]:
+            arrays, _ = self._gradients(batch)
+            return weighted_sum(arrays, self.groups, found, mask)
+
+        # With a tiny or huge weight numbers on the way back might leave the range.
+        usual = jnp.all(tame | (weights == 0))
+        return lax.cond(usual, at_once, each, batch), None
+
+    def _argnums(self) -> tuple[int, ...]:
+        return (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+
+
+def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes of manual code over which the examples are spread."""
+    if axis_name is not None:
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        return tuple(name for name in names if _mesh._is_bound(name))
+    if _mesh.is_unknown(None, None):
+        raise ValueError(
+            "Cannot tell over which mesh axes the examples are spread: inside pmap, and"
+            " shard_map with check_vma=False, types do not say. Pass axis_name= with"
+            " these axes, or axis_name=() if every device has the same examples."
+        )
+    return tuple(sorted({name for x in batch for name in _mesh.varying(x)}))
+
+
+def _in_rows(arrays: list[jax.Array]) -> list[jax.Array]:
+    rows = lax.optimization_barrier([x.reshape(x.shape[0], -1) for x in arrays])
+    return [r.reshape(x.shape) for r, x in zip(rows, arrays, strict=True)]
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags.astype(jnp.int32), axis=0)
+
+
+def _replaced(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """The examples, with the first finite one in the place of each that is not."""
+    index = jnp.argmax(finite)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        first = x[index]
+    else:
+        here = along(jnp.arange(x.shape[0]) == index, x.ndim)
+        first = jnp.sum(jnp.where(here, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
+    return jnp.where(along(finite, x.ndim), x, first[None])
+
+
+def _is_narrow(fun: Callable[..., Any], batch: Any) -> bool:
+    """Whether anything in a program is computed in less than float32."""
+
+    def inside(jaxpr: Any) -> bool:
+        for equation in jaxpr.eqns:
+            for variable in (*equation.invars, *equation.outvars):
+                dtype = getattr(variable.aval, "dtype", jnp.int32)
+                if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32:
+                    return True
+            for value in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns") and inside(inner):
+                    return True
+        return False
+
+    return inside(jax.make_jaxpr(fun)(batch).jaxpr)
