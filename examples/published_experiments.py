@@ -288,7 +288,7 @@ AFTER_A_SPIKE = {
 
 @functools.partial(jax.jit, static_argnames=("name", "seeds"))
 def adam_on_a_quadratic(name, seeds):
-    """Mean loss of each step: 50 dimensions, noise .1, rate .05, spike in the middle."""
+    """Mean loss of each step: 50 dimensions, noise .1, rate .05, one spike."""
     tx = optax.chain(AFTER_A_SPIKE[name][0](), optax.adam(0.05))
 
     def run(key):
