@@ -2,7 +2,11 @@
 
 from importlib.metadata import version as _version
 
-from . import functional as functional, per_example as per_example
+from . import (
+    functional as functional,
+    per_example as per_example,
+    plotting as plotting,
+)
 from ._clipping import clip_by as clip_by
 from ._error_feedback import error_feedback as error_feedback
 from ._measures import (
@@ -54,6 +58,12 @@ from ._responses import (
     smooth as smooth,
 )
 from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes
+from .history import History as History
+from ._suggesting import (
+    Suggestion as Suggestion,
+    suggest_threshold as suggest_threshold,
+)
+from ._sweeping import Sweep as Sweep, find_threshold as find_threshold
 from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
