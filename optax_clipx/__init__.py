@@ -48,6 +48,7 @@ from ._metrics import (
     ClipMetrics as ClipMetrics,
     ClipState as ClipState,
     SkipState as SkipState,
+    WatchState as WatchState,
     check as check,
     metrics as metrics,
 )
@@ -63,6 +64,7 @@ from ._suggesting import (
     Suggestion as Suggestion,
     suggest_threshold as suggest_threshold,
 )
+from ._watching import watch as watch
 from ._sweeping import Sweep as Sweep, find_threshold as find_threshold
 from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,

@@ -53,7 +53,7 @@ class Suggestion(NamedTuple):
         return "\n".join(lines)
 
 
-def suggest_threshold(norms: Any, clip_rate: float = 0.1) -> Suggestion:
+def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     r"""Suggests the limit that would have clipped a wanted share of a run's steps.
 
     .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}

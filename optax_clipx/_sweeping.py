@@ -51,12 +51,12 @@ class Sweep(NamedTuple):
 
 def find_threshold(
     train_fn: Callable[..., Any],
-    low: float,
-    high: float,
+    low: float | int,
+    high: float | int,
     *,
     num: int = 8,
     seeds: Sequence[int] | None = None,
-    learning_rates: Sequence[float] | None = None,
+    learning_rates: Sequence[float | int] | None = None,
     higher_is_better: bool = False,
     path: str | os.PathLike[str] | None = None,
     picture: str | os.PathLike[str] | None = None,

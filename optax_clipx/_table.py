@@ -23,7 +23,7 @@ class Table:
         return len(self._columns[STEP])
 
     @property
-    def last_step(self) -> float:
+    def last_step(self) -> float | int:
         """The step of the last row, or minus infinity."""
         return self._columns[STEP][-1] if len(self) else -np.inf
 
@@ -38,7 +38,7 @@ class Table:
             if name not in columns:
                 column.extend(array("d", [np.nan]) * count)
 
-    def forget_from(self, step: float) -> int:
+    def forget_from(self, step: float | int) -> int:
         """Drops the rows from a step on, and says how many there were."""
         if step > self.last_step:
             return 0
