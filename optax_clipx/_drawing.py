@@ -81,7 +81,9 @@ def canvas(
         "axes.facecolor": colours.page,
         "figure.facecolor": colours.page,
         "figure.dpi": 150,
-        "legend.frameon": False,
+        "legend.facecolor": colours.page,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
         "legend.fontsize": 10,
         "grid.color": colours.grid,
         **{

@@ -459,20 +459,19 @@ def overview(
     limited = norms_of(columns, norm, limit).clipped is not None
     layers = [name for name in columns if name.startswith("clip_norms/")]
     rows = [["norms", "norms"], ["rate" if limited else "histogram", "histogram"]]
-    heights = [1.0, 0.85]
-    if layers:
-        rows.append(["layers", "layers"])
-        heights.append(min(2.0, 0.5 + 0.09 * len(layers)))
-    with canvas(theme, size=(8.4, 3.3 * sum(heights))) as (figure, first, _):
+    heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])
+    with canvas(theme, size=(8.4, sum(heights))) as (figure, first, _):
         first.remove()
-        axes = figure.subplot_mosaic(rows, height_ratios=heights)
+        # Apart, so that long names of layers do not push the others aside.
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        axes = parts[0, 0].subplot_mosaic(rows, height_ratios=[1.2, 1])
         options: dict[str, Any] = {"norm": norm, "limit": limit, "theme": theme}
         norms(columns, ax=axes["norms"], **options)
         histogram(columns, ax=axes["histogram"], **options)
         if limited:
             clip_rate(columns, ax=axes["rate"], **options)
         if layers:
-            heatmap(columns, theme=theme, ax=axes["layers"])
+            heatmap(columns, theme=theme, ax=parts[1, 0].subplots())
     return figure
 
 
