@@ -60,12 +60,14 @@ class Follower:
             if columns is None:
                 continue
             if self.step is None:
-                self.step = _readers._step_name(self.path, columns)
+                self.step = _readers.step_name(self.path, columns)
             if self.step not in columns:
                 raise _jsonl.ReadError(
-                    _readers._no_column(self.path, self.step, columns, "--step NAME")
+                    _readers.no_column(self.path, self.step, columns, "--step NAME")
                 )
-            columns = {STEP if n == self.step else n: x for n, x in columns.items()}
+            steps = columns[self.step]
+            others = {n: x for n, x in columns.items() if n not in (self.step, STEP)}
+            columns = {STEP: steps, **others}
             self.table.forget_from(float(columns[STEP].min()))
             self.table.extend(columns)
 

@@ -49,11 +49,12 @@ def _checked(path: Path, blocks: Iterable[Columns], step: str | None) -> Table:
     name = step
     for block in blocks:
         if name is None or (name not in block and step is None):
-            name = _step_name(path, block)
+            name = step_name(path, block)
         if name not in block:
-            raise ReadError(_no_column(path, name, block, "--step NAME"))
-        block = {STEP if n == name else n: values for n, values in block.items()}
-        steps = block[STEP]
+            raise ReadError(no_column(path, name, block, "--step NAME"))
+        steps = block[name]
+        others = {n: x for n, x in block.items() if n not in (name, STEP)}
+        block = {STEP: steps, **others}
         bad = ~(np.isfinite(steps) & (steps == np.round(steps)))
         if bad.any():
             at = len(table) + dropped + int(bad.argmax())
@@ -201,15 +202,15 @@ def _only_run(path: Path) -> None:
     )
 
 
-def _step_name(path: Path, columns: Columns) -> str:
+def step_name(path: Path, columns: Columns) -> str:
     by_lower = {name.lower(): name for name in reversed(columns)}
     for name in _STEP_NAMES:
         if name in by_lower:
             return by_lower[name]
-    raise ReadError(_no_column(path, STEP, columns, "--step NAME"))
+    raise ReadError(no_column(path, STEP, columns, "--step NAME"))
 
 
-def _no_column(path: Any, what: str, columns: Iterable[str], mend: str) -> str:
+def no_column(path: Any, what: str, columns: Iterable[str], mend: str) -> str:
     names = ", ".join(repr(name) for name in columns) or "none"
     return f"{path}: there is no column {what!r}. The columns are: {names}. Use {mend}."
 
@@ -223,7 +224,7 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
     source = source or "this run"
     if name is not None:
         if name not in columns:
-            raise ReadError(_no_column(source, name, columns, f"--{what} NAME"))
+            raise ReadError(no_column(source, name, columns, f"--{what} NAME"))
         return name
     if f"clip/{what}" in columns:
         return f"clip/{what}"
@@ -239,4 +240,4 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
                 f"{source}: several columns may be the {what}: {', '.join(fitting)}."
                 f" Choose one with --{what} NAME."
             )
-    raise ReadError(_no_column(source, what, columns, f"--{what} NAME"))
+    raise ReadError(no_column(source, what, columns, f"--{what} NAME"))

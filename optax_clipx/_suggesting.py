@@ -152,7 +152,10 @@ def _warmup(norms: np.ndarray) -> int:
         return 0
     levels = np.log([_median(piece) for piece in pieces])
     later = levels[len(levels) // 2 :]
-    far = np.abs(levels - np.median(later)) > max(3 * _deviation(later), np.log(1.5))
+    if not np.isfinite(later).all():  # the run did not settle: it exploded
+        return 0
+    far = ~np.isfinite(levels)
+    far |= np.abs(levels - np.median(later)) > max(3 * _deviation(later), np.log(1.5))
     ends = int(np.argmin(far))
     # What has not settled after a quarter of the run is no warm-up.
     return sum(map(len, pieces[:ends])) if ends <= len(pieces) // 4 else 0
@@ -170,6 +173,8 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
     if len(thirds) < 3:
         return 1.0, False
     levels = [_median(third) for third in thirds]
+    if not np.isfinite(levels).all():
+        return 1.0, False
     rates = [float(np.mean(third > value)) for third in thirds]
     least = max(min(rates), clip_rate / 10)
     by_chance = 3 * np.sqrt(2 * clip_rate * (1 - clip_rate) / len(thirds[0]))
@@ -198,9 +203,9 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
 
 
 def _median(norms: np.ndarray) -> float:
-    """The median of what is finite; where nothing is, the largest number."""
+    """The median of what is finite; infinity where nothing is."""
     finite = norms[np.isfinite(norms)]
-    return float(np.median(finite)) if len(finite) else float(np.finfo(np.float32).max)
+    return float(np.median(finite)) if len(finite) else np.inf
 
 
 def _deviation(values: np.ndarray) -> float:
