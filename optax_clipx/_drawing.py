@@ -58,7 +58,7 @@ def theme_of(name: str) -> Theme:
 
 @contextmanager
 def canvas(
-    theme: str, ax: Any = None, size: tuple[float, float] = (8, 3.4)
+    theme: str, ax: Any = None, size: tuple[float, float] = (8.0, 3.4)
 ) -> Iterator[tuple[Any, Any, Theme]]:
     """A figure and axes to draw on: new ones, or those that are given."""
     try:

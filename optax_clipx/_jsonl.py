@@ -7,7 +7,8 @@ file; Python's bare NaN and null are read, too.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +89,31 @@ def _columns(
     path: Path, number: int, lines: list[bytes], records: list[Any]
 ) -> Columns:
     where = [number + 1 + i for i, line in enumerate(lines) if line.strip()]
-    for line, record in zip(where, records, strict=True):
-        if not isinstance(record, dict):
-            raise ReadError(
+    if not all(isinstance(record, dict) for record in records):
+        both = zip(where, records, strict=True)
+        line, record = next(x for x in both if not isinstance(x[1], dict))
+        raise ReadError(
                 f"{path}:{line}: expected an object such as"
                 f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
             )
-    names: dict[str, None] = {}
-    if any(record.keys() != records[0].keys() for record in records):
-        names = dict.fromkeys(name for record in records for name in record)
-        values = {n: [record.get(n) for record in records] for n in names}
-    else:
-        values = {n: [record[n] for record in records] for n in records[0]}
     found = {}
-    for name, column in values.items():
-        numbers = to_numbers(path, name, column, where)
+    for name, column in _by_name(records).items():
+        numbers = to_numbers(path, name, list(column), where)
         if numbers is not None:
             found[name] = numbers
     return found
+
+
+def _by_name(records: list[dict[str, Any]]) -> dict[str, Sequence[Any]]:
+    names = dict.fromkeys(records[0])
+    if len(names) > 1 and sum(map(len, records)) == len(names) * len(records):
+        try:  # the usual case, at the speed of C
+            rows = zip(*map(operator.itemgetter(*names), records), strict=True)
+            return dict(zip(names, rows, strict=True))
+        except KeyError:
+            pass
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
 
 
 def to_numbers(

@@ -93,7 +93,7 @@ def follow(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a last line may well be half written
             shown = [
-                _panel(label, follower.look(), norm)
+                _panel(label, follower.path, follower.look(), norm)
                 for label, follower in followers.items()
             ]
         return Group(*shown)
@@ -108,13 +108,13 @@ def follow(
             live.update(view(), refresh=True)
 
 
-def _panel(label: str, columns: Columns, norm: str | None) -> Any:
+def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
     from rich.panel import Panel
     from rich.table import Table as Grid
 
     if not len(columns[STEP]):
         return Panel("nothing is recorded yet", title=label, title_align="left")
-    name = _readers.pick(columns, "norm", norm, label)
+    name = _readers.pick(columns, "norm", norm, path)
     seen = norms_of(columns, name, None)
     recent = slice(-_RECENT, None)
     grid = Grid.grid(padding=(0, 2))

@@ -107,7 +107,7 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     cutoff = _spike_level(usual)
     spikes = float(np.mean(steady > cutoff))
     value = float(np.quantile(steady, 1 - clip_rate, method="inverted_cdf"))
-    if value > cutoff:
+    if value > cutoff or not np.isfinite(value):
         below = usual[usual <= cutoff]
         value = float(np.quantile(below, 1 - clip_rate, method="inverted_cdf"))
     rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
@@ -164,7 +164,8 @@ def _warmup(norms: np.ndarray) -> int:
 def _spike_level(norms: np.ndarray) -> float:
     """Above this a norm is no part of the usual spread."""
     logs = np.log(norms)
-    return float(np.exp(np.median(logs) + max(5 * _deviation(logs), np.log(4))))
+    level = np.median(logs) + max(5 * _deviation(logs), np.log(4))
+    return float(np.exp(min(level, logs.max())))
 
 
 def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bool]:

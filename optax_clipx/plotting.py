@@ -233,7 +233,7 @@ def heatmap(
             " optax_clipx.watch, or pass prefix=."
         )
     steps = columns[STEP]
-    size = (8, min(10.0, 1.4 + 0.27 * len(names)))
+    size = (8.0, min(10.0, 1.4 + 0.27 * len(names)))
     with canvas(theme, ax, size) as (figure, ax, _):
         rows = [envelope(steps, columns[n], 400) for n in names]
         table = np.stack([row.middle for row in rows])
@@ -292,7 +292,7 @@ def compare(
     """
     if not runs:
         raise ReadError("There are no runs to compare.")
-    with canvas(theme, ax, (8, 4)) as (figure, ax, colours):
+    with canvas(theme, ax, (8.0, 4.0)) as (figure, ax, colours):
         everything = []
         for index, (label, given) in enumerate(runs.items()):
             seeds = list(given) if isinstance(given, list | tuple) else [given]
@@ -393,7 +393,7 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         possible.
     """
     middle = np.array([[_middle(s) for s in row] for row in found.scores]).T
-    with canvas(theme, ax, (8, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
+    with canvas(theme, ax, (8.0, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
         best_is_dark = not found.higher_is_better
         positive = middle[np.isfinite(middle)]
         logarithmic = bool((positive > 0).all()) and best_is_dark

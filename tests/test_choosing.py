@@ -88,6 +88,8 @@ def test_nan_and_infinity_are_above_any_limit():
     found = clipx.suggest_threshold(exploded)
     assert found.value < 10
     assert "spikes" in found.warning
+    wild = np.append(np.geomspace(1e2, 1e37, 12), [np.inf] * 38)
+    assert np.isfinite(clipx.suggest_threshold(wild).value)
 
 
 def test_few_norms_are_said_to_be_few():
