@@ -112,10 +112,10 @@ def _norms(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any
         if not np.array_equal(points.low, points.high, equal_nan=True):
             style = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
             style |= {"showlegend": False, "legendgroup": label}
-            chart.add_scattergl(x=points.steps, y=points.high, **style)
+            chart.add_scatter(x=points.steps, y=points.high, **style)
             shade = {"fill": "tonexty", "fillcolor": _faint(colour)}
-            chart.add_scattergl(x=points.steps, y=points.low, **style, **shade)
-        chart.add_scattergl(
+            chart.add_scatter(x=points.steps, y=points.low, **style, **shade)
+        chart.add_scatter(
             x=points.steps,
             y=points.middle,
             name=label,
@@ -124,7 +124,7 @@ def _norms(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any
         )
         if seen.limits is not None:
             limits = envelope(seen.steps, seen.limits, _POINTS)
-            chart.add_scattergl(
+            chart.add_scatter(
                 x=limits.steps,
                 y=limits.middle,
                 name=f"limit of {label}",

@@ -165,7 +165,7 @@ def _spike_level(norms: np.ndarray) -> float:
     """Above this a norm is no part of the usual spread."""
     logs = np.log(norms)
     level = np.median(logs) + max(5 * _deviation(logs), np.log(4))
-    return float(np.exp(min(level, logs.max())))
+    return float(min(np.exp(min(level, 700.0)), norms.max()))
 
 
 def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bool]:
