@@ -1,8 +1,8 @@
 """Takes the pictures of TensorBoard and of the interactive page, in Chromium.
 
-    pip install tensorboard plotly playwright
-    python examples/nnx_lm_dashboard.py --output runs/nnx_lm
-    python docs/make_screenshots.py runs/nnx_lm
+pip install tensorboard plotly playwright
+python examples/nnx_lm_dashboard.py --output runs/nnx_lm
+python docs/make_screenshots.py runs/nnx_lm
 """
 
 import argparse

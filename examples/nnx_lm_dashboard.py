@@ -10,6 +10,7 @@ an adaptive limit.
 
 import argparse
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pydoc_data.topics import topics
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=64, help="of a piece of text")
     parser.add_argument("--hidden", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=2.0)
     parser.add_argument("--output", type=Path, default=Path("runs/nnx_lm"))
     arguments = parser.parse_args()
     runs = {method: train(method, arguments) for method in METHODS}

@@ -69,7 +69,7 @@ def canvas(
             'matplotlib is missing. Run: pip install "optax_clipx[plot]"'
         ) from None
     colours = theme_of(theme)
-    style = {
+    style: Any = {
         "font.size": 11,
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
@@ -86,11 +86,10 @@ def canvas(
         "legend.framealpha": 0.85,
         "legend.fontsize": 10,
         "grid.color": colours.grid,
-        **{
-            name: colours.text
-            for name in ("text.color", "axes.labelcolor", "axes.titlecolor")
-        },
-        **{name: colours.text for name in ("xtick.color", "ytick.color")},
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.titlecolor"), colours.text
+        ),
+        **dict.fromkeys(("xtick.color", "ytick.color"), colours.text),
         "axes.edgecolor": colours.text,
     }
     with mpl.rc_context(style):

@@ -110,7 +110,11 @@ def _norms(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any
         colour = colours.lines[(index + 1) % len(colours.lines)]
         points = envelope(seen.steps, seen.norms, _POINTS)
         if not np.array_equal(points.low, points.high, equal_nan=True):
-            style = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+            style: dict[str, Any] = {
+                "mode": "lines",
+                "line": {"width": 0},
+                "hoverinfo": "skip",
+            }
             style |= {"showlegend": False, "legendgroup": label}
             chart.add_scatter(x=points.steps, y=points.high, **style)
             shade = {"fill": "tonexty", "fillcolor": _faint(colour)}
@@ -199,8 +203,15 @@ def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
 
 
 def _table(runs: Any, limit: float | int | None) -> str:
-    header = ("run", "steps", "median norm", "largest", "not finite", "clipped")
-    header += ("limit that clips 10%",)
+    header = [
+        "run",
+        "steps",
+        "median norm",
+        "largest",
+        "not finite",
+        "clipped",
+        "limit that clips 10%",
+    ]
     rows = []
     for label, (columns, name) in runs.items():
         seen = norms_of(columns, name, limit)

@@ -93,9 +93,9 @@ def _columns(
         both = zip(where, records, strict=True)
         line, record = next(x for x in both if not isinstance(x[1], dict))
         raise ReadError(
-                f"{path}:{line}: expected an object such as"
-                f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
-            )
+            f"{path}:{line}: expected an object such as"
+            f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
+        )
     found = {}
     for name, column in _by_name(records).items():
         numbers = to_numbers(path, name, list(column), where)

@@ -16,8 +16,31 @@ from ._jsonl import ReadError
 from ._table import STEP, Columns, Table
 
 # What others call the step, in lower case; the first that is there is taken.
-_STEP_NAMES = ("step", "_step", "global_step", "trainer/global_step", "steps")
-_STEP_NAMES += ("iteration", "iterations", "iter", "update", "updates")
+_STEP_NAMES = (
+    "step",
+    "_step",
+    "global_step",
+    "trainer/global_step",
+    "steps",
+    "iteration",
+    "iterations",
+    "iter",
+    "update",
+    "updates",
+)
+# What the norm and the loss are called; the more telling names come first.
+_USUAL: dict[str, tuple[str, ...]] = {
+    "norm": (
+        "norm",
+        "grad_norm",
+        "gradient_norm",
+        "grad_global_norm",
+        "global_norm",
+        "gnorm",
+        "value",
+    ),
+    "loss": ("loss", "train_loss", "training_loss", "value"),
+}
 _ROWS = 50_000  # of a CSV file at a time
 
 
@@ -162,8 +185,9 @@ def _csv_rows(path: Path, rows: Any, header: list[str]) -> Iterable[Columns]:
         if not numbered:
             continue
         where = [line for line, _ in numbered]
+        columns = zip(*[row for _, row in numbered], strict=True)
         found = {}
-        for name, cells in zip(header, zip(*[r for _, r in numbered]), strict=True):
+        for name, cells in zip(header, columns, strict=True):
             numbers = _jsonl.to_numbers(path, name, list(cells), where)
             if numbers is not None:
                 found[name] = numbers
@@ -192,7 +216,9 @@ def _of_events(path: Path) -> Columns:
             (event.step, tensor_util.make_ndarray(event.tensor_proto))
             for event in events.Tensors(tag)
         ]
-        if all(np.size(v) == 1 and np.asarray(v).dtype.kind in "fiu" for _, v in points):
+        if all(
+            np.size(v) == 1 and np.asarray(v).dtype.kind in "fiu" for _, v in points
+        ):
             series[tag] = [(step, float(np.ravel(value)[0])) for step, value in points]
     if not series:
         raise ReadError(f"{path}: there are no scalars in these event files.")
@@ -246,10 +272,7 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
         return name
     if f"clip/{what}" in columns:
         return f"clip/{what}"
-    usual = {"norm": ("norm", "grad_norm", "gradient_norm", "global_norm", "gnorm")}
-    usual["norm"] += ("grad_global_norm", "value")
-    usual["loss"] = ("loss", "train_loss", "training_loss", "value")
-    for kind in usual.get(what, (what,)):
+    for kind in _USUAL.get(what, (what,)):
         fitting = [n for n in columns if n.lower().rsplit("/", 1)[-1] == kind]
         if len(fitting) == 1:
             return fitting[0]

@@ -25,7 +25,7 @@ def watch(
     axis_name: Any = None,
     specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Measures each leaf's gradient, or each group's, for the metrics; changes nothing.
+    r"""Measures the gradient of each leaf, or each group, and changes nothing.
 
     .. math:: n_i = \|g_i\|, \quad r_i = \|\Delta w_i\| / \|w_i\|
 
@@ -58,7 +58,8 @@ def watch(
         >>> import jax.numpy as jnp
         >>> import optax
         >>> import optax_clipx as clipx
-        >>> tx = clipx.watch(optax.chain(clipx.clip_by_global_norm(1.0), optax.sgd(0.1)))
+        >>> clipper = clipx.clip_by_global_norm(1.0)
+        >>> tx = clipx.watch(optax.chain(clipper, optax.sgd(0.1)))
         >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
         >>> _, state = tx.update(params, tx.init(params), params)
         >>> print(clipx.metrics(state)["clip_norms/w"])

@@ -163,7 +163,9 @@ class History:
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = self.columns
         # A reader never sees half a file, nor is the old one lost on the way.
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}"
+        )
         try:
             with os.fdopen(descriptor, "wb") as file:
                 for part in _parts(columns, as_csv=path.suffix.lower() == ".csv"):
@@ -176,7 +178,9 @@ class History:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, step: str | None = None) -> "History":
+    def load(
+        cls, path: str | os.PathLike[str], *, step: str | None = None
+    ) -> "History":
         """Reads a run: JSONL, CSV, or TensorBoard event files.
 
         Args:

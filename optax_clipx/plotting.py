@@ -410,8 +410,8 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         at = found.limits.index(found.best)
         rate = found.learning_rates.index(found.best_learning_rate)
         frame = {"color": colours.clipped, "lw": 3}
-        box = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-        corners = np.append(box, box[:1], axis=0) + [at, rate]
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]) / 2
+        corners += np.array([at, rate])
         ax.plot(*corners.T, clip_on=False, zorder=5, **frame)
         names = [f"{x:.3g}" for x in found.limits]
         rates = ["" if x is None else f"{x:g}" for x in found.learning_rates]
@@ -565,9 +565,7 @@ def _seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]
     if len(lines) == 1:
         return lines[0], np.array(lost)
     steps = max((line.steps for line in lines), key=len)
-    table = np.stack(
-        [np.interp(steps, x.steps, x.middle, right=np.nan) for x in lines]
-    )
+    table = np.stack([np.interp(steps, x.steps, x.middle, right=np.nan) for x in lines])
     return (
         Envelope(
             steps,
@@ -623,4 +621,3 @@ __all__ = [
     "sweep",
     "sweep_map",
 ]
-

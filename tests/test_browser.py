@@ -58,7 +58,9 @@ def test_the_page_is_drawn_without_errors_or_requests(browser, tmp_path, scheme)
     page_file = tmp_path / "page.html"
     runs = [str(tmp_path / f"{name}.jsonl") for name in ("short", "long")]
     assert command_line.main(["plot", *runs, "--html", str(page_file)]) == 0
-    page = browser.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 800})
+    page = browser.new_page(
+        color_scheme=scheme, viewport={"width": 1100, "height": 800}
+    )
     said, errors, asked = [], [], []
     page.on("console", lambda message: said.append((message.type, message.text)))
     page.on("pageerror", lambda error: errors.append(str(error)))

@@ -19,7 +19,12 @@ def test_the_quantile_of_a_steady_run(rate):
     assert found.clip_rate == pytest.approx(rate, abs=2e-3)
     assert np.mean(norms > found.value) == pytest.approx(rate, abs=2e-3)
     assert found.value == pytest.approx(np.quantile(norms, 1 - rate), rel=1e-2)
-    assert (found.warmup, found.nonfinite, found.warning, found.rule) == (0, 0, "", None)
+    assert (found.warmup, found.nonfinite, found.warning, found.rule) == (
+        0,
+        0,
+        "",
+        None,
+    )
     assert len(found.rates) == 10
     assert np.mean(found.rates) == pytest.approx(found.clip_rate, abs=1e-9)
     assert f"{found.value:.4g}" in str(found)

@@ -13,7 +13,7 @@ SECTIONS = ("Raises:", "Example:", "References:")
 
 
 def public():
-    for module in (clipx, clipx.functional, clipx.per_example):
+    for module in (clipx, clipx.functional, clipx.per_example, clipx.plotting):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("optax_clipx")
             if name.startswith("_") or isinstance(value, types.ModuleType) or not ours:
@@ -24,7 +24,17 @@ def public():
 
 
 NAMES = dict(public())
-WITHOUT = {f"optax_clipx.{n}" for n in ("Measure", "ClipState", "SkipState")}
+WITHOUT = {
+    f"optax_clipx.{name}"
+    for name in (
+        "Measure",
+        "ClipState",
+        "SkipState",
+        "WatchState",
+        "Suggestion",
+        "Sweep",
+    )
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

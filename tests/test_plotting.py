@@ -222,7 +222,9 @@ def test_suggest(run, capsys):
 
 
 def test_compare(run, capsys):
-    assert call("compare", "a=run.jsonl", "a=other.csv", "b=other.csv", "-o", "c.png") == 0
+    assert (
+        call("compare", "a=run.jsonl", "a=other.csv", "b=other.csv", "-o", "c.png") == 0
+    )
     out = capsys.readouterr().out
     assert re.search(r"a: loss [\d.]+ \([\d.]+ to [\d.]+ in 2\)", out)
     assert (run / "c.png").exists()
@@ -262,7 +264,7 @@ def test_watch_follows_a_file_that_grows(tmp_path, monkeypatch):
     assert follower.offset > half
     with path.open("ab") as file:
         file.write(b'{"step": broken}\n')
-    with pytest.raises(ValueError, match="run.jsonl:6"):
+    with pytest.raises(ValueError, match=r"run\.jsonl:6"):
         follower.look()
     path.write_bytes(b'{"step": 0, "norm": 3}\n')
     assert Follower(path).look()["norm"].tolist() == [3]
@@ -319,9 +321,10 @@ def test_the_page_is_whole_and_asks_for_nothing(run, capsys):
     odd = history_of(layers=False)
     odd.save("<b>&.jsonl")
     assert call("plot", "<b>&.jsonl", "--html", "odd.html") == 0
-    assert "<title>Gradient clipping: &lt;b&gt;&amp;</title>" in (
-        run / "odd.html"
-    ).read_text()
+    assert (
+        "<title>Gradient clipping: &lt;b&gt;&amp;</title>"
+        in (run / "odd.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("command", ["plot", "suggest", "compare", "watch"])

@@ -151,9 +151,12 @@ def test_on_a_mesh_as_on_one_device(explicit):
     want = clipx.metrics(state)
     with jax.set_mesh(mesh):
         places = {"w": P("x"), "b": P()}
-        put = lambda tree: jax.tree.map(
-            lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), tree, places
-        )
+
+        def put(tree):
+            return jax.tree.map(
+                lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), tree, places
+            )
+
         grads, params = put(grads), put(params)
         state = jax.jit(tx.init)(params)
         _, state = jax.jit(tx.update)(grads, state, params)
