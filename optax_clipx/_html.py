@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ._drawing import THEMES, Theme, envelope, means, norms_of
+from ._drawing import THEMES, envelope, means, norms_of
 from ._suggesting import suggest_threshold
 from ._table import STEP
 
 _POINTS = 2000
+# Apart from each other for everyone, and from both pages.
+_COLOURS = ("#2F8FD8", "#E0700A", "#12A37A", "#C66FA3", "#B8A200", "#7A7FD6")
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -63,11 +65,10 @@ def page(
         raise ImportError(
             'plotly is missing. Run: pip install "optax_clipx[html]"'
         ) from None
-    colours = THEMES["light"]
     charts = [
-        _norms(go, runs, limit, colours),
-        _rates(go, runs, limit, colours),
-        _histograms(go, runs, colours),
+        _norms(go, runs, limit),
+        _rates(go, runs, limit),
+        _histograms(go, runs),
         *(_layers(go, label, columns) for label, (columns, _) in runs.items()),
     ]
     drawn = [chart for chart in charts if chart is not None and chart.data]
@@ -102,12 +103,12 @@ def _chart(go: Any, title: str, x: str, y: str, **layout: Any) -> Any:
     return chart
 
 
-def _norms(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any:
+def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Gradient norm before clipping", "step", "norm")
-    chart.update_yaxes(type="log", exponentformat="power")
+    chart.update_yaxes(type="log", exponentformat="power", dtick=1)
     for index, (label, (columns, name)) in enumerate(runs.items()):
         seen = norms_of(columns, name, limit)
-        colour = colours.lines[(index + 1) % len(colours.lines)]
+        colour = _COLOURS[index % len(_COLOURS)]
         points = envelope(seen.steps, seen.norms, _POINTS)
         if not np.array_equal(points.low, points.high, equal_nan=True):
             style: dict[str, Any] = {
@@ -137,7 +138,7 @@ def _norms(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any
     return chart
 
 
-def _rates(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any:
+def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Clipped steps", "step", "share")
     chart.update_yaxes(tickformat=".0%", rangemode="tozero")
     for index, (label, (columns, name)) in enumerate(runs.items()):
@@ -150,16 +151,16 @@ def _rates(go: Any, runs: Any, limit: float | int | None, colours: Theme) -> Any
             y=shares,
             name=label,
             line={
-                "color": colours.lines[(index + 1) % len(colours.lines)],
+                "color": _COLOURS[index % len(_COLOURS)],
                 "shape": "hv",
             },
         )
     return chart
 
 
-def _histograms(go: Any, runs: Any, colours: Theme) -> Any:
+def _histograms(go: Any, runs: Any) -> Any:
     chart = _chart(go, "Norms", "norm", "share of the steps", barmode="overlay")
-    chart.update_xaxes(type="log", exponentformat="power")
+    chart.update_xaxes(type="log", exponentformat="power", dtick=1)
     chart.update_yaxes(tickformat=".0%")
     for index, (label, (columns, name)) in enumerate(runs.items()):
         values = columns[name]
@@ -175,7 +176,7 @@ def _histograms(go: Any, runs: Any, colours: Theme) -> Any:
             name=label,
             fill="tozeroy",
             line={
-                "color": colours.lines[(index + 1) % len(colours.lines)],
+                "color": _COLOURS[index % len(_COLOURS)],
                 "shape": "hvh",
             },
         )
