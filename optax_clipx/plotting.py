@@ -4,22 +4,13 @@ A run is a :class:`~optax_clipx.History`, the path of a recorded one, or a dict 
 columns. Colours are told apart by everyone, on light and dark pages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from . import _readers
-from ._drawing import (
-    Envelope,
-    Norms,
-    Theme,
-    canvas,
-    columns_of,
-    envelope,
-    means,
-    norms_of,
-)
+from . import _marks
+from ._drawing import Envelope, canvas, columns_of, envelope, means, norms_of
 from ._jsonl import ReadError
 from ._sweeping import Sweep
 from ._table import STEP
@@ -63,16 +54,16 @@ def norms(
     seen = norms_of(run, norm, limit)
     with canvas(theme, ax) as (figure, ax, colours):
         points = envelope(seen.steps, seen.norms)
-        _line(ax, points, colours.norm, "norm")
+        _marks.line(ax, points, colours.norm, "norm")
         if seen.limits is not None:
             limits = envelope(seen.steps, seen.limits)
             style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
             ax.plot(limits.steps, limits.middle, label="limit", zorder=4, **style)
-            _clipped_dots(ax, seen, points, limits, colours)
-        _mark_nonfinite(ax, seen.steps, seen.norms, colours)
-        _log_scale(ax, seen.norms)
+            _marks.clipped_dots(ax, seen, points, limits, colours)
+        _marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
+        _marks.log_scale(ax, seen.norms)
         ax.set(title="Gradient norm before clipping", xlabel="step", ylabel="norm")
-        _legend_above(ax)
+        _marks.legend_above(ax)
     return figure
 
 
@@ -182,7 +173,7 @@ def histogram(
             style = {"color": colours.clipped, "fill": True, "label": "clipped"}
             ax.stairs(within + above, edges, baseline=within, **style)
         if seen.limits is not None:
-            _limit_line(ax, seen.limits, colours)
+            _marks.limit_line(ax, seen.limits, colours)
         ax.set_xscale("log")
         ax.set(title="Norms and the limit", xlabel="norm", ylabel="share of the steps")
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
@@ -240,7 +231,7 @@ def heatmap(
         positive = table[np.isfinite(table) & (table > 0)]
         image = ax.imshow(
             np.where(table > 0, table, np.nan),
-            norm=_log_norm(positive),
+            norm=_marks.log_norm(positive),
             cmap="cividis",
             aspect="auto",
             interpolation="nearest",
@@ -297,18 +288,18 @@ def compare(
         for index, (label, given) in enumerate(runs.items()):
             seeds = list(given) if isinstance(given, list | tuple) else [given]
             colour = colours.lines[index % len(colours.lines)]
-            band, lost = _seed_band(seeds, column)
+            band, lost = _marks.seed_band(seeds, column)
             shown = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
-            _line(ax, band, colour, shown, width=1.8)
+            _marks.line(ax, band, colour, shown, width=1.8)
             everything.append(band.middle)
             if len(lost):
                 ax.plot(lost, [0.97] * len(lost), "x", color=colour, mew=2, clip_on=0,
                         transform=ax.get_xaxis_transform())  # fmt: skip
-        _log_scale(ax, np.concatenate(everything))
+        _marks.log_scale(ax, np.concatenate(everything))
         # A run that explodes must not press the others flat.
-        _leave_out_explosions(ax, everything)
+        _marks.leave_out_explosions(ax, everything)
         ax.set(title=f"{column}, run by run", xlabel="step", ylabel=column)
-        _legend_above(ax)
+        _marks.legend_above(ax)
     return figure
 
 
@@ -344,12 +335,12 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
             shown = np.where(np.isfinite(scores), scores, np.nan)
             band = Envelope(
                 np.array(found.limits),
-                np.array([_of_finite(np.min, s) for s in shown]),
-                np.array([_middle(s) for s in shown]),
-                np.array([_of_finite(np.max, s) for s in shown]),
+                np.array([_marks.of_finite(np.min, s) for s in shown]),
+                np.array([_marks.middle(s) for s in shown]),
+                np.array([_marks.of_finite(np.max, s) for s in shown]),
             )
             name = "score" if rate is None else f"learning rate {rate:g}"
-            _line(ax, band, colour, name, width=1.8, marker="o")
+            _marks.line(ax, band, colour, name, width=1.8, marker="o")
             failed = band.steps[~np.isfinite(band.middle)]
             if len(failed):
                 ax.plot(failed, [0.03] * len(failed), "x", color=colours.clipped, mew=2,
@@ -358,9 +349,9 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.axvline(found.best, label=f"best: {found.best:.3g}", **style)
         ax.set_xscale("log")
         if not found.higher_is_better:
-            _log_scale(ax, found.scores)
+            _marks.log_scale(ax, found.scores)
         ax.set(title="Score with each limit", xlabel="limit", ylabel="score")
-        _legend_above(ax)
+        _marks.legend_above(ax)
     return figure
 
 
@@ -392,21 +383,21 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         Pascanu et al., 2013, arXiv 1211.5063: clipping makes larger learning rates
         possible.
     """
-    middle = np.array([[_middle(s) for s in row] for row in found.scores]).T
+    middle = np.array([[_marks.middle(s) for s in row] for row in found.scores]).T
     with canvas(theme, ax, (8.0, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
         best_is_dark = not found.higher_is_better
         positive = middle[np.isfinite(middle)]
         logarithmic = bool((positive > 0).all()) and best_is_dark
         image = ax.imshow(
             middle,
-            norm=_log_norm(positive) if logarithmic else None,
+            norm=_marks.log_norm(positive) if logarithmic else None,
             cmap="cividis_r" if best_is_dark else "cividis",
             aspect="auto",
             origin="lower",
         )
         for row, line in enumerate(middle):
             for column, value in enumerate(line):
-                _cell(ax, column, row, value, image, colours)
+                _marks.cell(ax, column, row, value, image, colours)
         at = found.limits.index(found.best)
         rate = found.learning_rates.index(found.best_learning_rate)
         frame = {"color": colours.clipped, "lw": 3}
@@ -473,151 +464,3 @@ def overview(
         if layers:
             heatmap(columns, theme=theme, ax=parts[1, 0].subplots())
     return figure
-
-
-def _line(
-    ax: Any,
-    points: Envelope,
-    colour: str,
-    label: str,
-    width: float = 1.3,
-    marker: str | None = None,
-) -> None:
-    if not np.array_equal(points.low, points.high, equal_nan=True):
-        band = {"color": colour, "alpha": 0.25, "lw": 0}
-        ax.fill_between(points.steps, points.low, points.high, **band)
-    ax.plot(
-        points.steps, points.middle, color=colour, lw=width, label=label, marker=marker
-    )
-
-
-def _clipped_dots(
-    ax: Any, seen: Norms, points: Envelope, limits: Envelope, colours: Theme
-) -> None:
-    if seen.clipped is None or not seen.clipped.any():
-        return
-    clipped_norms = np.where(seen.clipped, seen.norms, np.nan)
-    dots = envelope(seen.steps, clipped_norms)
-    ax.plot(
-        dots.steps,
-        dots.high,
-        ".",
-        color=colours.clipped,
-        ms=4,
-        label=f"clipped: {seen.rate:.1%} of the steps",
-        zorder=3,
-    )
-
-
-def _limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
-    low, middle, high = np.nanquantile(limits, [0.05, 0.5, 0.95])
-    if high > 1.02 * low:
-        style = {"color": colours.limit, "alpha": 0.15, "lw": 0}
-        ax.axvspan(low, high, label="limit, 90% of the steps", **style)
-    style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
-    ax.axvline(middle, label=f"limit {middle:.3g}", **style)
-
-
-def _mark_nonfinite(
-    ax: Any, steps: np.ndarray, values: np.ndarray, colours: Theme
-) -> None:
-    lost = steps[~np.isfinite(values)]
-    if len(lost):
-        few = lost[:: -(-len(lost) // 200)]
-        ax.plot(few, [0.97] * len(few), "x", color=colours.clipped, mew=2, zorder=5,
-                transform=ax.get_xaxis_transform(),
-                label=f"not finite: {len(lost)} steps")  # fmt: skip
-
-
-def _log_scale(ax: Any, values: np.ndarray) -> None:
-    finite = values[np.isfinite(values)]
-    if len(finite) and (finite >= 0).all() and (finite > 0).any():
-        ax.set_yscale("log", nonpositive="mask")
-
-
-def _legend_above(ax: Any) -> None:
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
-    ax.legend(ncols=4, columnspacing=1.2, handlelength=1.6, **place)
-
-
-def _log_norm(values: np.ndarray) -> Any:
-    from matplotlib.colors import LogNorm
-
-    positive = values[values > 0]
-    if not len(positive) or positive.min() == positive.max():
-        return None
-    return LogNorm(float(positive.min()), float(positive.max()))
-
-
-def _seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:
-    """Median and range of several runs, and where runs stop being finite."""
-    lines, lost = [], []
-    for seed in seeds:
-        columns = columns_of(seed)
-        name = column if column in columns else _readers.pick(columns, column)
-        values = np.asarray(columns[name], np.float64)
-        recorded = ~np.isnan(values) | np.isnan(values).all()
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad) and len(bad) == len(values) - bad[0]:
-            lost.append(columns[STEP][bad[0]])
-            recorded = np.ones(len(values), bool)
-        lines.append(envelope(columns[STEP][recorded], values[recorded], 300))
-    if len(lines) == 1:
-        return lines[0], np.array(lost)
-    steps = max((line.steps for line in lines), key=len)
-    table = np.stack([np.interp(steps, x.steps, x.middle, right=np.nan) for x in lines])
-    return (
-        Envelope(
-            steps,
-            np.array([_of_finite(np.min, x) for x in table.T]),
-            np.array([_of_finite(np.median, x) for x in table.T]),
-            np.array([_of_finite(np.max, x) for x in table.T]),
-        ),
-        np.array(lost),
-    )
-
-
-def _leave_out_explosions(ax: Any, lines: Sequence[np.ndarray]) -> None:
-    starts = [x[np.isfinite(x)] for x in lines]
-    starts = [x for x in starts if len(x)]
-    if not starts or ax.get_yscale() != "log":
-        return
-    top = 1e3 * max(float(x[0]) for x in starts)
-    bottom = min(float(x[x > 0].min()) for x in starts if (x > 0).any())
-    if max(float(x.max()) for x in starts) > top > bottom:
-        ax.set_ylim(bottom / 2, top)
-
-
-def _of_finite(reduce: Any, values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(reduce(finite)) if len(finite) else np.nan
-
-
-def _middle(scores: np.ndarray) -> float:
-    """The median over seeds; NaN if most of them failed."""
-    middle = np.median(np.where(np.isfinite(scores), scores, np.inf))
-    return float(middle) if np.isfinite(middle) else np.nan
-
-
-def _cell(
-    ax: Any, column: int, row: int, value: float, image: Any, colours: Theme
-) -> None:
-    place = {"ha": "center", "va": "center", "fontsize": 9}
-    if not np.isfinite(value):
-        ax.text(column, row, "✕", color=colours.clipped, **place)
-        return
-    red, green, blue, _ = image.cmap(image.norm(value))
-    bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
-    ax.text(column, row, f"{value:.3g}", color="black" if bright else "white", **place)
-
-
-__all__ = [
-    "clip_rate",
-    "compare",
-    "heatmap",
-    "histogram",
-    "norms",
-    "overview",
-    "sweep",
-    "sweep_map",
-]
