@@ -71,7 +71,8 @@ def rows_of(task: Any, seeds: int) -> list[dict[str, Any]]:
             found.append({**row, "limit": suggestion.value, "score": score})
             if suggestion.rule:
                 rule = suggestion.rule.removeprefix("optax_clipx.")
-                score = score_with(task, clipx.quantile_clip(1 - rate), seeds)
+                method = eval(suggestion.rule, {"optax_clipx": clipx})
+                score = score_with(task, method, seeds)
                 row["how"] += f", {rule}"
                 found.append({**row, "limit": None, "score": score})
     return [{**row, "of best": row["score"] / best} for row in found]

@@ -47,8 +47,8 @@ def clipped_dots(
 def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
     low, middle, high = np.nanquantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
-        style = {"color": colours.limit, "alpha": 0.15, "lw": 0}
-        ax.axvspan(low, high, label="limit, 90% of the steps", **style)
+        style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
+        ax.axvspan(low, high, label="limit, 5 to 95%", **style)
     style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
     ax.axvline(middle, label=f"limit {middle:.3g}", **style)
 

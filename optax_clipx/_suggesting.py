@@ -121,7 +121,7 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
         spikes=spikes,
         nonfinite=nonfinite,
         warning="",
-        rule=f"optax_clipx.quantile_clip({1 - clip_rate:.4g})" if drifting else None,
+        rule=_rule(1 - clip_rate, value, drift) if drifting else None,
     )
     return found._replace(warning=_warning(found, len(steady), clip_rate))
 
@@ -182,6 +182,13 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
     moved = max(levels) > 1.25 * min(levels)
     uneven = max(rates) > 3 * least and max(rates) - min(rates) > by_chance
     return levels[-1] / levels[0], bool(moved and uneven)
+
+
+def _rule(quantile: float, value: float, drift: float) -> str:
+    # Norms that fell are followed down, and never up beyond the limit: where clipping
+    # is what keeps them low, a rule that follows them up lets training explode.
+    cap = f", cap={value:.4g}" if drift < 1 else ""
+    return f"optax_clipx.quantile_clip({quantile:.4g}{cap})"
 
 
 def _warning(found: Suggestion, count: int, clip_rate: float) -> str:

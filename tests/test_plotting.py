@@ -1,5 +1,6 @@
 """Pictures: what they draw, in light and dark, and the command line around them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -366,3 +367,21 @@ def test_what_is_not_installed_is_named(run, module, words):
     )
     assert ran.returncode == 2
     assert re.search(words, ran.stderr)
+
+
+def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboardX import SummaryWriter
+
+    monkeypatch.chdir(tmp_path)
+    run = run_of(count=40)
+    with SummaryWriter("logs/a") as writer:
+        for step in range(40):
+            writer.add_scalar("clip/norm", run["clip/norm"][step], step)
+    assert call("plot", "logs/a", "--limit", 1.0) == 0
+    assert (tmp_path / "logs" / "a.png").exists()
+    assert call("suggest", "logs/a") == 0
+    want = clipx.suggest_threshold(run["clip/norm"].astype(np.float32)).value
+    assert f"limit {want:.4g}" in capsys.readouterr().out
+    if importlib.util.find_spec("rich"):
+        assert call("watch", "logs/a", "--once") == 0
