@@ -82,8 +82,8 @@ class History:
                 with one entry a step, as ``jax.lax.scan`` stacks them.
 
         Raises:
-            ValueError: if a shape does not go with ``step``, and for metrics called
-                ``"step"``.
+            ValueError: if a shape does not go with ``step``, for metrics called
+                ``"step"``, and after ``close``.
             TypeError: inside of ``jax.jit``.
         """
         if isinstance(metrics, ClipMetrics):
@@ -248,9 +248,15 @@ class _Writer:
         self.table = table
         self.file = file
         self.pending: dict[str, Any] | None = None
+        self.closed = False
 
     def put(self, record: dict[str, Any]) -> None:
         """Writes the record before, and keeps this one."""
+        if self.closed:
+            raise ValueError(
+                "The history is closed. To go on with its file, open it again with"
+                " History(path, resume=True)."
+            )
         before, self.pending = self.pending, record
         if before is not None:
             self._add(before)
@@ -263,6 +269,7 @@ class _Writer:
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
+        self.closed = True
         self.write()
         if self.file is not None:
             self.file.close()

@@ -54,6 +54,8 @@ def test_the_file_has_what_the_history_has(tmp_path):
         columns = history.columns
     assert_same(clipx.History.load(tmp_path / "deep" / "run.jsonl").columns, columns)
     lines = (tmp_path / "deep" / "run.jsonl").read_text().splitlines()
+    with pytest.raises(ValueError, match="resume=True"):
+        history.append(20, {"loss": 1.0})
     assert json.loads(lines[3])["step"] == 3
     assert json.loads(lines[3])["clip/norm"] == float(columns["clip/norm"][3])
 

@@ -266,5 +266,6 @@ def test_metrics_cost_no_pass_over_the_gradients(watched):
     with_metrics = compiled(tx, clipx.metrics)
     assert full_size(without) >= 8  # a pass of Adam for each leaf, at the least
     assert full_size(with_metrics) == full_size(without)
+    assert "callback" not in with_metrics.as_text()
     bytes_without = hlo.memory(without)["bytes_accessed"]
     assert hlo.memory(with_metrics)["bytes_accessed"] <= 1.01 * bytes_without
