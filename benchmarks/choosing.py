@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--only", help='one task, such as "rows, rnn"')
     arguments = parser.parse_args()
     data = image_sequences.load("digits", None)
     chosen = [
@@ -105,6 +106,8 @@ def main() -> None:
     ]
     rows = []
     for task in chosen:
+        if arguments.only not in (None, f"{task.name}, {task.model}"):
+            continue
         rows += rows_of(task, arguments.seeds)
     text = table(rows)
     print(text)

@@ -1,6 +1,9 @@
 """`suggest_threshold` and `find_threshold`."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,3 +235,19 @@ def test_a_sweep_saves_its_picture(tmp_path):
         valley, 0.05, 50, progress=False, picture=tmp_path / "sweep.png"
     )
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_suggested_limit_trains_as_well_as_the_best_of_ten(tmp_path):
+    """On the recurrent network of the main example, recorded as it trains."""
+    script = Path(__file__).parent.parent / "benchmarks" / "choosing.py"
+    options = ["--only", "rows, rnn", "--seeds", "3", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, str(script), *options], check=True)
+    rows = json.loads((tmp_path / "choosing.json").read_text())["rows"]
+    found = [
+        row["of best"]
+        for row in rows
+        if row["recorded"] == "limit 0.3" and row["how"].startswith("clip_rate=0.5")
+    ]
+    assert len(found) == 2  # the limit, and the rule that is proposed
+    assert min(found) > 0.97
