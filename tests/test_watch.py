@@ -269,3 +269,40 @@ def test_metrics_cost_no_pass_over_the_gradients(watched):
     assert "callback" not in with_metrics.as_text()
     bytes_without = hlo.memory(without)["bytes_accessed"]
     assert hlo.memory(with_metrics)["bytes_accessed"] <= 1.01 * bytes_without
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: clipx.watch(clipx.skip_spikes(tx)),
+        lambda tx: clipx.skip_spikes(clipx.watch(tx)),
+        lambda tx: optax.MultiSteps(clipx.watch(tx), 1).gradient_transformation(),
+        lambda tx: optax.masked(clipx.watch(tx), {"a": True, "b": True}),
+        lambda tx: optax.apply_if_finite(clipx.watch(tx), 3),
+    ],
+)
+def test_inside_and_around_wrappers(wrap):
+    tx = wrap(chain())
+    grads = grads_like(PARAMS)
+    _, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    read = clipx.metrics(state)
+    total = clipx.functional.global_norm(grads)
+    np.testing.assert_allclose(
+        read["clip/norm" if "clip/norm" in read else "clip/inner/norm"],
+        total,
+        rtol=1e-6,
+    )
+    norm = np.linalg.norm(np.ravel(grads["b"]))
+    np.testing.assert_allclose(read["clip_norms/b"], norm, rtol=1e-6)
+
+
+def test_two_watchers_are_told_apart():
+    tx = optax.named_chain(
+        ("first", clipx.watch(optax.scale(2.0))), ("last", clipx.watch(chain()))
+    )
+    grads = grads_like(PARAMS)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    read = clipx.metrics(state)
+    first, last = read["clip_norms/first/b"], read["clip_norms/last/b"]
+    np.testing.assert_allclose(last / first, 2.0, rtol=1e-6)
+    assert "clip/first/vanishing" in read
