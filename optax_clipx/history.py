@@ -283,8 +283,9 @@ class _Writer:
         if steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0):
             raise ValueError(f"Expected whole steps that rise, got {record[STEP]}.")
         if self.file is not None:
-            # One write a record: what the system has taken outlives the process.
-            self.file.write(_jsonl.encode(columns))
+            # Flushed at once: what the system has taken outlives the process.
+            for part in _parts(columns, as_csv=False):
+                self.file.write(part)
             self.file.flush()
         self.table.forget_from(int(steps[0]))
         self.table.extend(columns)
