@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,8 +159,11 @@ def _suggest(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps({label: x._asdict() for label, x in found.items()}))
         return
+    indents: Any = {"initial_indent": "  ", "subsequent_indent": "    "}
     for label, suggestion in found.items():
-        print(f"{label}\n  " + str(suggestion).replace("\n", "\n  "))
+        print(label)
+        for line in str(suggestion).splitlines():
+            print(textwrap.fill(line, 80, **indents))
 
 
 def _compare(given: argparse.Namespace) -> None:

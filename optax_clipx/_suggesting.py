@@ -61,7 +61,8 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     Left out are steps at the start whose level is another than later on. Infinite and
     NaN norms count as above any limit. Spikes, norms far outside of the others, cannot
     push the limit up, even where there are more of them than are to be clipped: then
-    it is the quantile of the rest.
+    it is the quantile of the rest. Where norms fall so much during the run that the
+    rate is another at its end, the limit is the quantile of the last third.
 
     Args:
         norms: the gradient norms before clipping, in the order of the steps; or a
@@ -106,12 +107,13 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     usual = steady[np.isfinite(steady)]
     cutoff = _spike_level(usual)
     spikes = float(np.mean(steady > cutoff))
-    value = float(np.quantile(steady, 1 - clip_rate, method="inverted_cdf"))
-    if value > cutoff or not np.isfinite(value):
-        below = usual[usual <= cutoff]
-        value = float(np.quantile(below, 1 - clip_rate, method="inverted_cdf"))
-    rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
+    value = _limit(steady, cutoff, clip_rate)
     drift, drifting = _drift(steady, value, clip_rate)
+    if drifting and drift < 1:
+        # A limit for the high norms of the start would let pass what is a spike later,
+        # and too low a limit does less harm than too high a one.
+        value = _limit(_cut(steady, 3)[-1], cutoff, clip_rate)
+    rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
     found = Suggestion(
         value=value,
         clip_rate=float(np.mean(steady > value)),
@@ -168,6 +170,15 @@ def _spike_level(norms: np.ndarray) -> float:
     return float(min(np.exp(min(level, 700.0)), norms.max()))
 
 
+def _limit(norms: np.ndarray, cutoff: float, clip_rate: float | int) -> float:
+    """The quantile; that of the norms which are no spikes, if it is one itself."""
+    value = np.quantile(norms, 1 - clip_rate, method="inverted_cdf")
+    if value > cutoff or not np.isfinite(value):
+        below = norms[norms <= cutoff]
+        value = np.quantile(below, 1 - clip_rate, method="inverted_cdf")
+    return float(value)
+
+
 def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bool]:
     """How much the level changed, and whether one limit is wrong for a part of it."""
     thirds = _cut(norms, 3)
@@ -199,6 +210,7 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
             f" {found.drift:.3g} times that in the first), so that a fixed limit clips"
             f" {min(found.rates):.0%} of the steps at one time and"
             f" {max(found.rates):.0%} at another"
+            + ("; this one is for the last third" if found.drift < 1 else "")
         )
     if found.spikes > clip_rate:
         said.append(
