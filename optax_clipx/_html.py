@@ -211,7 +211,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
         "largest",
         "not finite",
         "clipped",
-        "limit that clips 10%",
+        "suggested limit",
     ]
     rows = []
     for label, (columns, name) in runs.items():

@@ -316,7 +316,7 @@ def test_the_page_is_whole_and_asks_for_nothing(run, capsys):
     own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!data:)', own)
     assert not re.search(r"<script[^>]*src=", text)
-    assert "10%" in text
+    assert "suggested limit" in text
     assert call("plot", "run.jsonl", "--html", "page.html") == 2
     assert (run / "page.html").read_text() == text
     odd = history_of(layers=False)
