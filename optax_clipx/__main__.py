@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import warnings
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _note
         try:
             given.run(given)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads the output has seen enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -351,6 +351,15 @@ def test_both_names_of_the_program():
     subprocess.run([installed, "--help"], capture_output=True, check=True)
 
 
+def test_a_reader_that_leaves_is_no_error(run):
+    command = (
+        f"{sys.executable} -m optax_clipx suggest run.jsonl | true; exit $PIPESTATUS"
+    )
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert ran.returncode == 0
+    assert not ran.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [("matplotlib", r"optax_clipx\[plot\]"), ("plotly", r"optax_clipx\[html\]")],
