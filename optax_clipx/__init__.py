@@ -6,6 +6,7 @@ from . import (
     backward as backward,
     functional as functional,
     per_example as per_example,
+    plotting as plotting,
     units as units,
 )
 from ._clipping import clip_by as clip_by
@@ -50,6 +51,7 @@ from ._metrics import (
     ClipMetrics as ClipMetrics,
     ClipState as ClipState,
     SkipState as SkipState,
+    WatchState as WatchState,
     check as check,
     metrics as metrics,
 )
@@ -72,6 +74,13 @@ from ._stabilizers import (
     stable_adamw as stable_adamw,
 )
 from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes
+from .history import History as History
+from ._suggesting import (
+    Suggestion as Suggestion,
+    suggest_threshold as suggest_threshold,
+)
+from ._watching import watch as watch
+from ._sweeping import Sweep as Sweep, find_threshold as find_threshold
 from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,

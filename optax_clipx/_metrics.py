@@ -81,6 +81,20 @@ class SkipState(NamedTuple):
     consecutive_skips: Int[Array, "..."]
 
 
+class WatchState(NamedTuple):
+    """The state of :func:`watch`: norms and ratios by name, and the optimizer inside.
+
+    ``vanishing`` and ``exploding`` count the leaves, or groups, whose root mean square
+    is far from that of the middle one.
+    """
+
+    norms: dict[str, Float[Array, "..."]]
+    ratios: dict[str, Float[Array, "..."]] | None
+    vanishing: Int[Array, "..."]
+    exploding: Int[Array, "..."]
+    inner: Any
+
+
 def fresh(enabled: bool) -> ClipMetrics:
     """Metrics before the first step; each field an array of its own."""
 
@@ -149,10 +163,12 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. With several clippers
         each has its place in the name, the key in a ``named_chain`` or ``partition``
-        and the index in a chain: ``"clip/0/norm"``.
+        and the index in a chain: ``"clip/0/norm"``. What :func:`watch` measures has
+        groups of its own, ``"clip_norms/dense/kernel"`` and ``"clip_ratios/..."``.
 
     Raises:
-        ValueError: if there is no clipper in the state, or none that keeps metrics.
+        ValueError: if there is no clipper in the state, or none that keeps metrics, and
+            no :func:`watch`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -167,19 +183,29 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     References:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
-    found = _find(opt_state)
+    found, watchers = _find(opt_state), _find(opt_state, WatchState)
     kept = [(names, state) for names, state in found if state.metrics.norm is not None]
-    if not kept:
+    if not kept and not watchers:
         raise ValueError(
             "Expected a state with an optax_clipx transform that keeps metrics, got"
             f" {jax.tree.structure(opt_state)}."
             + (" Its clippers have metrics=False." if found else "")
         )
-    return {
+    read = {
         "/".join((prefix, *names, field)): value
         for names, (_, state) in zip(_short_names(kept), kept, strict=True)
         for field, value in _plain(_fields(state)).items()
     }
+    for names, (_, state) in zip(_short_names(watchers), watchers, strict=True):
+        fields = {
+            (prefix, *names, "vanishing"): state.vanishing,
+            (prefix, *names, "exploding"): state.exploding,
+        }
+        for kind, values in (("norms", state.norms), ("ratios", state.ratios or {})):
+            group = f"{prefix}_{kind}"
+            fields |= {(group, *names, leaf): x for leaf, x in values.items()}
+        read |= _plain({"/".join(name): x for name, x in fields.items()})
+    return read
 
 
 def check(opt_state: Any) -> None:
@@ -211,7 +237,10 @@ def check(opt_state: Any) -> None:
         :func:`jax.experimental.checkify.checkify` is the general tool of this kind.
     """
     read = metrics(opt_state)
-    for name in [n for n in read if n.endswith("/nonfinite")]:
+    flags = [name for name in read if name.endswith("/nonfinite")]
+    if not flags:
+        raise ValueError("Expected a clipper in the state, got watch alone.")
+    for name in flags:
         clipper = name.removesuffix("/nonfinite")
         if not np.any(read[name]):
             continue
@@ -232,22 +261,22 @@ def nonfinite_flags(opt_state: Any) -> jax.Array:
     return jnp.any(jnp.stack(known)) if known else jnp.zeros((), jnp.bool_)
 
 
-def _find(opt_state: Any) -> list[tuple[Any, Any]]:
+def _find(opt_state: Any, kinds: Any = ClipState | SkipState) -> list[tuple[Any, Any]]:
     """The states of clippers and skippers, outer ones first, and the way to each."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_ours)
     found = []
     for keys, leaf in leaves:
-        if not _is_ours(leaf):
-            continue
-        found.append((keys, leaf))
-        if isinstance(leaf, SkipState):
+        if isinstance(leaf, kinds):
+            found.append((keys, leaf))
+        if isinstance(leaf, SkipState | WatchState):
             here = (*keys, GetAttrKey("inner"))
-            found += [((*here, *more), state) for more, state in _find(leaf.inner)]
+            inside = _find(leaf.inner, kinds)
+            found += [((*here, *more), state) for more, state in inside]
     return found
 
 
 def _is_ours(node: Any) -> bool:
-    return isinstance(node, ClipState | SkipState)
+    return isinstance(node, ClipState | SkipState | WatchState)
 
 
 def _fields(state: Any) -> dict[str, Any]:
@@ -267,8 +296,8 @@ def _short_names(found: list[tuple[Any, Any]]) -> list[Path]:
         ]
         if len(set(names)) == len(names):
             break
-    if len(names) == 1:
-        return [()]
+    if len(names) <= 1:
+        return [()] * len(names)
     while all(names) and len({n[0] for n in names}) == 1:
         names = [n[1:] for n in names]
     return names

@@ -13,8 +13,8 @@ SECTIONS = ("Raises:", "Example:", "References:")
 
 
 def public():
-    modules = (clipx.backward, clipx.functional, clipx.per_example, clipx.units)
-    for module in (clipx, *modules):
+    modules = ("backward", "functional", "per_example", "plotting", "units")
+    for module in (clipx, *(getattr(clipx, name) for name in modules)):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("optax_clipx")
             if name.startswith("_") or isinstance(value, types.ModuleType) or not ours:
@@ -25,7 +25,17 @@ def public():
 
 
 NAMES = dict(public())
-WITHOUT = {f"optax_clipx.{n}" for n in ("Measure", "ClipState", "SkipState")}
+WITHOUT = {
+    f"optax_clipx.{name}"
+    for name in (
+        "Measure",
+        "ClipState",
+        "SkipState",
+        "WatchState",
+        "Suggestion",
+        "Sweep",
+    )
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -161,3 +161,26 @@ def test_an_lstm_clipped_within_the_backward_pass(tmp_path):
     assert float(rows["global"][3]) > 0.8
     assert is_picture(output)
     assert "none: " in found.stderr  # the progress bar
+
+
+@pytest.mark.slow
+def test_monitoring_writes_everything(tmp_path):
+    found = run("monitor.py", "--steps", 60, "--output", "out", cwd=tmp_path)
+    out = tmp_path / "out"
+    assert len((out / "run.jsonl").read_text().splitlines()) == 60
+    assert is_picture(out / "run.png")
+    assert "plotly" in (out / "run.html").read_text()
+    (log,) = (out / "logs").glob("*tfevents*")
+    assert b"clip_norms/head/kernel" in log.read_bytes()
+    assert len(re.findall(r"^limit ", found.stdout, re.M)) == 2
+
+
+@pytest.mark.slow
+def test_the_language_model_explodes_without_clipping(tmp_path):
+    arguments = ["--steps", 120, "--output", "out"]
+    found = run("nnx_lm_dashboard.py", *arguments, cwd=tmp_path)
+    losses = dict(re.findall(r"^(\w+): loss ([\d.]+)$", found.stdout, re.M))
+    assert float(losses["without"]) > 2 * float(losses["quantile_clip"])
+    assert is_picture(tmp_path / "out" / "compare.png")
+    assert "plotly" in (tmp_path / "out" / "runs.html").read_text()
+    assert len(list((tmp_path / "out" / "logs").rglob("*tfevents*"))) == 2

@@ -1,0 +1,291 @@
+"""The command line: ``python -m optax_clipx plot|suggest|compare|watch RUN...``."""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _readers, plotting
+from ._jsonl import ReadError
+from ._suggesting import suggest_threshold
+from .history import History
+
+_RUNS = """
+A run is a JSONL file that History wrote, a CSV file, or a TensorBoard event file or its
+folder. Exit code 2 says that something was wrong with the input; nothing is overwritten
+without --force.
+"""
+_EXAMPLES = {
+    "plot": """
+examples:
+  python -m optax_clipx plot run.jsonl                      writes run.png beside it
+  python -m optax_clipx plot run.jsonl -o norms.svg --theme dark
+  python -m optax_clipx plot runs/a runs/b --html page.html one interactive page
+  python -m optax_clipx plot log.csv --step iter --norm gnorm --limit 1.0
+""",
+    "suggest": """
+examples:
+  python -m optax_clipx suggest run.jsonl                   clips a tenth of the steps
+  python -m optax_clipx suggest run.jsonl --clip-rate 0.01
+  python -m optax_clipx suggest logs/run1 --json
+""",
+    "compare": """
+examples:
+  python -m optax_clipx compare without=a.jsonl with=b.jsonl -o loss.png
+  python -m optax_clipx compare off=a1.jsonl off=a2.jsonl on=b1.jsonl on=b2.jsonl
+  python -m optax_clipx compare a.csv b.csv --column val_loss
+""",
+    "watch": """
+examples:
+  python -m optax_clipx watch run.jsonl                     until Ctrl-C
+  python -m optax_clipx watch runs/*.jsonl --once           one look
+""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        arguments: of the command line; ``None`` takes the program's own.
+
+    Returns:
+        0, or 2 if something was wrong with the input.
+    """
+    given = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _note
+        try:
+            given.run(given)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads the output has seen enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m optax_clipx",
+        description="Shows what clipping does to a run, and which limit to choose.",
+        epilog=_RUNS + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".\n" + _RUNS,
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="a recorded run")
+        sub.add_argument("--step", metavar="NAME", help="the column with the step")
+        return sub
+
+    plot = command("plot", _plot, "draw norms, clip rate and histogram")
+    _norm_options(plot)
+    plot.add_argument("--limit", type=_number, help="draw this limit")
+    plot.add_argument("--html", type=Path, metavar="PAGE", help="an interactive page")
+    _picture_options(plot)
+
+    suggest = command("suggest", _suggest, "suggest a limit from recorded norms")
+    _norm_options(suggest)
+    suggest.add_argument(
+        "--clip-rate", type=_number, default=0.1, help="the share of steps to clip"
+    )
+    suggest.add_argument("--json", action="store_true", help="print JSON")
+
+    compare = command("compare", _compare, "compare the loss of several runs")
+    compare.add_argument("--column", default="loss", help="what to compare")
+    _picture_options(compare)
+
+    watch = command("watch", _watch, "show a run live in the terminal")
+    _norm_options(watch)
+    watch.add_argument(
+        "--every", type=_number, default=1.0, metavar="SECONDS", help="between looks"
+    )
+    watch.add_argument("--once", action="store_true", help="look once")
+    return parser
+
+
+def _norm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--norm", metavar="NAME", help="the column with the norm")
+
+
+def _picture_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, help="the picture to write")
+    parser.add_argument("--theme", choices=["light", "dark"], default="light")
+    parser.add_argument("--force", action="store_true", help="overwrite files")
+
+
+def _plot(given: argparse.Namespace) -> None:
+    outputs = _outputs(given) if given.html is None or given.output else []
+    for path in [*outputs, *([given.html] if given.html else [])]:
+        _may_write(path, given.force)
+    options = {"limit": given.limit}
+    loaded = [_load(run, given) for run in given.runs]
+    for (columns, norm), path in zip(loaded, outputs, strict=False):
+        figure = plotting.overview(columns, norm=norm, theme=given.theme, **options)
+        _save(figure, path)
+    if given.html is not None:
+        from ._html import page
+
+        named = dict(zip(_labels(given.runs), loaded, strict=True))
+        given.html.parent.mkdir(parents=True, exist_ok=True)
+        given.html.write_text(page(named, **options), encoding="utf-8")
+        print(f"Wrote {given.html}")
+
+
+def _suggest(given: argparse.Namespace) -> None:
+    found = {}
+    for label, run in zip(_labels(given.runs), given.runs, strict=True):
+        columns, norm = _load(run, given)
+        try:
+            found[label] = suggest_threshold(columns[norm], given.clip_rate)
+        except ValueError as error:
+            raise ReadError(f"{run}: {error}") from None
+    if given.json:
+        print(json.dumps({label: x._asdict() for label, x in found.items()}))
+        return
+    indents: Any = {"initial_indent": "  ", "subsequent_indent": "    "}
+    for label, suggestion in found.items():
+        print(label)
+        for line in str(suggestion).splitlines():
+            print(textwrap.fill(line, 80, **indents))
+
+
+def _compare(given: argparse.Namespace) -> None:
+    path = given.output or Path("compare.png")
+    _may_write(path, given.force)
+    groups: dict[str, list[Any]] = {}
+    for run in given.runs:
+        label, equals, source = run.partition("=")
+        if not equals or Path(run).exists():
+            label, source = _labels([run])[0], run
+        history = History.load(source, step=given.step)
+        name = given.column
+        if name not in history.columns:
+            name = _readers.pick(history.columns, given.column, None, source)
+        columns = {given.column: history[name], "step": history.steps}
+        groups.setdefault(label, []).append(columns)
+    figure = plotting.compare(groups, column=given.column, theme=given.theme)
+    for label, seeds in groups.items():
+        ends = [_end(columns[given.column]) for columns in seeds]
+        middle, low, high = np.median(ends), np.min(ends), np.max(ends)
+        print(
+            f"{label}: {given.column} {middle:.4g} ({low:.4g} to {high:.4g} in"
+            f" {len(seeds)}) over the last tenth of the steps"
+        )
+    _save(figure, path)
+
+
+def _watch(given: argparse.Namespace) -> None:
+    from ._live import follow
+
+    if not given.every > 0:
+        raise ValueError(f"Expected --every > 0, got {given.every}.")
+    runs = dict(zip(_labels(given.runs), given.runs, strict=True))
+    follow(runs, given.norm, given.step, given.every, given.once)
+
+
+def _load(run: str, given: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of a run and the name of its norm."""
+    columns = History.load(run, step=given.step).columns
+    norm = _readers.pick(columns, "norm", given.norm, run)
+    if not np.isfinite(columns[norm]).any():
+        raise ReadError(
+            f"{run}: there is no finite number in {norm!r}. Name another column with"
+            " --norm NAME, or record a run that does not explode at once."
+        )
+    return columns, norm
+
+
+def _outputs(given: argparse.Namespace) -> list[Path]:
+    """Where the picture of each run goes."""
+    beside = []
+    for run in map(Path, given.runs):
+        name = run.name if run.is_dir() or "tfevents" in run.name else run.stem
+        beside.append(run.parent / f"{name}.png")
+    if given.output is None:
+        found = beside
+    elif len(beside) == 1 and not given.output.is_dir():
+        found = [given.output]
+    elif given.output.is_dir():
+        found = [given.output / path.name for path in beside]
+    else:
+        raise ValueError(
+            f"Expected -o to be a folder for {len(beside)} runs, got {given.output}."
+            " Make it, or leave -o out."
+        )
+    if len(set(found)) < len(found):
+        raise ValueError("Several runs would be drawn to one file. Draw them apart.")
+    return found
+
+
+def _labels(runs: Sequence[str]) -> list[str]:
+    """A short name for each run: its file's, or as much of its path as it takes."""
+    paths = [Path(run) for run in runs]
+    plain = [path.stem if path.suffix in (".jsonl", ".csv") else path.name
+             for path in paths]  # fmt: skip
+    if len(set(plain)) == len(plain):
+        return plain
+    if len(set(runs)) < len(runs):
+        raise ValueError("A run is named twice.")
+    return list(runs)
+
+
+def _may_write(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name a file in it.")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} is there already. Pass --force to overwrite it.")
+
+
+def _save(figure: Any, path: Path) -> None:
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in kinds:
+        raise ValueError(
+            f"{path}: expected a name that ends in .png, .svg or .pdf, got"
+            f" {path.suffix or 'no ending'!r}."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"Wrote {path}")
+
+
+def _end(values: np.ndarray) -> float:
+    """The median of the last tenth; NaN if that has nothing finite."""
+    recorded = values[~np.isnan(values)] if np.isfinite(values[-1]) else values
+    last = recorded[-max(1, len(recorded) // 10) :]
+    return float(np.median(last))
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _note(message: Any, *_: Any, **__: Any) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

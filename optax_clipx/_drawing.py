@@ -1,0 +1,192 @@
+"""How pictures look, and how a million steps become a thousand points."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _readers
+from ._jsonl import ReadError
+from ._table import STEP, Columns
+from .history import History
+
+POINTS = 1000  # more than the pixels of a line at README width
+
+
+class Theme(NamedTuple):
+    """Colours that everyone can tell apart (Okabe and Ito), on a light or dark page."""
+
+    page: str
+    text: str
+    grid: str
+    norm: str
+    limit: str
+    clipped: str
+    lines: tuple[str, ...]
+
+
+THEMES = {
+    "light": Theme(
+        page="#ffffff",
+        text="#1f2328",
+        grid="#e4e7eb",
+        norm="#0072B2",
+        limit="#1f2328",
+        clipped="#D55E00",
+        lines=("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    ),
+    "dark": Theme(
+        page="#0d1117",
+        text="#e6edf3",
+        grid="#2b313a",
+        norm="#56B4E9",
+        limit="#e6edf3",
+        clipped="#E69F00",
+        lines=("#E69F00", "#56B4E9", "#2CC59B", "#E29AC5", "#F0E442", "#F07F3C"),
+    ),
+}
+
+
+def theme_of(name: str) -> Theme:
+    """The theme of a name."""
+    if name not in THEMES:
+        raise ValueError(f"Expected theme to be 'light' or 'dark', got {name!r}.")
+    return THEMES[name]
+
+
+@contextmanager
+def canvas(
+    theme: str, ax: Any = None, size: tuple[float, float] = (8.0, 3.4)
+) -> Iterator[tuple[Any, Any, Theme]]:
+    """A figure and axes to draw on: new ones, or those that are given."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            'matplotlib is missing. Run: pip install "optax_clipx[plot]"'
+        ) from None
+    colours = theme_of(theme)
+    style: Any = {
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.facecolor": colours.page,
+        "figure.facecolor": colours.page,
+        "figure.dpi": 150,
+        "legend.facecolor": colours.page,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
+        "legend.fontsize": 10,
+        "grid.color": colours.grid,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.titlecolor"), colours.text
+        ),
+        **dict.fromkeys(("xtick.color", "ytick.color"), colours.text),
+        "axes.edgecolor": colours.text,
+    }
+    with mpl.rc_context(style):
+        if ax is None:
+            # No pyplot: nothing is registered, so nothing has to be closed.
+            figure = Figure(figsize=size, layout="constrained")
+            ax = figure.add_subplot()
+        yield ax.figure, ax, colours
+
+
+def columns_of(run: Any) -> Columns:
+    """The columns of a history, a recorded file, or a mapping; always with a step."""
+    if isinstance(run, str) or hasattr(run, "__fspath__"):
+        run = History.load(run)
+    if isinstance(run, History):
+        columns = run.columns
+    elif isinstance(run, Mapping):
+        columns = {name: np.asarray(x) for name, x in run.items()}
+        if STEP not in columns and columns:
+            columns[STEP] = np.arange(len(next(iter(columns.values()))))
+    else:
+        raise TypeError(
+            "Expected a History, the path of a recorded run, or a dict of columns, got"
+            f" {type(run).__name__}."
+        )
+    if not columns or not len(columns[STEP]):
+        raise ReadError("There are no records to draw. Was anything appended?")
+    return columns
+
+
+class Norms(NamedTuple):
+    """The norms of a run, their limits, and which steps were clipped."""
+
+    steps: np.ndarray
+    norms: np.ndarray
+    limits: np.ndarray | None
+    clipped: np.ndarray | None
+
+    @property
+    def rate(self) -> float | None:
+        """The share of clipped steps."""
+        return None if self.clipped is None else float(np.mean(self.clipped))
+
+
+def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
+    """What the pictures of norms show."""
+    columns = columns_of(run)
+    name = _readers.pick(columns, "norm", norm)
+    norms = np.asarray(columns[name], np.float64)
+    beside = name.removesuffix("norm")
+    limits, clipped = None, None
+    if limit is not None:
+        limits = np.full(len(norms), float(limit))
+    elif f"{beside}threshold" in columns and name.endswith("norm"):
+        limits = np.asarray(columns[f"{beside}threshold"], np.float64)
+        limits = None if not np.isfinite(limits).any() else limits
+        if f"{beside}clipped" in columns:
+            clipped = np.asarray(columns[f"{beside}clipped"]) > 0
+    if limits is not None and clipped is None:
+        clipped = norms > limits
+    return Norms(columns[STEP], norms, limits, clipped)
+
+
+class Envelope(NamedTuple):
+    """Smallest, middle and largest value of each stretch of steps."""
+
+    steps: np.ndarray
+    low: np.ndarray
+    middle: np.ndarray
+    high: np.ndarray
+
+
+def envelope(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> Envelope:
+    """Values as few enough points to draw; unchanged where there are few."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    each = -(-len(values) // points)
+    if each <= 1:
+        return Envelope(steps, values, values, values)
+    blocks = _blocks(values, each)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # stretches of NaN stay NaN
+        return Envelope(
+            steps[::each],
+            np.nanmin(blocks, axis=1),
+            np.nanmedian(blocks, axis=1),
+            np.nanmax(blocks, axis=1),
+        )
+
+
+def means(values: np.ndarray, points: int) -> tuple[np.ndarray, int]:
+    """The mean of each stretch, NaN left out, and how long the stretches are."""
+    each = max(1, -(-len(values) // points))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(_blocks(values.astype(np.float64), each), axis=1), each
+
+
+def _blocks(values: np.ndarray, each: int) -> np.ndarray:
+    missing = -len(values) % each
+    return np.append(values, [np.nan] * missing).reshape(-1, each)

@@ -1,0 +1,245 @@
+"""One self-contained page with interactive charts, drawn by Plotly."""
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ._drawing import THEMES, envelope, means, norms_of
+from ._suggesting import suggest_threshold
+from ._table import STEP
+
+_POINTS = 2000
+# Apart from each other for everyone, and from both pages.
+_COLOURS = ("#2F8FD8", "#E0700A", "#12A37A", "#C66FA3", "#B8A200", "#7A7FD6")
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --page: {light.page}; --text: {light.text};
+  --line: {light.grid}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: {dark.page};
+  --text: {dark.text}; --line: {dark.grid}; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem;
+  padding: 0 1rem; background: var(--page); color: var(--text); }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block;
+  overflow-x: auto; }}
+th, td {{ text-align: left; padding: .3rem .9rem .3rem 0;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }}
+</style></head><body>
+<h1>{title}</h1>
+{table}
+{charts}
+<script>
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+function restyle() {{
+  const text = dark.matches ? "{dark.text}" : "{light.text}";
+  const grid = dark.matches ? "{dark.grid}" : "{light.grid}";
+  for (const chart of document.querySelectorAll(".plotly-graph-div")) {{
+    const change = {{"font.color": text}};
+    for (const axis of Object.keys(chart.layout).filter(k => /^[xy]axis/.test(k))) {{
+      change[axis + ".gridcolor"] = grid; change[axis + ".linecolor"] = text;
+      change[axis + ".zerolinecolor"] = grid;
+    }}
+    Plotly.relayout(chart, change);
+  }}
+}}
+dark.addEventListener("change", restyle);
+restyle();
+</script>
+</body></html>
+"""
+
+
+def page(
+    runs: Mapping[str, tuple[Mapping[str, np.ndarray], str]],
+    limit: float | int | None = None,
+) -> str:
+    """A page with charts of some runs: from labels to columns and the norm's name."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise ImportError(
+            'plotly is missing. Run: pip install "optax_clipx[html]"'
+        ) from None
+    charts = [
+        _norms(go, runs, limit),
+        _rates(go, runs, limit),
+        _histograms(go, runs),
+        *(_layers(go, label, columns) for label, (columns, _) in runs.items()),
+    ]
+    drawn = [chart for chart in charts if chart is not None and chart.data]
+    config = {"displaylogo": False, "responsive": True}
+    parts = [
+        chart.to_html(full_html=False, include_plotlyjs=i == 0, config=config)
+        for i, chart in enumerate(drawn)
+    ]
+    return _PAGE.format(
+        title=html.escape("Gradient clipping: " + ", ".join(runs)),
+        table=_table(runs, limit),
+        charts="\n".join(parts),
+        light=THEMES["light"],
+        dark=THEMES["dark"],
+    )
+
+
+def _chart(go: Any, title: str, x: str, y: str, **layout: Any) -> Any:
+    chart = go.Figure()
+    chart.update_layout(
+        title={"text": title, "x": 0},
+        xaxis_title=x,
+        yaxis_title=y,
+        template="plotly",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        height=380,
+        margin={"l": 70, "r": 20, "t": 60, "b": 50},
+        legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"},
+        **layout,
+    )
+    return chart
+
+
+def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
+    chart = _chart(go, "Gradient norm before clipping", "step", "norm")
+    chart.update_yaxes(type="log", exponentformat="power", dtick=1)
+    for index, (label, (columns, name)) in enumerate(runs.items()):
+        seen = norms_of(columns, name, limit)
+        colour = _COLOURS[index % len(_COLOURS)]
+        points = envelope(seen.steps, seen.norms, _POINTS)
+        if not np.array_equal(points.low, points.high, equal_nan=True):
+            style: dict[str, Any] = {
+                "mode": "lines",
+                "line": {"width": 0},
+                "hoverinfo": "skip",
+            }
+            style |= {"showlegend": False, "legendgroup": label}
+            chart.add_scatter(x=points.steps, y=points.high, **style)
+            shade = {"fill": "tonexty", "fillcolor": _faint(colour)}
+            chart.add_scatter(x=points.steps, y=points.low, **style, **shade)
+        chart.add_scatter(
+            x=points.steps,
+            y=points.middle,
+            name=label,
+            legendgroup=label,
+            line={"color": colour, "width": 1.5},
+        )
+        if seen.limits is not None:
+            limits = envelope(seen.steps, seen.limits, _POINTS)
+            chart.add_scatter(
+                x=limits.steps,
+                y=limits.middle,
+                name=f"limit of {label}",
+                line={"color": "#888888", "dash": "dash", "width": 1.5},
+            )
+    return chart
+
+
+def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
+    chart = _chart(go, "Clipped steps", "step", "share")
+    chart.update_yaxes(tickformat=".0%", rangemode="tozero")
+    for index, (label, (columns, name)) in enumerate(runs.items()):
+        seen = norms_of(columns, name, limit)
+        if seen.clipped is None:
+            continue
+        shares, each = means(seen.clipped, min(200, max(1, len(seen.steps) // 10)))
+        chart.add_scatter(
+            x=seen.steps[::each],
+            y=shares,
+            name=label,
+            line={
+                "color": _COLOURS[index % len(_COLOURS)],
+                "shape": "hv",
+            },
+        )
+    return chart
+
+
+def _histograms(go: Any, runs: Any) -> Any:
+    chart = _chart(go, "Norms", "norm", "share of the steps", barmode="overlay")
+    chart.update_xaxes(type="log", exponentformat="power", dtick=1)
+    chart.update_yaxes(tickformat=".0%")
+    for index, (label, (columns, name)) in enumerate(runs.items()):
+        values = columns[name]
+        values = values[np.isfinite(values) & (values > 0)]
+        if not len(values):
+            continue
+        low, high = np.quantile(values, [0.001, 0.999])
+        edges = np.geomspace(low * 0.95, high * 1.05, 61)
+        counts = np.histogram(values, edges)[0]
+        chart.add_scatter(
+            x=np.sqrt(edges[1:] * edges[:-1]),
+            y=counts / len(values),
+            name=label,
+            fill="tozeroy",
+            line={
+                "color": _COLOURS[index % len(_COLOURS)],
+                "shape": "hvh",
+            },
+        )
+    return chart
+
+
+def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
+    start = "clip_norms/"
+    names = [name for name in columns if name.startswith(start)]
+    if not names:
+        return None
+    rows = [envelope(columns[STEP], columns[name], 500) for name in names]
+    table = np.stack([row.middle for row in rows])
+    chart = _chart(go, f"Gradient norm of each layer: {label}", "step", "")
+    chart.add_heatmap(
+        x=rows[0].steps,
+        y=[name.removeprefix(start) for name in names],
+        z=np.log10(np.where(table > 0, table, np.nan)),
+        colorscale="Cividis",
+        colorbar={"title": "log10"},
+    )
+    chart.update_yaxes(autorange="reversed", automargin=True)
+    chart.update_layout(height=max(300, 120 + 24 * len(names)))
+    return chart
+
+
+def _table(runs: Any, limit: float | int | None) -> str:
+    header = [
+        "run",
+        "steps",
+        "median norm",
+        "largest",
+        "not finite",
+        "clipped",
+        "suggested limit",
+    ]
+    rows = []
+    for label, (columns, name) in runs.items():
+        seen = norms_of(columns, name, limit)
+        finite = seen.norms[np.isfinite(seen.norms)]
+        try:
+            suggested = f"{suggest_threshold(seen.norms).value:.4g}"
+        except ValueError:
+            suggested = "-"
+        rows.append(
+            (
+                label,
+                f"{len(seen.steps):,}",
+                f"{np.median(finite):.4g}",
+                f"{np.max(finite):.4g}",
+                str(len(seen.norms) - len(finite)),
+                "-" if seen.rate is None else f"{seen.rate:.1%}",
+                suggested,
+            )
+        )
+    cells = "".join(f"<th>{name}</th>" for name in header)
+    lines = [f"<tr>{cells}</tr>"]
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.2)"

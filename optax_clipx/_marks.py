@@ -1,0 +1,146 @@
+"""Lines, bands, dots and crosses: what pictures are put together from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _readers
+from ._drawing import Envelope, Norms, Theme, columns_of, envelope
+from ._table import STEP
+
+
+def line(
+    ax: Any,
+    points: Envelope,
+    colour: str,
+    label: str,
+    width: float = 1.3,
+    marker: str | None = None,
+) -> None:
+    if not np.array_equal(points.low, points.high, equal_nan=True):
+        band = {"color": colour, "alpha": 0.25, "lw": 0}
+        ax.fill_between(points.steps, points.low, points.high, **band)
+    ax.plot(
+        points.steps, points.middle, color=colour, lw=width, label=label, marker=marker
+    )
+
+
+def clipped_dots(
+    ax: Any, seen: Norms, points: Envelope, limits: Envelope, colours: Theme
+) -> None:
+    if seen.clipped is None or not seen.clipped.any():
+        return
+    clipped_norms = np.where(seen.clipped, seen.norms, np.nan)
+    dots = envelope(seen.steps, clipped_norms)
+    ax.plot(
+        dots.steps,
+        dots.high,
+        ".",
+        color=colours.clipped,
+        ms=4,
+        label=f"clipped: {seen.rate:.1%} of the steps",
+        zorder=3,
+    )
+
+
+def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
+    low, middle, high = np.nanquantile(limits, [0.05, 0.5, 0.95])
+    if high > 1.02 * low:
+        style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
+        ax.axvspan(low, high, label="limit, 5 to 95%", **style)
+    style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
+    ax.axvline(middle, label=f"limit {middle:.3g}", **style)
+
+
+def mark_nonfinite(
+    ax: Any, steps: np.ndarray, values: np.ndarray, colours: Theme
+) -> None:
+    lost = steps[~np.isfinite(values)]
+    if len(lost):
+        few = lost[:: -(-len(lost) // 200)]
+        ax.plot(few, [0.97] * len(few), "x", color=colours.clipped, mew=2, zorder=5,
+                transform=ax.get_xaxis_transform(),
+                label=f"not finite: {len(lost)} steps")  # fmt: skip
+
+
+def log_scale(ax: Any, values: np.ndarray) -> None:
+    finite = values[np.isfinite(values)]
+    if len(finite) and (finite >= 0).all() and (finite > 0).any():
+        ax.set_yscale("log", nonpositive="mask")
+
+
+def legend_above(ax: Any) -> None:
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
+    ax.legend(ncols=4, columnspacing=1.2, handlelength=1.6, **place)
+
+
+def log_norm(values: np.ndarray) -> Any:
+    from matplotlib.colors import LogNorm
+
+    positive = values[values > 0]
+    if not len(positive) or positive.min() == positive.max():
+        return None
+    return LogNorm(float(positive.min()), float(positive.max()))
+
+
+def seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:
+    """Median and range of several runs, and where runs stop being finite."""
+    lines, lost = [], []
+    for seed in seeds:
+        columns = columns_of(seed)
+        name = column if column in columns else _readers.pick(columns, column)
+        values = np.asarray(columns[name], np.float64)
+        recorded = ~np.isnan(values) | np.isnan(values).all()
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad) and len(bad) == len(values) - bad[0]:
+            lost.append(columns[STEP][bad[0]])
+            recorded = np.ones(len(values), bool)
+        lines.append(envelope(columns[STEP][recorded], values[recorded], 300))
+    if len(lines) == 1:
+        return lines[0], np.array(lost)
+    steps = max((line.steps for line in lines), key=len)
+    table = np.stack([np.interp(steps, x.steps, x.middle, right=np.nan) for x in lines])
+    return (
+        Envelope(
+            steps,
+            np.array([of_finite(np.min, x) for x in table.T]),
+            np.array([of_finite(np.median, x) for x in table.T]),
+            np.array([of_finite(np.max, x) for x in table.T]),
+        ),
+        np.array(lost),
+    )
+
+
+def leave_out_explosions(ax: Any, lines: Sequence[np.ndarray]) -> None:
+    starts = [x[np.isfinite(x)] for x in lines]
+    starts = [x for x in starts if len(x)]
+    if not starts or ax.get_yscale() != "log":
+        return
+    top = 1e3 * max(float(x[0]) for x in starts)
+    bottom = min(float(x[x > 0].min()) for x in starts if (x > 0).any())
+    if max(float(x.max()) for x in starts) > top > bottom:
+        ax.set_ylim(bottom / 2, top)
+
+
+def of_finite(reduce: Any, values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(reduce(finite)) if len(finite) else np.nan
+
+
+def middle(scores: np.ndarray) -> float:
+    """The median over seeds; NaN if most of them failed."""
+    middle = np.median(np.where(np.isfinite(scores), scores, np.inf))
+    return float(middle) if np.isfinite(middle) else np.nan
+
+
+def cell(
+    ax: Any, column: int, row: int, value: float, image: Any, colours: Theme
+) -> None:
+    place = {"ha": "center", "va": "center", "fontsize": 9}
+    if not np.isfinite(value):
+        ax.text(column, row, "✕", color=colours.clipped, **place)
+        return
+    red, green, blue, _ = image.cmap(image.norm(value))
+    bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
+    ax.text(column, row, f"{value:.3g}", color="black" if bright else "white", **place)

@@ -1,0 +1,238 @@
+"""`suggest_threshold`: a limit from the norms of a run."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _readers
+from .history import History
+
+_PIECES = 40  # into which a run is cut to see where its warm-up ends
+_FEW = 100
+
+
+class Suggestion(NamedTuple):
+    """A limit, and what it would have done to the run that it comes from.
+
+    Attributes:
+        value: the limit.
+        clip_rate: the share of steps after the warm-up that were above it.
+        rates: the same for each tenth of these steps.
+        drift: the usual norm in the last third over that in the first.
+        warmup: how many steps at the start were left out.
+        spikes: the share of steps far outside of the others.
+        nonfinite: how many norms were infinite or NaN.
+        warning: what speaks against one fixed limit; empty if nothing does.
+        rule: an adaptive rule to use instead, as code; ``None`` if a limit will do.
+    """
+
+    value: float
+    clip_rate: float
+    rates: tuple[float, ...]
+    drift: float
+    warmup: int
+    spikes: float
+    nonfinite: int
+    warning: str
+    rule: str | None
+
+    def __str__(self) -> str:
+        low, high = min(self.rates), max(self.rates)
+        lines = [
+            f"limit {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
+            f" ({low:.1%} to {high:.1%} over the tenths of the run)"
+        ]
+        if self.warmup:
+            lines.append(f"the first {self.warmup} steps are warm-up and left out")
+        if self.nonfinite:
+            lines.append(f"{self.nonfinite} norms are infinite or NaN")
+        if self.warning:
+            lines.append(f"warning: {self.warning}")
+        if self.rule:
+            lines.append(f"better: {self.rule}")
+        return "\n".join(lines)
+
+
+def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
+    r"""Suggests the limit that would have clipped a wanted share of a run's steps.
+
+    .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}
+
+    Left out are steps at the start whose level is another than later on. Infinite and
+    NaN norms count as above any limit. Spikes, norms far outside of the others, cannot
+    push the limit up, even where there are more of them than are to be clipped: then
+    it is the quantile of the rest. Where norms fall so much during the run that the
+    rate is another at its end, the limit is the quantile of the last third.
+
+    Args:
+        norms: the gradient norms before clipping, in the order of the steps; or a
+            :class:`History`, or the path of a recorded run.
+        clip_rate: :math:`r`, the share of steps to clip.
+
+    Returns:
+        A :class:`Suggestion`: the limit ``value``, its ``clip_rate`` on this run, how
+        steady that was, and a ``warning`` with an adaptive ``rule`` if the norms drift.
+
+    Raises:
+        ValueError: if ``clip_rate`` is not between 0 and 1, or if there is no positive
+            finite norm, or a negative one.
+
+    Example:
+        >>> import numpy as np
+        >>> import optax_clipx as clipx
+        >>> norms = np.random.default_rng(0).lognormal(size=1000)
+        >>> found = clipx.suggest_threshold(norms)
+        >>> print(f"{found.value:.2f} {found.clip_rate:.0%}")
+        3.42 10%
+
+    References:
+        A quantile of the norms as the limit: Seetharaman et al., AutoClip, 2020,
+        arXiv 2007.14469; watching average norms: Pascanu et al., 2013, arXiv
+        1211.5063.
+    """
+    if not 0 < clip_rate < 1:
+        raise ValueError(f"Expected 0 < clip_rate < 1, got clip_rate={clip_rate}.")
+    values = _norms(norms)
+    nonfinite = int(np.sum(~np.isfinite(values)))
+    # A norm of zero says nothing of the level; one that overflowed is above any limit.
+    values = np.where(np.isnan(values), np.inf, values)
+    used = values[values > 0]
+    if not np.isfinite(used).any():
+        raise ValueError(
+            f"Expected positive finite norms, got none among {len(values)}. Record a"
+            " run with a limit, or with a lower learning rate."
+        )
+    skipped = _warmup(used)
+    steady = used[skipped:]
+    usual = steady[np.isfinite(steady)]
+    cutoff = _spike_level(usual)
+    spikes = float(np.mean(steady > cutoff))
+    value = _limit(steady, cutoff, clip_rate)
+    drift, drifting = _drift(steady, value, clip_rate)
+    if drifting and drift < 1:
+        # A limit for the high norms of the start would let pass what is a spike later,
+        # and too low a limit does less harm than too high a one.
+        value = _limit(_cut(steady, 3)[-1], cutoff, clip_rate)
+    rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
+    found = Suggestion(
+        value=value,
+        clip_rate=float(np.mean(steady > value)),
+        rates=rates,
+        drift=drift,
+        warmup=int(np.flatnonzero(values > 0)[skipped]) if skipped else 0,
+        spikes=spikes,
+        nonfinite=nonfinite,
+        warning="",
+        rule=_rule(1 - clip_rate, value, drift) if drifting else None,
+    )
+    return found._replace(warning=_warning(found, len(steady), clip_rate))
+
+
+def _norms(norms: Any) -> np.ndarray:
+    if isinstance(norms, str) or hasattr(norms, "__fspath__"):
+        norms = History.load(norms)
+    if isinstance(norms, History):
+        columns = norms.columns
+        norms = columns[_readers.pick(columns, "norm", None, norms.path)]
+    values = np.asarray(norms, np.float64)
+    if values.ndim != 1:
+        raise ValueError(
+            f"Expected the norms of one run, one a step, got shape {values.shape}."
+        )
+    if np.any(values < 0):
+        raise ValueError(
+            f"Expected norms >= 0, got {values[values < 0][0]:g} at index"
+            f" {int(np.argmax(values < 0))}. Is this another column?"
+        )
+    return values
+
+
+def _warmup(norms: np.ndarray) -> int:
+    """How many norms at the start have another level than the second half."""
+    pieces = _cut(norms, min(_PIECES, len(norms) // 5))
+    if len(pieces) < 10:
+        return 0
+    levels = np.log([_median(piece) for piece in pieces])
+    later = levels[len(levels) // 2 :]
+    if not np.isfinite(later).all():  # the run did not settle: it exploded
+        return 0
+    far = ~np.isfinite(levels)
+    far |= np.abs(levels - np.median(later)) > max(3 * _deviation(later), np.log(1.5))
+    ends = int(np.argmin(far))
+    # What has not settled after a quarter of the run is no warm-up.
+    return sum(map(len, pieces[:ends])) if ends <= len(pieces) // 4 else 0
+
+
+def _spike_level(norms: np.ndarray) -> float:
+    """Above this a norm is no part of the usual spread."""
+    logs = np.log(norms)
+    level = np.median(logs) + max(5 * _deviation(logs), np.log(4))
+    return float(min(np.exp(min(level, 700.0)), norms.max()))
+
+
+def _limit(norms: np.ndarray, cutoff: float, clip_rate: float | int) -> float:
+    """The quantile; that of the norms which are no spikes, if it is one itself."""
+    value = np.quantile(norms, 1 - clip_rate, method="inverted_cdf")
+    if value > cutoff or not np.isfinite(value):
+        below = norms[norms <= cutoff]
+        value = np.quantile(below, 1 - clip_rate, method="inverted_cdf")
+    return float(value)
+
+
+def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bool]:
+    """How much the level changed, and whether one limit is wrong for a part of it."""
+    thirds = _cut(norms, 3)
+    if len(thirds) < 3:
+        return 1.0, False
+    levels = [_median(third) for third in thirds]
+    if not np.isfinite(levels).all():
+        return 1.0, False
+    rates = [float(np.mean(third > value)) for third in thirds]
+    least = max(min(rates), clip_rate / 10)
+    by_chance = 3 * np.sqrt(2 * clip_rate * (1 - clip_rate) / len(thirds[0]))
+    moved = max(levels) > 1.25 * min(levels)
+    uneven = max(rates) > 3 * least and max(rates) - min(rates) > by_chance
+    return levels[-1] / levels[0], bool(moved and uneven)
+
+
+def _rule(quantile: float, value: float, drift: float) -> str:
+    # Norms that fell are followed down, and never up beyond the limit: where clipping
+    # is what keeps them low, a rule that follows them up lets training explode.
+    cap = f", cap={value:.4g}" if drift < 1 else ""
+    return f"optax_clipx.quantile_clip({quantile:.4g}{cap})"
+
+
+def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
+    said = []
+    if found.rule:
+        said.append(
+            f"the norms drift (the usual norm in the last third of the run is"
+            f" {found.drift:.3g} times that in the first), so that a fixed limit clips"
+            f" {min(found.rates):.0%} of the steps at one time and"
+            f" {max(found.rates):.0%} at another"
+            + ("; this one is for the last third" if found.drift < 1 else "")
+        )
+    if found.spikes > clip_rate:
+        said.append(
+            f"{found.spikes:.0%} of the steps are spikes, which is more than"
+            f" {clip_rate:.0%} already; the limit is that of the other steps"
+        )
+    if count < _FEW:
+        said.append(f"there are only {count} norms to go by")
+    return "; ".join(said)
+
+
+def _median(norms: np.ndarray) -> float:
+    """The median of what is finite; infinity where nothing is."""
+    finite = norms[np.isfinite(norms)]
+    return float(np.median(finite)) if len(finite) else np.inf
+
+
+def _deviation(values: np.ndarray) -> float:
+    """The standard deviation as the median absolute deviation tells it."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def _cut(values: np.ndarray, pieces: int) -> list[np.ndarray]:
+    """Pieces of nearly one length, none empty."""
+    return np.array_split(values, max(1, min(pieces, len(values))))

@@ -1,0 +1,207 @@
+"""`find_threshold`: a short sweep over limits."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._jsonl import ReadError
+
+_KEYS = ("limit", "learning_rate", "seed")
+
+
+class Sweep(NamedTuple):
+    """What a sweep over limits found.
+
+    Attributes:
+        best: the limit with the best median score over seeds (and, with several
+            learning rates, at its best one).
+        best_learning_rate: the learning rate of the best score, or ``None``.
+        limits: the limits tried, rising.
+        learning_rates: the learning rates tried, or ``(None,)``.
+        scores: shape ``(limits, learning_rates, seeds)``; NaN where training failed.
+        higher_is_better: what a good score is.
+        warning: what speaks against the result; empty if nothing does.
+    """
+
+    best: float
+    best_learning_rate: float | None
+    limits: tuple[float, ...]
+    learning_rates: tuple[float | None, ...]
+    scores: np.ndarray
+    higher_is_better: bool
+    warning: str
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, theme: str = "light"
+    ) -> Any:
+        """Draws the scores over the limits, or as a map of limit and learning rate."""
+        from . import plotting
+
+        draw = plotting.sweep if len(self.learning_rates) == 1 else plotting.sweep_map
+        figure = draw(self, theme=theme)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def find_threshold(
+    train_fn: Callable[..., Any],
+    low: float | int,
+    high: float | int,
+    *,
+    num: int = 8,
+    seeds: Sequence[int] | None = None,
+    learning_rates: Sequence[float | int] | None = None,
+    higher_is_better: bool = False,
+    path: str | os.PathLike[str] | None = None,
+    picture: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    r"""Trains with each of a few limits and finds the best one.
+
+    The limits are :math:`t_i = a (b / a)^{i / (m - 1)}`, evenly apart in the logarithm.
+
+    Args:
+        train_fn: trains and returns a score, by default the lower the better:
+            ``train_fn(limit)``. With ``seeds`` it is called with ``seed=``, with
+            ``learning_rates`` with ``learning_rate=`` as well. NaN says that training
+            failed.
+        low: :math:`a`, the smallest limit; a fifth of what :func:`suggest_threshold`
+            says is a good start.
+        high: :math:`b`, the largest limit; five times that.
+        num: :math:`m`, how many limits to try.
+        seeds: train with each of these; scores are compared by their median.
+        learning_rates: try each limit with each of these.
+        higher_is_better: the score is an accuracy and not a loss.
+        path: a JSONL file that gets each score as it comes. A sweep that was stopped
+            goes on where it was, and what is in the file is not trained again.
+        picture: where to save a picture of the result.
+        progress: show a progress bar (tqdm).
+
+    Returns:
+        A :class:`Sweep`.
+
+    Raises:
+        ValueError: if the limits are not ``0 < low < high``, if the file holds
+            something else, or if training failed with every limit.
+        ImportError: if tqdm or, for a picture, matplotlib is not installed.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> found = clipx.find_threshold(
+        ...     lambda limit: (limit - 1.0) ** 2, 0.1, 10.0, num=5, progress=False
+        ... )
+        >>> found.best
+        1.0
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063: training is not very sensitive to the
+        limit, so that a coarse grid will do.
+    """
+    if not (0 < low < high < np.inf):
+        raise ValueError(f"Expected 0 < low < high, got low={low}, high={high}.")
+    if num < 2:
+        raise ValueError(f"Expected num >= 2, got num={num}.")
+    for name, given in (("seeds", seeds), ("learning_rates", learning_rates)):
+        if given is not None and not len(given):
+            raise ValueError(f"Expected {name} to be None or not empty, got {given!r}.")
+    limits = tuple(float(f"{x:.6g}") for x in np.geomspace(low, high, num))
+    rates = (None,) if learning_rates is None else tuple(map(float, learning_rates))
+    kept_seeds = (None,) if seeds is None else tuple(map(int, seeds))
+    settings = list(itertools.product(limits, rates, kept_seeds))
+    known = {} if path is None else _known(Path(path))
+    bar = _bar(len(settings), progress)
+    for setting in settings:
+        if setting not in known:
+            extra = dict(zip(_KEYS[1:], setting[1:], strict=True))
+            given_extra = {k: v for k, v in extra.items() if v is not None}
+            known[setting] = float(train_fn(setting[0], **given_extra))
+            if path is not None:
+                _add(Path(path), setting, known[setting])
+        if bar is not None:
+            bar.set_postfix_str(f"limit {setting[0]:g}: {known[setting]:.4g}")
+            bar.update()
+    if bar is not None:
+        bar.close()
+    shape = (len(limits), len(rates), len(kept_seeds))
+    scores = np.array([known[setting] for setting in settings]).reshape(shape)
+    found = _chosen(limits, rates, scores, higher_is_better)
+    if picture is not None:
+        found.plot(picture)
+    return found
+
+
+def _chosen(
+    limits: tuple[float, ...],
+    rates: tuple[float | None, ...],
+    scores: np.ndarray,
+    higher_is_better: bool,
+) -> Sweep:
+    # A seed that failed is worse than any that did not.
+    worst = -np.inf if higher_is_better else np.inf
+    middle = np.median(np.where(np.isfinite(scores), scores, worst), axis=2)
+    if not np.isfinite(middle).any():
+        raise ValueError(
+            f"Training failed with every limit from {limits[0]:g} to {limits[-1]:g}."
+            " Try smaller ones, or a lower learning rate."
+        )
+    flat = np.argmax(middle) if higher_is_better else np.argmin(middle)
+    at, rate = np.unravel_index(int(flat), middle.shape)
+    edge = {0: ("smallest", "low"), len(limits) - 1: ("largest", "high")}.get(int(at))
+    warning = ""
+    if edge is not None:
+        warning = (
+            f"the best limit, {limits[at]:g}, is the {edge[0]} that was tried; a"
+            f" {'lower' if edge[1] == 'low' else 'higher'} {edge[1]}= may be better"
+        )
+    return Sweep(
+        limits[at], rates[rate], limits, rates, scores, higher_is_better, warning
+    )
+
+
+def _known(path: Path) -> dict[tuple[Any, ...], float]:
+    """The scores in a file; a last line that was cut off is taken off."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        data = data[: data.rfind(b"\n") + 1]
+        path.write_bytes(data)
+    found = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            setting = tuple(record[key] for key in _KEYS)
+            score = record["score"]
+            found[setting] = float("nan" if score is None else score)
+        except (ValueError, KeyError, TypeError):
+            raise ReadError(
+                f"{path}:{number}: expected a line that find_threshold wrote, got"
+                f" {line[:60].decode(errors='replace')!r}. Pass another path."
+            ) from None
+    return found
+
+
+def _add(path: Path, setting: tuple[Any, ...], score: float) -> None:
+    record = dict(zip(_KEYS, setting, strict=True))
+    record["score"] = score if np.isfinite(score) else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _bar(total: int, progress: bool) -> Any:
+    if not progress:
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError(
+            "tqdm is missing. Run: pip install tqdm, or pass progress=False."
+        ) from None
+    return tqdm(total=total, desc="limits", unit="run")

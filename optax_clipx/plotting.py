@@ -1,0 +1,466 @@
+"""Pictures of runs and sweeps; each function returns the matplotlib figure.
+
+A run is a :class:`~optax_clipx.History`, the path of a recorded one, or a dict of
+columns. Colours are told apart by everyone, on light and dark pages.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _marks
+from ._drawing import Envelope, canvas, columns_of, envelope, means, norms_of
+from ._jsonl import ReadError
+from ._sweeping import Sweep
+from ._table import STEP
+
+
+def norms(
+    run: Any,
+    *,
+    norm: str | None = None,
+    limit: float | int | None = None,
+    theme: str = "light",
+    ax: Any = None,
+) -> Any:
+    """Draws the norms before clipping over the steps, with limit and clipped steps.
+
+    Long runs are drawn as the median and the range of stretches of steps.
+
+    Args:
+        run: a history, the path of a recorded run, or a dict of columns.
+        norm: the column with the norms, if it is not ``"clip/norm"`` or the like.
+        limit: a limit to draw; without it the recorded one.
+        theme: ``"light"`` or ``"dark"``.
+        ax: axes to draw on instead of new ones.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there are no norms in the run.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> figure = plotting.norms({"clip/norm": [1.0, 3.0, 2.0]}, limit=2.5)
+        >>> len(figure.axes)
+        1
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063, on watching the norm.
+    """
+    seen = norms_of(run, norm, limit)
+    with canvas(theme, ax) as (figure, ax, colours):
+        points = envelope(seen.steps, seen.norms)
+        _marks.line(ax, points, colours.norm, "norm")
+        if seen.limits is not None:
+            limits = envelope(seen.steps, seen.limits)
+            style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
+            ax.plot(limits.steps, limits.middle, label="limit", zorder=4, **style)
+            _marks.clipped_dots(ax, seen, points, limits, colours)
+        _marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
+        _marks.log_scale(ax, seen.norms)
+        ax.set(title="Gradient norm before clipping", xlabel="step", ylabel="norm")
+        _marks.legend_above(ax)
+    return figure
+
+
+def clip_rate(
+    run: Any,
+    *,
+    norm: str | None = None,
+    limit: float | int | None = None,
+    theme: str = "light",
+    ax: Any = None,
+) -> Any:
+    """Draws the share of clipped steps, stretch by stretch.
+
+    Args:
+        run: as for :func:`norms`.
+        norm: as for :func:`norms`.
+        limit: as for :func:`norms`.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there is no limit in the run and none is given.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> figure = plotting.clip_rate({"clip/norm": [1.0, 3.0, 2.0]}, limit=2.5)
+        >>> figure.axes[0].get_ylabel()
+        'clipped steps'
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063.
+    """
+    seen = norms_of(run, norm, limit)
+    if seen.clipped is None:
+        raise ReadError(
+            "There is no limit in this run to compare the norms with. Pass limit=."
+        )
+    with canvas(theme, ax) as (figure, ax, colours):
+        shares, each = means(seen.clipped, min(80, max(1, len(seen.steps) // 10)))
+        edges = np.append(seen.steps[::each], seen.steps[-1] + 1)
+        ax.stairs(shares, edges, color=colours.clipped, fill=True, alpha=0.3)
+        ax.stairs(shares, edges, color=colours.clipped, lw=1.6)
+        ax.axhline(seen.rate, color=colours.limit, lw=1.3, ls=(0, (5, 2)))
+        ax.set_ylim(0, max(0.02, min(1.0, 1.15 * np.nanmax(shares))))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
+        ax.set(xlabel="step", ylabel="clipped steps")
+        ax.set_title(f"Clipped: {seen.rate:.1%} of all steps")
+    return figure
+
+
+def histogram(
+    run: Any,
+    *,
+    norm: str | None = None,
+    limit: float | int | None = None,
+    theme: str = "light",
+    ax: Any = None,
+) -> Any:
+    """Draws how the norms are distributed, and where the limit is among them.
+
+    Args:
+        run: as for :func:`norms`.
+        norm: as for :func:`norms`.
+        limit: as for :func:`norms`.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there is no positive finite norm in the run.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> figure = plotting.histogram({"clip/norm": [1.0, 3.0, 2.0]}, limit=2.5)
+        >>> figure.axes[0].get_xscale()
+        'log'
+
+    References:
+        Zhang et al., Why are adaptive methods good for attention models?, 2020, arXiv
+        1912.03194, on heavy tails of gradient norms.
+    """
+    seen = norms_of(run, norm, limit)
+    usable = np.isfinite(seen.norms) & (seen.norms > 0)
+    if not usable.any():
+        raise ReadError("There is no positive finite norm in this run.")
+    with canvas(theme, ax) as (figure, ax, colours):
+        shown = seen.norms[usable]
+        # A norm of 1e37 must not press the others into one bar.
+        low, high = np.quantile(shown, [0.001, 0.999])
+        low, high = max(low, shown.min()) * 0.95, min(high, shown.max()) * 1.05
+        count = int(np.clip(len(shown) ** 0.5, 12, 60))
+        edges = np.geomspace(low, high, count + 1)
+        over = np.zeros(len(shown), bool)
+        if seen.clipped is not None:
+            over = seen.clipped[usable]
+        heights = [np.histogram(shown[m], edges)[0] for m in (~over, over)]
+        within, above = (h / len(shown) for h in heights)
+        ax.stairs(within, edges, color=colours.norm, fill=True, label="left alone")
+        if over.any():
+            style = {"color": colours.clipped, "fill": True, "label": "clipped"}
+            ax.stairs(within + above, edges, baseline=within, **style)
+        if seen.limits is not None:
+            _marks.limit_line(ax, seen.limits, colours)
+        ax.set_xscale("log")
+        ax.set(title="Norms and the limit", xlabel="norm", ylabel="share of the steps")
+        ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
+        ax.legend()
+    return figure
+
+
+def heatmap(
+    run: Any,
+    *,
+    prefix: str | None = None,
+    theme: str = "light",
+    ax: Any = None,
+) -> Any:
+    """Draws the norm of each layer over the steps, as colours.
+
+    Args:
+        run: as for :func:`norms`; with columns such as ``"clip_norms/layers/0/kernel"``
+            that :func:`optax_clipx.watch` records.
+        prefix: what the layers' columns begin with, if not ``"clip_norms/"``; for
+            update-to-parameter ratios ``"clip_ratios/"``.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there are no such columns.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> run = {"clip_norms/a": [1.0, 2.0], "clip_norms/b": [0.1, 0.2]}
+        >>> len(plotting.heatmap(run).axes[0].get_yticklabels())
+        2
+
+    References:
+        Glorot and Bengio, Understanding the difficulty of training deep feedforward
+        neural networks, 2010: gradients layer by layer.
+    """
+    columns = columns_of(run)
+    start = "clip_norms/" if prefix is None else prefix
+    names = [name for name in columns if name.startswith(start)]
+    if not names:
+        raise ReadError(
+            f"There are no columns that begin with {start!r}. Record them with"
+            " optax_clipx.watch, or pass prefix=."
+        )
+    steps = columns[STEP]
+    size = (8.0, min(10.0, 1.4 + 0.27 * len(names)))
+    with canvas(theme, ax, size) as (figure, ax, _):
+        rows = [envelope(steps, columns[n], 400) for n in names]
+        table = np.stack([row.middle for row in rows])
+        positive = table[np.isfinite(table) & (table > 0)]
+        image = ax.imshow(
+            np.where(table > 0, table, np.nan),
+            norm=_marks.log_norm(positive),
+            cmap="cividis",
+            aspect="auto",
+            interpolation="nearest",
+            extent=(steps[0], steps[-1] + 1, len(names) - 0.5, -0.5),
+        )
+        shown = [name.removeprefix(start) for name in names]
+        every = max(1, -(-len(names) // 32))
+        ax.set_yticks(range(0, len(names), every), shown[::every], fontsize=9)
+        ax.grid(False)
+        what = "Update-to-parameter ratio" if "ratio" in start else "Gradient norm"
+        ax.set(title=f"{what} of each layer", xlabel="step")
+        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
+    return figure
+
+
+def compare(
+    runs: Mapping[str, Any],
+    *,
+    column: str = "loss",
+    theme: str = "light",
+    ax: Any = None,
+) -> Any:
+    """Draws one quantity of several runs, such as the loss with and without clipping.
+
+    Args:
+        runs: from labels to runs, each as for :func:`norms`; or to a list of them, of
+            several seeds, drawn as their median and range.
+        column: the quantity; the last part of a name such as ``"train/loss"`` will do.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there are no runs, or a run has no such column.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> runs = {"without": {"loss": [3.0, 9.0]}, "with": {"loss": [3.0, 2.0]}}
+        >>> figure = plotting.compare(runs)
+        >>> figure.axes[0].get_ylabel()
+        'loss'
+
+    References:
+        Henderson et al., Deep reinforcement learning that matters, 2018, arXiv
+        1709.06560, on showing several seeds.
+    """
+    if not runs:
+        raise ReadError("There are no runs to compare.")
+    with canvas(theme, ax, (8.0, 4.0)) as (figure, ax, colours):
+        everything = []
+        for index, (label, given) in enumerate(runs.items()):
+            seeds = list(given) if isinstance(given, list | tuple) else [given]
+            colour = colours.lines[index % len(colours.lines)]
+            band, lost = _marks.seed_band(seeds, column)
+            shown = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            _marks.line(ax, band, colour, shown, width=1.8)
+            everything.append(band.middle)
+            if len(lost):
+                ax.plot(lost, [0.97] * len(lost), "x", color=colour, mew=2, clip_on=0,
+                        transform=ax.get_xaxis_transform())  # fmt: skip
+        _marks.log_scale(ax, np.concatenate(everything))
+        # A run that explodes must not press the others flat.
+        _marks.leave_out_explosions(ax, everything)
+        ax.set(title=f"{column}, run by run", xlabel="step", ylabel=column)
+        _marks.legend_above(ax)
+    return figure
+
+
+def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
+    """Draws the scores of a sweep over its limits.
+
+    Args:
+        found: from :func:`optax_clipx.find_threshold`.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> train_fn = lambda limit: (limit - 1.0) ** 2
+        >>> found = clipx.find_threshold(train_fn, 0.1, 10.0, num=5, progress=False)
+        >>> figure = clipx.plotting.sweep(found)
+        >>> figure.axes[0].get_xlabel()
+        'limit'
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063, on the choice of the limit.
+    """
+    with canvas(theme, ax) as (figure, ax, colours):
+        for index, rate in enumerate(found.learning_rates):
+            colour = colours.lines[(index + 1) % len(colours.lines)]
+            scores = found.scores[:, index]
+            shown = np.where(np.isfinite(scores), scores, np.nan)
+            band = Envelope(
+                np.array(found.limits),
+                np.array([_marks.of_finite(np.min, s) for s in shown]),
+                np.array([_marks.middle(s) for s in shown]),
+                np.array([_marks.of_finite(np.max, s) for s in shown]),
+            )
+            name = "score" if rate is None else f"learning rate {rate:g}"
+            _marks.line(ax, band, colour, name, width=1.8, marker="o")
+            failed = band.steps[~np.isfinite(band.middle)]
+            if len(failed):
+                ax.plot(failed, [0.03] * len(failed), "x", color=colours.clipped, mew=2,
+                        transform=ax.get_xaxis_transform(), label="failed")  # fmt: skip
+        style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
+        ax.axvline(found.best, label=f"best: {found.best:.3g}", **style)
+        ax.set_xscale("log")
+        if not found.higher_is_better:
+            _marks.log_scale(ax, found.scores)
+        ax.set(title="Score with each limit", xlabel="limit", ylabel="score")
+        _marks.legend_above(ax)
+    return figure
+
+
+def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
+    """Draws the scores of a sweep over limits and learning rates, as a map.
+
+    Args:
+        found: from :func:`optax_clipx.find_threshold` with ``learning_rates``.
+        theme: as for :func:`norms`.
+        ax: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``. Cells where training failed are crossed out.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> found = clipx.find_threshold(
+        ...     lambda limit, learning_rate: limit + learning_rate,
+        ...     0.1, 10.0, num=3, learning_rates=[0.1, 1.0], progress=False,
+        ... )
+        >>> figure = clipx.plotting.sweep_map(found)
+        >>> figure.axes[0].get_ylabel()
+        'learning rate'
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063: clipping makes larger learning rates
+        possible.
+    """
+    middle = np.array([[_marks.middle(s) for s in row] for row in found.scores]).T
+    with canvas(theme, ax, (8.0, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
+        best_is_dark = not found.higher_is_better
+        positive = middle[np.isfinite(middle)]
+        logarithmic = bool((positive > 0).all()) and best_is_dark
+        image = ax.imshow(
+            middle,
+            norm=_marks.log_norm(positive) if logarithmic else None,
+            cmap="cividis_r" if best_is_dark else "cividis",
+            aspect="auto",
+            origin="lower",
+        )
+        for row, line in enumerate(middle):
+            for column, value in enumerate(line):
+                _marks.cell(ax, column, row, value, image, colours)
+        at = found.limits.index(found.best)
+        rate = found.learning_rates.index(found.best_learning_rate)
+        frame = {"color": colours.clipped, "lw": 3}
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]) / 2
+        corners += np.array([at, rate])
+        ax.plot(*corners.T, clip_on=False, zorder=5, **frame)
+        names = [f"{x:.3g}" for x in found.limits]
+        rates = ["" if x is None else f"{x:g}" for x in found.learning_rates]
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(rates)), rates)
+        ax.grid(False)
+        title = "Score of each limit and learning rate"
+        ax.set(title=title, xlabel="limit", ylabel="learning rate")
+        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
+    return figure
+
+
+def overview(
+    run: Any,
+    *,
+    norm: str | None = None,
+    limit: float | int | None = None,
+    theme: str = "light",
+) -> Any:
+    """Draws a run: norms, clip rate, histogram, and the layers if they are recorded.
+
+    Args:
+        run: as for :func:`norms`.
+        norm: as for :func:`norms`.
+        limit: as for :func:`norms`.
+        theme: as for :func:`norms`.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: if there are no norms in the run.
+        ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> from optax_clipx import plotting
+        >>> figure = plotting.overview({"clip/norm": [1.0, 3.0, 2.0]}, limit=2.5)
+        >>> len(figure.axes)
+        3
+
+    References:
+        Pascanu et al., 2013, arXiv 1211.5063.
+    """
+    columns = columns_of(run)
+    limited = norms_of(columns, norm, limit).clipped is not None
+    layers = [name for name in columns if name.startswith("clip_norms/")]
+    rows = [["norms", "norms"], ["rate" if limited else "histogram", "histogram"]]
+    heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])
+    with canvas(theme, size=(8.4, sum(heights))) as (figure, first, _):
+        first.remove()
+        # Apart, so that long names of layers do not push the others aside.
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        axes = parts[0, 0].subplot_mosaic(rows, height_ratios=[1.2, 1])
+        options: dict[str, Any] = {"norm": norm, "limit": limit, "theme": theme}
+        norms(columns, ax=axes["norms"], **options)
+        histogram(columns, ax=axes["histogram"], **options)
+        if limited:
+            clip_rate(columns, ax=axes["rate"], **options)
+        if layers:
+            heatmap(columns, theme=theme, ax=parts[1, 0].subplots())
+    return figure

@@ -1,0 +1,396 @@
+"""Pictures: what they draw, in light and dark, and the command line around them."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx import __main__ as command_line, _drawing, plotting
+
+LAYERS = [f"layers/{i}/{name}" for i in range(3) for name in ("kernel", "bias")]
+
+
+def run_of(count=300, limit=1.0, seed=0, layers=True):
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(sigma=0.5, size=count)
+    columns = {
+        "loss": np.geomspace(2, 0.1, count) * rng.lognormal(sigma=0.1, size=count),
+        "clip/norm": norms,
+        "clip/threshold": np.full(count, limit),
+        "clip/clipped": (norms > limit).astype(float),
+    }
+    if layers:
+        columns |= {f"clip_norms/{n}": rng.lognormal(size=count) for n in LAYERS}
+    return columns
+
+
+def history_of(**options):
+    columns = run_of(**options)
+    history = clipx.History()
+    history.append(range(len(columns["loss"])), columns)
+    return history
+
+
+def sweep(rates=None):
+    def train(limit, seed, learning_rate=0.1):
+        if limit * learning_rate > 0.5:
+            return float("nan")
+        return np.log(limit) ** 2 + seed + abs(np.log10(learning_rate)) + 0.1
+
+    return clipx.find_threshold(
+        train, 0.1, 10, num=5, seeds=[0, 1], learning_rates=rates, progress=False
+    )
+
+
+DRAWN = {
+    "norms": lambda theme: plotting.norms(run_of(), theme=theme),
+    "clip_rate": lambda theme: plotting.clip_rate(run_of(), theme=theme),
+    "histogram": lambda theme: plotting.histogram(run_of(), theme=theme),
+    "heatmap": lambda theme: plotting.heatmap(run_of(), theme=theme),
+    "compare": lambda theme: plotting.compare(
+        {"a": [run_of(), run_of(seed=1)], "b": run_of(seed=2)}, theme=theme
+    ),
+    "sweep": lambda theme: plotting.sweep(sweep(), theme=theme),
+    "sweep_map": lambda theme: plotting.sweep_map(sweep([0.01, 0.1]), theme=theme),
+    "overview": lambda theme: plotting.overview(run_of(), theme=theme),
+    "History.plot": lambda theme: history_of().plot(theme=theme),
+}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_picture_is_drawn_readably(name, theme, tmp_path):
+    """Text stands out from the page, and is as large as a README needs it."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.text import Text
+
+    figure = DRAWN[name](theme)
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 8_000
+    page = np.array(to_rgb(figure.get_facecolor()))
+    assert (page.mean() > 0.5) == (theme == "light")
+    for axes in figure.axes:
+        texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        texts += [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        for text in texts:
+            if isinstance(text, Text) and text.get_text():
+                colour = np.array(to_rgb(text.get_color()))
+                assert abs(colour.mean() - page.mean()) > 0.5, text
+                pixels = text.get_fontsize() / 72 * 830 / figure.get_figwidth()
+                assert pixels > 11, text
+
+
+def test_colours_differ_for_everyone():
+    """Simulated red- and green-blindness (Viénot et al., 1999) leaves them apart."""
+    from matplotlib.colors import to_rgb
+
+    protan = [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]
+    deutan = [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]
+    for theme in _drawing.THEMES.values():
+        for pair in [(theme.norm, theme.clipped), theme.lines[:2]]:
+            for seen in (np.eye(3), np.array(protan), np.array(deutan)):
+                a, b = (seen @ np.array(to_rgb(c)) ** 2.2 for c in pair)
+                assert np.abs(a - b).max() > 0.15
+
+
+def lines_of(figure, axes=0):
+    return {line.get_label(): line for line in figure.axes[axes].get_lines()}
+
+
+def test_norms_show_limit_and_clipped_steps():
+    run = run_of()
+    lines = lines_of(plotting.norms(run))
+    np.testing.assert_array_equal(lines["norm"].get_ydata(), run["clip/norm"])
+    assert set(lines["limit"].get_ydata()) == {1.0}
+    clipped = run["clip/norm"] > 1
+    (label,) = [name for name in lines if name.startswith("clipped")]
+    assert f"{clipped.mean():.1%}" in label
+    assert np.isfinite(lines[label].get_ydata()).sum() == clipped.sum()
+    # another limit than the recorded one
+    lines = lines_of(plotting.norms(run, limit=2))
+    assert f"clipped: {(run['clip/norm'] > 2).mean():.1%} of the steps" in lines
+    bare = lines_of(plotting.norms({"norm": [1.0, 2.0, np.nan, np.inf]}))
+    assert list(bare) == ["norm", "not finite: 2 steps"]
+
+
+def test_long_runs_keep_their_extremes():
+    values = np.ones(10**5)
+    values[[4_321, 77_777]] = 1e6, 1e-6
+    shown = _drawing.envelope(np.arange(10**5), values)
+    assert len(shown.steps) <= 1000
+    assert shown.high.max() == 1e6
+    assert shown.low.min() == 1e-6
+    assert set(shown.middle) == {1.0}
+    gap = np.where(np.arange(10**5) < 50_000, np.nan, 1.0)
+    assert np.isnan(_drawing.envelope(np.arange(10**5), gap).middle).sum() == 500
+
+
+def test_seeds_become_median_and_range():
+    seeds = [{"loss": np.full(50, value)} for value in (1.0, 2.0, 10.0)]
+    figure = plotting.compare({"x": seeds})
+    assert set(lines_of(figure)["x (3 seeds)"].get_ydata()) == {2.0}
+    (band,) = figure.axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1, 10)
+
+
+def test_an_exploded_run_does_not_press_the_others_flat():
+    exploded = {"loss": np.append(np.geomspace(1, 1e30, 20), [np.nan] * 30)}
+    figure = plotting.compare({"with": run_of(count=50), "without": exploded})
+    assert figure.axes[0].get_ylim()[1] < 1e5
+    crosses = [x for x in figure.axes[0].get_lines() if x.get_marker() == "x"]
+    assert [list(x.get_xdata()) for x in crosses] == [[20]]
+
+
+def test_a_map_marks_the_best_and_crosses_out_what_failed():
+    found = sweep([0.01, 0.1])
+    figure = plotting.sweep_map(found)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts.count("✕") == 1
+    (frame,) = figure.axes[0].get_lines()
+    at = found.limits.index(found.best)
+    assert frame.get_xdata().min() == at - 0.5
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda: plotting.norms({"loss": [1.0]}), "no column 'norm'"),
+        (lambda: plotting.norms(clipx.History()), "no records"),
+        (lambda: plotting.norms(run_of(), theme="blue"), "'light' or 'dark'"),
+        (lambda: plotting.clip_rate({"norm": [1.0]}), "Pass limit="),
+        (lambda: plotting.histogram({"norm": [np.nan]}), "no positive finite norm"),
+        (lambda: plotting.heatmap({"norm": [1.0]}), "optax_clipx.watch"),
+        (lambda: plotting.compare({}), "no runs"),
+        (lambda: plotting.compare({"a": {"x": [1.0]}}), "no column 'loss'"),
+    ],
+)
+def test_what_cannot_be_drawn_says_why(draw, words):
+    with pytest.raises(ValueError, match=words):
+        draw()
+    with pytest.raises(TypeError, match="a History, the path"):
+        plotting.norms(3)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    history_of().save("run.jsonl")
+    history_of(seed=1).save("other.csv")
+    return tmp_path
+
+
+def call(*arguments):
+    return command_line.main([str(x) for x in arguments])
+
+
+def test_plot(run, capsys):
+    assert call("plot", "run.jsonl") == 0
+    assert "Wrote run.png" in capsys.readouterr().out
+    before = (run / "run.png").read_bytes()
+    assert call("plot", "run.jsonl", "--theme", "dark") == 2
+    error = capsys.readouterr().err
+    assert "run.png is there already" in error
+    assert "--force" in error
+    assert (run / "run.png").read_bytes() == before
+    assert call("plot", "run.jsonl", "--theme", "dark", "--force") == 0
+    assert (run / "run.png").read_bytes() != before
+    assert call("plot", "run.jsonl", "other.csv", "-o", "x.png") == 2
+    assert "folder for 2 runs" in capsys.readouterr().err
+    (run / "out").mkdir()
+    assert call("plot", "run.jsonl", "other.csv", "-o", "out") == 0
+    assert sorted(os.listdir("out")) == ["other.png", "run.png"]
+    assert call("plot", "run.jsonl", "-o", "run.xyz") == 2
+    assert not (run / "run.xyz").exists()
+
+
+def test_suggest(run, capsys):
+    assert call("suggest", "run.jsonl", "other.csv", "--clip-rate", 0.2) == 0
+    want = clipx.suggest_threshold(run_of()["clip/norm"], 0.2)
+    assert f"limit {want.value:.4g}" in capsys.readouterr().out
+    assert call("suggest", "run.jsonl", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"]["clip_rate"] == pytest.approx(0.1, abs=0.01)
+    assert call("suggest", "run.jsonl", "--clip-rate", 7) == 2
+    assert "run.jsonl: Expected 0 < clip_rate < 1" in capsys.readouterr().err
+
+
+def test_compare(run, capsys):
+    assert (
+        call("compare", "a=run.jsonl", "a=other.csv", "b=other.csv", "-o", "c.png") == 0
+    )
+    out = capsys.readouterr().out
+    assert re.search(r"a: loss [\d.]+ \([\d.]+ to [\d.]+ in 2\)", out)
+    assert (run / "c.png").exists()
+    assert call("compare", "run.jsonl", "--column", "accuracy") == 2
+    assert "no column 'accuracy'" in capsys.readouterr().err
+
+
+def test_watch(run, capsys):
+    pytest.importorskip("rich")
+    assert call("watch", "run.jsonl", "other.csv", "--once") == 0
+    shown = capsys.readouterr().out
+    assert "step" in shown
+    assert "299" in shown
+    assert "other" in shown
+    assert call("watch", "none.jsonl", "--once") == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_watch_follows_a_file_that_grows(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    from optax_clipx._live import Follower, sparkline
+
+    path = tmp_path / "run.jsonl"
+    history = clipx.History(path)
+    follower = Follower(path)
+    assert len(follower.look()["step"]) == 0
+    for step in range(5):
+        history.append(step, {"norm": 1.0 + step})
+    assert follower.look()["norm"].tolist() == [1, 2, 3, 4]
+    half = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b'{"step": 9, ')
+    assert follower.look()["norm"].tolist() == [1, 2, 3, 4]
+    with path.open("ab") as file:
+        file.write(b'"norm": 7}\n')
+    assert follower.look()["norm"].tolist() == [1, 2, 3, 4, 7]
+    assert follower.offset > half
+    with path.open("ab") as file:
+        file.write(b'{"step": broken}\n')
+    with pytest.raises(ValueError, match=r"run\.jsonl:6"):
+        follower.look()
+    path.write_bytes(b'{"step": 0, "norm": 3}\n')
+    assert Follower(path).look()["norm"].tolist() == [3]
+    assert sparkline(np.array([1.0, 10.0, 100.0, np.nan])) == "▁▅█ "
+
+
+BAD = {
+    "empty.jsonl": b"",
+    "prose.txt": b"hello\n",
+    "broken.jsonl": b'{"step": 1}\nnonsense\n',
+    "no_norm.jsonl": b'{"step": 1, "loss": 2}\n',
+    "nan.jsonl": b'{"step": 1, "norm": "NaN"}\n',
+    "picture.png": b"\x89PNG\r\n\x1a\n\0\0",
+}
+
+
+@pytest.mark.parametrize("command", ["plot", "suggest", "watch"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys, name, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(BAD[name])
+    more = ["--once"] if command == "watch" else []
+    if command == "watch" and name in ("empty.jsonl", "nan.jsonl"):
+        assert call(command, name, *more) == 0  # it may well begin later
+        return
+    assert call(command, name, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}")
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_killed_run_is_drawn_with_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.jsonl").write_bytes(
+        b'{"step": 1, "norm": 1}\n{"step": 2, "norm": 2}\n{"step": 3, "n'
+    )
+    assert call("plot", "run.jsonl") == 0
+    assert "note: run.jsonl:3: the last line is cut off" in capsys.readouterr().err
+
+
+def test_the_page_is_whole_and_asks_for_nothing(run, capsys):
+    """Opened in a browser by test_browser.py; here, what it is made of."""
+    pytest.importorskip("plotly")
+    assert call("plot", "run.jsonl", "other.csv", "--html", "page.html") == 0
+    text = (run / "page.html").read_text()
+    assert text.count('class="plotly-graph-div"') == 5  # three, and layers of each
+    own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r'(src|href)="(?!data:)', own)
+    assert not re.search(r"<script[^>]*src=", text)
+    assert "suggested limit" in text
+    assert call("plot", "run.jsonl", "--html", "page.html") == 2
+    assert (run / "page.html").read_text() == text
+    odd = history_of(layers=False)
+    odd.save("<b>&.jsonl")
+    assert call("plot", "<b>&.jsonl", "--html", "odd.html") == 0
+    assert (
+        "<title>Gradient clipping: &lt;b&gt;&amp;</title>"
+        in (run / "odd.html").read_text()
+    )
+
+
+@pytest.mark.parametrize("command", ["plot", "suggest", "compare", "watch"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(command, "--help")
+    assert ended.value.code == 0
+    assert f"python -m optax_clipx {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        call(command)
+    assert ended.value.code == 2
+
+
+def test_both_names_of_the_program():
+    for program in (["-m", "optax_clipx"],):
+        ran = subprocess.run(
+            [sys.executable, *program, "--help"], capture_output=True, check=True
+        )
+        assert b"suggest" in ran.stdout
+    installed = shutil.which("optax-clipx", path=os.path.dirname(sys.executable))
+    if installed is None:
+        pytest.skip("the package is not installed with its script")
+    subprocess.run([installed, "--help"], capture_output=True, check=True)
+
+
+def test_a_reader_that_leaves_is_no_error(run):
+    command = (
+        f"{sys.executable} -m optax_clipx suggest run.jsonl | true; exit $PIPESTATUS"
+    )
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert ran.returncode == 0
+    assert not ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("matplotlib", r"optax_clipx\[plot\]"), ("plotly", r"optax_clipx\[html\]")],
+)
+def test_what_is_not_installed_is_named(run, module, words):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from optax_clipx.__main__ import main\n"
+        "sys.exit(main(['plot', 'run.jsonl', *sys.argv[1:]]))"
+    )
+    more = ["--html", "x.html"] if module == "plotly" else []
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *more], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert re.search(words, ran.stderr)
+
+
+def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboardX import SummaryWriter
+
+    monkeypatch.chdir(tmp_path)
+    run = run_of(count=40)
+    with SummaryWriter("logs/a") as writer:
+        for step in range(40):
+            writer.add_scalar("clip/norm", run["clip/norm"][step], step)
+    assert call("plot", "logs/a", "--limit", 1.0) == 0
+    assert (tmp_path / "logs" / "a.png").exists()
+    assert call("suggest", "logs/a") == 0
+    want = clipx.suggest_threshold(run["clip/norm"].astype(np.float32)).value
+    assert f"limit {want:.4g}" in capsys.readouterr().out
+    if importlib.util.find_spec("rich"):
+        assert call("watch", "logs/a", "--once") == 0
