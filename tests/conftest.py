@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,3 +17,18 @@ with warnings.catch_warnings():
 
 with install_import_hook("optax_clipx", "beartype.beartype"):
     import optax_clipx  # noqa: F401
+
+
+SMALL = 8  # a test with no more cases than this runs whole; of others every third case
+
+
+def pytest_collection_modifyitems(items):
+    """Marks most cases of large tables slow: the usual run takes a sample of each."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for table in cases.values():
+        for i, item in enumerate(table):
+            if len(table) > SMALL and i % 3:
+                item.add_marker(pytest.mark.slow)

@@ -631,6 +631,7 @@ def test_the_memory_of_two_passes_does_not_grow_with_the_batch(microbatch_size):
 renamed = pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning")
 
 
+@pytest.mark.slow
 @renamed
 def test_equal_to_jax_privacy_where_it_is_right():
     clipping = pytest.importorskip("jax_privacy.clipping")
@@ -651,6 +652,7 @@ def test_equal_to_jax_privacy_where_it_is_right():
         np.testing.assert_allclose(found.norms[:10], aux.grad_norms[:10], rtol=1e-5)
 
 
+@pytest.mark.slow
 @renamed
 def test_the_bound_holds_where_that_of_jax_privacy_does_not():
     """An example in bfloat16 of 500 leaves, and limit 1."""

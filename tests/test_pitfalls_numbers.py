@@ -24,7 +24,7 @@ def many_bfloat16_leaves():
 @pytest.mark.parametrize(
     "float32_leaf",
     [
-        "none",
+        pytest.param("none", marks=pytest.mark.slow),
         pytest.param("first", marks=pytest.mark.slow),
         pytest.param("last", marks=pytest.mark.slow),
     ],
