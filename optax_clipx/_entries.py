@@ -1,7 +1,7 @@
 """What transformations that remember something of each entry have in common."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax import lax
 from . import _mesh, _policies
 from ._grouping import Packed, ScalarGroups
 from ._leaves import Leaves, show
-from ._reductions import Indicators, accumulator, norms
+from ._reductions import Indicators, accumulator, norms, safe_sqrt
 from ._summary import Summary
 from ._thresholds._base import stateless
 from ._transformation import Options, Step, by_policy, transformation
@@ -40,6 +40,7 @@ def elementwise(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
     ) -> Step:
         refuse_complex(leaves)
+        check_leaves(leaves, state, times)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = _policies.sanitize(arrays)
@@ -73,6 +74,17 @@ def zeros_like(leaves: Leaves, times: int) -> list[jax.Array]:
     ]
 
 
+def check_leaves(leaves: Leaves, moments: Sequence[Any], times: int) -> None:
+    """Refuses other leaves than those that the moments are of."""
+    seen = [x.shape for x in moments]
+    if seen != [x.shape for x in leaves.arrays] * times:
+        raise ValueError(
+            "Expected the leaves that init saw, of shapes"
+            f" {seen[: len(seen) // times]}, got {[x.shape for x in leaves.arrays]}."
+            " Leave frozen ones out with optax_clipx.excluding or optax.masked."
+        )
+
+
 def at_least_float32(array: Any) -> Any:
     """The dtype of moments of an array."""
     return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
@@ -98,7 +110,10 @@ def root_of_mean(
     largest = jnp.maximum(root, magnitude)
     safe = jnp.where(largest > 0, largest, 1)
     mean = b * (root / safe) ** power + rest * (magnitude / safe) ** power
-    return largest * (jnp.sqrt(mean) if power == 2 else mean ** (1 / power))
+    if power == 2:
+        return largest * safe_sqrt(mean)
+    positive = mean > 0  # a power below 1 has no derivative at 0
+    return largest * jnp.where(positive, jnp.where(positive, mean, 1) ** (1 / power), 0)
 
 
 def _shares(decay: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:

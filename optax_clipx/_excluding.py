@@ -48,7 +48,8 @@ def excluding(
     def mask(tree: Any) -> Any:
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
         kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
-        if kept and all(kept):
+        frozen = any(chosen(path_of(keys), leaf) for keys, leaf in _nothing(tree))
+        if kept and all(kept) and not frozen:
             known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
             raise ValueError(
                 f"Expected where={where!r} to fit a leaf, it fits none of: {known}."
@@ -56,3 +57,13 @@ def excluding(
         return jax.tree.unflatten(treedef, kept)
 
     return optax.masked(optax.with_extra_args_support(clipper), mask)
+
+
+def _nothing(tree: Any) -> list[Any]:
+    """The places where there is None, or a leaf that another mask has taken."""
+
+    def is_nothing(x: Any) -> bool:
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nothing)
+    return [(keys, leaf) for keys, leaf in entries if is_nothing(leaf)]

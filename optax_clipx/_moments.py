@@ -9,13 +9,18 @@ import optax
 
 from . import _policies
 from ._clipping import clip_norms
-from ._entries import elementwise, mean_of, root_of_mean, zeros_like
+from ._entries import check_leaves, elementwise, mean_of, root_of_mean, zeros_like
 from ._leaves import Leaves
 from ._measures import tree_norm
 from ._methods._smooth import normalize_by_norm
 from ._responses import rescale
 from ._scaling import Response
-from ._thresholds._base import check_between, check_count, check_static_number
+from ._thresholds._base import (
+    check_between,
+    check_count,
+    check_decay,
+    check_static_number,
+)
 from ._thresholds._constant import as_threshold
 from ._transformation import Options, Step, arrays_in, transformation
 
@@ -77,7 +82,9 @@ def clip_spikes(
         clipped to zero, and so stays zero until the next reset.
     """
     check_between(theta, "theta", 0, float("inf"))
-    check_between(decay, "decay", 0, 1)
+    if not isinstance(theta, jax.core.Tracer) and theta == 0:
+        raise ValueError(f"Expected theta > 0, got theta={theta!r}.")
+    check_decay(decay, "decay")
     check_count(warmup_steps, "warmup_steps", 0)
 
     def act(
@@ -100,7 +107,7 @@ def scale_by_acclip(
     b1: Any = 0.9,
     b2: Any = 0.99,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     eps: Any = 1e-5,
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -116,9 +123,9 @@ def scale_by_acclip(
     In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry.
 
     Args:
-        b1: :math:`\beta_1`, from 0 to 1.
-        b2: :math:`\beta_2`, from 0 to 1.
-        alpha: :math:`\alpha`, the moment that the noise has, from 1 on.
+        b1: :math:`\beta_1`, from 0 to below 1.
+        b2: :math:`\beta_2`, from 0 to below 1.
+        alpha: :math:`\alpha`, the moment that the noise has, from 1 on; 1 unless given.
         eps: :math:`\epsilon`, in the unit of the updates.
         nonfinite: as in :func:`clip_by`; on such a step the state stays as it is.
         axis_name: as in :func:`clip_by`.
@@ -145,9 +152,10 @@ def scale_by_acclip(
         Zhang et al., Why are adaptive methods good for attention models?, 2020,
         arXiv 1912.03194.
     """
-    check_between(b1, "b1", 0, 1)
-    check_between(b2, "b2", 0, 1)
+    check_decay(b1, "b1")
+    check_decay(b2, "b2")
     check_between(eps, "eps", 0, float("inf"))
+    alpha = 1.0 if alpha is None else alpha
     check_static_number(alpha, "alpha")
     if alpha < 1:
         raise ValueError(f"Expected alpha >= 1, got alpha={alpha}.")
@@ -177,7 +185,7 @@ def mixed_clip(
     *,
     nu: Any = 0.7,
     decay: Any = 0.999,
-    response: Response = rescale,
+    response: Response | None = None,
     nonfinite: str = "propagate",
     axis_name: Any = None,
     specs: Any = None,
@@ -198,8 +206,9 @@ def mixed_clip(
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
             schedule.
         nu: :math:`\nu`, from 0 to 1.
-        decay: :math:`\beta`, from 0 to 1.
-        response: what happens above the limit, as in :func:`clip_by`.
+        decay: :math:`\beta`, from 0 to below 1.
+        response: what happens above the limit, as in :func:`clip_by`;
+            :func:`rescale` unless given.
         nonfinite: as in :func:`clip_by`; on such a step the momentum stays as it is.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
@@ -224,9 +233,10 @@ def mixed_clip(
         Zhang et al., Improved analysis of clipping algorithms for non-convex
         optimization, 2020, arXiv 2010.02519.
     """
-    check_between(decay, "decay", 0, 1)
+    check_decay(decay, "decay")
     if not isinstance(nu, jax.core.Tracer) and not 0 <= nu <= 1:
         raise ValueError(f"Expected nu from 0 to 1, got nu={nu}.")
+    respond = rescale if response is None else response
     rule = as_threshold(max_norm, "max_norm")
     if rule.uses_params or arrays_in(rule.init(jnp.zeros((), jnp.float32))):
         raise ValueError(
@@ -241,9 +251,10 @@ def mixed_clip(
         def clip(arrays: list[Any], given: Mapping[str, Any]) -> Step:
             these = leaves._replace(arrays=arrays)
             return clip_norms(
-                these, params, (), count, given, tree_norm(), rule, response, options
+                these, params, (), count, given, tree_norm(), rule, respond, options
             )
 
+        check_leaves(leaves, state, 1)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
             arrays = _policies.sanitize(arrays)
@@ -261,7 +272,7 @@ def mixed_clip(
             for m, g in zip(of_momentum.arrays, of_gradient.arrays, strict=True)
         ]
         if options.nonfinite == "zero":
-            zero = of_gradient.summary.nonfinite
+            zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
             mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
         return Step(mixed, of_gradient.summary, momenta)
 
@@ -269,7 +280,14 @@ def mixed_clip(
 
 
 def normalized_momentum(
-    decay: Any = 0.9, target: Any = 1.0, *, eps: Any = 0.0, **options: Any
+    decay: Any = 0.9,
+    target: Any = 1.0,
+    *,
+    eps: Any = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum of a fixed norm: normalized gradient descent with momentum.
 
@@ -277,11 +295,14 @@ def normalized_momentum(
               u = \frac{t}{\|m\| + \epsilon}\, m
 
     Args:
-        decay: :math:`\beta`, from 0 to 1.
+        decay: :math:`\beta`, from 0 to below 1.
         target: :math:`t`, as in :func:`normalize_by_norm`.
         eps: :math:`\epsilon`, in the unit of the updates.
-        **options: the others of :func:`normalize_by_norm`. A momentum forgets no NaN:
-            with ``nonfinite`` other than ``"propagate"`` use :func:`skip_spikes`.
+        nonfinite: as in :func:`clip_by`. A momentum forgets no NaN: to go on after one
+            put :func:`skip_spikes` around.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`, of the momentum.
 
     Returns:
         A transformation: :func:`optax.ema` and :func:`normalize_by_norm` in a chain.
@@ -301,8 +322,15 @@ def normalized_momentum(
     References:
         Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
     """
-    check_between(decay, "decay", 0, 1)
+    check_decay(decay, "decay")
     return optax.chain(
         optax.ema(decay, debias=False),
-        normalize_by_norm(target, eps=eps, **options),
+        normalize_by_norm(
+            target,
+            eps=eps,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+            metrics=metrics,
+        ),
     )

@@ -141,7 +141,7 @@ def _norms(
             squares = jax.tree.map(
                 lambda s, n: s / jnp.asarray(n, dtype), squares, sizes
             )
-        root = jax.tree.map(_sqrt, squares)
+        root = jax.tree.map(safe_sqrt, squares)
     else:
         root, factor = _power_norms(found, trees, extras, ord)
         squares = jax.tree.map(jnp.square, root)
@@ -250,7 +250,9 @@ def _power_norms(
         return peak, jax.tree.map(jnp.ones_like, peak)
     peak = jax.tree.map(lax.stop_gradient, peak)
     safe = jax.tree.map(lambda m: jnp.where((m > 0) & jnp.isfinite(m), m, 1), peak)
-    ratios = [x / m for x, m in zip(magnitudes, groups.spread(safe), strict=True)]
+    ratios = [
+        quotient(x, m) for x, m in zip(magnitudes, groups.spread(safe), strict=True)
+    ]
     sums = measured.totals([[_power(r, ord) for r in ratios]])[0]
     large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
     factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
@@ -272,7 +274,7 @@ def whole(
     terms = []
     for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
         factor = np.asarray(size) * weight if ord == "rms" else weight
-        powers = _power(n / safe, _exponent(ord))
+        powers = _power(quotient(n, safe), _exponent(ord))
         terms.append(jnp.sum(powers * jnp.asarray(factor, n.dtype)))
     return peak, jnp.sum(jnp.stack(terms))
 
@@ -290,10 +292,12 @@ def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Arr
         return peak
     power = _exponent(ord)
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    total = jnp.sum(totals * _power(peaks / safe, power))
+    total = jnp.sum(totals * _power(quotient(peaks, safe), power))
     if ord == "rms":
         total = total / jnp.asarray(size, total.dtype)
-    return _saturated_quotient(safe * _power(total, 1 / power), jnp.ones_like(peak))
+    norm = safe * _power(total, 1 / power)
+    largest = jnp.finfo(norm.dtype).max
+    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, largest), norm)
 
 
 def _exponent(ord: Ord) -> float:
@@ -313,6 +317,16 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor
 
 
+def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x / y`, where `y` may be near the largest number.
+
+    Where it is broadcast, XLA multiplies by `1 / y`, which then would be flushed to 0.
+    """
+    small = jnp.where(y > jnp.finfo(y.dtype).max * 2.0**-28, 2.0**-30, 1)
+    small = small.astype(y.dtype)
+    return (x * small) / (y * small)
+
+
 def widened(x: Any, dtype: Any) -> Any:
     """The accumulator's dtype, or its complex kin for a complex leaf."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -330,7 +344,8 @@ def _power(x: jax.Array, p: float) -> jax.Array:
     return jnp.where(positive, jnp.where(positive, x, 1) ** p, x)
 
 
-def _sqrt(x: jax.Array) -> jax.Array:
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The root, with a derivative of 0 at 0."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 

@@ -15,10 +15,10 @@ from ._entries import any_of, finish, with_flags
 from ._grouping import UnitGroups
 from ._leaves import Leaves, show
 from ._measures import LeafAxis, leaf_norms, unit_norms
-from ._reductions import accumulator, norms, widened
+from ._reductions import accumulator, norms, quotient, widened
 from ._responses import normalize, smooth
 from ._summary import Summary
-from ._thresholds._base import Context
+from ._thresholds._base import Context, check_static_count
 from ._thresholds._constant import as_threshold
 from ._transformation import Options, Step, arrays_in, transformation
 
@@ -28,7 +28,7 @@ def clip_by_spectral_norm(
     *,
     form: str = "hard",
     method: str = "svd",
-    steps: int = 24,
+    steps: int | None = None,
     axis: LeafAxis = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
@@ -54,7 +54,8 @@ def clip_by_spectral_norm(
             matrices alone, as accelerators like: its error is at most
             :math:`\|G\|_F\,(2^{-0.9(k - 4)} + 10^{-5})` for ``steps`` :math:`k`, and no
             singular value ends above the limit by more than that.
-        steps: iterations of Newton-Schulz; for ``"hard"`` there are two rounds.
+        steps: iterations of Newton-Schulz, 24 unless given; for ``"hard"`` there are
+            two rounds.
         axis: the axes that make up the rows of a matrix, the inputs of a layer, as in
             :func:`unit_norms`; the others make up its columns.
         batch_axes: axes along which a leaf stacks matrices.
@@ -93,8 +94,8 @@ def clip_by_spectral_norm(
     ):
         if value not in known:
             raise ValueError(f"Expected {name} to be one of {known}, got {value!r}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"Expected steps to be an int from 1 on, got steps={steps!r}.")
+    steps = 24 if steps is None else steps
+    check_static_count(steps, "steps")
     rule = as_threshold(max_norm, "max_norm")
     if rule.uses_params or arrays_in(rule.init(jnp.zeros((1,), jnp.float32))):
         raise ValueError(
@@ -147,7 +148,12 @@ def _layouts(leaves: Leaves, axis: Any, batch_axes: Any) -> list[_Layout]:
             )
         batch = tuple(a for a in range(leaf.ndim) if a not in every)
         if rows is not None:
-            of_rows = tuple(a for a in rows[i] if a in every)
+            of_rows = tuple(rows[i])
+            if not set(of_rows) <= set(every):
+                raise ValueError(
+                    f"Expected axis={of_rows} and batch_axes={batch} to have no axis in"
+                    f" common at {show(leaves.paths[i])} of shape {leaf.shape}."
+                )
         else:  # the last axis are the outputs, as in the kernels of most layers
             of_rows = every[:-1] if len(every) > 1 else every
         columns = tuple(a for a in every if a not in of_rows)
@@ -244,7 +250,8 @@ def _clip_matrices(
         new, top, top_after = _by_svd(unit, norm, limit, ways.form)
     else:
         tiny = float(jnp.finfo(unit.dtype).tiny) ** 0.5
-        new = _by_products(unit, jnp.maximum(ratio, tiny), ways)
+        # Beyond 2^30 clipping at a norm of 1 changes nothing that a float can hold.
+        new = _by_products(unit, jnp.clip(ratio, tiny, 2.0**30), ways)
         # A limit of zero leaves nothing, and one above the norm everything.
         new = jnp.where(ratio[..., None] > tiny, new, 0)
         top_after = _power_iteration(new) * norm[..., 0]
@@ -270,7 +277,7 @@ def _by_svd(
         bent = whole * smooth(whole, limits, p=2.0)
         clipped = jnp.where(jnp.isposinf(limits) | (whole == 0), whole, bent)
     top = clipped[..., :1]  # products of what is small would vanish: near 1 first
-    shares = clipped / jnp.where(top > 0, top, 1)
+    shares = quotient(clipped, jnp.where(top > 0, top, 1))
     new = _dot(u * shares[..., None, :], v) * top[..., None]
     return new, whole[..., 0], clipped[..., 0]
 
@@ -396,9 +403,8 @@ def _summary(
 ) -> Summary:
     tops, ends = jnp.stack(before), jnp.stack(after)
     over = tops > limits
-    worst = jnp.argmax(
-        jnp.where(limits > 0, tops / jnp.where(limits > 0, limits, 1), tops)
-    )
+    ratios = jnp.where(limits > 0, tops / jnp.where(limits > 0, limits, 1), jnp.inf)
+    worst = jnp.argmax(jnp.where(tops > 0, ratios, 0))
     norm = jnp.max(tops)
     here = jnp.where(tops[worst] > 0, tops[worst], 1)
     return Summary(

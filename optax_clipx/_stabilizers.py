@@ -11,6 +11,7 @@ from ._entries import (
     NO_RULE,
     any_of,
     at_least_float32,
+    check_leaves,
     finish,
     mean_of,
     refuse_complex,
@@ -25,7 +26,7 @@ from ._metrics import count as advanced, to_float32
 from ._reductions import norms, whole_norm
 from ._responses import normalize
 from ._summary import Summary
-from ._thresholds._base import check_between
+from ._thresholds._base import check_between, check_decay
 from ._transformation import Options, Step, transformation
 
 
@@ -92,7 +93,7 @@ def stabilize_norm(
         2025, arXiv 2502.17055.
     """
     for name, decay in (("b1", b1), ("b2", b2), ("b3", b3)):
-        check_between(decay, name, 0, 1)
+        check_decay(decay, name)
     check_between(eps, "eps", 0, float("inf"))
     options = Options(nonfinite, axis_name, specs, metrics)
 
@@ -107,6 +108,11 @@ def stabilize_norm(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = _policies.sanitize(arrays)
+        if state[0].shape != (len(arrays),):
+            raise ValueError(
+                f"Expected the {len(state[0])} leaves that init saw, got {len(arrays)}."
+                " Leave frozen ones out with optax_clipx.excluding or optax.masked."
+            )
         every = ScalarGroups(tuple(range(len(arrays))), len(arrays))
         where = (leaves.paths, options.axis_name, options.specs)
         (largest,) = norms([arrays], every, float("inf"), *where)
@@ -116,7 +122,9 @@ def stabilize_norm(
         narrow = to_float32(peak)
         counts = jnp.where(seen, counts + 1, counts)
         peaks = jnp.where(seen, mean_of(peaks, narrow, b3), peaks)
-        limit = (peaks / weight_of(b3, counts)).astype(peak.dtype)
+        largest_number = jnp.finfo(jnp.float32).max
+        limit = jnp.minimum(peaks / weight_of(b3, counts), largest_number)
+        limit = limit.astype(peak.dtype)
         ratio = jnp.where(peak > limit, limit / jnp.where(seen, peak, 1), 1)
         raw, cut, bad = norms(
             [arrays, leaves.arrays],
@@ -129,8 +137,12 @@ def stabilize_norm(
         norm = to_float32(cut.value)
         means = jnp.where(seen, mean_of(means, norm, b1), means)
         roots = jnp.where(seen, root_of_mean(roots, norm, b2, 2.0), roots)
-        usual = roots / jnp.sqrt(weight_of(b2, counts)) + jnp.asarray(eps, jnp.float32)
-        target = (means / weight_of(b1, counts)) / jnp.where(usual > 0, usual, 1)
+        # Not debiased one by one: each could pass the largest number.
+        debias = jnp.sqrt(weight_of(b2, counts))
+        usual = roots + jnp.asarray(eps, jnp.float32) * debias
+        target = (means / jnp.where(usual > 0, usual, 1)) * (
+            debias / weight_of(b1, counts)
+        )
         scales = _scaling.scales(cut, target.astype(peak.dtype), normalize)
         _, clamped, _ = _raw_and_cut([arrays, leaves.arrays], (limit, ratio))
         out = _scaling.apply(clamped, every, scales, None)
@@ -203,8 +215,8 @@ def scale_by_stable_adam(
         Wortsman et al., Stable and low-precision training for large-scale
         vision-language models, 2023, arXiv 2304.13013 (StableAdamW).
     """
-    check_between(b1, "b1", 0, 1)
-    check_between(b2, "b2", 0, 1)
+    check_decay(b1, "b1")
+    check_decay(b2, "b2")
     check_between(eps, "eps", 0, float("inf"))
     options = Options(nonfinite, axis_name, specs, metrics)
 
@@ -217,6 +229,7 @@ def scale_by_stable_adam(
             arrays = _policies.sanitize(arrays)
         each = len(arrays)
         moments, steps = state
+        check_leaves(leaves, moments, 2)
         now_b1, now_b2 = _decay_at(b1, steps + 1), _decay_at(b2, steps + 1)
         wide = [x.astype(m.dtype) for x, m in zip(arrays, moments, strict=False)]
         means = [
@@ -276,7 +289,10 @@ def stable_adamw(
     eps: Any = 1e-6,
     weight_decay: Any = 1e-2,
     mask: Any = None,
-    **options: Any,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose step each leaf's RMS limits.
 
@@ -291,14 +307,17 @@ def stable_adamw(
         eps: as in :func:`scale_by_stable_adam`.
         weight_decay: :math:`\lambda`.
         mask: which leaves decay, as in :func:`optax.adamw`.
-        **options: the others of :func:`scale_by_stable_adam`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: as in :func:`scale_by_stable_adam`.
 
     Returns:
         An optimizer.
 
     Raises:
         ValueError: if a number is out of its range, and from ``update`` without
-            ``params`` if there is a weight decay.
+            ``params``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -313,7 +332,15 @@ def stable_adamw(
         Wortsman et al., 2023, arXiv 2304.13013.
     """
     return optax.chain(
-        scale_by_stable_adam(b1, b2, eps=eps, **options),
+        scale_by_stable_adam(
+            b1,
+            b2,
+            eps=eps,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+            metrics=metrics,
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

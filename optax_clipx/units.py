@@ -36,11 +36,12 @@ def flax(path: Path, leaf: Any) -> Axes:
     bias of query, key, value                   (heads, head)         everything
     ==========================================  ====================  ================
 
-    One rank more than that is a stack of layers, as :func:`flax.linen.scan` and
-    :func:`flax.nnx.vmap` make, and its first axis is no part of a unit. A kernel of
-    rank 3 or more that stands under neither "conv" nor one of attention's names may
-    be either of two things: that is an error, and :func:`stacked` or
-    :func:`of_model` resolve it.
+    A vector or a kernel of attention with one rank more than that is a stack of layers,
+    as :func:`flax.linen.scan` and :func:`flax.nnx.vmap` make, and its first axis is no
+    part of a unit. Convolutions in a stack, and dense layers in a stack that are called
+    query, key or value, look like others: name stacks with :func:`stacked`, or use
+    :func:`of_model`. A kernel of rank 3 that stands under neither "conv" nor one of
+    attention's names is an error.
 
     Args:
         path: the leaf's path, as strings.
@@ -64,21 +65,23 @@ def flax(path: Path, leaf: Any) -> Axes:
     """
     rank, name = leaf.ndim, path[-1] if path else ""
     layer = path[-2] if len(path) > 1 else ""
-    if _is_vector(leaf):
+    if rank <= 1:
         return tuple(range(rank))
     if name in _EMBEDDINGS:
         return (rank - 1,)
-    if layer in ("query", "key", "value"):
-        core = 2 if name == "bias" else 3
-        return _of_core(path, leaf, core, (0, 1) if name == "bias" else (0,))
+    in_heads = layer in ("query", "key", "value")
     if name in ("bias", "scale"):
-        return _of_core(path, leaf, 1, (0,))
-    if _is_convolution(path):
+        return _of_core(path, leaf, 2, (0, 1)) if in_heads else (rank - 1,)
+    if rank == 2:
+        return (0,)
+    if _is_vector(leaf):
+        return tuple(range(rank))
+    if in_heads:
+        return _of_core(path, leaf, 3, (0,))
+    if _is_convolution(layer):
         return _filters(path, leaf, last=True)
     if layer == "out" and any("att" in part.lower() for part in path[:-2]):
         return _of_core(path, leaf, 3, (0, 1))
-    if rank == 2:
-        return (0,)
     if rank == 4 or rank == 5:
         return tuple(range(rank - 1))
     raise ValueError(_unclear(path, leaf))
@@ -112,14 +115,15 @@ def equinox(path: Path, leaf: Any) -> Axes:
         The shapes are those of ``equinox.nn``.
     """
     rank, name = leaf.ndim, path[-1] if path else ""
-    if _is_vector(leaf):
+    convolution = any("conv" in part.lower() for part in path[:-1])
+    if rank <= 1 or (_is_vector(leaf) and (rank > 2 or convolution)):
         return tuple(range(rank))
     if name.startswith("bias"):
         return _of_core(path, leaf, 1, (0,))
-    if _is_convolution(path):
-        return _filters(path, leaf, last=False)
     if rank == 2:
         return (1,)
+    if convolution:
+        return _filters(path, leaf, last=False)
     if rank == 4 or rank == 5:
         return tuple(range(1, rank))
     raise ValueError(_unclear(path, leaf))
@@ -156,14 +160,19 @@ def haiku(path: Path, leaf: Any) -> Axes:
         below = tuple(part.replace("layer_stack", "") for part in path)
         return tuple(a + 1 for a in haiku(below, inner))
     rank, name = leaf.ndim, path[-1] if path else ""
-    if _is_vector(leaf):
+    layer = path[-2].rsplit("/", 1)[-1] if len(path) > 1 else ""
+    if rank <= 1:
         return tuple(range(rank))
     if name == "embeddings":
         return (rank - 1,)
-    if _is_convolution(path):
-        return _filters(path, leaf, last=True)
     if rank == 2:
         return (0,)
+    if _is_vector(leaf):
+        return tuple(range(rank))
+    if "transpose" in layer:  # (..., out, in)
+        return tuple(a for a in range(rank) if a != rank - 2)
+    if _is_convolution(layer):
+        return _filters(path, leaf, last=True)
     if rank == 4 or rank == 5:
         return tuple(range(rank - 1))
     raise ValueError(_unclear(path, leaf))
@@ -207,8 +216,12 @@ def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
             )
         at = axis % leaf.ndim
         shape = leaf.shape[:at] + leaf.shape[at + 1 :]
-        axes = rule(path, jax.ShapeDtypeStruct(shape, leaf.dtype))
-        return None if axes is None else tuple(a + (a >= at) for a in axes)
+        axes: Any = rule(path, jax.ShapeDtypeStruct(shape, leaf.dtype))
+        if axes is None:
+            return None
+        inner = (axes,) if isinstance(axes, int) else axes
+        positive = [a % len(shape) for a in inner]
+        return tuple(a + (a >= at) for a in positive)
 
     return of_stack
 
@@ -240,12 +253,13 @@ def of_model(model: Any) -> Rule:
     References:
         The layers of :mod:`flax.nnx` and ``equinox.nn``.
     """
-    modules = {base.__module__.split(".")[0] for base in type(model).__mro__}
-    if "flax" in modules and hasattr(model, "__dict__"):
+    # By name, as neither library need be installed.
+    bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
+    if "flax.nnx.module.Module" in bases:
         from ._layers import of_nnx
 
         return _by_path(of_nnx(model), flax)
-    if "equinox" in modules:
+    if any(base.startswith("equinox._module") for base in bases):
         from ._layers import of_equinox
 
         return _by_path(of_equinox(model), equinox)
@@ -324,8 +338,8 @@ def _is_vector(leaf: Any) -> bool:
     return sum(n != 1 for n in leaf.shape) <= 1
 
 
-def _is_convolution(path: Path) -> bool:
-    return any("conv" in part.lower() for part in path[:-1])
+def _is_convolution(layer: str) -> bool:
+    return "conv" in layer.lower()
 
 
 def _filters(path: Path, leaf: Any, last: bool) -> Axes:

@@ -333,6 +333,8 @@ def test_nothing_to_clip_and_complex(make):
         (lambda: clipx.stabilize_norm(b3=2.0), "b3=2.0"),
         (lambda: clipx.scale_by_stable_adam(eps=-1.0), "eps=-1.0"),
         (lambda: clipx.normalized_momentum(2.0), "decay=2.0"),
+        (lambda: clipx.stabilize_norm(b1=1.0), "b1=1.0"),
+        (lambda: clipx.clip_spikes(0.0), "theta > 0"),
         (lambda: clipx.clip_by_spectral_norm(-1.0), "max_norm=-1.0"),
         (lambda: clipx.clip_by_spectral_norm(1.0, form="firm"), "'firm'"),
         (lambda: clipx.clip_by_spectral_norm(1.0, method="qr"), "'qr'"),
@@ -353,18 +355,71 @@ def test_hyperparameters_may_be_traced():
         (clipx.stabilize_norm, {"b1": 0.5, "b2": 0.5, "b3": 0.9, "eps": 1e-8}),
         (clipx.scale_by_stable_adam, {"b1": 0.5, "b2": 0.9, "eps": 1e-6}),
         (clipx.clip_by_spectral_norm, {"max_norm": 0.5}),
+        (clipx.normalized_momentum, {"decay": 0.5}),
     ):
-        static = {
-            "scale_by_acclip": "alpha",
-            "clip_by_spectral_norm": "steps",
-            "mixed_clip": "response",  # a function would be taken for a schedule
-        }
-        inject = optax.inject_hyperparams(
-            make, static_args=static.get(make.__name__, ())
-        )
-        tx, plain = inject(**kwargs), make(**kwargs)
+        tx, plain = optax.inject_hyperparams(make)(**kwargs), make(**kwargs)
         state, want_state = tx.init(tree()), plain.init(tree())
         for i in range(3):
             found, state = jax.jit(tx.update)(tree(i), state)
             want, want_state = plain.update(tree(i), want_state)
         chex.assert_trees_all_close(found, want, rtol=1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_the_rate_of_stable_adamw_may_be_injected():
+    tx = optax.inject_hyperparams(clipx.stable_adamw)(learning_rate=0.1)
+    state = tx.init(tree())
+    updates, _ = tx.update(tree(), state, tree())
+    want, _ = clipx.stable_adamw(0.1).update(
+        tree(), clipx.stable_adamw(0.1).init(tree()), tree()
+    )
+    chex.assert_trees_all_close(updates, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", list(EVERY.values())[:6], ids=list(EVERY)[:6])
+def test_other_leaves_than_at_init_are_an_error(make):
+    tx = make()
+    state = tx.init({"a": jnp.ones(3), "b": jnp.ones(3)})
+    with pytest.raises(
+        ValueError, match=r"leaves that init saw.*optax_clipx.excluding"
+    ):
+        tx.update({"a": None, "b": jnp.ones(3)}, state)
+
+
+def test_the_stabilizer_at_the_largest_numbers():
+    for decays in ({}, {"b1": 0.7, "b2": 0.8}):
+        tx = clipx.stabilize_norm(**decays)
+        state = tx.init(jnp.zeros(2))
+        for _ in range(6):
+            updates, state = tx.update(jnp.full(2, 3.4e38), state)
+            assert 0.5 < float(jnp.max(updates)) < 1.5
+    tx = clipx.stabilize_norm(nonfinite="sanitize")
+    updates, _ = tx.update(jnp.array([jnp.inf, 1.0]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, [1.0, 0.0], atol=1e-6)
+
+
+def test_an_unusable_limit_comes_first_in_a_mixture():
+    def run(limit):
+        tx = clipx.mixed_clip(limit, nonfinite="zero")
+        return tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))[0]
+
+    assert bool(jnp.isnan(jax.jit(run)(jnp.nan)[0]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: clipx.clip_spikes(warmup_steps=0),
+        clipx.scale_by_stable_adam,
+        lambda: clipx.scale_by_acclip(alpha=1.5),
+        clipx.stabilize_norm,
+    ],
+)
+def test_derivatives_at_zero_entries_are_finite(make):
+    tx = make()
+
+    def after_two(x):
+        _, state = tx.update(x, tx.init(x))
+        return jnp.sum(tx.update(2 * x, state)[0])
+
+    assert bool(jnp.all(jnp.isfinite(jax.grad(after_two)(jnp.array([0.0, 1.0])))))

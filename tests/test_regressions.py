@@ -194,3 +194,16 @@ def test_an_infinite_limit_leaves_a_norm_beyond_the_range_alone():
     clipped, norm = clipx.functional.clip_by_global_norm(grads, jnp.inf)
     np.testing.assert_array_equal(clipped[0], grads[0])
     assert float(norm) == float(jnp.finfo(jnp.float32).max)
+
+
+@pytest.mark.parametrize("largest", [8e37, 9e37, 1.5e38])
+def test_norms_whose_reciprocal_is_subnormal(largest):
+    """XLA divides by a broadcast number through 1 / y, which would be flushed to 0."""
+    tree = {"a": jnp.array([largest, 0.0, largest]), "b": jnp.ones(8)}
+    for ord, power in ((2, 1 / 2), (3, 1 / 3), (1.5, 1 / 1.5)):
+        clipped, state = clipx.clip_by_leaf_norm(1.0, ord=ord).update(tree)
+        np.testing.assert_allclose(clipped["a"][0], 0.5**power, rtol=1e-5)
+        norm = largest * 2**power
+        np.testing.assert_allclose(
+            state.metrics.norm, min(norm, 3.4028235e38), rtol=1e-5
+        )

@@ -223,3 +223,29 @@ def test_a_cut_matrix_of_unknown_place_is_an_error():
     )
     with pytest.raises(ValueError, match=r"specs= with a PartitionSpec"):
         jax.jit(update)(jnp.ones((16, 4)))
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("method", ["svd", "newton_schulz"])
+def test_large_numbers_and_limits_far_above(form, method):
+    found, _ = clip(jnp.eye(2) * 2e38, 1e38, form=form, method=method)
+    want = 1e38 if form == "hard" else 2e38 / np.sqrt(5)
+    np.testing.assert_allclose(np.diag(found), want, rtol=1e-4)
+    for size in (1.0, 1e-3, 1e-8, 1e-30):
+        matrix = jnp.array([[1.0, 0.5], [0.25, 1.0]]) * size
+        for limit in (1e8, 1e30, 3e38):
+            found, metrics = clip(matrix, limit, form=form, method=method)
+            np.testing.assert_allclose(found, matrix, rtol=1e-4)
+            assert np.isfinite(metrics.clipped_norm)
+
+
+def test_rows_that_are_stacked_are_an_error():
+    with pytest.raises(ValueError, match=r"axis=\(0,\) and batch_axes=\(0,\)"):
+        clip(jnp.ones((2, 3, 4)), 1.0, batch_axes=0, axis=0)
+
+
+def test_a_limit_of_zero_is_what_the_metrics_show():
+    tree = {"a": jnp.eye(2), "b": 5 * jnp.eye(2)}
+    _, state = clipx.clip_by_spectral_norm({"a": 0.0, "b": 1.0}).update(tree)
+    assert float(state.metrics.threshold) == 0
+    assert float(state.metrics.scale) == 0

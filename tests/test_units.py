@@ -202,6 +202,20 @@ def test_equinox(capsys):
         (clipx.units.flax, "cls", (1, 1, 16), (0, 1, 2)),
         (clipx.units.flax, "self_attention/out/kernel", (4, 4, 16), (0, 1)),
         (clipx.units.flax, "kernel", (8, 32), (0,)),
+        (clipx.units.flax, "kernel", (1, 32), (0,)),
+        (clipx.units.flax, "blocks/Dense_0/bias", (12, 1), (1,)),
+        (clipx.units.flax, "MBConvBlock_0/Dense_0/kernel", (8, 16), (0,)),
+        (clipx.units.flax, "attention/query/kernel", (768, 768), (0,)),
+        (clipx.units.flax, "attention/out/kernel", (768, 768), (0,)),
+        (clipx.units.equinox, "conv_net/linear/weight", (8, 16), (1,)),
+        (clipx.units.haiku, "conv_net/~/linear_0/w", (8, 16), (0,)),
+        (clipx.units.haiku, "conv2_d_transpose/w", (3, 3, 16, 8), (0, 1, 3)),
+        (
+            clipx.units.stacked(lambda path, leaf: -1, "blocks", axis=-1),
+            "blocks/w",
+            (3, 4, 6),
+            (1,),
+        ),
     ],
 )
 def test_presets_by_name(rule, path, shape, axes):
@@ -213,7 +227,6 @@ def test_presets_by_name(rule, path, shape, axes):
     [
         (clipx.units.flax, "out/kernel", (6, 16, 16)),
         (clipx.units.flax, "w", (2, 2, 2, 2, 2, 2)),
-        (clipx.units.flax, "conv/kernel", (4, 4)),
         (clipx.units.equinox, "mlp/weight", (6, 16, 16)),
         (clipx.units.haiku, "linear/w", (6, 16, 16)),
     ],
@@ -313,5 +326,16 @@ def test_excluding_in_nnx():
 
 
 def test_of_model_of_something_else():
-    with pytest.raises(TypeError, match=r"NNX or Equinox model, got dict.*units\.flax"):
-        clipx.units.of_model({})
+    for other, name in (({}, "dict"), (nn.Dense(3), "Dense")):
+        with pytest.raises(
+            TypeError, match=rf"NNX or Equinox.*got {name}.*units\.flax"
+        ):
+            clipx.units.of_model(other)
+
+
+def test_a_name_that_fits_what_is_frozen_is_no_mistake():
+    clipper = clipx.excluding(clipx.clip_by_global_norm(1.0), "head")
+    for nothing in (None, optax.MaskedNode()):
+        tree = {"body": jnp.array([3.0, 4.0]), "head": nothing}
+        clipped, _ = clipper.update(tree, clipper.init(tree))
+        np.testing.assert_allclose(clipped["body"], [0.6, 0.8], rtol=1e-6)

@@ -242,6 +242,13 @@ def check_static_number(value: Any, name: str) -> None:
         raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
 
 
+def check_decay(value: Any, name: str) -> None:
+    """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter."""
+    check_between(value, name, 0, 1)
+    if not isinstance(value, jax.core.Tracer) and value == 1:
+        raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.")
+
+
 def check_between(value: Any, name: str, low: int, high: int | float) -> None:
     """Refuses a number outside of an interval; a traced one passes."""
     if isinstance(value, jax.core.Tracer):
