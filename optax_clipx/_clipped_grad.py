@@ -13,10 +13,12 @@ from . import _mesh
 from ._examples import (
     ExampleGroups,
     Measured,
+    all_finite,
     along,
     in_rows,
     like_norms,
     measured,
+    scales_of,
     weighted_sum,
 )
 from ._leaves import Leaves
@@ -24,11 +26,10 @@ from ._reductions import widened
 from ._scaling import Response
 
 
-class Sums(NamedTuple):
-    """What is summed up over the examples of all devices."""
+class Counts(NamedTuple):
+    """How many examples were seen."""
 
-    grads: list[jax.Array]
-    over: jax.Array  # for each group how many examples were above its limit
+    over: jax.Array  # above the limit, for each group
     nonfinite: jax.Array
     number: jax.Array
 
@@ -50,34 +51,38 @@ class ClippedGrad:
     axes: tuple[str, ...]  # the mesh axes of manual code that hold other examples
     dtype: Any
 
-    def sums(self, mask: Any, two_pass: bool) -> tuple[Sums, jax.Array, Any]:
-        """The sums, the norms of the examples, and what else `fun` returned."""
+    def sums(
+        self, mask: Any, two_pass: bool
+    ) -> tuple[list[jax.Array], Counts, jax.Array, Any]:
+        """Summed gradients, counts, norms of the examples, what else `fun` returned."""
         examples = ({i: self.args[i] for i in self.batch_argnums}, mask)
         whole = self.groups.count is None
         if two_pass and whole and not _is_narrow(self._gradients, examples[0]):
             # Where products are rounded, both passes must round alike.
             with jax.default_matmul_precision("highest"):
-                _, (found, aux) = self._over_microbatches(self._measure, examples)
+                counts, (norms, aux) = self._over_microbatches(
+                    self._measure, self._no_counts(), examples
+                )
                 grads, _ = self._over_microbatches(
-                    self._weighted_gradient, examples, (found,)
+                    self._weighted_gradient, self._no_grads(), examples, (norms,)
                 )
         else:
-            grads, (found, aux) = self._over_microbatches(self._clip, examples)
-        found, aux = jax.tree.map(self._joined, (found, aux))
-        counted = found.finite | True if mask is None else mask
-        over = ~(found.norms <= like_norms(self.limits, found.norms))
-        sums = Sums(
-            grads,
-            _count(over & along(counted, over.ndim)),
-            _count(~found.finite & counted),
-            _count(counted),
-        )
+            start = (self._no_grads(), self._no_counts())
+            (grads, counts), (norms, aux) = self._over_microbatches(
+                self._clip, start, examples
+            )
+        norms, aux = jax.tree.map(self._joined, (norms, aux))
         if self.axes:
-            sums = lax.psum(jax.tree.map(self._varied, sums), self.axes)
-        return sums, found.norms, aux
+            varied = jax.tree.map(self._varied, (grads, counts))
+            grads, counts = lax.psum(varied, self.axes)
+        return grads, counts, norms, aux
 
     def _over_microbatches(
-        self, fun: Callable[..., tuple[Any, Any]], examples: Any, known: Any = ()
+        self,
+        fun: Callable[..., tuple[Any, Any]],
+        start: Any,
+        examples: Any,
+        known: Any = (),
     ) -> tuple[Any, Any]:
         """Adds up the first output of a function of examples, stacks the second.
 
@@ -92,14 +97,16 @@ class ClippedGrad:
             parts = x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
             return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
 
-        def step(total: Any, now: Any) -> tuple[Any, Any]:
-            i, known = now
+        # Neither indices nor flags are stacked: on CPU each would be as much as a norm.
+        def step(carry: Any, known: Any) -> tuple[Any, Any]:
+            i, total = carry
             chosen = jax.tree.map(functools.partial(take, i), examples)
             part, found = fun(*chosen, *known)
-            return jax.tree.map(jnp.add, total, part), found
+            return (i + 1, jax.tree.map(jnp.add, total, part)), found
 
-        start = None if fun == self._measure else self._zeros()
-        return lax.scan(step, start, (jnp.arange(self.steps), known))
+        start = (jnp.int32(0), start)
+        (_, total), found = lax.scan(step, start, known, self.steps)
+        return total, found
 
     def _joined(self, x: jax.Array) -> jax.Array:
         """What was stacked, in the order of the batch."""
@@ -108,11 +115,16 @@ class ClippedGrad:
         swapped = jnp.swapaxes(x, 0, 1)
         return swapped.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-    def _zeros(self) -> list[jax.Array]:
+    def _no_grads(self) -> list[jax.Array]:
         return [
             self._varied(jnp.zeros_like(x, dtype=widened(x, self.dtype)))
             for x in self.leaves.arrays
         ]
+
+    def _no_counts(self) -> Counts:
+        groups = () if self.groups.count is None else (self.groups.count,)
+        zeros = Counts(*(jnp.zeros(s, jnp.int32) for s in (groups, (), ())))
+        return jax.tree.map(self._varied, zeros)
 
     def _varied(self, x: Any) -> Any:
         return _mesh._vary(jnp.asarray(x), self.axes) if self.axes else x
@@ -137,16 +149,29 @@ class ClippedGrad:
 
     def _measure(
         self, batch: dict[int, Any], mask: Any
-    ) -> tuple[None, tuple[Measured, Any]]:
+    ) -> tuple[Counts, tuple[jax.Array, Any]]:
         arrays, aux = self._gradients(batch)
-        return None, (self._measured(arrays), aux)
+        norms = self._measured(arrays).norms
+        return self._counts(norms, mask), (norms, aux)
 
     def _clip(
         self, batch: dict[int, Any], mask: Any
-    ) -> tuple[list[jax.Array], tuple[Measured, Any]]:
+    ) -> tuple[tuple[list[jax.Array], Counts], tuple[jax.Array, Any]]:
         arrays, aux = self._gradients(batch)
         found = self._measured(arrays)
-        return weighted_sum(arrays, self.groups, found, mask), (found, aux)
+        grads = weighted_sum(arrays, self.groups, found, mask)
+        return (grads, self._counts(found.norms, mask)), (found.norms, aux)
+
+    def _counts(self, norms: jax.Array, mask: Any) -> Counts:
+        finite = all_finite(norms)
+        counted = finite | True if mask is None else mask
+        over = ~(norms <= like_norms(self.limits, norms))
+        counts = Counts(
+            _count(over & along(counted, over.ndim)),
+            _count(~finite & counted),
+            _count(counted),
+        )
+        return jax.tree.map(self._varied, counts)
 
     def _measured(self, arrays: list[jax.Array]) -> Measured:
         groups, limits, response = self.groups, self.limits, self.response
@@ -163,16 +188,20 @@ class ClippedGrad:
         return found
 
     def _weighted_gradient(
-        self, batch: dict[int, Any], mask: Any, found: Measured
+        self, batch: dict[int, Any], mask: Any, norms: jax.Array
     ) -> tuple[list[jax.Array], None]:
         """The gradient of the weighted sum of the examples' losses."""
-        keep = found.finite if mask is None else found.finite & mask
-        weights = jnp.where(keep, found.fine, 0)
-        tame = (weights > 2.0**-40) & (weights < 2.0**40) & (found.coarse == 1)
+        finite = all_finite(norms)
+        keep = finite if mask is None else finite & mask
+        scale = scales_of(norms, self.limits, self.response)
+        weights = jnp.where(keep, scale.fine, 0)
+        tame = (weights > 2.0**-40) & (weights < 2.0**40) & (scale.coarse == 1)
+        # At the largest number a norm may be more.
+        tame &= norms < jnp.finfo(norms.dtype).max
 
         def at_once(batch: Any) -> list[jax.Array]:
             # 0 times NaN is NaN: another example stands in, with weight 0.
-            clean = jax.tree.map(functools.partial(_replaced, found.finite), batch)
+            clean = jax.tree.map(functools.partial(_replaced, finite), batch)
             args, axes = self._placed(clean)
 
             def total(*args: Any) -> jax.Array:
@@ -187,7 +216,7 @@ class ClippedGrad:
 
         def each(batch: Any) -> list[jax.Array]:
             arrays, _ = self._gradients(batch)
-            return weighted_sum(arrays, self.groups, found, mask)
+            return weighted_sum(arrays, self.groups, self._measured(arrays), mask)
 
         # With a tiny or huge weight numbers on the way back might leave the range.
         usual = jnp.all(tame | (weights == 0))
@@ -209,11 +238,6 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
             " these axes, or axis_name=() if every device has the same examples."
         )
     return tuple(sorted({name for x in batch for name in _mesh.varying(x)}))
-
-
-def _in_rows(arrays: list[jax.Array]) -> list[jax.Array]:
-    rows = lax.optimization_barrier([x.reshape(x.shape[0], -1) for x in arrays])
-    return [r.reshape(x.shape) for r, x in zip(rows, arrays, strict=True)]
 
 
 def _count(flags: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax import lax
 from . import _mesh, _scaling
 from ._grouping import Packed, ScalarGroups, Terms
 from ._mesh import Placement, max_over, size_of, sum_over
-from ._reductions import Ord, _norms, accumulator, as_they_are, times, widened
+from ._reductions import Norms, Ord, _norms, accumulator, as_they_are, times, widened
 from ._scaling import Response
 
 
@@ -79,11 +79,11 @@ class Measured(NamedTuple):
     coarse: jax.Array
     fine: jax.Array
 
-    @property
-    def finite(self) -> jax.Array:
-        """Whether each example is, as a whole."""
-        finite = jnp.isfinite(self.norms)
-        return finite if finite.ndim == 1 else jnp.all(finite, axis=1)
+
+def all_finite(norms: jax.Array) -> jax.Array:
+    """Whether each example is finite, as a whole."""
+    finite = jnp.isfinite(norms)
+    return finite if finite.ndim == 1 else jnp.all(finite, axis=1)
 
 
 def measured(
@@ -99,6 +99,14 @@ def measured(
     limits = like_norms(limits, norms.value)
     scales = _scaling.scales(norms, limits, response)
     return Measured(norms.value, scales.coarse, scales.fine)
+
+
+def scales_of(
+    norms: jax.Array, limits: jax.Array, response: Response
+) -> _scaling.Scales:
+    """The scales of norms below the largest number, from nothing but the norms."""
+    known = Norms(norms, norms, jnp.ones_like(norms), jnp.square(norms))
+    return _scaling.scales(known, like_norms(limits, norms), response)
 
 
 def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
@@ -131,7 +139,8 @@ def weighted_sum(
 ) -> list[jax.Array]:
     """The scaled gradients added up in the accumulator's dtype."""
     dtype = accumulator(arrays)
-    keep = found.finite if mask is None else found.finite & mask
+    finite = all_finite(found.norms)
+    keep = finite if mask is None else finite & mask
     parts = (
         [x.astype(widened(x, dtype)) for x in arrays],
         [along(keep, x.ndim) for x in arrays],
@@ -150,7 +159,7 @@ def weighted_sum(
     # vector and a matrix, but there 0 times NaN is NaN.
     def products(arrays: Any, keeps: Any, coarse: Any, fine: Any) -> list[jax.Array]:
         weights = [jnp.where(k, f, 0) for k, f in zip(keeps, fine, strict=True)]
-        usual = jnp.all(found.finite) & jnp.all(found.coarse == 1)
+        usual = jnp.all(finite) & jnp.all(found.coarse == 1)
 
         def plain(arrays: Any) -> list[jax.Array]:
             return list(map(_product, weights, arrays))

@@ -250,8 +250,8 @@ def clipped_grad(
                 axes=_clipped_grad.example_axes(batch, axis_name),
                 dtype=wide,
             )
-            sums, norms, aux = clipped.sums(mask, two_pass)
-            count = jnp.maximum(sums.number, 1).astype(wide)
+            sums, counts, norms, aux = clipped.sums(mask, two_pass)
+            count = jnp.maximum(counts.number, 1).astype(wide)
             divisor = count if batch_size is None else jnp.asarray(batch_size, wide)
             usable = jnp.all(limits >= 0)
 
@@ -262,12 +262,12 @@ def clipped_grad(
 
             found = ClippedExamples(
                 unpacked(jnp.moveaxis(norms, 0, -1), measure, leaves),
-                unpacked(sums.over.astype(wide) / count, measure, leaves),
-                sums.nonfinite,
-                sums.number,
+                unpacked(counts.over.astype(wide) / count, measure, leaves),
+                counts.nonfinite,
+                counts.number,
                 aux,
             )
-            return leaves.rebuild([finish(x) for x in sums.grads]), found
+            return leaves.rebuild([finish(x) for x in sums]), found
 
     return grad_fn
 
