@@ -157,7 +157,10 @@ def _suggest(given: argparse.Namespace) -> None:
     for label, run in zip(_labels(given.runs), given.runs, strict=True):
         columns, norm = _load(run, given)
         try:
-            found[label] = suggest_threshold(columns[norm], given.clip_rate)
+            limits = _readers.limits_beside(columns, norm)
+            found[label] = suggest_threshold(
+                columns[norm], given.clip_rate, limit=limits
+            )
         except ValueError as error:
             raise ReadError(f"{run}: {error}") from None
     if given.json:

@@ -139,15 +139,14 @@ def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
     columns = columns_of(run)
     name = _readers.pick(columns, "norm", norm)
     norms = np.asarray(columns[name], np.float64)
-    beside = name.removesuffix("norm")
-    limits, clipped = None, None
+    clipped = None
     if limit is not None:
         limits = np.full(len(norms), float(limit))
-    elif f"{beside}threshold" in columns and name.endswith("norm"):
-        limits = np.asarray(columns[f"{beside}threshold"], np.float64)
-        limits = None if not np.isfinite(limits).any() else limits
-        if f"{beside}clipped" in columns:
-            clipped = np.asarray(columns[f"{beside}clipped"]) > 0
+    else:
+        limits = _readers.limits_beside(columns, name)
+        beside = f"{name.removesuffix('norm')}clipped"
+        if limits is not None and beside in columns:
+            clipped = np.asarray(columns[beside]) > 0
     if limits is not None and clipped is None:
         clipped = norms > limits
     return Norms(columns[STEP], norms, limits, clipped)

@@ -218,7 +218,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
         seen = norms_of(columns, name, limit)
         finite = seen.norms[np.isfinite(seen.norms)]
         try:
-            suggested = f"{suggest_threshold(seen.norms).value:.4g}"
+            suggested = f"{suggest_threshold(seen.norms, limit=seen.limits).value:.4g}"
         except ValueError:
             suggested = "-"
         rows.append(

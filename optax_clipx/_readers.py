@@ -282,3 +282,12 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
                 f" Choose one with --{what} NAME."
             )
     raise ReadError(no_column(source, what, columns, f"--{what} NAME"))
+
+
+def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:
+    """The limits that a column of norms was clipped with, if they were recorded."""
+    name = f"{norm.removesuffix('norm')}threshold"
+    if not norm.endswith("norm") or name not in columns:
+        return None
+    limits = np.asarray(columns[name], np.float64)
+    return limits if np.isfinite(limits).any() else None

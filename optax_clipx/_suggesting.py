@@ -9,6 +9,8 @@ from .history import History
 
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
+_MANY = 0.01
+_NEARLY_ALL = 0.95  # of the steps clipped: the limit alone set how long they were
 
 
 class Suggestion(NamedTuple):
@@ -22,6 +24,8 @@ class Suggestion(NamedTuple):
         warmup: how many steps at the start were left out.
         spikes: the share of steps far outside of the others.
         nonfinite: how many norms were infinite or NaN.
+        recorded: the limit that the run was clipped with and that nearly all its
+            norms are above; ``None`` if there was none, or if fewer are.
         warning: what speaks against one fixed limit; empty if nothing does.
         rule: an adaptive rule to use instead, as code; ``None`` if a limit will do.
     """
@@ -33,6 +37,7 @@ class Suggestion(NamedTuple):
     warmup: int
     spikes: float
     nonfinite: int
+    recorded: float | None
     warning: str
     rule: str | None
 
@@ -53,7 +58,9 @@ class Suggestion(NamedTuple):
         return "\n".join(lines)
 
 
-def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
+def suggest_threshold(
+    norms: Any, clip_rate: float | int = 0.1, *, limit: Any = None
+) -> Suggestion:
     r"""Suggests the limit that would have clipped a wanted share of a run's steps.
 
     .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}
@@ -64,10 +71,16 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     it is the quantile of the rest. Where norms fall so much during the run that the
     rate is another at its end, the limit is the quantile of the last third.
 
+    A run of which nearly every step was clipped tells what its own limit does, and
+    nothing of any higher one: with longer steps its norms would be others. There the
+    limit is that of the run at most.
+
     Args:
         norms: the gradient norms before clipping, in the order of the steps; or a
             :class:`History`, or the path of a recorded run.
         clip_rate: :math:`r`, the share of steps to clip.
+        limit: what the run was clipped with, if it was: a number, or one for each
+            step. A :class:`History` tells this itself.
 
     Returns:
         A :class:`Suggestion`: the limit ``value``, its ``clip_rate`` on this run, how
@@ -75,7 +88,8 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
 
     Raises:
         ValueError: if ``clip_rate`` is not between 0 and 1, or if there is no positive
-            finite norm, or a negative one.
+            finite norm, or a negative one; if ``limit`` has another length, or is
+            negative.
 
     Example:
         >>> import numpy as np
@@ -92,11 +106,11 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     """
     if not 0 < clip_rate < 1:
         raise ValueError(f"Expected 0 < clip_rate < 1, got clip_rate={clip_rate}.")
-    values = _norms(norms)
+    values, limits = _norms(norms, limit)
     nonfinite = int(np.sum(~np.isfinite(values)))
     # A norm of zero says nothing of the level; one that overflowed is above any limit.
     values = np.where(np.isnan(values), np.inf, values)
-    used = values[values > 0]
+    used, limits = values[values > 0], limits[values > 0]
     if not np.isfinite(used).any():
         raise ValueError(
             f"Expected positive finite norms, got none among {len(values)}. Record a"
@@ -107,12 +121,14 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
     usual = steady[np.isfinite(steady)]
     cutoff = _spike_level(usual)
     spikes = float(np.mean(steady > cutoff))
-    value = _limit(steady, cutoff, clip_rate)
+    recorded = _recorded(steady, limits[skipped:])
+    ceiling = np.inf if recorded is None else recorded
+    value = min(_limit(steady, cutoff, clip_rate), ceiling)
     drift, drifting = _drift(steady, value, clip_rate)
     if drifting and drift < 1:
         # A limit for the high norms of the start would let pass what is a spike later,
         # and too low a limit does less harm than too high a one.
-        value = _limit(_cut(steady, 3)[-1], cutoff, clip_rate)
+        value = min(_limit(_cut(steady, 3)[-1], cutoff, clip_rate), ceiling)
     rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
     found = Suggestion(
         value=value,
@@ -122,18 +138,22 @@ def suggest_threshold(norms: Any, clip_rate: float | int = 0.1) -> Suggestion:
         warmup=int(np.flatnonzero(values > 0)[skipped]) if skipped else 0,
         spikes=spikes,
         nonfinite=nonfinite,
+        recorded=recorded,
         warning="",
         rule=_rule(1 - clip_rate, value, drift) if drifting else None,
     )
     return found._replace(warning=_warning(found, len(steady), clip_rate))
 
 
-def _norms(norms: Any) -> np.ndarray:
+def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The norms, and the limit of each step: infinite where there was none."""
     if isinstance(norms, str) or hasattr(norms, "__fspath__"):
         norms = History.load(norms)
     if isinstance(norms, History):
         columns = norms.columns
-        norms = columns[_readers.pick(columns, "norm", None, norms.path)]
+        name = _readers.pick(columns, "norm", None, norms.path)
+        norms = columns[name]
+        limit = _readers.limits_beside(columns, name) if limit is None else limit
     values = np.asarray(norms, np.float64)
     if values.ndim != 1:
         raise ValueError(
@@ -144,7 +164,22 @@ def _norms(norms: Any) -> np.ndarray:
             f"Expected norms >= 0, got {values[values < 0][0]:g} at index"
             f" {int(np.argmax(values < 0))}. Is this another column?"
         )
-    return values
+    limits = np.asarray(np.inf if limit is None else limit, np.float64)
+    if limits.ndim and limits.shape != values.shape:
+        raise ValueError(
+            f"Expected one limit, or one for each of the {len(values)} norms, got shape"
+            f" {limits.shape}."
+        )
+    if np.any(limits < 0):
+        raise ValueError(f"Expected limit >= 0, got {limits.min():g}.")
+    return values, np.broadcast_to(limits, values.shape)
+
+
+def _recorded(norms: np.ndarray, limits: np.ndarray) -> float | None:
+    """The usual limit of a run of which nearly every step was clipped."""
+    if np.mean(norms > limits) <= _NEARLY_ALL:
+        return None
+    return float(np.median(limits[limits > 0])) if np.any(limits > 0) else None
 
 
 def _warmup(norms: np.ndarray) -> int:
@@ -204,6 +239,16 @@ def _rule(quantile: float, value: float, drift: float) -> str:
 
 def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     said = []
+    if found.recorded == found.value:
+        said.append(
+            f"nearly every step of this run was clipped to {found.value:.4g}, so that it"
+            " says nothing of higher limits, and none is suggested"
+        )
+    if found.nonfinite > _MANY * count:
+        said.append(
+            "this run exploded, and its norms may be too high for one that does not:"
+            " record one with this limit"
+        )
     if found.rule:
         said.append(
             f"the norms drift (the usual norm in the last third of the run is"

@@ -106,6 +106,36 @@ def test_nan_and_infinity_are_above_any_limit():
     assert np.isfinite(clipx.suggest_threshold(wild).value)
 
 
+def test_a_run_clipped_at_every_step_says_nothing_of_higher_limits(tmp_path):
+    norms = lognormal() + 5
+    found = clipx.suggest_threshold(norms, limit=2.0)
+    assert (found.value, found.recorded, found.clip_rate) == (2.0, 2.0, 1.0)
+    assert "nothing of higher limits" in found.warning
+    lower = clipx.suggest_threshold(norms, limit=np.full(len(norms), 5.9))
+    assert lower.value == pytest.approx(np.quantile(norms, 0.9), rel=1e-2)
+    assert lower.recorded is None
+    history = clipx.History()
+    columns = {"clip/norm": norms, "clip/threshold": np.full(len(norms), 2.0)}
+    history.append(range(len(norms)), columns)
+    assert clipx.suggest_threshold(history) == found
+    assert clipx.suggest_threshold(history.save(tmp_path / "run.jsonl")) == found
+    assert clipx.suggest_threshold(history, limit=np.inf).value > 5
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [([1.0, 2.0], r"shape \(2,\)"), (-1.0, "limit >= 0, got -1")],
+)
+def test_bad_limits(limit, words):
+    with pytest.raises(ValueError, match=words):
+        clipx.suggest_threshold(np.ones(3), limit=limit)
+
+
+def test_a_run_that_exploded_is_told():
+    norms = np.append(lognormal(200), [np.nan] * 50)
+    assert "this run exploded" in clipx.suggest_threshold(norms).warning
+
+
 def test_few_norms_are_said_to_be_few():
     assert "only 3 norms" in clipx.suggest_threshold([1.0, 2.0, 3.0]).warning
     assert clipx.suggest_threshold([2.0]).value == 2.0
