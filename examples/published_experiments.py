@@ -288,7 +288,7 @@ AFTER_A_SPIKE = {
 
 @functools.partial(jax.jit, static_argnames=("name", "seeds"))
 def adam_on_a_quadratic(name, seeds):
-    """The loss x^2 of each step of each run: 4 dimensions, from 5, noise .3, rate .12."""
+    """The loss x^2 of each step of each run: 4 numbers from 5, noise .3, rate .12."""
     tx = optax.chain(AFTER_A_SPIKE[name][0](), optax.adam(0.12))
 
     def run(key):
