@@ -157,7 +157,9 @@ def test_a_restart_takes_the_place_of_what_it_runs_again(tmp_path):
 def test_an_old_file_that_has_steps_twice_is_cut_where_its_reader_would(tmp_path):
     path = tmp_path / "run.jsonl"
     steps = [*range(10), *range(6, 12)]
-    path.write_text("".join(f'{{"step": {s}, "n": {i}}}\n' for i, s in enumerate(steps)))
+    path.write_text(
+        "".join(f'{{"step": {s}, "n": {i}}}\n' for i, s in enumerate(steps))
+    )
     with pytest.warns(UserWarning, match="4 records of steps that were run again"):
         history = clipx.History(path, resume=True)
     with history:
@@ -181,7 +183,7 @@ def test_flush_leaves_nothing_behind(tmp_path):
 def test_a_file_of_others_is_not_gone_on_with(tmp_path, content):
     path = tmp_path / "run"
     path.write_text(content)
-    with pytest.raises(ValueError, match="that History.path. wrote"):
+    with pytest.raises(ValueError, match="expected a file that History"):
         clipx.History(path, resume=True)
     assert path.read_text() == content
 
