@@ -87,18 +87,20 @@ class _Match(NamedTuple):
     unique: bool = True
 
 
-def _fit(old: _Node, new: _Node) -> _Match:
+def _fit(old: _Node, new: _Node, wrap: bool = True, unwrap: bool = True) -> _Match:
     """The match with the most leaves."""
     leaves = _is_leaf(old.value), _is_leaf(new.value)
     if any(leaves):
         same = all(leaves) and _kind(old.value) == _kind(new.value)
         return _Match(frozenset([(old.keys, new.keys)]) if same else frozenset())
-    found = []
-    if type(old.value) is type(new.value):
-        found.append(_fit_parts(old, new))
+    alike = type(old.value) is type(new.value)
+    found = [_fit_parts(old, new)] if alike else []
     if _is_state(old.value) and _is_state(new.value):
-        found += [_fit(old, inner) for inner in _inner_states(new)]  # it was wrapped
-        found += [_fit(inner, new) for inner in _inner_states(old)]  # or unwrapped
+        # Not one after the other, which would lead from any part to any other.
+        if wrap:
+            found += [_fit(old, x, unwrap=False) for x in _inner_states(new)]
+        if unwrap and not alike:
+            found += [_fit(x, new, wrap=False) for x in _inner_states(old)]
     return _most(found)
 
 
