@@ -25,6 +25,10 @@ def trained(tx):
     return jax.tree.unflatten(treedef, numbered)
 
 
+SKIP_STATE = [
+    *("metrics", "rule", "loss_rule", "skipped", "reason"),
+    *("num_skipped", "consecutive_skips"),
+]
 # old optimizer, new one, what is fresh, and where the old state is in the new one
 ADDED = {
     "first": (adam, optax.chain(zclip, adam), ["0"], lambda s: s[1]),
@@ -54,15 +58,7 @@ ADDED = {
     "wrapped": (
         optax.chain(zclip, adam),
         clipx.skip_spikes(optax.chain(zclip, adam)),
-        [
-            "metrics",
-            "rule",
-            "loss_rule",
-            "skipped",
-            "reason",
-            "num_skipped",
-            "consecutive_skips",
-        ],
+        SKIP_STATE,
         lambda s: s.inner,
     ),
     "inside": (
@@ -122,8 +118,7 @@ LOST = {
     "a_wrapper": (
         clipx.skip_spikes(adam),
         adam,
-        ["metrics", "rule", "loss_rule", "skipped", "reason", "num_skipped"]
-        + ["consecutive_skips"],
+        SKIP_STATE,
     ),
     "a_name": (
         optax.named_chain(("a", adam), ("b", zclip)),
