@@ -77,7 +77,8 @@ def test_append_does_not_wait_for_the_device(tmp_path):
     def slow(x):
         return jax.lax.fori_loop(0, 300, lambda i, x: jnp.tanh(x @ x), x)
 
-    x = slow(jnp.ones((300, 300))).block_until_ready()
+    x = slow(jnp.ones((300, 300)))
+    x[0, 0].block_until_ready()  # compiled before, or it would outlast the step
     history = clipx.History(tmp_path / "run.jsonl")
     y = slow(x)
     value = y[0, 0]
