@@ -9,6 +9,7 @@ from . import (
     plotting as plotting,
     units as units,
 )
+from ._checkpoints import carry_over as carry_over
 from ._clipping import clip_by as clip_by
 from ._error_feedback import error_feedback as error_feedback
 from ._excluding import excluding as excluding

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ._table import Columns
+from ._table import STEP, Columns
 
 _BLOCK = 1 << 23  # bytes at a time: a few tens of MB as Python objects
 
@@ -56,6 +56,39 @@ def blocks(path: Path, start: int = 0) -> Iterator[tuple[int, list[bytes], bool]
                 number += len(lines)
     if rest:
         yield number, [rest], True
+
+
+def end_last_line(path: Path) -> None:
+    """Takes off a last line that was cut off, so that a new one may follow.
+
+    Raises:
+        ReadError: for a file in which lines of ours would be out of place.
+    """
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    first = data[: data.find(b"\n") + 1]
+    if _broken(first) or STEP not in json.loads(first):
+        raise ReadError(
+            f"{path}: expected a file that History(path) wrote, with"
+            f' {{"step": 0, ...}} on each line, got {_shown(first)}. Record to another'
+            " file, and read this one with History.load."
+        )
+    if whole < len(data):
+        with path.open("rb+") as file:
+            file.truncate(whole)
+
+
+def end_before(path: str | Path, step: int) -> int:
+    """Where the last line of a step before this one ends."""
+    data = Path(path).read_bytes()
+    end = len(data)
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        line = data[start:end]
+        if line.strip() and json.loads(line)[STEP] < step:
+            break
+        end = start
+    return end
 
 
 def decode(path: Path, number: int, lines: list[bytes], cut: bool) -> Columns | None:

@@ -26,7 +26,7 @@ class Follower:
         self._begin()
 
     def _begin(self) -> None:
-        self.table, self.offset, self.lines = Table(), 0, 0
+        self.table, self.offset, self.lines, self.last = Table(), 0, 0, b""
 
     def look(self) -> Columns:
         """The columns as of now."""
@@ -47,8 +47,14 @@ class Follower:
         with self.path.open("rb") as file:
             return file.read(1024).lstrip()[:1] in (b"{", b"")
 
+    def _was_cut(self) -> bool:
+        """Whether the last line is no longer there, as in a run begun again."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset - len(self.last))
+            return file.read(len(self.last)) != self.last
+
     def _read_new_lines(self) -> None:
-        if self.path.stat().st_size < self.offset:  # begun anew
+        if self._was_cut():
             self._begin()
         before = self.lines
         for number, lines, cut in _jsonl.blocks(self.path, self.offset):
@@ -57,6 +63,7 @@ class Follower:
             columns = _jsonl.decode(self.path, before + number, lines, cut)
             self.lines = before + number + len(lines)
             self.offset += sum(len(line) + 1 for line in lines)
+            self.last = lines[-1] + b"\n"
             if columns is None:
                 continue
             if self.step is None:

@@ -21,19 +21,22 @@ class History:
     A file has one JSON object a line. ``append`` writes what it was given the time
     before: the numbers of the last step are still being computed, and are only asked
     for when the next step has been sent to the device. A killed run so leaves a file
-    that loads, without its last record or two.
+    that loads, without its last record or two; ``flush`` before a checkpoint is saved,
+    and none is missing that the checkpoint has.
 
     Attributes:
         path: the file that is written, or ``None``.
 
     Args:
         path: a file to write to as it goes; without it the history is in memory only.
-        resume: go on with a file that is there. Steps that are recorded again, as
-            after a restart from a checkpoint, take the place of the old ones.
+        resume: go on with a file that is there. **Recording a step drops every record
+            from that step on**, in memory and in the file: a run that went on from
+            step 100 of a checkpoint leaves the file of one that was never interrupted.
 
     Raises:
         FileExistsError: if the file has something in it and ``resume`` is false.
-        ValueError: if a file to go on with cannot be read.
+        ValueError: if a file to go on with cannot be read, or is not one that
+            ``History(path)`` wrote.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,7 +67,7 @@ class History:
                         " go on with it, or another path."
                     )
                 table = _readers.read(self.path)
-                _end_last_line(self.path)
+                _jsonl.end_last_line(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         self._writer = _Writer(table, file)
@@ -109,6 +112,10 @@ class History:
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
         self._writer.put(record)
+
+    def flush(self) -> None:
+        """Writes the last record, too, and so waits for its numbers."""
+        self._writer.write()
 
     def close(self) -> None:
         """Writes the last record and closes the file."""
@@ -282,12 +289,14 @@ class _Writer:
             return
         if steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0):
             raise ValueError(f"Expected whole steps that rise, got {record[STEP]}.")
+        again = self.table.forget_from(int(steps[0]))
         if self.file is not None:
+            if again:
+                self.file.truncate(_jsonl.end_before(self.file.name, int(steps[0])))
             # Flushed at once: what the system has taken outlives the process.
             for part in _parts(columns, as_csv=False):
                 self.file.write(part)
             self.file.flush()
-        self.table.forget_from(int(steps[0]))
         self.table.extend(columns)
 
 
@@ -307,12 +316,3 @@ def _parts(columns: Columns, *, as_csv: bool) -> Iterable[bytes]:
 def _quoted(name: str) -> str:
     special = any(character in name for character in ',"\n')
     return '"' + name.replace('"', '""') + '"' if special else name
-
-
-def _end_last_line(path: Path) -> None:
-    """Takes off a last line that was cut off, so that a new one may follow."""
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        whole = data.rfind(b"\n") + 1
-        with path.open("rb+") as file:
-            file.truncate(whole)

@@ -77,7 +77,8 @@ def test_append_does_not_wait_for_the_device(tmp_path):
     def slow(x):
         return jax.lax.fori_loop(0, 300, lambda i, x: jnp.tanh(x @ x), x)
 
-    x = slow(jnp.ones((300, 300))).block_until_ready()
+    x = slow(jnp.ones((300, 300)))
+    x[0, 0].block_until_ready()  # compiled before, or it would outlast the step
     history = clipx.History(tmp_path / "run.jsonl")
     y = slow(x)
     value = y[0, 0]
@@ -141,10 +142,51 @@ def test_a_restart_takes_the_place_of_what_it_runs_again(tmp_path):
         history.append(range(6, 12), {"loss": -np.arange(6.0)})
         want = [0, 1, 2, 3, 4, 5, 0, -1, -2, -3, -4, -5]
         assert history["loss"].tolist() == want
-    with pytest.warns(UserWarning, match="4 records of steps that were run again"):
-        loaded = clipx.History.load(path)
+    loaded = clipx.History.load(path)
     assert loaded["loss"].tolist() == want
     assert loaded.steps.tolist() == list(range(12))
+    # As in the file of a run that was never interrupted.
+    with clipx.History(tmp_path / "whole.jsonl") as history:
+        history.append(range(6), {"loss": np.arange(6.0)})
+        history.append(range(6, 12), {"loss": -np.arange(6.0)})
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    with clipx.History(path, resume=True) as history:
+        history.append(0, {"loss": 5.0})
+    assert path.read_bytes() == b'{"step": 0, "loss": 5.0}\n'
+
+
+def test_an_old_file_that_has_steps_twice_is_cut_where_its_reader_would(tmp_path):
+    path = tmp_path / "run.jsonl"
+    steps = [*range(10), *range(6, 12)]
+    path.write_text(
+        "".join(f'{{"step": {s}, "n": {i}}}\n' for i, s in enumerate(steps))
+    )
+    with pytest.warns(UserWarning, match="4 records of steps that were run again"):
+        history = clipx.History(path, resume=True)
+    with history:
+        history.append(8, {"n": -1})
+        want = [0, 1, 2, 3, 4, 5, 10, 11, -1]
+        assert history["n"].tolist() == want
+    with pytest.warns(UserWarning, match="4 records of steps that were run again"):
+        assert clipx.History.load(path)["n"].tolist() == want
+
+
+def test_flush_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = clipx.History(path)
+    history.append(0, {"norm": 1.0})
+    history.flush()
+    history.flush()
+    assert path.read_bytes() == b'{"step": 0, "norm": 1.0}\n'
+
+
+@pytest.mark.parametrize("content", ["step,norm\n0,1\n", '{"_step": 0, "norm": 1}\n'])
+def test_a_file_of_others_is_not_gone_on_with(tmp_path, content):
+    path = tmp_path / "run"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="expected a file that History"):
+        clipx.History(path, resume=True)
+    assert path.read_text() == content
 
 
 def test_pandas():

@@ -19,6 +19,8 @@ PAGES = {  # what each prints
     "docs/backward.md": r"2184\d\.\d*\n3\.0",
     "docs/per_example.md": r"1 64\n1\.0\n\(10,\)",
     "docs/monitoring.md": r"clip_ratios/kernel: ",
+    "docs/checkpoints.md": r"60 100 100\nTrue\nTrue\n101 P.*'data'.*\n"
+    r"\['metrics', .*'inner/0',",
     "docs/choosing.md": r"0\.3\d* .*10\.0%",
 }
 

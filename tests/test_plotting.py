@@ -268,7 +268,13 @@ def test_watch_follows_a_file_that_grows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"run\.jsonl:6"):
         follower.look()
     path.write_bytes(b'{"step": 0, "norm": 3}\n')
-    assert Follower(path).look()["norm"].tolist() == [3]
+    follower = Follower(path)
+    assert follower.look()["norm"].tolist() == [3]
+    # A resumed run has cut the file and is already further than it was.
+    path.write_bytes(b'{"step": 0, "norm": 4.25}\n{"step": 1, "norm": 5}\n')
+    assert follower.look()["norm"].tolist() == [4.25, 5]
+    path.write_bytes(b"")
+    assert len(follower.look()["step"]) == 0
     assert sparkline(np.array([1.0, 10.0, 100.0, np.nan])) == "▁▅█ "
 
 
