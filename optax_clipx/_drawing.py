@@ -139,6 +139,7 @@ def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
     columns = columns_of(run)
     name = _readers.pick(columns, "norm", norm)
     norms = np.asarray(columns[name], np.float64)
+    limits: np.ndarray | None
     clipped = None
     if limit is not None:
         limits = np.full(len(norms), float(limit))
