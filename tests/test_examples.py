@@ -148,11 +148,13 @@ def test_published_experiments_come_out(tmp_path):
             assert here == pytest.approx(reference, abs=0.01)
         if name.startswith("tail") and (name.endswith("clipped") or "normal" in name):
             assert here == pytest.approx(reference, rel=0.2)
+        if name.startswith("loss after a spike"):
+            assert here == pytest.approx(reference, rel=0.2)
     for noise in ("Weibull(0.2)", "Burr(1, 2.3)"):
         plain, _ = rows[f"tail of the loss, {noise}, SGD"]
         assert plain > 3 * rows[f"tail of the loss, {noise}, clipped"][0]
     after = [rows[n][0] for n in rows if n.startswith("loss after a spike")]
-    assert after[0] > 20 * max(after[1:])  # no clipping, and then the others
+    assert after[0] > 10 * max(after[1:])  # no clipping, and then the others
     assert output.stat().st_size > 20_000
 
 
