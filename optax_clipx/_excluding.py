@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._leaves import chooser, path_of, show
+from ._leaves import chooser, flatten, path_of, show
 
 
 def excluding(
@@ -46,9 +46,12 @@ def excluding(
     chosen = chooser(where)
 
     def mask(tree: Any) -> Any:
+        flatten(tree, updates=False)  # refuses what is no array
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
         kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
-        frozen = any(chosen(path_of(keys), leaf) for keys, leaf in _nothing(tree))
+        nothing = _nothing(tree)
+        # A function may ask a leaf for its shape, and None has none.
+        frozen = any(callable(where) or chosen(path_of(k), x) for k, x in nothing)
         if kept and all(kept) and not frozen:
             known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
             raise ValueError(

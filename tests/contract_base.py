@@ -71,6 +71,7 @@ def by_hand(make):
 
 def assert_close(found, wanted, rtol=2e-6, atol=1e-6):
     """Both are lists of trees; a spike's step sets what an absolute error may be."""
+    found, wanted = list(found), list(wanted)
     assert len(found) == len(wanted)
     for have, want in zip(found, wanted, strict=True):
         assert jax.tree.structure(have) == jax.tree.structure(want)

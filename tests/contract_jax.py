@@ -61,11 +61,6 @@ def no_nans(make):
         return jitted(make)
 
 
-def no_infs(make):
-    with jax.debug_infs(True):
-        return jitted(make)
-
-
 def without_jit(make):
     with jax.disable_jit():
         return train(trainer(make), first_params(), gradients())[0]
@@ -132,7 +127,7 @@ def ensemble(make):
 
 
 def by_pmap(make):
-    """Each device has the gradient of other examples; averaged before they are clipped."""
+    """Each device has gradients of other examples; their mean is clipped."""
     count = 8
 
     def body(grads, state, params):
@@ -176,7 +171,7 @@ def differentiated(make):
 
 
 def narrow(dtype):
-    """Parameters in float32, gradients in less: as if clipped in float32, but rounded."""
+    """Parameters in float32, gradients in less: as in float32, but rounded."""
 
     def cell(make):
         tx, alone = trainer(make), trainer(make)
@@ -199,7 +194,7 @@ def narrow(dtype):
 
 
 def loss_scaled(make):
-    """Scaled float16 gradients, the scale halved and the step left out if they overflow.
+    """Scaled float16 gradients; if they overflow, half the scale and no step.
 
     The spike overflows once.
     """
@@ -242,7 +237,6 @@ JAX = {
     "x64": same(double),
     "strict promotion": same(strict_promotion),
     "debug_nans": same(no_nans),
-    "debug_infs": same(no_infs),
     "disable_jit": same(without_jit),
     "donated": same(donated),
     "jax.export": same(exported),

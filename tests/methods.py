@@ -12,9 +12,9 @@ import optax_clipx as clipx
 partial = functools.partial
 
 
-def by_path(path, leaf):
-    """A label for each leaf, for trees of any structure."""
-    return "even" if len("".join(path)) % 2 == 0 else "odd"
+def by_axes(path, leaf):
+    """A label for each leaf, for trees of any structure and with any names."""
+    return "even" if jnp.ndim(leaf) % 2 == 0 else "odd"
 
 
 NORM_METHODS = {
@@ -28,7 +28,7 @@ NORM_METHODS = {
     "clip_by_global_norm_1": functools.partial(clipx.clip_by_global_norm, ord=1),
     "clip_by_global_norm_3": functools.partial(clipx.clip_by_global_norm, ord=3),
     "clip_by_group_norm": lambda limit, **options: clipx.clip_by_group_norm(
-        {"even": limit, "odd": limit}, by_path, **options
+        {"even": limit, "odd": limit}, by_axes, **options
     ),
     "unit_norms": lambda limit, **options: clipx.clip_by(
         clipx.unit_norms(), limit, **options
@@ -68,7 +68,7 @@ ADAPTIVE = {
     "quantile_clip_window": partial(clipx.quantile_clip, 0.5, window=4),
     "norm_growth_limit": clipx.norm_growth_limit,
     "norm_growth_limit_group": partial(
-        clipx.norm_growth_limit, scope=clipx.group_norms(lambda path, leaf: path[0])
+        clipx.norm_growth_limit, scope=clipx.group_norms(by_axes)
     ),
     "historical_update_clip": partial(
         clipx.historical_update_clip, window=6, warmup_steps=3
@@ -147,7 +147,7 @@ WRAPPERS = {
         in_optimizer(**options), ratios=True, **place(options)
     ),
     "watch_labels": lambda **options: clipx.watch(
-        clipx.clip_by_global_norm(0.1, **options), labels=by_path, **place(options)
+        clipx.clip_by_global_norm(0.1, **options), labels=by_axes, **place(options)
     ),
 }
 OPTIMIZERS = {

@@ -1,0 +1,51 @@
+"""Every public transformation in every context: a cell for each pair.
+
+The usual run takes a cell or two of each row and column, the slow one some more, and
+`python docs/make_contract.py` runs them all and writes the table.
+"""
+
+import contextlib
+import os
+
+import jax
+import optax
+import pytest
+from contract_frameworks import FRAMEWORKS
+from contract_jax import JAX
+from contract_optax import OPTAX
+from methods import EVERY
+
+CONTEXTS = {**FRAMEWORKS, **OPTAX, **JAX}
+# Where optax or a framework fails alone: what it says.
+FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
+
+
+def cells():
+    """Each pair; all but one of 37 are marked slow, and of these most are no test."""
+    for i, row in enumerate(EVERY):
+        for j, column in enumerate(CONTEXTS):
+            place = (7 * i + j) % 37
+            if place % 12 and not os.environ.get("CLIPX_WHOLE_CONTRACT"):
+                continue
+            marks = [pytest.mark.slow] if place else [pytest.mark.sampled]
+            yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
+
+
+@contextlib.contextmanager
+def usual_promotion():
+    """Optax and frameworks promote dtypes; what we do is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize(("row", "column"), cells())
+def test_cell(row, column, record_property):
+    with usual_promotion():
+        if column in FAILS_ALONE:
+            error, words = FAILS_ALONE[column]
+            with pytest.raises(error, match=words):
+                CONTEXTS[column](lambda **options: optax.identity())
+            record_property("cell", f"fails without us: {words}")
+            return
+        CONTEXTS[column](EVERY[row].make)
+    record_property("cell", "holds")
