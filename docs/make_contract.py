@@ -1,4 +1,4 @@
-"""Runs every transformation in every context, and writes the tables of docs/contract.md.
+"""Runs every transformation in every context, and writes the tables of the docs.
 
 python docs/make_contract.py
 """
