@@ -42,7 +42,7 @@ def donated(make):
         updates, state = tx.update(g, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(body, donate_argnums=(0, 1, 2))
+    step = jax.jit(body, donate_argnums=(1, 2))
     params, found = first_params(), []
     state = tx.init(params)
     for g in gradients():
