@@ -5,6 +5,7 @@ The usual run takes a cell or two of each row and column, the slow one some more
 """
 
 import contextlib
+import itertools
 import os
 
 import jax
@@ -29,6 +30,13 @@ def cells():
                 continue
             marks = [pytest.mark.slow] if place else [pytest.mark.sampled]
             yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(count=itertools.count(1)):  # noqa: B008  (counts over all tests)
+    """Two thousand cells would fill the memory with compiled programs."""
+    if next(count) % 100 == 0:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
