@@ -28,7 +28,8 @@ def cells():
             place = (7 * i + j) % 73
             if place % 24 and not os.environ.get("CLIPX_WHOLE_CONTRACT"):
                 continue
-            marks = [pytest.mark.slow] if place else [pytest.mark.sampled]
+            slow = place or column == "before each optimizer"
+            marks = [pytest.mark.slow] if slow else [pytest.mark.sampled]
             yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
 
 
