@@ -275,15 +275,17 @@ def _limits(
     )
     if narrow:  # what the rule saw as within its limit is so in float64 too
         limits = jax.tree.map(
-            lambda t, n: (
-                jnp.where(seen(n) <= _metrics.to_float32(t), jnp.maximum(t, n), t)
-                if n.dtype == jnp.float64
-                else t
-            ),
+            lambda t, n: _within(t, n, seen(n)) if n.dtype == jnp.float64 else t,
             limits,
             norm.value,
         )
     return limits, new_rule
+
+
+def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
+    """A limit that is not below its norm, if it is not below what a rule saw of it."""
+    within = jnp.isfinite(norm) & (seen <= _metrics.to_float32(limit))
+    return jnp.where(within, jnp.maximum(limit, norm), limit)
 
 
 class Measured(NamedTuple):

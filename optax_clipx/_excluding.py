@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._leaves import chooser, path_of, show
+from ._leaves import Path, chooser, flatten, path_of, show
 
 
 def excluding(
@@ -46,10 +46,12 @@ def excluding(
     chosen = chooser(where)
 
     def mask(tree: Any) -> Any:
+        flatten(tree, updates=False)  # refuses what is no array
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
         kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
-        frozen = any(chosen(path_of(keys), leaf) for keys, leaf in _nothing(tree))
-        if kept and all(kept) and not frozen:
+        # A function may ask for what only arrays have, so that it is not asked here.
+        frozen = [callable(where) or chosen(path, None) for path in _nothing(tree)]
+        if kept and all(kept) and not any(frozen):
             known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
             raise ValueError(
                 f"Expected where={where!r} to fit a leaf, it fits none of: {known}."
@@ -59,11 +61,11 @@ def excluding(
     return optax.masked(optax.with_extra_args_support(clipper), mask)
 
 
-def _nothing(tree: Any) -> list[Any]:
+def _nothing(tree: Any) -> list[Path]:
     """The places where there is None, or a leaf that another mask has taken."""
 
     def is_nothing(x: Any) -> bool:
         return x is None or isinstance(x, optax.MaskedNode)
 
     entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nothing)
-    return [(keys, leaf) for keys, leaf in entries if is_nothing(leaf)]
+    return [path_of(keys) for keys, leaf in entries if is_nothing(leaf)]

@@ -10,7 +10,7 @@ import optax
 from . import _policies
 from ._clipping import clip_norms
 from ._entries import check_leaves, elementwise, mean_of, root_of_mean, zeros_like
-from ._leaves import Leaves
+from ._leaves import Leaves, flatten
 from ._measures import tree_norm
 from ._methods._smooth import normalize_by_norm
 from ._responses import rescale
@@ -323,7 +323,7 @@ def normalized_momentum(
         Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
     """
     check_decay(decay, "decay")
-    return optax.chain(
+    chain = optax.chain(
         optax.ema(decay, debias=False),
         normalize_by_norm(
             target,
@@ -334,3 +334,9 @@ def normalized_momentum(
             metrics=metrics,
         ),
     )
+
+    def init(params: Any) -> Any:
+        flatten(params, updates=False)  # refuses what is no array
+        return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, chain.update)

@@ -65,6 +65,7 @@ def _scale(
     # Far above its limit, the scale is split evenly over two factors.
     extreme = beyond | (limit < norm * 2.0 ** (info.minexp * 3 // 4))
     extreme = extreme & (limit > 0) & jnp.isfinite(limit) & jnp.isfinite(norm)
+    extreme = extreme & (value > 0)
     half = jnp.sqrt(jnp.where(extreme, limit, 1)) / jnp.sqrt(
         jnp.where(extreme, norm, 1)
     )

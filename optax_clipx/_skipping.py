@@ -313,11 +313,14 @@ def _judge(
 
 
 def _select(condition: jax.Array, this: Any, that: Any) -> Any:
-    def one(a: Any, b: Any) -> jax.Array:
+    def one(a: Any, b: Any) -> Any:
+        if getattr(b, "dtype", None) == jax.dtypes.float0:
+            return b
+        b = jnp.asarray(b)
         # Keys of random numbers cannot be cast, and need not.
         return jnp.where(condition, a, b if b.dtype == a.dtype else b.astype(a.dtype))
 
-    return jax.tree.map(one, this, jax.tree.map(jnp.asarray, that))
+    return jax.tree.map(one, this, that)
 
 
 def _checked(inner_state: Any) -> Any:

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
     """Marks most cases of large tables slow: the usual run takes a sample of each."""
     cases = {}
     for item in items:
-        if item.get_closest_marker("slow") is None:
+        if not any(map(item.get_closest_marker, ("slow", "sampled"))):
             cases.setdefault((item.path, item.originalname), []).append(item)
     for table in cases.values():
         for i, item in enumerate(table):

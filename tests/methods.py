@@ -1,15 +1,20 @@
 """Every public transformation, for the suites that run over all of them."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import optax
 
 import optax_clipx as clipx
 
+partial = functools.partial
 
-def by_path(path, leaf):
-    """A label for each leaf, for trees of any structure."""
-    return "even" if len("".join(path)) % 2 == 0 else "odd"
+
+def by_axes(path, leaf):
+    """A label for each leaf, for trees of any structure and with any names."""
+    return "even" if jnp.ndim(leaf) % 2 == 0 else "odd"
 
 
 NORM_METHODS = {
@@ -23,7 +28,7 @@ NORM_METHODS = {
     "clip_by_global_norm_1": functools.partial(clipx.clip_by_global_norm, ord=1),
     "clip_by_global_norm_3": functools.partial(clipx.clip_by_global_norm, ord=3),
     "clip_by_group_norm": lambda limit, **options: clipx.clip_by_group_norm(
-        {"even": limit, "odd": limit}, by_path, **options
+        {"even": limit, "odd": limit}, by_axes, **options
     ),
     "unit_norms": lambda limit, **options: clipx.clip_by(
         clipx.unit_norms(), limit, **options
@@ -46,3 +51,179 @@ RESPONSES = {
 }
 RELATIVE_METHODS = {"adaptive_grad_clip": clipx.adaptive_grad_clip}
 ALL_METHODS = {**NORM_METHODS, **ELEMENT_METHODS, **RESPONSES, **RELATIVE_METHODS}
+# Each with a warm-up so short that it clips in a few steps.
+ADAPTIVE = {
+    "zclip": partial(clipx.zclip, warmup_steps=3),
+    "zclip_mean": partial(clipx.zclip, warmup_steps=3, mode="mean", max_norm=50.0),
+    "zclip_skip_leaf": partial(clipx.zclip, warmup_steps=3, stats="skip", scope="leaf"),
+    "autoclip": clipx.autoclip,
+    "autoclip_window_leaf": partial(clipx.autoclip, window=5, scope="leaf"),
+    "autoclip_all": partial(clipx.autoclip, max_steps=9, cap=30.0),
+    "adagc": partial(clipx.adagc, warmup_steps=3),
+    "adagc_tree": partial(clipx.adagc, warmup_steps=3, scope="tree", init="mean"),
+    "olmo_ratio_clip": partial(clipx.olmo_ratio_clip, 1.1),
+    "log_zscore_clip": clipx.log_zscore_clip,
+    "quantile_clip": clipx.quantile_clip,
+    "quantile_clip_units": partial(clipx.quantile_clip, scope=clipx.unit_norms()),
+    "quantile_clip_window": partial(clipx.quantile_clip, 0.5, window=4),
+    "norm_growth_limit": clipx.norm_growth_limit,
+    "norm_growth_limit_group": partial(
+        clipx.norm_growth_limit, scope=clipx.group_norms(by_axes)
+    ),
+    "historical_update_clip": partial(
+        clipx.historical_update_clip, window=6, warmup_steps=3
+    ),
+    "group_band": lambda **options: clipx.clip_by(
+        clipx.leaf_norms(), clipx.group_band(0.5, 2.0), clipx.normalize, **options
+    ),
+    "warmup_minimum_scaled": lambda **options: clipx.clip_by(
+        clipx.tree_norm(),
+        clipx.warmup(
+            3.0,
+            then=clipx.minimum(clipx.scaled(clipx.quantile(0.5), 2.0), 9.0),
+            steps=2,
+        ),
+        **options,
+    ),
+}
+STATELESS = {
+    "smooth_clip": partial(clipx.smooth_clip, 1.0, p=2.0),
+    "normalize_by_norm": partial(clipx.normalize_by_norm, 2.0, eps=1e-6),
+}
+MOMENTS = {
+    "clip_spikes": partial(clipx.clip_spikes, 4.0, warmup_steps=1),
+    "scale_by_acclip": clipx.scale_by_acclip,
+    "scale_by_acclip_1.5": partial(clipx.scale_by_acclip, alpha=1.5),
+    "mixed_clip": partial(clipx.mixed_clip, 0.5, decay=0.5),
+    "stabilize_norm": clipx.stabilize_norm,
+    "scale_by_stable_adam": clipx.scale_by_stable_adam,
+    "clip_by_spectral_norm": partial(clipx.clip_by_spectral_norm, 0.5),
+    "clip_by_spectral_norm_soft": partial(
+        clipx.clip_by_spectral_norm, 0.5, form="soft", method="newton_schulz"
+    ),
+}
+
+
+def in_optimizer(**options):
+    """A clipper and a momentum, for the wrappers of an optimizer."""
+    return optax.chain(clipx.clip_by_global_norm(0.1, **options), optax.trace(0.9))
+
+
+def has_few_axes(path, leaf):
+    return jnp.ndim(leaf) < 2
+
+
+def by_rule(rule, measure=None):
+    measure = clipx.tree_norm() if measure is None else measure
+    return lambda **options: clipx.clip_by(measure, rule, **options)
+
+
+WRAPPERS = {
+    "error_feedback": lambda **options: clipx.error_feedback(
+        clipx.clip_by_global_norm(0.1, **options)
+    ),
+    "error_feedback_adaptive": lambda **options: clipx.error_feedback(
+        clipx.adagc(warmup_steps=3, **options)
+    ),
+    "excluding": lambda **options: clipx.excluding(
+        clipx.clip_by_global_norm(0.1, **options), has_few_axes
+    ),
+    "skip_spikes": lambda **options: clipx.skip_spikes(
+        in_optimizer(**options), **place(options)
+    ),
+    "skip_spikes_zscore": lambda **options: clipx.skip_spikes(
+        in_optimizer(**options),
+        clipx.zscore(4.0, warmup_steps=3, stats="skip", patience=5),
+        **place(options),
+    ),
+    "reset_moments": lambda **options: clipx.reset_moments(
+        optax.chain(
+            clipx.clip_spikes(4.0, warmup_steps=1, **options), optax.trace(0.9)
+        ),
+        every=7,
+        warmup=3,
+    ),
+    "watch": lambda **options: clipx.watch(
+        in_optimizer(**options), ratios=True, **place(options)
+    ),
+    "watch_labels": lambda **options: clipx.watch(
+        clipx.clip_by_global_norm(0.1, **options), labels=by_axes, **place(options)
+    ),
+}
+OPTIMIZERS = {
+    "stable_adamw": partial(clipx.stable_adamw, 1e-3),
+    "normalized_momentum": clipx.normalized_momentum,
+}
+RULES = {
+    "constant": by_rule(clipx.constant(0.1)),
+    "magnitudes": by_rule(0.1, clipx.magnitudes()),
+    "norm_growth": by_rule(clipx.norm_growth(1.05), clipx.leaf_norms()),
+    "quantile_tracker": by_rule(clipx.quantile_tracker(0.8), clipx.leaf_norms()),
+    "relative_to_params": by_rule(clipx.relative_to_params(0.1), clipx.leaf_norms()),
+}
+
+
+def place(options):
+    """What a wrapper has to know of the mesh, too."""
+    return {k: v for k, v in options.items() if k in ("axis_name", "specs")}
+
+
+class Method(NamedTuple):
+    """A public transformation as the suites see it.
+
+    `make` takes `nonfinite`, `axis_name`, `specs` and `metrics`, and no other argument;
+    of a wrapper `nonfinite` and `metrics` are those of the clipper inside. Every method
+    works on any tree of arrays that has a leaf of less than two axes.
+
+    `covers` are the names in the package that it stands for.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    covers: frozenset[str]
+    complex: bool = True  # complex leaves are not an error
+    forgets: bool = True  # nothing that is not finite stays in its state
+    skips: bool = False  # it answers what is not finite with zeros, under any policy
+
+
+REAL = {*MOMENTS, "clip_by_value", "stable_adamw", "reset_moments"} - {"mixed_clip"}
+# Names that stand in a key together with others, or not at all.
+ALSO = {
+    "tree_normalize": ("normalize", "tree_norm", "clip_by"),
+    "tree_smooth": ("smooth",),
+    "tree_drop": ("drop",),
+    "constant": ("rescale",),
+    "norm_growth": ("leaf_norms",),
+    "norm_growth_limit_group": ("group_norms",),
+    "warmup_minimum_scaled": ("minimum", "scaled", "quantile"),
+    "adagc": ("ema_ratio",),
+    "skip_spikes_zscore": ("zscore",),
+}
+
+
+def _method(name, make):
+    words = name.split("_")
+    public = ["_".join(words[:i]) for i in range(len(words), 0, -1)]
+    longest = [n for n in public if hasattr(clipx, n)][:1]
+    return Method(
+        make,
+        frozenset([*longest, *ALSO.get(name, ())]),
+        complex=name not in REAL,
+        forgets=name != "normalized_momentum",
+        skips=name.startswith("skip_spikes"),
+    )
+
+
+# Every public transformation, rule, measure and response of the package, by name; a
+# test fails if one is missing.
+EVERY = {
+    name: _method(name, make)
+    for name, make in {
+        **{name: partial(make, 0.1) for name, make in ALL_METHODS.items()},
+        **ADAPTIVE,
+        **STATELESS,
+        **MOMENTS,
+        **WRAPPERS,
+        **OPTIMIZERS,
+        **RULES,
+    }.items()
+}

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from methods import ADAPTIVE as METHODS, STATELESS
 
 import optax_clipx as clipx
 
@@ -18,45 +19,6 @@ GOLDEN = Path(__file__).parent / "golden"
 INPUTS = np.load(GOLDEN / "inputs.npz")
 partial = functools.partial
 
-# Each with a warm-up so short that it clips in a few steps.
-METHODS = {
-    "zclip": partial(clipx.zclip, warmup_steps=3),
-    "zclip_mean": partial(clipx.zclip, warmup_steps=3, mode="mean", max_norm=50.0),
-    "zclip_skip_leaf": partial(clipx.zclip, warmup_steps=3, stats="skip", scope="leaf"),
-    "autoclip": clipx.autoclip,
-    "autoclip_window_leaf": partial(clipx.autoclip, window=5, scope="leaf"),
-    "autoclip_all": partial(clipx.autoclip, max_steps=9, cap=30.0),
-    "adagc": partial(clipx.adagc, warmup_steps=3),
-    "adagc_tree": partial(clipx.adagc, warmup_steps=3, scope="tree", init="mean"),
-    "olmo_ratio_clip": partial(clipx.olmo_ratio_clip, 1.1),
-    "log_zscore_clip": clipx.log_zscore_clip,
-    "quantile_clip": clipx.quantile_clip,
-    "quantile_clip_units": partial(clipx.quantile_clip, scope=clipx.unit_norms()),
-    "quantile_clip_window": partial(clipx.quantile_clip, 0.5, window=4),
-    "norm_growth_limit": clipx.norm_growth_limit,
-    "norm_growth_limit_group": partial(
-        clipx.norm_growth_limit, scope=clipx.group_norms(lambda path, leaf: path[0])
-    ),
-    "historical_update_clip": partial(
-        clipx.historical_update_clip, window=6, warmup_steps=3
-    ),
-    "group_band": lambda **options: clipx.clip_by(
-        clipx.leaf_norms(), clipx.group_band(0.5, 2.0), clipx.normalize, **options
-    ),
-    "warmup_minimum_scaled": lambda **options: clipx.clip_by(
-        clipx.tree_norm(),
-        clipx.warmup(
-            3.0,
-            then=clipx.minimum(clipx.scaled(clipx.quantile(0.5), 2.0), 9.0),
-            steps=2,
-        ),
-        **options,
-    ),
-}
-STATELESS = {
-    "smooth_clip": partial(clipx.smooth_clip, 1.0, p=2.0),
-    "normalize_by_norm": partial(clipx.normalize_by_norm, 2.0, eps=1e-6),
-}
 # The slow ones differ from others in what test_adaptive_rules.py has already.
 SLOW = {
     "zclip_mean",

@@ -184,3 +184,15 @@ def test_a_factor_above_one_does_not_ratchet():
     norms[::20] = 4.0
     _, state = run(rule, norms)
     assert float(state.mean) < 2
+
+
+def test_a_nan_among_float64_is_no_unusable_limit():
+    """The limit became NaN with the norm, and so did the updates under any policy."""
+    with jax.enable_x64(True):
+        clipper = clipx.autoclip(nonfinite="zero")
+        update = jax.jit(clipper.update)
+        grads = jnp.ones(3, jnp.float64)
+        _, state = update(grads, clipper.init(grads))
+        clipped, state = update(grads.at[0].set(jnp.nan), state)
+        assert clipped.tolist() == [0, 0, 0]
+        assert not np.isnan(state.metrics.threshold)

@@ -201,3 +201,15 @@ def test_schedules_and_arrays_of_any_dtype_keep_the_updates_dtype(make, dtype):
     for limit in (jnp.float32(0.5), jnp.asarray(0.5, dtype), np.float64(0.5)):
         clipped, _ = jax.jit(make(limit).update)(updates, None, updates)
         assert {x.dtype for x in jax.tree.leaves(clipped)} == {jnp.dtype(dtype)}
+
+
+@norm_methods
+def test_a_norm_of_zero_is_not_scaled_by_a_limit_near_zero(make):
+    """Subnormal entries, whose norm is zero, were made zero by limits under 1e-28."""
+    updates = jax.tree.map(lambda x: jnp.full_like(x, 1e-40), tree())
+    clipped, state = run(make, 1e-31, updates)
+    for got, want in zip(*map(jax.tree.leaves, (clipped, updates)), strict=True):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    assert float(state.metrics.scale) == 1
+    _, state = run(make, 1e-31, tree(0))
+    assert float(state.metrics.scale) == 1

@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from methods import MOMENTS as EVERY
 
 import optax_clipx as clipx
 
@@ -161,18 +162,6 @@ def test_the_rms_shows_a_second_moment_out_of_date():
     assert float(jnp.max(updates["old"])) == pytest.approx(1.0, rel=1e-2)
 
 
-EVERY = {
-    "clip_spikes": partial(clipx.clip_spikes, 4.0, warmup_steps=1),
-    "scale_by_acclip": clipx.scale_by_acclip,
-    "scale_by_acclip_1.5": partial(clipx.scale_by_acclip, alpha=1.5),
-    "mixed_clip": partial(clipx.mixed_clip, 0.5, decay=0.5),
-    "stabilize_norm": clipx.stabilize_norm,
-    "scale_by_stable_adam": clipx.scale_by_stable_adam,
-    "clip_by_spectral_norm": partial(clipx.clip_by_spectral_norm, 0.5),
-    "clip_by_spectral_norm_soft": partial(
-        clipx.clip_by_spectral_norm, 0.5, form="soft", method="newton_schulz"
-    ),
-}
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 
 

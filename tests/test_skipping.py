@@ -300,3 +300,14 @@ def test_moments_are_reset_and_warmed_up():
             updates, state = fresh.update(ones, state, PARAMS)
         want, _ = optax.adam(0.1).update(ones, optax.adam(0.1).init(PARAMS), PARAMS)
     chex.assert_trees_all_close(updates, want, rtol=1e-6)
+
+
+def test_a_leaf_of_float0_passes_through():
+    """The gradient of integers; it came out as an array of another dtype."""
+    tx = clipx.skip_spikes(clipx.clip_by_global_norm(1.0))
+    params = {"count": jnp.arange(2), "w": jnp.ones(2)}
+    grads = {"count": np.zeros(2, jax.dtypes.float0), "w": jnp.ones(2)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        assert updates["count"] is grads["count"]

@@ -339,3 +339,14 @@ def test_a_name_that_fits_what_is_frozen_is_no_mistake():
         tree = {"body": jnp.array([3.0, 4.0]), "head": nothing}
         clipped, _ = clipper.update(tree, clipper.init(tree))
         np.testing.assert_allclose(clipped["body"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_function_that_excludes_is_not_asked_of_what_is_no_array():
+    clipper = clipx.excluding(clipx.clip(1.0), lambda path, leaf: leaf.ndim < 2)
+    for nothing in (None, optax.MaskedNode()):
+        grads = {"w": jnp.full((2, 2), 3.0), "b": jnp.full(2, 3.0), "none": nothing}
+        clipped, _ = clipper.update(grads, clipper.init(grads))
+        assert float(clipped["w"][0, 0]) == 1
+        assert float(clipped["b"][0]) == 3
+        matrices = {"w": grads["w"], "none": nothing}  # it may have fitted what is gone
+        clipper.update(matrices, clipper.init(matrices))

@@ -1,0 +1,60 @@
+"""Every public transformation in every context: a cell for each pair.
+
+The usual run takes a cell or two of each row and column, the slow one some more, and
+`python docs/make_contract.py` runs them all and writes the table.
+"""
+
+import contextlib
+import itertools
+import os
+
+import jax
+import optax
+import pytest
+from contract_frameworks import FRAMEWORKS
+from contract_jax import JAX
+from contract_optax import OPTAX
+from methods import EVERY
+
+CONTEXTS = {**FRAMEWORKS, **OPTAX, **JAX}
+# Where optax or a framework fails alone: what it says.
+FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
+
+
+def cells():
+    """Each pair; one of 73 is a usual test, and three of 73 are slow ones."""
+    for i, row in enumerate(EVERY):
+        for j, column in enumerate(CONTEXTS):
+            place = (7 * i + j) % 73
+            if place % 24 and not os.environ.get("CLIPX_WHOLE_CONTRACT"):
+                continue
+            slow = place or column == "before each optimizer"
+            marks = [pytest.mark.slow] if slow else [pytest.mark.sampled]
+            yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(count=itertools.count(1)):  # noqa: B008  (counts over all tests)
+    """Two thousand cells would fill the memory with compiled programs."""
+    if next(count) % 100 == 0:
+        jax.clear_caches()
+
+
+@contextlib.contextmanager
+def usual_promotion():
+    """Optax and frameworks promote dtypes; what we do is tested strictly elsewhere."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize(("row", "column"), list(cells()))
+def test_cell(row, column, record_property):
+    with usual_promotion():
+        if column in FAILS_ALONE:
+            error, words = FAILS_ALONE[column]
+            with pytest.raises(error, match=words):
+                CONTEXTS[column](lambda **options: optax.identity())
+            record_property("cell", f"fails without us: {words}")
+            return
+        CONTEXTS[column](EVERY[row].make)
+    record_property("cell", "holds")
