@@ -241,8 +241,8 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     said = []
     if found.recorded == found.value:
         said.append(
-            f"nearly every step of this run was clipped to {found.value:.4g}, so that it"
-            " says nothing of higher limits, and none is suggested"
+            f"nearly every step of this run was clipped to {found.value:.4g}, so that"
+            " it says nothing of higher limits, and none is suggested"
         )
     if found.nonfinite > _MANY * count:
         said.append(

@@ -305,7 +305,7 @@ def _parts(columns: Columns, *, as_csv: bool) -> Iterable[bytes]:
 
 
 def _quoted(name: str) -> str:
-    special = any(character in name for character in ',"\n')
+    special = any(character in name for character in ',"\r\n')
     return '"' + name.replace('"', '""') + '"' if special else name
 
 
