@@ -1,4 +1,4 @@
-"""Run files and names from strangers: nothing in them runs, drives or fills anything."""
+"""Run files and names from strangers: nothing in them runs, drives or fills a thing."""
 
 import io
 import json
