@@ -54,7 +54,7 @@ class History:
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, resume: bool = False
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path: Path | None = None if path is None else Path(path)
         table, file = Table(), None
         if self.path is not None:
             if self.path.exists() and self.path.stat().st_size:
