@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import _readers, plotting
+from ._escaping import printable, printable_lines
 from ._jsonl import ReadError
 from ._suggesting import suggest_threshold
 from .history import History
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # who reads the output has seen enough, as head has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable_lines(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 0
@@ -149,7 +150,7 @@ def _plot(given: argparse.Namespace) -> None:
         named = dict(zip(_labels(given.runs), loaded, strict=True))
         given.html.parent.mkdir(parents=True, exist_ok=True)
         given.html.write_text(page(named, **options), encoding="utf-8")
-        print(f"Wrote {given.html}")
+        print(f"Wrote {printable(str(given.html))}")
 
 
 def _suggest(given: argparse.Namespace) -> None:
@@ -168,7 +169,7 @@ def _suggest(given: argparse.Namespace) -> None:
         return
     indents: Any = {"initial_indent": "  ", "subsequent_indent": "    "}
     for label, suggestion in found.items():
-        print(label)
+        print(printable(label))
         for line in str(suggestion).splitlines():
             print(textwrap.fill(line, 80, **indents))
 
@@ -192,8 +193,8 @@ def _compare(given: argparse.Namespace) -> None:
         ends = [_end(columns[given.column]) for columns in seeds]
         middle, low, high = np.median(ends), np.min(ends), np.max(ends)
         print(
-            f"{label}: {given.column} {middle:.4g} ({low:.4g} to {high:.4g} in"
-            f" {len(seeds)}) over the last tenth of the steps"
+            f"{printable(label)}: {printable(given.column)} {middle:.4g} ({low:.4g} to"
+            f" {high:.4g} in {len(seeds)}) over the last tenth of the steps"
         )
     _save(figure, path)
 
@@ -269,7 +270,7 @@ def _save(figure: Any, path: Path) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    print(f"Wrote {path}")
+    print(f"Wrote {printable(str(path))}")
 
 
 def _end(values: np.ndarray) -> float:
@@ -287,7 +288,7 @@ def _number(text: str) -> float:
 
 
 def _note(message: Any, *_: Any, **__: Any) -> None:
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {printable_lines(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """One self-contained page with interactive charts, drawn by Plotly."""
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ._drawing import THEMES, envelope, means, norms_of
+from ._escaping import for_page
 from ._suggesting import suggest_threshold
 from ._table import STEP
 
@@ -65,6 +65,7 @@ def page(
         raise ImportError(
             'plotly is missing. Run: pip install "optax_clipx[html]"'
         ) from None
+    runs = {for_page(label): run for label, run in runs.items()}
     charts = [
         _norms(go, runs, limit),
         _rates(go, runs, limit),
@@ -78,7 +79,7 @@ def page(
         for i, chart in enumerate(drawn)
     ]
     return _PAGE.format(
-        title=html.escape("Gradient clipping: " + ", ".join(runs)),
+        title="Gradient clipping: " + ", ".join(runs),
         table=_table(runs, limit),
         charts="\n".join(parts),
         light=THEMES["light"],
@@ -193,7 +194,7 @@ def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
     chart = _chart(go, f"Gradient norm of each layer: {label}", "step", "")
     chart.add_heatmap(
         x=rows[0].steps,
-        y=[name.removeprefix(start) for name in names],
+        y=[for_page(name.removeprefix(start)) for name in names],
         z=np.log10(np.where(table > 0, table, np.nan)),
         colorscale="Cividis",
         colorbar={"title": "log10"},
@@ -235,7 +236,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
     cells = "".join(f"<th>{name}</th>" for name in header)
     lines = [f"<tr>{cells}</tr>"]
     for row in rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        cells = "".join(f"<td>{cell}</td>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return "<table>" + "".join(lines) + "</table>"
 

@@ -14,13 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from ._escaping import printable_lines
 from ._table import STEP, Columns
 
 _BLOCK = 1 << 23  # bytes at a time: a few tens of MB as Python objects
+_SPARSE = 256  # places in the table for each number in the file
 
 
 class ReadError(ValueError):
     """A file that cannot be read as a run: names the file, the line and the mend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable_lines(message))
 
 
 def encode(columns: Mapping[str, Any]) -> bytes:
@@ -115,7 +120,11 @@ def _loads(data: bytes) -> Any:
 
         return orjson.loads(data)
     except (ImportError, ValueError):
+        pass
+    try:
         return json.loads(data)  # knows NaN
+    except RecursionError:
+        raise ValueError("the JSON is too deep") from None
 
 
 def _columns(
@@ -130,14 +139,16 @@ def _columns(
             f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
         )
     found = {}
-    for name, column in _by_name(records).items():
+    for name, column in _by_name(path, where, records).items():
         numbers = to_numbers(path, name, list(column), where)
         if numbers is not None:
             found[name] = numbers
     return found
 
 
-def _by_name(records: list[dict[str, Any]]) -> dict[str, Sequence[Any]]:
+def _by_name(
+    path: Path, where: list[int], records: list[dict[str, Any]]
+) -> dict[str, Sequence[Any]]:
     names = dict.fromkeys(records[0])
     if len(names) > 1 and sum(map(len, records)) == len(names) * len(records):
         try:  # the usual case, at the speed of C
@@ -146,6 +157,13 @@ def _by_name(records: list[dict[str, Any]]) -> dict[str, Sequence[Any]]:
         except KeyError:
             pass
     names = dict.fromkeys(name for record in records for name in record)
+    places, filled = len(names) * len(records), sum(map(len, records))
+    if places > max(10**7, _SPARSE * filled):  # a small file, and all of the memory
+        raise ReadError(
+            f"{path}:{where[0]}: expected records with mostly the same names, got"
+            f" {len(names):,} names in {len(records):,} records. Write what belongs to"
+            " one step as one record."
+        )
     return {name: [record.get(name) for record in records] for name in names}
 
 
@@ -157,7 +175,7 @@ def to_numbers(
         numbers = np.array(column, np.float64)
         if numbers.ndim == 1:
             return numbers
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         pass
     bad = [(line, x) for line, x in zip(where, column, strict=True) if not _number(x)]
     if len(bad) == sum(x not in (None, "") for x in column) and all(
@@ -176,14 +194,14 @@ def to_numbers(
 def _number(value: Any) -> bool:
     try:
         return value in (None, "") or np.ndim(float(value)) == 0
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return False
 
 
 def _broken(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _jsonl, _readers
 from ._drawing import means, norms_of
+from ._escaping import printable
 from ._table import STEP, Columns, Table
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -118,9 +119,11 @@ def follow(
 def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
     from rich.panel import Panel
     from rich.table import Table as Grid
+    from rich.text import Text  # a str would be read as markup
 
+    title = Text(printable(label))
     if not len(columns[STEP]):
-        return Panel("nothing is recorded yet", title=label, title_align="left")
+        return Panel("nothing is recorded yet", title=title, title_align="left")
     name = _readers.pick(columns, "norm", norm, path)
     seen = norms_of(columns, name, None)
     recent = slice(-_RECENT, None)
@@ -137,8 +140,11 @@ def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
         grid.add_row("[bold red]not finite", f"{lost} norms")
     losses = [n for n in columns if n.lower().rsplit("/", 1)[-1] == "loss"]
     for loss in losses[:3]:
-        grid.add_row(loss, f"{columns[loss][-1]:.4g}  {sparkline(columns[loss])}")
-    return Panel(grid, title=label, title_align="left")
+        grid.add_row(
+            Text(printable(loss)),
+            f"{columns[loss][-1]:.4g}  {sparkline(columns[loss])}",
+        )
+    return Panel(grid, title=title, title_align="left")
 
 
 def sparkline(values: np.ndarray, width: int = 60) -> str:

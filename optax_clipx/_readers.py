@@ -96,7 +96,8 @@ def _checked(path: Path, blocks: Iterable[Columns], step: str | None) -> Table:
         steps = block[name]
         others = {n: x for n, x in block.items() if n not in (name, STEP)}
         block = {STEP: steps, **others}
-        bad = ~(np.isfinite(steps) & (steps == np.round(steps)))
+        # NaN is not below either; beyond, float64 skips whole numbers.
+        bad = ~((np.abs(steps) <= 2**53) & (steps == np.round(steps)))
         if bad.any():
             at = len(table) + dropped + int(bad.argmax())
             raise ReadError(
@@ -207,19 +208,23 @@ def _of_events(path: Path) -> Columns:
         _only_run(path)
     everything = {event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
     events = event_accumulator.EventAccumulator(str(path), size_guidance=everything)
-    events.Reload()
     series = {}
-    for tag in events.Tags()["scalars"]:
-        series[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-    for tag in events.Tags()["tensors"]:
-        points = [
-            (event.step, tensor_util.make_ndarray(event.tensor_proto))
-            for event in events.Tensors(tag)
-        ]
-        if all(
-            np.size(v) == 1 and np.asarray(v).dtype.kind in "fiu" for _, v in points
-        ):
-            series[tag] = [(step, float(np.ravel(value)[0])) for step, value in points]
+    try:
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            series[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["tensors"]:
+            given = [(event.step, event.tensor_proto) for event in events.Tensors(tag)]
+            # By their shape: a tensor of a few bytes may fill all of the memory.
+            if not all(_is_single(tensor) for _, tensor in given):
+                continue
+            points = [(step, tensor_util.make_ndarray(x)) for step, x in given]
+            if all(value.dtype.kind in "fiu" for _, value in points):
+                series[tag] = [(step, float(value.flat[0])) for step, value in points]
+    except Exception as error:  # of TensorBoard or protobuf, which name no base class
+        raise ReadError(
+            f"{path}: the event files are broken: {type(error).__name__}: {error}"
+        ) from None
     if not series:
         raise ReadError(f"{path}: there are no scalars in these event files.")
     steps = np.unique(np.concatenate([[s for s, _ in x] for x in series.values()]))
@@ -231,6 +236,10 @@ def _of_events(path: Path) -> Columns:
         at = np.searchsorted(steps, [s for s, _ in points])
         columns[tag][at] = [value for _, value in points]
     return columns
+
+
+def _is_single(tensor: Any) -> bool:
+    return all(axis.size == 1 for axis in tensor.tensor_shape.dim)
 
 
 def _only_run(path: Path) -> None:

@@ -179,7 +179,7 @@ def _known(path: Path) -> dict[tuple[Any, ...], float]:
             setting = tuple(record[key] for key in _KEYS)
             score = record["score"]
             found[setting] = float("nan" if score is None else score)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ReadError(
                 f"{path}:{number}: expected a line that find_threshold wrote, got"
                 f" {line[:60].decode(errors='replace')!r}. Pass another path."

@@ -57,7 +57,7 @@ class History:
     def __init__(
         self, path: str | os.PathLike[str] | None = None, *, resume: bool = False
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path: Path | None = None if path is None else Path(path)
         table, file = Table(), None
         if self.path is not None:
             if self.path.exists() and self.path.stat().st_size:
@@ -314,5 +314,5 @@ def _parts(columns: Columns, *, as_csv: bool) -> Iterable[bytes]:
 
 
 def _quoted(name: str) -> str:
-    special = any(character in name for character in ',"\n')
+    special = any(character in name for character in ',"\r\n')
     return '"' + name.replace('"', '""') + '"' if special else name

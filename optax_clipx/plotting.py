@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _marks
 from ._drawing import Envelope, canvas, columns_of, envelope, means, norms_of
+from ._escaping import for_picture
 from ._jsonl import ReadError
 from ._sweeping import Sweep
 from ._table import STEP
@@ -237,7 +238,7 @@ def heatmap(
             interpolation="nearest",
             extent=(steps[0], steps[-1] + 1, len(names) - 0.5, -0.5),
         )
-        shown = [name.removeprefix(start) for name in names]
+        shown = [for_picture(name.removeprefix(start)) for name in names]
         every = max(1, -(-len(names) // 32))
         ax.set_yticks(range(0, len(names), every), shown[::every], fontsize=9)
         ax.grid(False)
@@ -289,7 +290,8 @@ def compare(
             seeds = list(given) if isinstance(given, list | tuple) else [given]
             colour = colours.lines[index % len(colours.lines)]
             band, lost = _marks.seed_band(seeds, column)
-            shown = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            shown = for_picture(label)
+            shown += f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
             _marks.line(ax, band, colour, shown, width=1.8)
             everything.append(band.middle)
             if len(lost):
@@ -298,7 +300,8 @@ def compare(
         _marks.log_scale(ax, np.concatenate(everything))
         # A run that explodes must not press the others flat.
         _marks.leave_out_explosions(ax, everything)
-        ax.set(title=f"{column}, run by run", xlabel="step", ylabel=column)
+        name = for_picture(column)
+        ax.set(title=f"{name}, run by run", xlabel="step", ylabel=name)
         _marks.legend_above(ax)
     return figure
 
