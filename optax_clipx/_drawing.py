@@ -142,7 +142,7 @@ def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
     limits: np.ndarray | None
     clipped = None
     if limit is not None:
-        limits: np.ndarray | None = np.full(len(norms), float(limit))
+        limits = np.full(len(norms), float(limit))
     else:
         limits = _readers.limits_beside(columns, name)
         beside = f"{name.removesuffix('norm')}clipped"
