@@ -32,3 +32,15 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(table):
             if len(table) > SMALL and i % 3:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much was fuzzed: steps, and faults among them."""
+    counts = {"fuzzed_steps": 0, "injected_faults": 0}
+    for report in terminalreporter.getreports("passed"):
+        for name, number in report.user_properties:
+            if name in counts:
+                counts[name] += number
+    if counts["fuzzed_steps"]:
+        steps, faults = counts.values()
+        terminalreporter.write_line(f"fuzzed {steps:,} steps with {faults:,} faults")

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -182,6 +183,7 @@ class Method(NamedTuple):
     covers: frozenset[str]
     complex: bool = True  # complex leaves are not an error
     forgets: bool = True  # nothing that is not finite stays in its state
+    resets: bool = False  # its counts start again from time to time
     skips: bool = False  # it answers what is not finite with zeros, under any policy
 
 
@@ -209,6 +211,7 @@ def _method(name, make):
         frozenset([*longest, *ALSO.get(name, ())]),
         complex=name not in REAL,
         forgets=name != "normalized_momentum",
+        resets=name == "reset_moments",
         skips=name.startswith("skip_spikes"),
     )
 
@@ -227,3 +230,17 @@ EVERY = {
         **RULES,
     }.items()
 }
+
+
+def remembered(state):
+    """What a state carries to later steps: all but what the last step measured."""
+
+    def one(node):
+        if isinstance(node, clipx.ClipMetrics):
+            return node.steps, node.num_clipped, node.num_nonfinite
+        if isinstance(node, clipx.WatchState):
+            return remembered(node.inner)
+        return node
+
+    kinds = (clipx.ClipMetrics, clipx.WatchState)
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, kinds))
