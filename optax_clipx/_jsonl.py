@@ -83,9 +83,17 @@ def end_last_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def end_before(path: str | Path, step: int) -> int:
+def cut_from(file: Any, step: int) -> None:
+    """Moves the lines from a step on to a file beside this one."""
+    data = Path(file.name).read_bytes()
+    end = _end_before(data, step)
+    with open(f"{file.name}.dropped", "ab") as dropped:
+        dropped.write(data[end:])
+    file.truncate(end)
+
+
+def _end_before(data: bytes, step: int) -> int:
     """Where the last line of a step before this one ends."""
-    data = Path(path).read_bytes()
     end = len(data)
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1

@@ -32,6 +32,7 @@ class History:
         resume: go on with a file that is there. **Recording a step drops every record
             from that step on**, in memory and in the file: a run that went on from
             step 100 of a checkpoint leaves the file of one that was never interrupted.
+            What is dropped is added to a file beside it, ``run.jsonl.dropped``.
 
     Raises:
         FileExistsError: if the file has something in it and ``resume`` is false.
@@ -292,7 +293,7 @@ class _Writer:
         again = self.table.forget_from(int(steps[0]))
         if self.file is not None:
             if again:
-                self.file.truncate(_jsonl.end_before(self.file.name, int(steps[0])))
+                _jsonl.cut_from(self.file, int(steps[0]))
             # Flushed at once: what the system has taken outlives the process.
             for part in _parts(columns, as_csv=False):
                 self.file.write(part)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,8 @@ def test_a_restart_takes_the_place_of_what_it_runs_again(tmp_path):
     loaded = clipx.History.load(path)
     assert loaded["loss"].tolist() == want
     assert loaded.steps.tolist() == list(range(12))
+    dropped = Path(f"{path}.dropped").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in dropped] == [6, 7, 8, 9]
     # As in the file of a run that was never interrupted.
     with clipx.History(tmp_path / "whole.jsonl") as history:
         history.append(range(6), {"loss": np.arange(6.0)})
