@@ -19,7 +19,7 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
     import optax_clipx  # noqa: F401
 
 
-SMALL = 8  # a test with no more cases than this runs whole; of others every third case
+SMALL = 8  # a test with no more cases than this runs whole; of others every fourth
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
             cases.setdefault((item.path, item.originalname), []).append(item)
     for table in cases.values():
         for i, item in enumerate(table):
-            if len(table) > SMALL and i % 3:
+            if len(table) > SMALL and i % 4:
                 item.add_marker(pytest.mark.slow)
 
 

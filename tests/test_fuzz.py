@@ -36,7 +36,7 @@ from methods import (
     EVERY,
     RULES,
     STATELESS,
-    by_path,
+    by_axes,
     remembered,
 )
 
@@ -75,7 +75,7 @@ def each_unit(arrays, paths, ord):
 
 
 def each_label(arrays, paths, ord):
-    labels = [by_path(path, None) for path in paths]
+    labels = [by_axes((), x) for x in arrays]
     return [
         reference.norm([x for x, of in zip(arrays, labels, strict=True) if of == label])
         for label in sorted(set(labels))
