@@ -30,7 +30,7 @@ def run_cells() -> dict[tuple[str, str], str]:
         subprocess.run(
             [*command, f"--junitxml={report}"],
             cwd=ROOT,
-            env={**os.environ, "CLIPX_WHOLE_CONTRACT": "1"},
+            env={**os.environ, "OPTAX_CLIPX_WHOLE": "1"},
             check=False,
         )
         cases = ElementTree.parse(report).getroot().iter("testcase")

@@ -1,5 +1,6 @@
 """Strict settings for every test: eight devices, no silent promotion, checked types."""
 
+import os
 import warnings
 
 import jax
@@ -20,10 +21,11 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
 
 
 SMALL = 8  # a test with no more cases than this runs whole; of others every fourth
+WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
-def pytest_collection_modifyitems(items):
-    """Marks most cases of large tables slow: the usual run takes a sample of each."""
+def pytest_collection_modifyitems(config, items):
+    """Takes samples of large tables: the usual run a quarter, the slow one another."""
     cases = {}
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "sampled"))):
@@ -32,6 +34,11 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(table):
             if len(table) > SMALL and i % 4:
                 item.add_marker(pytest.mark.slow)
+                if i % 4 != 2:
+                    item.add_marker(pytest.mark.whole)
+    left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [x for x in items if x not in set(left_out)]
 
 
 def pytest_terminal_summary(terminalreporter):

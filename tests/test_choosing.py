@@ -273,7 +273,9 @@ def test_a_sweep_saves_its_picture(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["regression, mlp", "rows, rnn"])
+@pytest.mark.parametrize(
+    "task", ["regression, mlp", pytest.param("rows, rnn", marks=pytest.mark.whole)]
+)
 def test_the_suggested_limit_trains_as_well_as_the_best_of_ten(task, tmp_path):
     """On the main example, recorded as it trains; its longer tasks are in the docs."""
     script = Path(__file__).parent.parent / "benchmarks" / "choosing.py"

@@ -6,7 +6,6 @@ The usual run takes a cell or two of each row and column, the slow one some more
 
 import contextlib
 import itertools
-import os
 
 import jax
 import optax
@@ -22,14 +21,13 @@ FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
 
 
 def cells():
-    """Each pair; one of 73 is a usual test, and three of 73 are slow ones."""
+    """Each pair; one of 73 is a usual test, three are slow, the rest is for WHOLE."""
     for i, row in enumerate(EVERY):
         for j, column in enumerate(CONTEXTS):
             place = (7 * i + j) % 73
-            if place % 24 and not os.environ.get("CLIPX_WHOLE_CONTRACT"):
-                continue
             slow = place or column == "before each optimizer"
             marks = [pytest.mark.slow] if slow else [pytest.mark.sampled]
+            marks += [pytest.mark.whole] if place % 24 else []
             yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
 
 

@@ -24,8 +24,8 @@ def many_bfloat16_leaves():
 @pytest.mark.parametrize(
     "float32_leaf",
     [
-        pytest.param("none", marks=pytest.mark.slow),
-        pytest.param("first", marks=pytest.mark.slow),
+        pytest.param("none", marks=[pytest.mark.slow, pytest.mark.whole]),
+        pytest.param("first", marks=[pytest.mark.slow, pytest.mark.whole]),
         pytest.param("last", marks=pytest.mark.slow),
     ],
 )

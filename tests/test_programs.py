@@ -82,7 +82,7 @@ def test_collectives_on_cpu(scope, leaves, way):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs pip install libtpu"
 )
-@pytest.mark.parametrize("leaves", [10, 200])
+@pytest.mark.parametrize("leaves", [10, pytest.param(200, marks=pytest.mark.whole)])
 def test_collectives_on_a_pod(tmp_path, leaves):
     """1,024 chips of TPU v5p, compiled ahead of time."""
     line = ["--topologies", "v5p:8x8x16", "--leaves", str(leaves), "--dim", "256"]
