@@ -79,3 +79,12 @@ def assert_close(found, wanted, rtol=2e-6, atol=1e-6):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
             size = np.max(np.abs(y))
             np.testing.assert_allclose(x, y, rtol=rtol, atol=atol + rtol * size)
+
+
+def same(context):
+    """A context whose parameters must be those by hand."""
+
+    def cell(make):
+        assert_close(context(make), by_hand(make))
+
+    return cell

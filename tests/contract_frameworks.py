@@ -12,9 +12,9 @@ import pytest
 from contract_base import (
     SHAPES,
     assert_close,
-    by_hand,
     first_params,
     gradients,
+    same,
     stacked,
     train,
     trainer,
@@ -227,15 +227,6 @@ def plain_pytrees(make):
         }
         for tree in found
     ]
-
-
-def same(context):
-    """A context whose parameters must be those by hand."""
-
-    def cell(make):
-        assert_close(context(make), by_hand(make))
-
-    return cell
 
 
 FRAMEWORKS = {

@@ -9,6 +9,7 @@ from contract_base import (
     by_hand,
     first_params,
     gradients,
+    same,
     stacked,
     train,
     trainer,
@@ -99,15 +100,6 @@ def exported(make):
         params, leaves = program.call(g, leaves, params)
         found.append(params)
     return found
-
-
-def same(context):
-    """A context whose parameters must be those by hand."""
-
-    def cell(make):
-        assert_close(context(make), by_hand(make))
-
-    return cell
 
 
 def ensemble(make):

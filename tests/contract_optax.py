@@ -12,6 +12,7 @@ from contract_base import (
     by_hand,
     first_params,
     gradients,
+    same,
     train,
     trainer,
 )
@@ -207,15 +208,6 @@ def before_every_optimizer(make):
         except Exception as error:
             error.add_note(f"before optax's {name}")
             raise
-
-
-def same(context):
-    """A context whose parameters must be those by hand."""
-
-    def cell(make):
-        assert_close(context(make), by_hand(make))
-
-    return cell
 
 
 OPTAX = {
