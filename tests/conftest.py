@@ -24,6 +24,17 @@ SMALL = 8  # a test with no more cases than this runs whole; of others every fou
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
+def pytest_configure(config):
+    """Keeps compiled programs: many tests compile the same ones (--cache-clear drops them).
+
+    Each worker has its own, since JAX does not write them in one piece.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{worker}")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def pytest_collection_modifyitems(config, items):
     """Takes samples of large tables: the usual run a quarter, the slow one another."""
     cases = {}
