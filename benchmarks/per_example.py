@@ -10,25 +10,21 @@ printed, and written with the environment as JSON and Markdown.
 
 import argparse
 import itertools
-import json
 import pathlib
 import platform
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import jax_privacy.clipping
 import numpy as np
 import optax
-from step_time import environment
 
 import optax_clipx as clipx
 
 LIMIT = 1.0
-Contender = Callable[[], Any]
 
 
 def network(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -120,13 +116,11 @@ def measure(
         programs[who] = jax.jit(step).lower(*args).compile()
         sums[who] = jax.block_until_ready(programs[who](*args))
     check(sums)
-    times: dict[str, list[float]] = {who: [] for who in programs}
-    for _ in range(rounds):
-        for who, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            times[who].append(1e3 * (time.perf_counter() - start))
-    first = np.array(times["clipped_grad"])
+    runs = {
+        who: lambda program=program: jax.block_until_ready(program(*args))
+        for who, program in programs.items()
+    }
+    times = harness.alternate(runs, rounds, name)
     return {
         "task": name,
         "parameters": sum(x.size for x in jax.tree.leaves(args[0])),
@@ -135,7 +129,7 @@ def measure(
         "rounds": rounds,
         "median_ms": {who: float(np.median(t)) for who, t in times.items()},
         "ratio_to_clipped_grad": {
-            who: float(np.median(np.array(t) / first)) for who, t in times.items()
+            who: float(np.median(t / times["clipped_grad"])) for who, t in times.items()
         },
         "temporary_megabytes": {
             who: program.memory_analysis().temp_size_in_bytes / 1e6
@@ -174,8 +168,7 @@ def markdown(report: dict[str, Any]) -> str:
             memory = table["temporary_megabytes"][who]
             lines.append(f"| {who} | {ms:.2f} | {ratio:.2f} | {memory:.1f} |")
         lines.append("")
-    env = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
-    return "\n".join([*lines, f"Environment: {env}.", ""])
+    return "\n".join(lines + harness.footer(report))
 
 
 def main() -> None:
@@ -191,13 +184,9 @@ def main() -> None:
         for size in (None, options.microbatch_size):
             tables.append(measure(name, options.examples, size, options.rounds))
             print(name, size, tables[-1]["ratio_to_clipped_grad"], flush=True)
-    env = {**environment(), "jax_privacy": version("jax_privacy")}
+    env = {**harness.environment(), "jax_privacy": version("jax_privacy")}
     report = {"environment": {**env, "system": platform.system()}, "tables": tables}
-    print(markdown(report))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        options.output.with_suffix(".md").write_text(markdown(report))
+    harness.write(options.output, report, markdown(report))
 
 
 if __name__ == "__main__":
