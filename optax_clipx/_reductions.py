@@ -217,7 +217,9 @@ def _sums_of_squares(
 
         def second_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
             leaves = measured.wide(trees, extras)
-            pairs = zip(leaves, groups.spread(factor), strict=True)
+            # Behind a barrier: XLA would write out one factor for leaves of one shape.
+            factors = lax.optimization_barrier(groups.spread(factor))
+            pairs = zip(leaves, factors, strict=True)
             return measured.totals([[_square(times(x, f)) for x, f in pairs]])[0]
 
         def first_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
