@@ -275,9 +275,10 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
     wanted, or what others call it, if only one fits.
     """
     source = source or "this run"
+    mend = "--norm NAME" if what == "norm" else "--column NAME"
     if name is not None:
         if name not in columns:
-            raise ReadError(no_column(source, name, columns, f"--{what} NAME"))
+            raise ReadError(no_column(source, name, columns, mend))
         return name
     if f"clip/{what}" in columns:
         return f"clip/{what}"
@@ -288,9 +289,9 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
         if fitting:
             raise ReadError(
                 f"{source}: several columns may be the {what}: {', '.join(fitting)}."
-                f" Choose one with --{what} NAME."
+                f" Choose one with {mend}."
             )
-    raise ReadError(no_column(source, what, columns, f"--{what} NAME"))
+    raise ReadError(no_column(source, what, columns, mend))
 
 
 def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:

@@ -1,0 +1,432 @@
+"""Errors say what was expected, what came, and where; and paths rarely taken work."""
+
+import builtins
+import os
+import subprocess
+import sys
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+import optax_clipx as clipx
+from optax_clipx.__main__ import main
+
+GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
+per_example, units = clipx.per_example, clipx.units
+
+
+def stepped(tx, grads=None, params=None):
+    grads = GRADS if grads is None else grads
+    return tx.update(grads, tx.init(grads), params)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    """Without the check of annotations, which would be the first to complain."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def loss(params, x):
+    return jnp.sum(params["w"] * x)
+
+
+def leaf(*shape):
+    return jnp.zeros(shape)
+
+
+def in_shards(**options):
+    """Clips two leaves on two devices whose types say nothing."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    tx = clipx.clip_by_global_norm(1.0, **options)
+    return jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0],
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=False,
+    )({"w": jnp.ones((2, 2))})
+
+
+def traced(make):
+    """A number that is an array, where one is needed that is known."""
+    return lambda: jax.jit(make)(2)
+
+
+ERRORS = {
+    "measure": (lambda: clipx.clip_by(1.0, 1.0), TypeError, r"tree_norm\(\), got 1\.0"),
+    "response": (
+        lambda: clipx.clip_by(clipx.tree_norm(), 1.0, 2.0),
+        TypeError,
+        r"response to be a function, got 2\.0",
+    ),
+    "group's limits": (
+        lambda: clipx.clip_by_group_norm(1.0, "a"),
+        TypeError,
+        r"dict from label to limit, got 1\.0",
+    ),
+    "scope": (lambda: clipx.zclip(scope="all"), ValueError, "got scope='all'"),
+    "smooth p": (
+        lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=-1.0),
+        ValueError,
+        r"p > 0, got p=-1\.0",
+    ),
+    "no rule": (lambda: clipx.minimum(), ValueError, "one rule or more"),
+    "complex limit": (
+        lambda: clipx.constant(np.complex64(1j)),
+        TypeError,
+        "real limit, got",
+    ),
+    "limits of labels": (
+        lambda: stepped(
+            clipx.clip_by(
+                clipx.group_norms({"w": "a", "b": "b"}), clipx.constant([1.0, 2.0])
+            )
+        ),
+        TypeError,
+        r"dict from label to limit, got \[1\.0, 2\.0\]",
+    ),
+    "warmup_limit of units": (
+        lambda: clipx.adagc(scope=clipx.unit_norms()).init(GRADS),
+        ValueError,
+        "got units",
+    ),
+    "window and max_steps": (
+        lambda: clipx.quantile(0.5, window=3, max_steps=4),
+        ValueError,
+        "both: window=3 and max_steps=4",
+    ),
+    "traced choice": (
+        traced(lambda x: clipx.zscore(stats=x).init(jnp.zeros(()))),
+        TypeError,
+        "stats",
+    ),
+    "fraction of a step": (
+        lambda: clipx.zscore(warmup_steps=1.5),
+        ValueError,
+        r"whole number, got warmup_steps=1\.5",
+    ),
+    "traced alpha": (
+        traced(lambda x: clipx.scale_by_acclip(alpha=x).init(GRADS)),
+        TypeError,
+        "alpha",
+    ),
+    "alpha": (
+        lambda: clipx.scale_by_acclip(alpha="2"),
+        TypeError,
+        "number, got alpha='2'",
+    ),
+    "decay of 1": (
+        lambda: clipx.scale_by_acclip(b1=1.0),
+        ValueError,
+        r"0 <= b1 < 1, got b1=1\.0",
+    ),
+    "mixed_clip adapts": (
+        lambda: clipx.mixed_clip(clipx.zscore()),
+        ValueError,
+        "a rule that adapts",
+    ),
+    "spectral rule adapts": (
+        lambda: clipx.clip_by_spectral_norm(clipx.zscore()),
+        ValueError,
+        "a rule that adapts",
+    ),
+    "skip_spikes of what": (
+        lambda: clipx.skip_spikes(3),
+        TypeError,
+        "optax transformation, got 3",
+    ),
+    "skip_spikes by parameters": (
+        lambda: clipx.skip_spikes(optax.sgd(1.0), clipx.relative_to_params(0.1)),
+        ValueError,
+        "does not depend on the parameters",
+    ),
+    "reset_moments of what": (
+        lambda: clipx.reset_moments(3, every=2),
+        TypeError,
+        "optax transformation, got 3",
+    ),
+    "watch of what": (lambda: clipx.watch(3), TypeError, "transformation, got 3"),
+    "error_feedback of what": (
+        lambda: clipx.error_feedback(3),
+        TypeError,
+        "transformation, got 3",
+    ),
+    "spec": (
+        lambda: in_shards(specs={"w": "x"}),
+        TypeError,
+        r"PartitionSpec in specs= for w, got 'x'",
+    ),
+    "long spec": (
+        lambda: in_shards(specs={"w": P("x", None, None)}),
+        ValueError,
+        r"at most 2 entries for w of shape \(1, 2\)",
+    ),
+    "fun": (
+        lambda: per_example.clipped_grad(3, 1.0),
+        TypeError,
+        "fun to be a function, got 3",
+    ),
+    "measure of examples": (
+        lambda: per_example.clipped_grad(loss, 1.0, measure=3),
+        TypeError,
+        "got 3",
+    ),
+    "units of examples": (
+        lambda: per_example.clipped_grad(loss, 1.0, measure=clipx.unit_norms()),
+        ValueError,
+        r"leaf_norms\(\) or group_norms",
+    ),
+    "batch_size of a sum": (
+        lambda: per_example.clipped_grad(loss, 1.0, batch_size=3),
+        ValueError,
+        'reduction="mean" beside batch_size=3',
+    ),
+    "parameters without array": (
+        lambda: per_example.clipped_grad(loss, 1.0)({}, jnp.ones((2, 2))),
+        ValueError,
+        "parameters with an array",
+    ),
+    "negative argument": (
+        lambda: per_example.clipped_grad(loss, 1.0, batch_argnums=-1),
+        ValueError,
+        "batch_argnums=-1",
+    ),
+    "limit is a schedule": (
+        lambda: per_example.clipped_grad(loss, lambda step: 1.0),
+        TypeError,
+        "Call a schedule with its step first",
+    ),
+    "limits of one tree": (
+        lambda: per_example.clipped_grad(loss, {"w": 1.0})(GRADS, jnp.ones((2, 2))),
+        ValueError,
+        "single max_norm for the whole example",
+    ),
+    "no limit of a group": (
+        lambda: per_example.clipped_grad(
+            loss, {"a": 1.0}, measure=clipx.group_norms({"w": "a", "b": "b"})
+        )(GRADS, jnp.ones((2, 2))),
+        ValueError,
+        r"max_norm for \['b'\]",
+    ),
+    "axis of a stack": (
+        lambda: units.stacked(units.flax, "w", axis=5)(("w",), leaf(2, 2)),
+        ValueError,
+        r"axis=5 within the rank of shape \(2, 2\) at w",
+    ),
+    "filters of rank 6": (
+        lambda: units.flax(("conv", "kernel"), jnp.zeros((2,) * 6)),
+        ValueError,
+        "conv/kernel",
+    ),
+    "filters of rank 6, Equinox": (
+        lambda: units.equinox(("conv", "weight"), jnp.zeros((2,) * 6)),
+        ValueError,
+        "conv/weight",
+    ),
+}
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", ERRORS)
+def test_the_error_says_what_and_where(case):
+    call, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("rule", "path", "shape", "axes"),
+    [
+        (units.flax, ("x", "kernel"), (1, 5, 1), (0, 1, 2)),
+        (units.flax, ("x", "kernel"), (2, 2, 2, 2), (0, 1, 2)),
+        (units.equinox, ("conv", "bias"), (4, 1, 1), (0, 1, 2)),
+        (units.equinox, ("x", "bias"), (3, 4), (1,)),
+        (units.equinox, ("x", "weight"), (2, 3, 4, 5), (1, 2, 3)),
+        (units.haiku, ("embed", "embeddings"), (5, 3), (1,)),
+        (units.haiku, ("linear", "w"), (1, 1, 4), (0, 1, 2)),
+        (units.haiku, ("conv2_d_transpose", "w"), (3, 3, 2, 4), (0, 1, 3)),
+        (units.haiku, ("x", "w"), (2, 3, 4, 5), (0, 1, 2)),
+    ],
+)
+def test_units_by_name_and_rank(rule, path, shape, axes):
+    assert rule(path, leaf(*shape)) == axes
+
+
+def test_a_stack_may_have_leaves_without_units():
+    rule = units.stacked(lambda path, leaf: None, "w")
+    assert rule(("w",), leaf(3, 2)) is None
+
+
+@pytest.mark.parametrize("tx", [clipx.skip_spikes, clipx.watch])
+def test_a_tree_without_arrays_passes_through_wrappers(tx):
+    updates, _ = stepped(tx(optax.sgd(1.0)), {})
+    assert updates == {}
+
+
+def test_functions_of_a_tree_without_arrays():
+    clipped, norm = clipx.functional.clip_by_global_norm({}, 1.0)
+    assert clipped == {}
+    assert norm == 0.0
+
+
+def test_one_limit_of_a_user_rule_stands_for_all_groups():
+    rule = clipx.Threshold(lambda norms: (), lambda norms, state, context: (2.0, ()))
+    updates, _ = stepped(clipx.clip_by(clipx.leaf_norms(), clipx.minimum(rule, 9.0)))
+    assert jnp.linalg.norm(updates["w"]) == pytest.approx(2.0)
+
+
+def test_limits_of_a_user_rule_for_each_leaf():
+    def update(norms, state, context):
+        return {"w": 2.5, "b": 0.5}, state
+
+    rule = clipx.Threshold(lambda norms: (), update)
+    for measure in (clipx.leaf_norms(), clipx.unit_norms(axis=0)):
+        updates, _ = stepped(clipx.clip_by(measure, rule))
+        np.testing.assert_allclose(updates["w"], [1.5, 2.0], rtol=1e-6)
+        np.testing.assert_allclose(updates["b"], [0.5], rtol=1e-6)
+
+
+def test_sanitizing_mixed_clip():
+    tx = clipx.mixed_clip(1.0, nonfinite="sanitize")
+    updates, _ = stepped(tx, {"w": jnp.array([jnp.nan, 1.0])})
+    assert jnp.isfinite(updates["w"]).all()
+
+
+def test_metrics_of_two_clippers_in_fields_of_the_same_name():
+    pair = (clipx.clip_by_global_norm(1.0), clipx.clip_by_global_norm(2.0))
+    states = Pair(*(tx.init(GRADS) for tx in pair))
+    assert {"clip/first/norm", "clip/second/norm"} <= set(clipx.metrics([states]))
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / "run.jsonl"
+    lines = (f'{{"step": {i}, "clip/norm": {i % 3 + 0.5}}}\n' for i in range(50))
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["watch", "RUN", "--every", "0"], "Expected --every > 0"),
+        (["watch", "RUN", "RUN"], "named twice"),
+        (["plot", "RUN", "-o", "FOLDER/x.png", "--force"], None),
+        (["plot", "RUN", "RUN", "-o", "FOLDER"], "drawn to one file"),
+        (["plot", "FOLDER/none.jsonl"], "no such file"),
+        (["suggest", "RUN", "--step", "none"], "--step NAME"),
+        (["compare", "RUN"], "--column NAME"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(arguments, message, run, capsys):
+    given = [
+        x.replace("RUN", str(run)).replace("FOLDER", str(run.parent)) for x in arguments
+    ]
+    assert main(given) == (2 if message else 0)
+    assert (message or "") in capsys.readouterr().err
+
+
+def test_a_folder_is_no_file_to_write_to(run, capsys):
+    (run.parent / "run.png").mkdir()
+    assert main(["plot", str(run)]) == 2
+    assert "is a folder. Name a file in it." in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_watching(run, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert main(["watch", str(run)]) == 0
+
+
+def test_who_reads_the_output_may_stop_reading(run):
+    command = [sys.executable, "-m", "optax_clipx", "suggest", str(run)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("module", "use", "mend"),
+    [
+        ("matplotlib", lambda run: clipx.plotting.norms(run), "optax_clipx[plot]"),
+        ("pandas", lambda run: clipx.History.load(run).to_pandas(), "install pandas"),
+        ("tqdm", lambda run: sweep(), "progress=False"),
+        ("rich", lambda run: main(["watch", str(run), "--once"]), "[watch]"),
+        ("plotly", lambda run: main(["plot", str(run), "--html", "x.html"]), "[html]"),
+        ("tensorboard", lambda run: clipx.History.load(run.parent), "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_mend(
+    module, use, mend, run, monkeypatch, capsys
+):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] == module:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    said = ""
+    try:
+        use(run)
+    except (ImportError, ValueError) as error:
+        said = str(error)
+    assert mend in said + capsys.readouterr().err
+
+
+def sweep():
+    return clipx.find_threshold(lambda limit: limit, 1.0, 2.0, num=3)
+
+
+def test_a_page_of_runs_with_bands_and_of_one_without_a_usable_norm(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, norms in (
+        ("long", rng.lognormal(size=9000)),
+        ("zero", np.zeros(30)),
+    ):
+        lines = (f'{{"step": {i}, "norm": {x}}}\n' for i, x in enumerate(norms))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    page = tmp_path / "page.html"
+    runs = [str(tmp_path / f"{name}.jsonl") for name in ("long", "zero")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["plot", *runs, "--html", str(page)]) == 0
+    assert "rgba(" in page.read_text()
+
+
+def test_a_history_draws_itself_and_does_not_overwrite(run, tmp_path):
+    history = clipx.History.load(run)
+    path = tmp_path / "deep" / "run.png"
+    history.plot(path)
+    assert path.stat().st_size > 1000
+    with pytest.raises(FileExistsError, match="force=True"):
+        history.plot(path, force=False)
+
+
+def test_a_suggestion_says_how_many_norms_were_not_finite():
+    norms = np.r_[np.ones(200), np.nan, np.inf, np.random.default_rng(0).random(100)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "2 norms are infinite" in str(clipx.suggest_threshold(norms))
