@@ -152,9 +152,13 @@ def _row(
 def _worst(
     ratio: jax.Array, limit: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest ratio of norm to limit, with its limit and scale."""
+    """The largest ratio of norm to limit, with its limit and scale.
+
+    Of ratios that differ by rounding only the largest limit is taken, since rounding
+    depends on the mesh.
+    """
     largest = jnp.max(ratio)
-    here = ratio == largest
+    here = ratio >= largest * (1 - 2.0**-18)
     return (
         largest,
         jnp.max(jnp.where(here, limit, -jnp.inf)),

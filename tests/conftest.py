@@ -25,12 +25,13 @@ WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
 def pytest_configure(config):
-    """Keeps compiled programs: many tests compile the same ones (--cache-clear drops them).
+    """Keeps compiled programs, since many tests compile the same ones.
 
-    Each worker has its own, since JAX does not write them in one piece.
+    Each worker has its own: JAX does not write them in one piece. `--cache-clear` drops
+    them.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{worker}")))
+    folder = config.cache.mkdir(f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
