@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "u32": 4, "s32": 4}
+_BYTES |= {"s8": 1, "u8": 1, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "token": 0}
 
 
 class Collective(NamedTuple):
@@ -54,6 +55,47 @@ def conditionals(text: str) -> int:
 def fusions(text: str) -> int:
     """How many fusions there are."""
     return sum(" fusion(" in line for _, line in _lines(text))
+
+
+def cycles(text: str) -> int:
+    """The cycles that XLA's cost model expects of the main computation, on TPU."""
+    found = re.findall(r'"estimated_cycles":"?(\d+)', _entry(text))
+    return sum(map(int, found))
+
+
+def traffic(text: str) -> int:
+    """The bytes that the main computation reads from and writes to a TPU's HBM.
+
+    XLA's own count of bytes also holds those that move within the chip: what is copied
+    ahead of time to the memory there, S(1), is counted again where it is used.
+    """
+    of: dict[str, list[str]] = {}
+    total = 0
+    for line in _entry(text).splitlines():
+        match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line)
+        if not match:
+            continue
+        name, rest = match.groups()
+        kinds = re.match(r"\(.*?\) (?=[a-z])|\S+ ", rest)
+        call = re.match(r"([\w\-]+)\(([^)]*)", rest[kinds.end() :])
+        opcode, arguments = call.groups()
+        of[name] = re.findall(r"[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", kinds[0])
+        if opcode in _MOVE_NOTHING:
+            continue
+        moved = of[name][:2]  # of a copy: the target and the source
+        if opcode != "copy-start":
+            operands = re.findall(r"%([\w.\-]+)", arguments)
+            moved = of[name] + [x for operand in operands for x in of.get(operand, [])]
+        total += sum(_size(x.split("{")[0]) for x in moved if "S(1)" not in x)
+    return total
+
+
+_MOVE_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
+_MOVE_NOTHING |= {"copy-done", "all-reduce-done", "all-gather-done"}
+
+
+def _entry(text: str) -> str:
+    return text[text.index("\nENTRY") :]
 
 
 def memory(compiled: Any) -> dict[str, float]:

@@ -148,6 +148,8 @@ def compiled(trace: Any) -> dict[str, Any]:
         "collectives": [c._asdict() | {"bytes": c.bytes} for c in found],
         "conditionals": hlo.conditionals(text),
         "fusions": hlo.fusions(text),
+        "hbm_bytes": hlo.traffic(text),
+        "cycles": hlo.cycles(text),
         **hlo.memory(program),
         "compile_s": round(seconds, 2),
     }
@@ -239,7 +241,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 HEAD = (
     "| chips | mesh axes | clipper | leaves | collectives | operands | payload B"
-    " | dtypes | moved MB | temp MB | cond | aliased | compile s |"
+    " | dtypes | fusions | cycles | HBM MB | counted MB"
+    " | temp MB | cond | aliased | compile s |"
 )
 
 
@@ -248,9 +251,12 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     where = [f"{row['topology']} ({row['chips']})", row["way"], row["clipper"]]
     where.append(str(row.get("leaves", f"dim {row.get('dim')}")))
     if "error" in row:
-        return f"| {' | '.join(where)} | {row['error']} " + "| " * 8 + "|"
+        return f"| {' | '.join(where)} | {row['error']} " + "| " * 11 + "|"
     cells = [
         *cells_of(row, rows),
+        str(row["fusions"]),
+        f"{row['cycles'] / 1e6:.3f} M",
+        f"{row['hbm_bytes'] / 1e6:.1f}",
         f"{row['bytes_accessed'] / 1e6:.1f}",
         f"{row['temp_bytes'] / 1e6:.2f}",
         str(row["conditionals"]),
@@ -267,13 +273,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ("clip", "The bare clip"),
         ("train step", "A train step, and the collectives that clipping adds"),
     ):
-        out += [f"## {title}", "", HEAD, "|---|---|---|" + "---:|" * 10]
+        out += [f"## {title}", "", HEAD, "|---|---|---|" + "---:|" * 13]
         out += [line(row, rows) for row in rows if row["program"] == kind]
         out.append("")
     out.append(
         f"Compiled ahead of time with jax {jax.__version__} and optax"
-        f" {optax.__version__}; bytes are of one chip, as XLA estimates them. AGC also"
-        " reads the parameters, which are not donated in the bare clip."
+        f" {optax.__version__}, for one chip. Cycles are those of XLA's cost model. HBM"
+        " is what the main computation reads from and writes to the chip's main memory;"
+        " counted is XLA's own number, in which what is copied ahead of time to memory"
+        " on the chip stands again where it is used. AGC also reads the parameters,"
+        " which are not donated in the bare clip."
     )
     return "\n".join(out) + "\n"
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import NamedTuple
 
+import equinox
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -430,3 +431,72 @@ def test_a_suggestion_says_how_many_norms_were_not_finite():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert "2 norms are infinite" in str(clipx.suggest_threshold(norms))
+
+
+def test_a_run_that_begins_again_in_a_later_block_of_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    steps = [*range(40), *range(30, 60)]
+    path.write_text("".join(f'{{"step": {i}, "norm": {i + 1}}}\n' for i in steps))
+    monkeypatch.setattr("optax_clipx._jsonl._BLOCK", 512)
+    with pytest.warns(UserWarning, match="again"):
+        history = clipx.History.load(path)
+    assert history.steps.tolist() == list(range(60))
+
+
+def test_a_table_without_rows_says_so(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("step,norm\n\n\n")
+    with pytest.raises(ValueError, match=str(path.name)):
+        clipx.History.load(path)
+
+
+def test_pictures_of_runs_with_little_in_them(tmp_path):
+    quiet = {"step": np.arange(9), "norm": np.ones(9), "clipped": np.zeros(9)}
+    assert clipx.plotting.norms(quiet) is not None
+    moving = {"step": np.arange(9), "norm": np.linspace(1, 9, 9)}
+    figure = clipx.plotting.histogram(moving | {"threshold": np.linspace(1, 2, 9)})
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "limit, 5 to 95%" in labels
+    failed = {"step": np.arange(9), "loss": np.full(9, np.nan)}
+    assert clipx.plotting.compare({"failed": failed}) is not None
+
+
+def test_a_sweep_whose_scores_are_better_when_higher(tmp_path):
+    found = clipx.find_threshold(
+        lambda limit: -((np.log(limit) - 1) ** 2),
+        0.5,
+        20.0,
+        num=5,
+        higher_is_better=True,
+        progress=False,
+    )
+    axes = found.plot().axes[0]
+    assert axes.get_yscale() == "linear"
+    found.plot(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_a_pair_of_functions_is_a_rule():
+    pair = (lambda norms: (), lambda norms, state, context: (norms * 0 + 2.5, state))
+    updates, _ = stepped(clipx.clip_by(clipx.tree_norm(), pair))
+    assert float(optax.tree.norm(updates)) == pytest.approx(2.5)
+
+
+def test_bands_may_be_schedules():
+    rule = clipx.group_band(lambda step: 0.5, lambda step: 2.0)
+    updates, _ = stepped(clipx.clip_by(clipx.leaf_norms(), rule, clipx.normalize))
+    np.testing.assert_allclose(updates["w"], GRADS["w"], rtol=1e-6)
+
+
+def test_raising_clippers_let_finite_steps_pass_outside_of_jit():
+    updates, state = stepped(clipx.clip_by_global_norm(1.0, nonfinite="raise"))
+    assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
+    clipx.check(state)
+
+
+def test_a_leaf_below_the_rank_of_its_layer_is_an_error():
+    model = equinox.nn.Linear(2, 3, key=jax.random.key(0))
+    rule = units.of_model(model)
+    assert rule(("weight",), leaf(3, 2)) == (1,)
+    with pytest.raises(ValueError, match=r"rank 2 or more at weight, got shape \(3,\)"):
+        rule(("weight",), leaf(3))
