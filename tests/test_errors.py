@@ -500,3 +500,30 @@ def test_a_leaf_below_the_rank_of_its_layer_is_an_error():
     assert rule(("weight",), leaf(3, 2)) == (1,)
     with pytest.raises(ValueError, match=r"rank 2 or more at weight, got shape \(3,\)"):
         rule(("weight",), leaf(3))
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(run, tmp_path, capsys):
+    other = tmp_path / "other" / run.name
+    other.parent.mkdir()
+    other.write_text(run.read_text())
+    assert main(["watch", str(run), str(other), "--once"]) == 0
+    assert "other" in capsys.readouterr().out
+
+
+def test_a_limit_that_is_no_number_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["plot", str(run), "--limit", "nan"])
+    assert "invalid" in capsys.readouterr().err
+
+
+def test_a_suggestion_names_a_rule_where_a_fixed_limit_does_not_fit():
+    drifting = np.geomspace(1, 1e-3, 4000)
+    noise = np.exp(0.1 * np.random.default_rng(0).normal(size=4000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "better: " in str(clipx.suggest_threshold(drifting * noise))
+
+
+def test_what_is_not_known_of_a_model_goes_by_its_name():
+    rule = units.of_model(equinox.nn.Linear(2, 3, key=jax.random.key(0)))
+    assert rule(("head", "weight"), leaf(3, 2)) == (1,)
