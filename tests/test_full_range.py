@@ -138,3 +138,50 @@ def test_every_scope_at_the_ends_of_the_range(value, limit):
             np.testing.assert_allclose(flat, flat[0], rtol=1e-6)
         assert np.isfinite(state.metrics.norm)
         assert np.isfinite(state.metrics.clipped_norm)
+
+
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """Three sums side by side, as programs for GPUs and TPUs take them."""
+
+    def chosen(*args, cpu, default):
+        return default(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+EXPONENTS = [(e, e) for e in (-120, -45, 0, 60, 120)]
+EXPONENTS += [(-120, 120), (-38, -100), (50, 0)]
+
+
+@pytest.mark.usefixtures("as_on_accelerators")
+def test_three_sums_side_by_side():
+    rng = np.random.default_rng(0)
+    entries = [rng.normal(size=shape) for shape in [(3, 4), (5,)]]
+    for exponents in EXPONENTS:
+        tree = [
+            (x * 2.0**e).astype(np.float32)
+            for x, e in zip(entries, exponents, strict=True)
+        ]
+        whole = float(reference.norm(tree))
+        each = [float(reference.norm([x])) for x in tree]
+        for measure, want in (
+            (clipx.tree_norm(), whole),
+            (clipx.leaf_norms(), each),
+            (clipx.group_norms(lambda path, leaf: path[0]), each),
+        ):
+            found = jax.tree.leaves(measure(tree))
+            np.testing.assert_allclose(found, np.ravel(want), rtol=1e-6)
+        of_columns = clipx.unit_norms(axis=0)(tree)[0][0]
+        columns = [float(reference.norm([column])) for column in tree[0].T]
+        np.testing.assert_allclose(of_columns, columns, rtol=1e-6)
+        slopes = jax.grad(clipx.functional.global_norm)(tree)
+        for slope, x in zip(slopes, tree, strict=True):
+            want = np.asarray(x, np.float64) / whole
+            np.testing.assert_allclose(slope, want, rtol=1e-5, atol=1e-37)
+    for bad in (np.nan, np.inf):
+        tree[0][1, 1] = bad
+        assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
