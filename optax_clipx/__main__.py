@@ -251,6 +251,10 @@ def _labels(runs: Sequence[str]) -> list[str]:
         return plain
     if len(set(runs)) < len(runs):
         raise ValueError("A run is named twice.")
+    for parts in range(2, max(len(path.parts) for path in paths)):
+        ends = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(ends)) == len(ends):
+            return ends
     return list(runs)
 
 

@@ -20,7 +20,8 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
     import optax_clipx  # noqa: F401
 
 
-SMALL = 8  # a test with no more cases than this runs whole; of others every fourth
+SMALL = 8  # a test with no more cases than this runs whole
+SHARE = 6  # of the others every sixth case, and another sixth where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
@@ -37,16 +38,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Takes samples of large tables: the usual run a quarter, the slow one another."""
+    """Takes samples of large tables: the usual run a share, the slow one another."""
     cases = {}
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "sampled"))):
             cases.setdefault((item.path, item.originalname), []).append(item)
     for table in cases.values():
         for i, item in enumerate(table):
-            if len(table) > SMALL and i % 4:
+            if len(table) > SMALL and i % SHARE:
                 item.add_marker(pytest.mark.slow)
-                if i % 4 != 2:
+                if i % SHARE != SHARE // 2:
                     item.add_marker(pytest.mark.whole)
     left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
     config.hook.pytest_deselected(items=left_out)

@@ -507,7 +507,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(run, tmp_path, capsys):
     other.parent.mkdir()
     other.write_text(run.read_text())
     assert main(["watch", str(run), str(other), "--once"]) == 0
-    assert "other" in capsys.readouterr().out
+    assert f"other/{run.name}" in capsys.readouterr().out
 
 
 def test_a_limit_that_is_no_number_is_refused(run, capsys):

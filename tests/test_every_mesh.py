@@ -216,7 +216,6 @@ def cells(mesh_name):
 
 USUAL = {  # the rest is slow
     ("4x2", "explicit"),
-    ("4x2", "shard_map"),
     ("8", "pmap"),
 }
 
