@@ -222,19 +222,9 @@ def _clamped_for_sums(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 
     Inside of a reduction on CPU that one takes eight times as long.
     """
-    low, high = _rounded(low, array.dtype), _rounded(high, array.dtype)
-    return -jnp.maximum(-jnp.maximum(array, low), -high)
-
-
-def _rounded(bound: jax.Array, dtype: Any) -> jax.Array:
-    """The bound in a leaf's dtype.
-
-    Where XLA computes in float32 after all, it would take a cast there and back away.
-    """
-    if bound.dtype == dtype:
-        return bound
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(bound, info.nexp, info.nmant).astype(dtype)
+    return -jnp.maximum(
+        -jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype)
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -241,15 +241,13 @@ def test_single_device_answer(mesh_name, cell, dtype, record_property):
     found = cells(mesh_name)[cell](specs=specs, values=values)
     want = single(mesh_name, dtype)
     worst = 0.0
-    # Entries clamped to one number of few digits: all sums are rounded the same way.
-    bound = 1e-6 if dtype == "float32" else 3e-6
     assert found.keys() == want.keys()
     for method, (clipped, metrics) in found.items():
         want_clipped, want_metrics = want[method]
         for field, got, exact in zip(
             metrics._fields, metrics, want_metrics, strict=True
         ):
-            worst = max(worst, error(got, exact, f"{method} {field}", bound))
+            worst = max(worst, error(got, exact, f"{method} {field}"))
         for name, leaf in clipped.items():
             if isinstance(leaf, jax.Array):
                 same_on_copies(leaf)
@@ -263,11 +261,11 @@ def test_single_device_answer(mesh_name, cell, dtype, record_property):
     record_property("max_relative_error", worst)
 
 
-def error(got, exact, what, bound=1e-6):
+def error(got, exact, what):
     got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
     scale = np.where(exact == 0, 1, np.abs(exact))
     worst = float(np.max(np.abs(got - exact) / scale))
-    assert worst <= bound, (what, worst)
+    assert worst <= 1e-6, (what, worst)
     return worst
 
 
