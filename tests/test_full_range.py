@@ -185,3 +185,18 @@ def test_three_sums_side_by_side():
     for bad in (np.nan, np.inf):
         tree[0][1, 1] = bad
         assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", (1e-30, 0.013, 0.4, 1e30))
+@pytest.mark.parametrize("measure", (clipx.tree_norm, clipx.leaf_norms))
+def test_small_leaves_of_equal_entries(measure, value):
+    """XLA sums them entry by entry: norms off by 1.4e-5, clipped ones above the limit."""
+    shapes = [(16, 16), (31, 31), (32, 32), (3, 3, 16, 16), (2,) * 12]
+    clipper = clipx.clip_by(measure(), value)
+    for shape in shapes:
+        leaf = jnp.full(shape, value, jnp.float32)
+        (clipped,), state = jax.jit(clipper.update)([leaf], clipper.init([leaf]))
+        norm = float(np.float32(value)) * np.sqrt(leaf.size)
+        assert abs(float(state.metrics.norm) / norm - 1) < 1e-6
+        clipped_norm = np.linalg.norm(np.asarray(clipped, np.float64))
+        assert clipped_norm <= value * (1 + 1e-6)
