@@ -187,10 +187,10 @@ def test_three_sums_side_by_side():
         assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
 
 
-@pytest.mark.parametrize("value", (1e-30, 0.013, 0.4, 1e30))
-@pytest.mark.parametrize("measure", (clipx.tree_norm, clipx.leaf_norms))
+@pytest.mark.parametrize("value", [1e-30, 0.013, 0.4, 1e30])
+@pytest.mark.parametrize("measure", [clipx.tree_norm, clipx.leaf_norms])
 def test_small_leaves_of_equal_entries(measure, value):
-    """XLA sums them entry by entry: norms off by 1.4e-5, clipped ones above the limit."""
+    """Entry by entry, XLA sums to norms off by 1.4e-5, and clipped ones too large."""
     shapes = [(16, 16), (31, 31), (32, 32), (3, 3, 16, 16), (2,) * 12]
     clipper = clipx.clip_by(measure(), value)
     for shape in shapes:
