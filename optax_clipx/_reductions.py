@@ -211,7 +211,7 @@ def _sums_of_squares(
         return jax.tree.map(pick, factor, *sums), factor
 
     def again_if_needed(trees: Any, extras: Any) -> tuple[Packed, Packed]:
-        if isinstance(groups, ScalarGroups):
+        if type(groups) is ScalarGroups:  # those of examples keep the first axis
             trees = jax.tree.map(_flat_if_small, trees)
         plain = plain_sums(trees, extras)
         factor = jax.tree.map(choose, plain, group_at_risk)

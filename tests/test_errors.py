@@ -527,3 +527,221 @@ def test_a_suggestion_names_a_rule_where_a_fixed_limit_does_not_fit():
 def test_what_is_not_known_of_a_model_goes_by_its_name():
     rule = units.of_model(equinox.nn.Linear(2, 3, key=jax.random.key(0)))
     assert rule(("head", "weight"), leaf(3, 2)) == (1,)
+
+
+def test_bfloat16_inside_of_a_compiled_function_is_found():
+    @jax.jit
+    def narrow_loss(params, x):
+        return jnp.sum(params["w"].astype(jnp.bfloat16) * x.astype(jnp.bfloat16))
+
+    def wide_loss(params, x):
+        return narrow_loss(params, x).astype(jnp.float32)
+
+    from optax_clipx._clipped_grad import _is_narrow
+
+    params = {"w": jnp.ones(2)}
+    assert _is_narrow(lambda x: wide_loss(params, x), jnp.ones(2))
+    assert not _is_narrow(lambda x: jax.jit(loss)(params, x), jnp.ones(2))
+
+
+def test_root_mean_squares_of_examples():
+    params = {"w": jnp.zeros(2), "b": jnp.zeros(2)}
+    batch = {"w": jnp.array([[3.0, 4.0]]), "b": jnp.full((1, 2), 1e-3)}
+
+    def linear(params, x):
+        return jnp.sum(params["w"] * x["w"]) + jnp.sum(params["b"] * x["b"])
+
+    groups = clipx.group_norms(lambda path, leaf: path[0], ord="rms")
+    for measure, size, limit in (
+        (groups, 2, 0.5 / np.sqrt(2)),  # each group has an equal share
+        (clipx.tree_norm(ord="rms"), 4, 0.5),
+    ):
+        sums, _ = per_example.clipped_grad(linear, 0.5, measure=measure)(params, batch)
+        rms = jnp.sqrt(jnp.sum(sums["w"] ** 2) / size)
+        assert rms == pytest.approx(limit, rel=1e-5)
+
+
+def test_a_limit_for_each_leaf_of_a_user_rule_on_the_whole_tree():
+    rule = clipx.Threshold(lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 2.5}, s))
+    updates, _ = stepped(clipx.clip_by(clipx.tree_norm(), rule))
+    norm = jnp.sqrt(jnp.sum(updates["w"] ** 2) + jnp.sum(updates["b"] ** 2))
+    assert norm == pytest.approx(2.5)
+
+
+def test_limits_for_each_leaf_of_units_on_auto_axes():
+    rule = clipx.Threshold(lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 0.5}, s))
+    tx = clipx.clip_by(clipx.unit_norms(axis=0), rule)
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))):
+        updates = jax.jit(lambda g: tx.update(g, tx.init(g))[0])(GRADS)
+    np.testing.assert_allclose(updates["w"], [1.5, 2.0], rtol=1e-6)
+
+
+class Keyless:
+    """A key that has none of the names JAX gives to keys."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Box:
+    def __init__(self, value):
+        self.value = value
+
+    def tree_flatten_with_keys(self):
+        return ((Keyless("inside"), self.value),), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+def test_keys_of_other_kinds_are_shown_as_text():
+    with pytest.raises(TypeError, match="inside"):
+        stepped(clipx.clip(1.0), {"box": Box(jnp.arange(3))})
+
+
+def test_whole_numbers_among_parameters_have_no_gradients():
+    params = {"w": jnp.array([3.0, 4.0]), "size": 3}
+    state = clipx.zclip().init(params)
+    assert jnp.isfinite(clipx.metrics(state)["clip/norm"])
+
+
+def test_a_followed_run_with_an_empty_line_and_one_without_steps(run):
+    from optax_clipx._live import Follower
+
+    follower = Follower(run)
+    assert len(follower.look()["step"]) == 50
+    with run.open("a") as file:
+        file.write("\n\n")
+    assert len(follower.look()["step"]) == 50
+    with run.open("a") as file:
+        file.write('{"clip/norm": 1.0}\n')
+    with pytest.raises(ValueError, match="--step NAME"):
+        follower.look()
+
+
+def test_watching_draws_again(run, monkeypatch):
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", wait)
+    assert main(["watch", str(run), "--every", "0.5"]) == 0
+    assert waits == [0.5] * 3
+
+
+def test_pictures_of_a_run_that_says_nothing_of_clipping():
+    seen = {"step": np.arange(9), "norm": np.ones(9), "threshold": np.full(9, 2.0)}
+    assert clipx.plotting.norms(seen) is not None
+
+
+def test_a_heatmap_of_one_value():
+    history = {f"clip_norms/{name}": np.full(9, 2.0) for name in "ab"}
+    figure = clipx.plotting.heatmap({"step": np.arange(9)} | history)
+    assert figure is not None
+
+
+def test_a_tag_of_tensorboard_named_step(tmp_path):
+    writer = pytest.importorskip("tensorboardX").SummaryWriter(str(tmp_path))
+    for step in range(9):
+        writer.add_scalar("step", 100 + step, step)
+        writer.add_scalar("clip/norm", 1.0 + step, step)
+    writer.close()
+    history = clipx.History.load(tmp_path)
+    assert history.steps.tolist() == list(range(9))
+
+
+def test_a_history_that_cannot_be_written_leaves_the_old_one(run, monkeypatch):
+    history = clipx.History.load(run)
+    path, before = run.parent / "again.jsonl", sorted(run.parent.iterdir())
+    monkeypatch.setattr("os.replace", lambda *paths: os.stat("/nowhere"))
+    with pytest.raises(FileNotFoundError):
+        history.save(path)
+    assert sorted(run.parent.iterdir()) == before
+
+
+def shards_of(function, *, check, specs=None, out=None):
+    specs, out = specs or P("x"), out or P("x")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    return jax.jit(
+        jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check
+        )
+    )
+
+
+def test_moments_of_shards_need_no_word_of_them():
+    tx = clipx.clip_spikes()
+    grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
+
+    def step(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    clipped = shards_of(step, check=False)(grads)
+    assert jnp.isfinite(clipped["w"]).all()
+
+
+def test_a_matrix_in_shards_of_unknown_dimensions():
+    tx = clipx.clip_by_spectral_norm(1.0)
+    step = shards_of(lambda g: tx.update(g, tx.init(g))[0], check=True)
+    with pytest.raises(ValueError, match=r"w cannot .* Pass specs="):
+        step({"w": jnp.ones((4, 4))})
+
+
+@pytest.mark.parametrize("axis_name", [None, "x", ("x", "unbound")])
+@pytest.mark.parametrize("check", [True, False])
+def test_the_loss_of_all_devices(check, axis_name):
+    tx = clipx.skip_spikes(optax.sgd(0.1), axis_name=axis_name)
+
+    def step(grads, loss):
+        updates, _ = tx.update(grads, tx.init(grads), grads, loss=loss[0])
+        return updates
+
+    grads = {"w": jnp.array([3.0, 4.0])}
+    if not check and axis_name is None:
+        with pytest.raises(ValueError, match="axis_name="):
+            shards_of(step, check=check)(grads, jnp.array([1.0, 3.0]))
+        return
+    updates = shards_of(step, check=check)(grads, jnp.array([1.0, 3.0]))
+    np.testing.assert_allclose(updates["w"], -0.1 * grads["w"])
+
+
+def test_units_that_a_named_axis_has_whole():
+    tx = clipx.clip_by(clipx.unit_norms(axis=0), 1.0, specs={"w": P(None, None)})
+    weights = jnp.array([[3.0, 0.3], [4.0, 0.4]])
+
+    def step(grads):
+        updates, state = tx.update(grads, tx.init(grads))
+        return updates, state.metrics.norm
+
+    updates, norm = shards_of(step, check=True, specs=P(None, None), out=(P(), P()))(
+        {"w": weights}
+    )
+    np.testing.assert_allclose(updates["w"], [[0.6, 0.3], [0.8, 0.4]], rtol=1e-6)
+    assert norm == pytest.approx(jnp.linalg.norm(weights))
+
+
+def test_arrays_that_a_compiled_function_closes_over():
+    mesh = jax.make_mesh((2,), ("x",))
+    grads = {
+        "w": jax.device_put(jnp.array([3.0, 4.0]), jax.NamedSharding(mesh, P("x")))
+    }
+    tx = clipx.clip_by_global_norm(1.0)
+    state = jax.jit(lambda: tx.init(grads))()  # an update JAX refuses: no device set
+    assert clipx.metrics(state)["clip/steps"] == 0
+
+
+def test_metrics_of_as_many_entries_as_devices_on_each_device():
+    from optax_clipx._metrics import _is_replicated
+
+    mesh = jax.make_mesh((2,), ("x",))
+    whole = jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, P()))
+    assert not _is_replicated(whole)
+    assert _is_replicated(jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, P("x"))))
