@@ -117,7 +117,7 @@ def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
     return zeros + (limits if norms.ndim == 1 else limits[None])
 
 
-def in_rows(arrays: list[jax.Array]) -> list[jax.Array]:
+def in_rows(arrays: list[Any]) -> list[jax.Array]:
     """The arrays, computed once; on CPU an example lies in memory as a row."""
     # XLA would give one consumer of a bfloat16 array digits that another does not see,
     # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).

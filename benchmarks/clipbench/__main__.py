@@ -1,0 +1,72 @@
+"""Compares methods of clipping on small tasks where clipping matters.
+
+    pip install -e ".[bench,examples]" && python benchmarks/clipbench
+
+Every task trains with every optimizer and every method, several seeds side by side. The
+learning rate of a task and an optimizer is tuned together with a fixed limit; each
+method then trains at this rate. Results are added to OUTPUT.jsonl as they come: an
+interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from methods import METHODS, OPTIMIZERS
+from report import write_report
+from running import run
+from tasks import MAKERS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Record = dict[str, Any]
+
+
+def main() -> None:
+    """Runs what is not there yet, and writes tables and pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS)
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--again", nargs="+", choices=METHODS, default=[], help="forget these results"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "results" / "clipbench"
+    )
+    parser.add_argument("--pictures", type=Path, help="folder for pictures")
+    options = parser.parse_args()
+    path = options.output.with_suffix(".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = kept(path, options.again)
+    cells = [(t, o) for t in options.tasks for o in options.optimizers]
+    with path.open("a") as file:
+        for record in run(cells, options.methods, records, options.workers):
+            records.append(record)
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+    write_report(records, options.output.with_suffix(".md"), options.pictures)
+
+
+def kept(path: Path, again: list[str]) -> list[Record]:
+    """The results that are there, less those that are wanted again."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    records = [r for r in records if r.get("method") not in again]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Tables and pictures of what the methods reached."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from methods import FIXED, METHODS, RELATIVE_LIMITS
+
+Record = dict[str, Any]
+Cell = tuple[str, str, str]  # half, task, optimizer
+NEAR = 1.03  # what counts as equal
+HALVES = ("design", "held out")
+
+
+def write_report(records: list[Record], path: Path, pictures: Path | None) -> None:
+    """Writes and prints the tables; draws the pictures if there is a folder."""
+    found = by_cell(records)
+    text = "\n".join([*summary(found), "", *whole_table(found), ""])
+    print(text)
+    path.write_text(text)
+    if pictures:
+        draw(found, pictures)
+
+
+def by_cell(records: list[Record]) -> dict[Cell, dict[str, Record]]:
+    """The results of each cell that has those of fixed limits."""
+    found: dict[Cell, dict[str, Record]] = defaultdict(dict)
+    for r in records:
+        if r["kind"] == "method":
+            found[r["half"], r["task"], r["optimizer"]][r["method"]] = r
+    return {cell: row for cell, row in found.items() if FIXED in row}
+
+
+def losses(record: Record) -> np.ndarray:
+    """The geometric mean over seeds for each number; infinite if one diverged."""
+    final = np.array(record["final"], float)
+    return np.nan_to_num(np.exp(np.mean(np.log(final), axis=1)), nan=math.inf)
+
+
+def best_fixed(row: dict[str, Record]) -> float:
+    """The loss at the best fixed limit, chosen in hindsight."""
+    return float(losses(row[FIXED]).min())
+
+
+def ratio(row: dict[str, Record], method: str, number: int = 0) -> float:
+    """The loss of a method over that of the best fixed limit."""
+    return float(losses(row[method])[number] / best_fixed(row))
+
+
+def summary(found: dict[Cell, dict[str, Record]]) -> list[str]:
+    """For each half of the tasks a table with a line for each method."""
+    lines = []
+    for half in HALVES:
+        rows = [row for cell, row in found.items() if cell[0] == half]
+        if not rows:
+            continue
+        head = [
+            f"method ({half}, {len(rows)} cells)",
+            "within 3% of the best fixed limit",
+            "median",
+            "90%",
+            "diverged where a limit does not",
+            "over 3% worse than none",
+            "spikes",
+        ]
+        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+        for method in METHODS:
+            if method == FIXED:
+                continue
+            lines.append(line(method, [row for row in rows if method in row]))
+        lines.append("")
+    return lines
+
+
+def line(method: str, rows: list[dict[str, Record]]) -> str:
+    """How a method did in these cells."""
+    if not rows:
+        return f"| {method} |" + " |" * 6
+    ratios = np.array([ratio(row, method) for row in rows])
+    unclipped = np.array([ratio(row, "none") for row in rows if "none" in row])
+    worse = np.sum(ratios[: len(unclipped)] > NEAR * unclipped)
+    spikes = np.mean([row[method]["spikes"][0] for row in rows])
+    cells = [
+        f"{np.mean(ratios <= NEAR):.0%}",
+        times(float(np.median(ratios))),
+        times(float(np.quantile(ratios, 0.9, method="higher"))),
+        str(int(np.isinf(ratios).sum())),
+        str(int(worse)),
+        f"{spikes:.2%}",
+    ]
+    return f"| {method} | " + " | ".join(cells) + " |"
+
+
+def times(value: float) -> str:
+    """A ratio, as short as it can be said."""
+    return f"{value:.3g}" if math.isfinite(value) else "diverged"
+
+
+def whole_table(found: dict[Cell, dict[str, Record]]) -> list[str]:
+    """Every cell: the best fixed limit, and all others over its loss."""
+    others = [m for m in METHODS if m != FIXED]
+    head = ["task", "optimizer", "best limit / first norms", "its loss", *others]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for (half, task, optimizer), row in found.items():
+        best = RELATIVE_LIMITS[int(losses(row[FIXED]).argmin())]
+        cells = [times(ratio(row, m)) if m in row else "" for m in others]
+        mark = "" if half == "design" else " (held out)"
+        first = [f"{task}{mark}", optimizer, f"{best:g}", f"{best_fixed(row):.4g}"]
+        lines.append("| " + " | ".join([*first, *cells]) + " |")
+    return lines
+
+
+def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
+    """The whole table as a picture, and what each number changes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    others = [m for m in METHODS if m != FIXED]
+    cells = sorted(found, key=lambda c: (HALVES.index(c[0]), c))
+    values = np.array(
+        [
+            [ratio(found[c], m) if m in found[c] else np.nan for m in others]
+            for c in cells
+        ]
+    )
+    figure, ax = plt.subplots(figsize=(9, 0.24 * len(cells) + 2), layout="constrained")
+    image = ax.imshow(
+        np.minimum(values, 3), norm=LogNorm(0.8, 3), cmap="RdYlGn_r", aspect="auto"
+    )
+    ax.set_xticks(range(len(others)), others, rotation=45, ha="right")
+    ax.set_yticks(range(len(cells)), [f"{t}, {o}" for _, t, o in cells], fontsize=8)
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            shown = f"{value:.2f}" if math.isfinite(value) else "div."
+            ax.text(j, i, shown, ha="center", va="center", fontsize=7)
+    edge = sum(c[0] == HALVES[0] for c in cells)
+    ax.axhline(edge - 0.5, color="black", lw=2)
+    ax.set_title(
+        "Final loss over that of the best fixed limit; below the line: held out"
+    )
+    figure.colorbar(image, ax=ax, extend="max", shrink=0.5)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "clipbench.png", dpi=110)
+    plt.close(figure)
+    sensitivity(found, folder, plt)
+
+
+def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) -> None:
+    """How much worse a method is at another number than its default."""
+    asked = [m for m in METHODS if METHODS[m].asks_for and m != FIXED]
+    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    for place, method in enumerate(asked):
+        rows = [row for row in found.values() if method in row]
+        for number in range(3):
+            spread = np.array([ratio(row, method, number) for row in rows])
+            spread = np.clip(spread, 0.5, 10)
+            at = np.full(len(spread), place + (number - 1) * 0.22)
+            ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}")
+            if len(spread):
+                ax.plot([*at[:2], -0.09, 0.09], [np.median(spread)] * 2, color="black")
+    ax.set_yscale("log")
+    labels = [
+        f"{m}\n{METHODS[m].asks_for}: "
+        + ", ".join(f"{n:g}" for n in METHODS[m].numbers)
+        for m in asked
+    ]
+    ax.set_xticks(range(len(asked)), labels, fontsize=7, rotation=20, ha="right")
+    ax.set_ylabel("loss over the best fixed limit's")
+    ax.set_title("Each method at three values of its number (medians in black)")
+    figure.savefig(folder / "clipbench_sensitivity.png", dpi=110)
+    plt.close(figure)
