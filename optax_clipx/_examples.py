@@ -117,14 +117,14 @@ def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
     return zeros + (limits if norms.ndim == 1 else limits[None])
 
 
-def in_rows(arrays: list[Any]) -> list[jax.Array]:
+def in_rows(arrays: list[Any]) -> list[Any]:
     """The arrays, computed once; on CPU an example lies in memory as a row."""
     # XLA would give one consumer of a bfloat16 array digits that another does not see,
     # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).
     if any(map(_is_cut, arrays)):
         return lax.optimization_barrier(arrays)
 
-    def flattened(arrays: list[jax.Array]) -> list[jax.Array]:
+    def flattened(arrays: list[Any]) -> list[jax.Array]:
         rows = [x.reshape(x.shape[0], x[:1].size) for x in arrays]
         rows = lax.optimization_barrier(rows)
         return [row.reshape(x.shape) for row, x in zip(rows, arrays, strict=True)]
@@ -179,6 +179,6 @@ def _product(weights: jax.Array, array: jax.Array) -> jax.Array:
     return jnp.tensordot(weights.reshape(-1), array, 1, precision="highest")
 
 
-def _is_cut(x: jax.Array) -> bool:
+def _is_cut(x: Any) -> bool:
     """Whether this is cut along Explicit mesh axes."""
     return any(name for names in _mesh.explicit_dims(x) for name in names)
