@@ -1,0 +1,128 @@
+"""Draws every method at work on the same run, for the pages of the methods.
+
+The run has what real ones have: a level that falls, noise of 10%, one norm 30 times as
+large, two of 5 times close together, and a level that is 4 times as high from step 200
+on. Gradients have 64 entries, of which in the two spikes one is large.
+
+    python docs/make_methods.py
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import optax_clipx as clipx
+
+ROOT = Path(__file__).resolve().parent.parent
+SPIKES = {80: 30.0, 150: 5.0, 154: 5.0}
+METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "clip": lambda: clipx.clip(0.3),
+    "clip_by_global_norm": lambda: clipx.clip_by_global_norm(2.0),
+    "adaptive_grad_clip": lambda: clipx.adaptive_grad_clip(0.2),
+    "zclip": clipx.zclip,
+    "autoclip": clipx.autoclip,
+    "quantile_clip": clipx.quantile_clip,
+    "adagc": lambda: clipx.adagc(warmup_steps=20, max_norm=2.0),
+    "olmo_ratio_clip": lambda: clipx.olmo_ratio_clip(1.5),
+    "norm_growth_limit": clipx.norm_growth_limit,
+    "log_zscore_clip": clipx.log_zscore_clip,
+    "historical_update_clip": clipx.historical_update_clip,
+    "smooth_clip": lambda: clipx.smooth_clip(2.0),
+    "normalize_by_norm": clipx.normalize_by_norm,
+    "skip_spikes": lambda: clipx.skip_spikes(optax.identity()),
+    "clip_spikes": lambda: clipx.clip_spikes(100.0),
+    "stabilize_norm": clipx.stabilize_norm,
+    "scale_by_acclip": clipx.scale_by_acclip,
+    "mixed_clip": lambda: clipx.mixed_clip(2.0),
+}
+THEMES = {
+    "light": {"axes": "#333333", "before": "#b0b0b0", "after": "#1f6fb4"},
+    "dark": {"axes": "#cccccc", "before": "#6a6a6a", "after": "#6cb8ff"},
+}
+LIMIT = "#e0872b"
+OF_ENTRIES = ("clip", "clip_spikes", "stabilize_norm")  # what their limits are of
+
+
+def run(steps: int = 300) -> np.ndarray:
+    """The gradients: steps by 64 entries."""
+    rng = np.random.default_rng(0)
+    level = 0.7 + 1.5 * np.exp(-np.arange(steps) / 40)
+    level[200:] *= 4
+    norms = level * np.exp(0.1 * rng.normal(size=steps))
+    gradients = rng.normal(size=(steps, 64))
+    for step, factor in SPIKES.items():
+        norms[step] *= factor
+        gradients[step, 0] = 5 * np.abs(gradients[step]).max()
+    gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    return (gradients * norms[:, None]).astype(np.float32)
+
+
+def at_work(tx: optax.GradientTransformation, gradients: Any) -> Any:
+    """The norm after each step, and the limit where the method has one."""
+    params = jnp.full(64, 1 / 8.0)
+
+    def step(state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        seen = clipx.metrics(state)
+        limit = seen.get("clip/threshold", jnp.nan)
+        return state, (jnp.linalg.norm(updates), jnp.asarray(limit, jnp.float32))
+
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients)
+
+
+def draw(name: str, theme: str, before: Any, after: Any, limits: Any) -> Any:
+    """The picture of one method."""
+    colours = THEMES[theme]
+    figure, ax = plt.subplots(figsize=(7.5, 2.6), layout="constrained")
+    steps = np.arange(len(before))
+    ax.plot(steps, before, color=colours["before"], lw=1.2, label="before")
+    ax.plot(steps, after, color=colours["after"], lw=1.2, label="after")
+    drawn = np.where((limits > 0) & (limits < 1e3), limits, np.nan)
+    if np.isfinite(drawn).any() and name not in OF_ENTRIES:
+        ax.plot(steps, drawn, color=LIMIT, lw=1, ls="--", label="limit")
+    ax.set_yscale("log")
+    ax.set_ylim(max(0.02, 0.5 * after[after > 0].min()), 1.5 * before.max())
+    ax.set_xlabel("step")
+    ax.set_ylabel("norm")
+    ax.legend(ncols=3, frameon=False, loc="upper right", labelcolor=colours["axes"])
+    for spine in ("top", "right"):
+        ax.spines[spine].set_visible(False)
+    for part in (ax.spines["left"], ax.spines["bottom"]):
+        part.set_color(colours["axes"])
+    ax.tick_params(colors=colours["axes"], which="both")
+    ax.xaxis.label.set_color(colours["axes"])
+    ax.yaxis.label.set_color(colours["axes"])
+    return figure
+
+
+def main() -> None:
+    """Runs every method on the run, and draws."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "images" / "methods"
+    )
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    gradients = run()
+    before = np.linalg.norm(gradients, axis=1)
+    for name in tqdm(options.only, unit="method"):
+        after, limits = map(np.asarray, at_work(METHODS[name](), gradients))
+        for theme in THEMES:
+            figure = draw(name, theme, before, after, limits)
+            path = options.output / f"{name}_{theme}.png"
+            figure.savefig(path, dpi=100, transparent=True)
+            plt.close(figure)
+    print(f"Wrote {2 * len(options.only)} pictures to {options.output}.")
+
+
+if __name__ == "__main__":
+    main()
