@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(config, items):
         for i, item in enumerate(table):
             if len(table) > SMALL and i % SHARE:
                 item.add_marker(pytest.mark.slow)
-                if i % SHARE != SHARE // 2:
+                complete = item.get_closest_marker("complete")
+                if not complete and i % SHARE != SHARE // 2:
                     item.add_marker(pytest.mark.whole)
     left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
     config.hook.pytest_deselected(items=left_out)

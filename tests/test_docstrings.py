@@ -38,6 +38,7 @@ WITHOUT = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 def test_sections(name):
     value = NAMES[name]
@@ -53,6 +54,7 @@ def test_sections(name):
             assert f"{parameter}:" in text, f"{name} says nothing of {parameter}"
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("name", NAMES)
 def test_example(name):
     value = NAMES[name]

@@ -21,10 +21,15 @@ PAGES = {  # what each prints
     "docs/monitoring.md": r"clip_ratios/kernel: ",
     "docs/checkpoints.md": r"60 100 100\nTrue\nTrue\n101 P.*'data'.*\n"
     r"\['metrics', .*'inner/0',",
+    "docs/frameworks.md": r"\d+ -> 1\.00\n\['clip/clipped', 'clip/clipped_norm'\]\n"
+    r"True\nNone",
+    "docs/precision.md": r"5 steps dropped, scale 32768\.0\n\[-0\.6 +-0\.8",
+    "docs/sharp_edges.md": r"1\.0 \[-0\.09999.*\n0\.001 \[-0\.09999.*\n20\.0",
     "docs/choosing.md": r"0\.3\d* .*10\.0%",
 }
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore:.*jax.tree_util:DeprecationWarning")
 def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
