@@ -1,0 +1,379 @@
+"""Each number and sign of the arithmetic, looked at directly; never sampled.
+
+Other tests judge whole transformations against references. These are small and close to
+the code, so that one changed sign, bound or default is seen at once.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx import _reductions as reductions
+from optax_clipx._thresholds import _base as base, _quantile
+
+pytestmark = pytest.mark.sampled
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def trace(rule, norms, step=0):
+    """The limits of a rule over some norms, one after the other."""
+
+    def one(carry, norm):
+        number, state = carry
+        limit, state = rule.update(norm, state, clipx.Context(number))
+        return (number + 1, state), limit
+
+    norms = jnp.asarray(norms, jnp.float32)
+    start = (jnp.int32(step), rule.init(jnp.float32(0)))
+    return np.asarray(jax.lax.scan(one, start, norms)[1], np.float64)
+
+
+def close(found, expected, rtol=1e-5):
+    np.testing.assert_allclose(found, expected, rtol=rtol)
+
+
+# Reductions
+
+
+def test_the_norm_of_norms():
+    close(reductions.whole_norm(jnp.array([3.0, 4.0, 12.0])), 13.0)
+    assert reductions.whole_norm(jnp.zeros(3)) == 0
+    assert reductions.whole_norm(jnp.array([jnp.inf, 1.0])) == jnp.inf
+    assert jnp.isnan(reductions.whole_norm(jnp.array([jnp.nan, 1.0])))
+    close(reductions.whole_norm(jnp.array([3e38, 1e38])), np.hypot(3e38, 1e38))
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf, "rms"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_norms_of_all_orders_at_all_sizes(ord, size):
+    leaves = [np.float32(size) * np.array(x, np.float32) for x in ([1, -2], [[3], [4]])]
+    flat = np.abs(np.concatenate([x.ravel() for x in leaves]).astype(np.float64))
+    if ord == "rms":
+        expected = np.sqrt(np.mean(flat**2))
+    else:
+        expected = np.linalg.norm(flat / max(size, 1e-38), ord) * size
+    for measure in (clipx.tree_norm(ord=ord), clipx.leaf_norms(ord=ord)):
+        clipper = clipx.clip_by(measure, jnp.inf)
+        _, state = clipper.update(leaves, clipper.init(leaves))
+        close(state.metrics.norm, expected, rtol=2e-6)
+
+
+def test_complex_leaves():
+    for size in (1e-30, 1.0, 1e30):
+        leaf = np.array([3 + 4j, 12], np.complex64) * np.float32(size)
+        close(clipx.functional.global_norm([leaf]), 13 * size)
+    assert reductions.widened(leaf, jnp.dtype("float32")) == jnp.complex64
+    assert reductions.widened(leaf, jnp.dtype("float64")) == jnp.complex128
+    assert reductions.widened(leaf.real, jnp.dtype("float32")) == jnp.float32
+
+
+def test_the_clamp_of_what_is_not_chosen():
+    parts = jnp.array([-3.0, -1.0, -0.5, 0.5, 1.0, 1.5])
+    expected = np.array([-1.0, -1.0, -0.5, 0.5, 1.0, 1.0])
+    close(reductions._clamp_to_one(parts), expected)
+    found = reductions._clamp_to_one(jax.lax.complex(parts, parts[::-1]))
+    close(found.real, expected)
+    close(found.imag, expected[::-1])
+
+
+def test_quotients_near_the_largest_number():
+    divide = jax.jit(reductions.quotient)
+    for y in (1e-30, 1.0, 2.0**90, 2.0**99, 2.0**101, 2.0**126, LARGEST):
+        x = jnp.full((64,), y, jnp.float32) * jnp.float32(0.5)
+        np.testing.assert_array_equal(divide(x, jnp.float32(y)), np.full(64, 0.5))
+
+
+def test_which_dtypes_leave_the_range():
+    leaves = {n: jnp.zeros(1, n) for n in ("float16", "bfloat16", "float32")}
+    found = {
+        n: reductions._can_leave_range(x.dtype, jnp.float32) for n, x in leaves.items()
+    }
+    assert found == {"float16": False, "bfloat16": True, "float32": True}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ranges_hold_what_they_promise(dtype):
+    low, high, up, down = reductions._RANGES[jnp.dtype(dtype)]
+    info = np.finfo(dtype)
+    # The smallest normal number raised, and the largest lowered, are within.
+    assert (float(info.tiny) * up) ** 2 > float(info.tiny) / float(info.eps)
+    assert (float(info.max) * down) ** 2 < high
+    # Raised or lowered sums of what is outside are finite, for 2^24 entries too.
+    assert low * up * up * 2.0**24 < float(info.max)
+    assert high * down * down > float(info.tiny)
+    # What is not raised loses no more than a rounding to what underflows.
+    assert float(info.tiny) / low < float(info.eps)
+
+
+def test_derivatives_of_roots_and_powers_at_zero():
+    assert jax.grad(reductions.safe_sqrt)(0.0) == 0
+    close(jax.grad(reductions.safe_sqrt)(4.0), 0.25)
+    assert jax.grad(lambda x: reductions._power(x, 0.5))(0.0) == 1
+    close(reductions._power(jnp.float32(3.0), 3.0), 27.0)
+
+
+# Responses
+
+
+def test_responses_by_hand():
+    norms = jnp.array([0.0, 1.0, 2.0, 4.0, 1.0, 0.0])
+    limits = jnp.array([2.0, 2.0, 2.0, 2.0, jnp.inf, 0.0])
+    close(clipx.rescale(norms, limits), [1, 1, 1, 0.5, 1, 1])
+    close(clipx.normalize(norms, limits), [1, 2, 1, 0.5, 1, 1])
+    close(clipx.drop(norms, limits), [1, 1, 1, 0, 1, 1])
+    close(clipx.smooth(norms, limits), [1, 2 / 3, 0.5, 1 / 3, 1, 1])
+    bent = clipx.smooth(jnp.array([3.0, 4.0]), jnp.array([4.0, 3.0]), p=2.0)
+    close(bent, [0.8, 0.6])
+    close(jax.grad(lambda n: clipx.rescale(n, jnp.float32(2.0)) * n)(4.0), 0.0)
+    close(jax.grad(lambda n: clipx.smooth(n, jnp.float32(2.0)) * n)(4.0), 1 / 9)
+
+
+# Rules
+
+
+def test_quantiles_of_a_sketch():
+    rng = np.random.default_rng(0)
+    norms = np.exp(rng.normal(size=200) * 8)  # over 20 decades
+    for q in (0.1, 0.5, 0.9):
+        limits = trace(clipx.quantile(q), norms)
+        ordered = [np.sort(norms[: i + 1]) for i in range(200)]
+        exact = [x[max(0, int(np.ceil(q * len(x) - 1e-6)) - 1)] for x in ordered]
+        assert np.abs(np.log(limits / exact)).max() < 0.029
+
+
+def test_the_sketch_counts_what_lies_beyond():
+    rule = clipx.quantile(0.5)
+    state = rule.init(jnp.float32(0))
+    for norm, beyond in ((1e-13, 1), (1.0, 1), (1e13, 2), (1.01e-12, 2), (0.99e12, 2)):
+        _, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        assert state.saturated == beyond
+        assert jnp.sum(state.counts) > 0
+    assert state.counts.shape == (999,)
+    assert state.counts[0] == 2
+    assert state.counts[-1] == 2
+    assert jnp.sum(state.counts) == 5
+
+
+def test_the_sketch_halves_full_counts():
+    rule = clipx.quantile(0.5)
+    state = rule.init(jnp.float32(0))
+    full = jnp.iinfo(jnp.int32).max // _quantile._BINS
+    state = state._replace(counts=state.counts.at[500].set(full))
+    _, state = rule.update(jnp.float32(1e3), state, clipx.Context(0))
+    assert state.counts[500] == full // 2
+
+
+def test_tracked_quantiles():
+    limits = trace(clipx.quantile_tracker(0.75, learning_rate=0.2), [2, 1, 9, 9, 1])
+    steps = np.cumsum([0, -0.05, -0.05, 0.15, 0.15])
+    close(limits, 2 * np.exp(steps))
+
+
+def test_quantiles_of_windows():
+    close(trace(clipx.quantile(0.25, window=3), [4, 1, 3, 9]), [4, 1.75, 2.0, 2.0])
+    close(trace(clipx.quantile(0.5, max_steps=9), [4, 1, 3]), [4, 2.5, 3])
+
+
+@pytest.mark.parametrize("init", ["first", "min", "mean"])
+def test_averages_with_a_warmup(init):
+    rule = clipx.ema_ratio(
+        1.5, decay=0.5, warmup_steps=3, warmup_limit=4.0, init=init, floor=0.1
+    )
+    limits = trace(rule, [8, 2, 3, 6, 6])
+    start = {"first": 6.0, "min": 2.0, "mean": 3.0}[init]
+    entering = min(6.0, 1.5 * start)
+    after = 0.5 * start + 0.5 * entering if init != "first" else 6.0
+    close(limits, [4, np.inf, np.inf, 1.5 * start, 1.5 * after])
+
+
+@pytest.mark.parametrize("stats", ["raw", "clipped", "skip"])
+def test_averages_without_a_warmup(stats):
+    limits = trace(clipx.ema_ratio(2.0, decay=0.75, stats=stats), [1, 1, 9, 1])
+    last = {"raw": 3.0, "clipped": 1.25, "skip": 1.0}[stats]
+    close(limits, [2, 2, 2, 2 * last])
+
+
+def test_averages_with_patience_and_floor():
+    rule = clipx.ema_ratio(2.0, decay=0.5, floor=1.0, patience=2, stats="skip")
+    close(trace(rule, [0.1, 9, 9, 9, 1]), [2, 2, np.inf, 18, 18])
+    close(trace(clipx.ema_ratio(2.0, decay=0.5), [0.1, 0.1]), [0.2, 0.2])
+
+
+def test_the_growth_of_norms():
+    close(
+        trace(clipx.norm_growth(1.5), [1, 9, 9, 1, 9]), [np.inf, 1.5, 2.25, 3.375, 1.5]
+    )
+    floored = clipx.norm_growth(1.5, floor=2.0, patience=2)
+    close(trace(floored, [1, 9, 9, 9]), [np.inf, 3, np.inf, 13.5])
+
+
+def test_bands():
+    rule = clipx.group_band(0.5, 2.0, decay=0.9)
+    close(trace(rule, [1, 9, 0.1]), [1, 3.6, 0.5 * (0.9 * 1.8 + 0.01)])
+    floored = clipx.group_band(0.5, 2.0, decay=0.9, floor=1.5)
+    close(trace(floored, [1, 1])[1], 1.5)
+    scheduled = clipx.group_band(lambda step: 0.5, lambda step: 2.0, decay=0.9)
+    close(trace(scheduled, [1, 9]), [1, 3.6])
+    assert scheduled.uses_step
+    assert not rule.uses_step
+    patient = clipx.group_band(0.5, 2.0, decay=0.9, patience=2)
+    close(trace(patient, [1, 90, 90]), [1, 19.8, 90])
+
+
+def test_deviations():
+    rule = clipx.zscore(2.0, warmup_steps=2, decay=0.5, target="threshold")
+    limits = trace(rule, [1, 3, 3, 9, 2])
+    mean, sd = 2.0, 1.0
+    expected = [np.inf, np.inf, mean + 2 * sd]
+    new = 0.5 * mean + 0.5 * 3
+    sd = np.sqrt(0.5 * sd**2 + 0.5 * (3 - new) ** 2)
+    expected.append(new + 2 * sd)
+    mean, entering = new, new + 2 * sd
+    new = 0.5 * mean + 0.5 * entering
+    sd = np.sqrt(0.5 * sd**2 + 0.5 * (entering - new) ** 2)
+    expected.append(new + 2 * sd)
+    close(limits, expected)
+
+
+def test_least_limits_and_multiples():
+    both = clipx.minimum(clipx.quantile(0.5, window=1), 3.0)
+    close(trace(both, [2, 5]), [2, 3])
+    close(trace(clipx.scaled(clipx.quantile(0.5, window=1), 0.5), [2, 5]), [1, 2.5])
+    assert trace(clipx.scaled(jnp.inf, 0.0), [2])[0] == np.inf
+
+
+def test_warming_up():
+    rule = clipx.warmup(1.0, then=2.0, steps=2)
+    close(trace(rule, [5, 5, 5]), [1, 1, 2])
+    close(trace(clipx.warmup(1.0, then=2.0, steps=0), [5]), [2])
+    assert rule.uses_step
+
+
+def test_a_pair_of_functions():
+    rule = clipx.minimum((lambda n: (), lambda n, s, c: (n / 2, s)), 9.0)
+    close(trace(rule, [4]), [2])
+
+
+def test_relative_limits():
+    rule = clipx.relative_to_params(0.1, eps=0.5)
+    limits, _ = rule.update(
+        jnp.float32(9.0), (), clipx.Context(0, params_norms=jnp.float32(0.2))
+    )
+    close(limits, 0.05)
+
+
+def test_rules_that_need_no_step():
+    for rule in (
+        clipx.quantile(0.5),
+        clipx.quantile_tracker(0.5),
+        clipx.ema_ratio(2.0),
+        clipx.norm_growth(),
+        clipx.zscore(),
+        clipx.constant(1.0),
+    ):
+        assert not rule.uses_step
+    assert clipx.constant(lambda step: 1.0).uses_step
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: base.check_count(2.5, "n"), "whole number"),
+        (lambda: base.check_count(-1, "n"), "n >= 1"),
+        (lambda: base.check_count(0, "n"), "n >= 1"),
+        (lambda: base.check_count(-1, "n", 0), "n >= 0"),
+        (lambda: base.check_decay(1, "decay"), "decay < 1"),
+        (lambda: base.check_decay(1.5, "decay"), "<= 1"),
+        (lambda: base.check_decay(-0.5, "decay"), "Expected 0 <="),
+        (lambda: base.check_static_count(1, "size", 2), "size >= 2"),
+        (lambda: clipx.group_band(-0.5, 2.0), "low"),
+        (lambda: clipx.group_band(1.5, 2.0), "low"),
+        (lambda: clipx.group_band(0.5, 0.9), "high"),
+        (lambda: clipx.group_band(0.5, 2.0, decay=-0.5), "decay"),
+        (lambda: clipx.group_band(0.5, 2.0, floor=-0.5), "floor"),
+        (lambda: clipx.ema_ratio(0.9), "ratio"),
+        (lambda: clipx.ema_ratio(2.0, decay=-0.5), "decay"),
+        (lambda: clipx.ema_ratio(2.0, floor=-0.5), "floor"),
+        (lambda: clipx.ema_ratio(2.0, warmup_limit=-0.5), "warmup_limit"),
+        (lambda: clipx.ema_ratio(2.0, warmup_steps=-1), "warmup_steps"),
+        (lambda: clipx.norm_growth(0.9), "ratio"),
+        (lambda: clipx.norm_growth(floor=-0.5), "floor"),
+        (lambda: clipx.quantile(-0.5), "q"),
+        (lambda: clipx.quantile_tracker(-0.5), "q"),
+        (lambda: clipx.quantile_tracker(0.5, learning_rate=-0.5), "learning_rate"),
+        (lambda: clipx.zscore(-0.5), "z_threshold"),
+        (lambda: clipx.zscore(decay=-0.5), "decay"),
+        (lambda: clipx.zscore(warmup_steps=-1), "warmup_steps"),
+        (lambda: clipx.zscore(window=1), "window"),
+        (lambda: clipx.zscore(clip_factor=-0.5), "clip_factor"),
+        (lambda: clipx.zscore(min_relative_sd=-0.5), "min_relative_sd"),
+        (lambda: clipx.warmup(1.0, then=2.0, steps=-1), "steps"),
+        (lambda: clipx.scaled(1.0, -0.5), "factor"),
+        (lambda: clipx.constant(-0.5), "max_norm|limit"),
+        (lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=0.0), "p > 0"),
+        (lambda: clipx.ema_ratio(2.0, warmup_limit=1.0).init((jnp.zeros(1),)), "units"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_is_just_allowed():
+    for make in (
+        lambda: base.check_count(1, "n"),
+        lambda: base.check_count(2.0, "n"),
+        lambda: base.check_decay(0, "decay"),
+        lambda: clipx.group_band(0, 1, decay=0, floor=0),
+        lambda: clipx.group_band(1, 1, decay=1),
+        lambda: clipx.ema_ratio(1, decay=0, warmup_limit=0, warmup_steps=0),
+        lambda: clipx.norm_growth(1, floor=0),
+        lambda: clipx.quantile(0),
+        lambda: clipx.quantile(1),
+        lambda: clipx.quantile_tracker(1, learning_rate=0),
+        lambda: clipx.zscore(0, decay=0, warmup_steps=0, min_relative_sd=0),
+        lambda: clipx.zscore(decay=1, window=2, clip_factor=0),
+        lambda: clipx.scaled(1.0, 0),
+    ):
+        make()
+
+
+def test_defaults():
+    given = {
+        (rule.__name__, name): p.default
+        for rule in (
+            clipx.zscore,
+            clipx.ema_ratio,
+            clipx.norm_growth,
+            clipx.group_band,
+            clipx.quantile_tracker,
+        )
+        for name, p in inspect.signature(rule).parameters.items()
+        if p.default is not inspect.Parameter.empty and p.default is not None
+    }
+    assert given == {
+        ("zscore", "z_threshold"): 2.5,
+        ("zscore", "decay"): 0.97,
+        ("zscore", "warmup_steps"): 25,
+        ("zscore", "space"): "linear",
+        ("zscore", "target"): "threshold",
+        ("zscore", "clip_factor"): 1.0,
+        ("zscore", "include_current"): False,
+        ("zscore", "stats"): "clipped",
+        ("zscore", "min_relative_sd"): 0.01,
+        ("ema_ratio", "decay"): 0.99,
+        ("ema_ratio", "warmup_steps"): 0,
+        ("ema_ratio", "init"): "first",
+        ("ema_ratio", "floor"): 0.0,
+        ("ema_ratio", "stats"): "clipped",
+        ("norm_growth", "ratio"): 1.01,
+        ("norm_growth", "floor"): 0.0,
+        ("norm_growth", "stats"): "clipped",
+        ("group_band", "decay"): 0.99,
+        ("group_band", "floor"): 0.0,
+        ("quantile_tracker", "learning_rate"): 0.02,
+    }
