@@ -11,6 +11,7 @@ from methods import FIXED, METHODS, RELATIVE_LIMITS
 Record = dict[str, Any]
 Cell = tuple[str, str, str]  # half, task, optimizer
 NEAR = 1.03  # what counts as equal
+TUNED = 1  # the place of the tuned learning rate among the three
 HALVES = ("design", "held out")
 
 
@@ -25,28 +26,35 @@ def write_report(records: list[Record], path: Path, pictures: Path | None) -> No
 
 
 def by_cell(records: list[Record]) -> dict[Cell, dict[str, Record]]:
-    """The results of each cell that has those of fixed limits."""
+    """The results of each cell that has what others are compared with."""
     found: dict[Cell, dict[str, Record]] = defaultdict(dict)
     for r in records:
         if r["kind"] == "method":
             found[r["half"], r["task"], r["optimizer"]][r["method"]] = r
-    return {cell: row for cell, row in found.items() if FIXED in row}
+    return {c: row for c, row in found.items() if {FIXED, "none"} <= set(row)}
 
 
 def losses(record: Record) -> np.ndarray:
-    """The geometric mean over seeds for each number; infinite if one diverged."""
+    """Geometric means over seeds: rates by numbers; infinite if one diverged."""
     final = np.array(record["final"], float)
-    return np.nan_to_num(np.exp(np.mean(np.log(final), axis=1)), nan=math.inf)
+    return np.nan_to_num(np.exp(np.mean(np.log(final), axis=-1)), nan=math.inf)
 
 
-def best_fixed(row: dict[str, Record]) -> float:
-    """The loss at the best fixed limit, chosen in hindsight."""
-    return float(losses(row[FIXED]).min())
+def best_fixed(row: dict[str, Record], tuned: bool = False) -> float:
+    """The loss at the best fixed limit, chosen in hindsight with its rate."""
+    found = losses(row[FIXED])
+    return float(found[TUNED].min() if tuned else found.min())
 
 
-def ratio(row: dict[str, Record], method: str, number: int = 0) -> float:
-    """The loss of a method over that of the best fixed limit."""
-    return float(losses(row[method])[number] / best_fixed(row))
+def ratio(
+    row: dict[str, Record], method: str, number: int = 0, tuned: bool = False
+) -> float:
+    """The loss of a method over that of the best fixed limit.
+
+    Both at the best of three learning rates, or both at the tuned one.
+    """
+    found = losses(row[method])[:, number]
+    return float((found[TUNED] if tuned else found.min()) / best_fixed(row, tuned))
 
 
 def summary(found: dict[Cell, dict[str, Record]]) -> list[str]:
@@ -58,11 +66,14 @@ def summary(found: dict[Cell, dict[str, Record]]) -> list[str]:
             continue
         head = [
             f"method ({half}, {len(rows)} cells)",
-            "within 3% of the best fixed limit",
+            "within 3%",
+            "within 10%",
             "median",
             "90%",
-            "diverged where a limit does not",
-            "over 3% worse than none",
+            "diverged",
+            "worse than none",
+            "within 3%, one rate",
+            "median, one rate",
             "spikes",
         ]
         lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -77,17 +88,20 @@ def summary(found: dict[Cell, dict[str, Record]]) -> list[str]:
 def line(method: str, rows: list[dict[str, Record]]) -> str:
     """How a method did in these cells."""
     if not rows:
-        return f"| {method} |" + " |" * 6
+        return f"| {method} |" + " |" * 9
     ratios = np.array([ratio(row, method) for row in rows])
-    unclipped = np.array([ratio(row, "none") for row in rows if "none" in row])
-    worse = np.sum(ratios[: len(unclipped)] > NEAR * unclipped)
-    spikes = np.mean([row[method]["spikes"][0] for row in rows])
+    one_rate = np.array([ratio(row, method, tuned=True) for row in rows])
+    worse = [r > NEAR * ratio(row, "none") for r, row in zip(ratios, rows, strict=True)]
+    spikes = np.mean([row[method]["spikes"][TUNED][0] for row in rows])
     cells = [
         f"{np.mean(ratios <= NEAR):.0%}",
+        f"{np.mean(ratios <= 1.1):.0%}",
         times(float(np.median(ratios))),
         times(float(np.quantile(ratios, 0.9, method="higher"))),
         str(int(np.isinf(ratios).sum())),
-        str(int(worse)),
+        str(int(np.sum(worse))),
+        f"{np.mean(one_rate <= NEAR):.0%}",
+        times(float(np.median(one_rate))),
         f"{spikes:.2%}",
     ]
     return f"| {method} | " + " | ".join(cells) + " |"
@@ -104,7 +118,7 @@ def whole_table(found: dict[Cell, dict[str, Record]]) -> list[str]:
     head = ["task", "optimizer", "best limit / first norms", "its loss", *others]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for (half, task, optimizer), row in found.items():
-        best = RELATIVE_LIMITS[int(losses(row[FIXED]).argmin())]
+        best = RELATIVE_LIMITS[int(losses(row[FIXED]).min(axis=0).argmin())]
         cells = [times(ratio(row, m)) if m in row else "" for m in others]
         mark = "" if half == "design" else " (held out)"
         first = [f"{task}{mark}", optimizer, f"{best:g}", f"{best_fixed(row):.4g}"]

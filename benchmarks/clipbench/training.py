@@ -14,6 +14,7 @@ from tasks import Task, task
 import optax_clipx as clipx
 
 SEEDS = 6
+FACTORS = (1 / 3, 1.0, 3.0)  # of the tuned learning rate
 CHECKS = 20  # how often the final loss is looked at; the last three count
 Record = dict[str, Any]
 
@@ -29,13 +30,13 @@ def tuned(name: str, optimizer: str) -> Record:
     limits, rates = typical * np.array(RELATIVE_LIMITS), np.array(with_optimizer.rates)
     rates = rates / typical if with_optimizer.per_norm else rates
     found = trained(what, with_optimizer, METHODS[FIXED], rates, limits, seeds=2)
-    best = np.nanmin(geometric(found["final"]), axis=1)
+    best = np.nan_to_num(geometric(found["final"]), nan=np.inf).min(axis=1)
     return {
         "kind": "rate",
         "task": name,
         "half": what.half,
         "optimizer": optimizer,
-        "rate": float(rates[np.nanargmin(best)]),
+        "rate": float(rates[best.argmin()]),
         "typical_norm": typical,
         "tried": {f"{r:.3g}": clean(x) for r, x in zip(rates, best, strict=True)},
         "seconds": time.perf_counter() - start,
@@ -43,15 +44,18 @@ def tuned(name: str, optimizer: str) -> Record:
 
 
 def compared(name: str, optimizer: str, label: str, rate: float) -> Record:
-    """One method with its numbers, at a learning rate."""
+    """One method with its numbers, at the tuned learning rate and beside it.
+
+    A limit below all norms makes steps shorter, and a higher rate makes up for it: so
+    every method, and every fixed limit, may have the best of three rates.
+    """
     start = time.perf_counter()
     what, method = task(name), METHODS[label]
     numbers = np.array(method.numbers)
     if label == FIXED:
         numbers = numbers * typical_norm(what)
-    found = trained(
-        what, OPTIMIZERS[optimizer], method, np.array([rate]), numbers, SEEDS
-    )
+    rates = rate * np.array(FACTORS)
+    found = trained(what, OPTIMIZERS[optimizer], method, rates, numbers, SEEDS)
     return {
         "kind": "method",
         "task": name,
@@ -60,10 +64,11 @@ def compared(name: str, optimizer: str, label: str, rate: float) -> Record:
         "method": label,
         "asks_for": method.asks_for,
         "numbers": [clean(x) for x in numbers],
-        "final": [[clean(x) for x in row] for row in found["final"][0]],
+        "factors": list(FACTORS),
+        "final": [[[clean(x) for x in row] for row in at] for at in found["final"]],
         "initial": float(np.median(found["initial"])),
-        "spikes": [float(x) for x in spikes(found["losses"][0])],
-        "clipped": [float(x) for x in found["clipped"][0].mean(-1)],
+        "spikes": [[float(x) for x in spikes(at)] for at in found["losses"]],
+        "clipped": [[float(x) for x in at.mean(-1)] for at in found["clipped"]],
         "seconds": time.perf_counter() - start,
     }
 
