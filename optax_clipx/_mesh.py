@@ -253,11 +253,7 @@ def _has_types(manual: Axes) -> bool:
 
 def varying(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value varies, by its type."""
-    kind = jax.typeof(value)
-    manual = getattr(kind, "manual_axis_type", None)
-    if manual is not None:
-        return frozenset(manual.varying)
-    return frozenset(getattr(kind, "vma", None) or ())
+    return frozenset(jax.typeof(value).manual_axis_type.varying)
 
 
 def _vary(value: jax.Array, axes: Axes) -> jax.Array:

@@ -196,9 +196,9 @@ def _clip(
     ]
     places = _mesh.placements(arrays, paths, options.axis_name, options.specs)
     found = [
-        _clip_leaf(x, u, norm.value[i], limits[i], layout, ways, place, path)
-        for i, (x, u, layout, place, path) in enumerate(
-            zip(arrays, unit, layouts, places, paths, strict=True)
+        _clip_leaf(x, u, norm.value[i], limits[i], layout, ways, place)
+        for i, (x, u, layout, place) in enumerate(
+            zip(arrays, unit, layouts, places, strict=True)
         )
     ]
     clipped, before, after = zip(*found, strict=True)
@@ -213,13 +213,12 @@ def _clip_leaf(
     layout: _Layout,
     ways: _Ways,
     place: _mesh.Placement,
-    path: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def local(
         shards: Sequence[Any], places: Any, limit: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         array, unit, norm = shards
-        whole = _gathered(unit, places[1], layout, path)
+        whole = _gathered(unit, places[1], layout)
         matrices, restore = _as_matrices(whole, layout)
         scale = norm.reshape((*matrices.shape[:-2], 1))  # one a matrix
         new, top, top_after = _clip_matrices(matrices, scale, limit, ways)
@@ -361,18 +360,11 @@ def _as_matrices(x: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
     return moved.reshape((*batch, *sizes)), restore
 
 
-def _gathered(
-    x: jax.Array, place: _mesh.Placement, layout: _Layout, path: Any
-) -> jax.Array:
+def _gathered(x: jax.Array, place: _mesh.Placement, layout: _Layout) -> jax.Array:
     """The whole matrices, of which this device has a part."""
     if not place.axes:
         return x
-    if place.dims is None:
-        raise ValueError(
-            f"The matrix {show(path)} is sharded over the mesh axes {place.axes}, and"
-            " its type does not say along which of its dimensions. Pass specs= with a"
-            " PartitionSpec for each leaf."
-        )
+    assert place.dims is not None  # or the matrices could not have been measured
     for dim in layout.rows + layout.columns:
         for name in reversed(place.dims[dim]):
             x = lax.all_gather(x, name, axis=dim, tiled=True)

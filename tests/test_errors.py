@@ -433,11 +433,15 @@ def test_a_suggestion_says_how_many_norms_were_not_finite():
         assert "2 norms are infinite" in str(clipx.suggest_threshold(norms))
 
 
-def test_a_run_that_begins_again_in_a_later_block_of_its_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", [512, len('{"step": 10, "norm": 11}\n') * 8])
+def test_a_run_that_begins_again_in_a_later_block_of_its_file(
+    tmp_path, monkeypatch, block
+):
     path = tmp_path / "run.jsonl"
     steps = [*range(40), *range(30, 60)]
-    path.write_text("".join(f'{{"step": {i}, "norm": {i + 1}}}\n' for i in steps))
-    monkeypatch.setattr("optax_clipx._jsonl._BLOCK", 512)
+    lines = (f'{{"step": {i}, "norm": {i + 1}}}' for i in steps)
+    path.write_text("".join(f"{line:24}\n" for line in lines))
+    monkeypatch.setattr("optax_clipx._jsonl._BLOCK", block)
     with pytest.warns(UserWarning, match="again"):
         history = clipx.History.load(path)
     assert history.steps.tolist() == list(range(60))
@@ -532,15 +536,13 @@ def test_what_is_not_known_of_a_model_goes_by_its_name():
 def test_bfloat16_inside_of_a_compiled_function_is_found():
     @jax.jit
     def narrow_loss(params, x):
-        return jnp.sum(params["w"].astype(jnp.bfloat16) * x.astype(jnp.bfloat16))
-
-    def wide_loss(params, x):
-        return narrow_loss(params, x).astype(jnp.float32)
+        narrow = params["w"].astype(jnp.bfloat16) * x.astype(jnp.bfloat16)
+        return jnp.sum(narrow.astype(jnp.float32))
 
     from optax_clipx._clipped_grad import _is_narrow
 
     params = {"w": jnp.ones(2)}
-    assert _is_narrow(lambda x: wide_loss(params, x), jnp.ones(2))
+    assert _is_narrow(lambda x: narrow_loss(params, x), jnp.ones(2))
     assert not _is_narrow(lambda x: jax.jit(loss)(params, x), jnp.ones(2))
 
 
@@ -713,19 +715,29 @@ def test_the_loss_of_all_devices(check, axis_name):
     np.testing.assert_allclose(updates["w"], -0.1 * grads["w"])
 
 
-def test_units_that_a_named_axis_has_whole():
-    tx = clipx.clip_by(clipx.unit_norms(axis=0), 1.0, specs={"w": P(None, None)})
+@pytest.mark.parametrize("by_type", [True, False])
+def test_units_that_a_named_axis_has_whole(by_type):
+    specs = {"w": P(None, None), "bias": P()}
+    tx = clipx.clip_by(
+        clipx.unit_norms(axis=lambda path, leaf: (0,) if leaf.ndim == 2 else ()),
+        1.0,
+        specs=specs,
+    )
     weights = jnp.array([[3.0, 0.3], [4.0, 0.4]])
 
     def step(grads):
+        if by_type:  # says of equal copies that they may differ
+            grads = jax.lax.pcast(grads, "x", to="varying")
         updates, state = tx.update(grads, tx.init(grads))
+        updates = jax.tree.map(lambda x: x[None], updates)
         return updates, state.metrics.norm
 
-    updates, norm = shards_of(step, check=True, specs=P(None, None), out=(P(), P()))(
-        {"w": weights}
+    out = P("x") if by_type else P(None)
+    updates, norm = shards_of(step, check=True, specs=(specs,), out=(out, P()))(
+        {"w": weights, "bias": jnp.array(0.5)}
     )
-    np.testing.assert_allclose(updates["w"], [[0.6, 0.3], [0.8, 0.4]], rtol=1e-6)
-    assert norm == pytest.approx(jnp.linalg.norm(weights))
+    np.testing.assert_allclose(updates["w"][0], [[0.6, 0.3], [0.8, 0.4]], rtol=1e-6)
+    assert norm == pytest.approx(jnp.sqrt(jnp.sum(weights**2) + 0.25))
 
 
 def test_arrays_that_a_compiled_function_closes_over():
