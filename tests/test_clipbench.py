@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks" / "clipbench"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(FOLDER.parent))
 
-import report  # noqa: E402
-import tasks  # noqa: E402
+from clipbench import report, tasks  # noqa: E402
 
 
 @pytest.mark.slow

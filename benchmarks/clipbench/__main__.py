@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from methods import METHODS, OPTIMIZERS
-from report import write_report
-from running import run
-from tasks import MAKERS
+from clipbench.methods import METHODS, OPTIMIZERS
+from clipbench.report import write_report
+from clipbench.running import run
+from clipbench.tasks import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Record = dict[str, Any]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from methods import FIXED, METHODS, RELATIVE_LIMITS
+
+from clipbench.methods import FIXED, METHODS, RELATIVE_LIMITS
 
 Record = dict[str, Any]
 Cell = tuple[str, str, str]  # half, task, optimizer

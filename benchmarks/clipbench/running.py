@@ -62,13 +62,13 @@ def one_core() -> None:
 
 def tune(task: str, optimizer: str) -> Record:
     """The learning rate of a task with an optimizer."""
-    import training
+    from clipbench import training
 
     return training.tuned(task, optimizer)
 
 
 def train(task: str, optimizer: str, method: str, rate: float) -> Record:
     """The results of one method."""
-    import training
+    from clipbench import training
 
     return training.compared(task, optimizer, method, rate)

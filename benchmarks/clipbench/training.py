@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from methods import FIXED, METHODS, OPTIMIZERS, RELATIVE_LIMITS, Method, Optimizer
-from tasks import Task, task
 
 import optax_clipx as clipx
+from clipbench.methods import (
+    FIXED,
+    METHODS,
+    OPTIMIZERS,
+    RELATIVE_LIMITS,
+    Method,
+    Optimizer,
+)
+from clipbench.tasks import Task, task
 
 SEEDS = 6
 FACTORS = (1 / 3, 1.0, 3.0)  # of the tuned learning rate
