@@ -135,7 +135,8 @@ def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
 
-    others = [m for m in METHODS if m != FIXED]
+    there = {method for row in found.values() for method in row} - {FIXED}
+    others = [m for m in METHODS if m in there]
     cells = sorted(found, key=lambda c: (HALVES.index(c[0]), c))
     values = np.array(
         [
@@ -167,7 +168,10 @@ def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
 
 def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) -> None:
     """How much worse a method is at another number than its default."""
-    asked = [m for m in METHODS if METHODS[m].asks_for and m != FIXED]
+    there = {method for row in found.values() for method in row} - {FIXED}
+    asked = [m for m in METHODS if METHODS[m].asks_for and m in there]
+    if not asked:
+        return
     figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
