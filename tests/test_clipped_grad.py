@@ -204,7 +204,9 @@ def test_the_bound_in_a_thousand_cases(seed, decade, above, dtype, two, fun):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("mode", [{}, {"two_pass": True}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, pytest.param({"two_pass": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_many_narrow_leaves(dtype, mode):
     """Sums in the leaves' own dtype would stop growing here, far below the norm."""
     leaves = 50

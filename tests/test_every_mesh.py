@@ -214,10 +214,7 @@ def cells(mesh_name):
     return found
 
 
-USUAL = {  # the rest is slow
-    ("4x2", "explicit"),
-    ("8", "pmap"),
-}
+USUAL = {("4x2", "explicit")}  # the rest is slow
 
 
 def every_cell():
