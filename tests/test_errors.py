@@ -697,6 +697,7 @@ def test_a_matrix_in_shards_of_unknown_dimensions():
         step({"w": jnp.ones((4, 4))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_name", [None, "x", ("x", "unbound")])
 @pytest.mark.parametrize("check", [True, False])
 def test_the_loss_of_all_devices(check, axis_name):

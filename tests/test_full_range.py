@@ -187,7 +187,7 @@ def test_three_sums_side_by_side():
         assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
 
 
-@pytest.mark.parametrize("value", [1e-30, 0.013, 0.4, 1e30])
+@pytest.mark.parametrize("value", [1e-30, 0.4])
 @pytest.mark.parametrize("measure", [clipx.tree_norm, clipx.leaf_norms])
 def test_small_leaves_of_equal_entries(measure, value):
     """Entry by entry, XLA sums to norms off by 1.4e-5, and clipped ones too large."""
