@@ -21,7 +21,7 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
 
 
 SMALL = 8  # a test with no more cases than this runs whole
-SHARE = 8  # of the others every eighth case, and another eighth where slow tests run
+SHARE = 8  # of the others every eighth case, and two more where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
             if len(table) > SMALL and i % SHARE:
                 item.add_marker(pytest.mark.slow)
                 complete = item.get_closest_marker("complete")
-                if not complete and i % SHARE != SHARE // 2:
+                if not complete and i % SHARE not in (3, 6):
                     item.add_marker(pytest.mark.whole)
     left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
     config.hook.pytest_deselected(items=left_out)

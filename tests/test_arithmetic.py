@@ -151,7 +151,6 @@ def test_the_sketch_counts_what_lies_beyond():
     for norm, beyond in ((1e-13, 1), (1.0, 1), (1e13, 2), (1.01e-12, 2), (0.99e12, 2)):
         _, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
         assert state.saturated == beyond
-        assert jnp.sum(state.counts) > 0
     assert state.counts.shape == (999,)
     assert state.counts[0] == 2
     assert state.counts[-1] == 2

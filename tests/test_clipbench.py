@@ -62,7 +62,7 @@ def record(method, final, half="design"):
     }
 
 
-def test_ratios_to_the_best_fixed_limit():
+def test_ratios_to_the_best_fixed_limit(tmp_path):
     fixed = np.full((3, 8, 2), 4.0)
     fixed[0, 3] = 1.0, 4.0  # geometric mean 2
     fixed[1, 5] = 2.5
@@ -80,6 +80,9 @@ def test_ratios_to_the_best_fixed_limit():
     lines = report.summary(report.by_cell(records))
     zclip = next(line for line in lines if line.startswith("| zclip"))
     assert [x.strip() for x in zclip.split("|")[2:6]] == ["100%", "100%", "1", "1"]
+    report.draw(report.by_cell(records), tmp_path)
+    for name in ("clipbench.png", "clipbench_sensitivity.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def total(tree, ord=2):
 def test_every_row_is_run_by_a_test():
     tested = {*OPTAX, *FORMULAS, *BY_HAND, *PRIVATE}
     assert {old for old, _ in rows()} == tested
+    assert set(BY_HAND.values()) <= set(globals())
 
 
 OPTAX = [old for old, _ in rows() if old.startswith("optax.")]

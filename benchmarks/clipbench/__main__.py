@@ -4,8 +4,8 @@
 
 Every task trains with every optimizer and every method, several seeds side by side. The
 learning rate of a task and an optimizer is tuned together with a fixed limit; each
-method then trains at this rate. Results are added to OUTPUT.jsonl as they come: an
-interrupted run goes on where it was.
+method then has the best of this rate, a third of it and three times it. Results are
+added to OUTPUT.jsonl as they come: an interrupted run goes on where it was.
 """
 
 import argparse
@@ -61,10 +61,12 @@ def kept(path: Path, again: list[str]) -> list[Record]:
     """The results that are there, less those that are wanted again."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]
+    *lines, _ = path.read_text().split("\n")  # after the last line end: cut off
+    records = [json.loads(line) for line in lines]
     records = [r for r in records if r.get("method") not in again]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    whole = path.with_suffix(".new")  # never is there but half a file
+    whole.write_text("".join(json.dumps(r) + "\n" for r in records))
+    whole.replace(path)
     return records
 
 

@@ -35,10 +35,15 @@ def by_cell(records: list[Record]) -> dict[Cell, dict[str, Record]]:
     return {c: row for c, row in found.items() if {FIXED, "none"} <= set(row)}
 
 
+def over_seeds(final: Any) -> np.ndarray:
+    """The geometric mean over the last axis; infinite if one of them diverged."""
+    logs = np.log(np.array(final, float))
+    return np.nan_to_num(np.exp(np.mean(logs, axis=-1)), nan=math.inf)
+
+
 def losses(record: Record) -> np.ndarray:
-    """Geometric means over seeds: rates by numbers; infinite if one diverged."""
-    final = np.array(record["final"], float)
-    return np.nan_to_num(np.exp(np.mean(np.log(final), axis=-1)), nan=math.inf)
+    """The final losses: rates by numbers."""
+    return over_seeds(record["final"])
 
 
 def best_fixed(row: dict[str, Record], tuned: bool = False) -> float:
@@ -180,8 +185,8 @@ def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) ->
             spread = np.clip(spread, 0.5, 10)
             at = np.full(len(spread), place + (number - 1) * 0.22)
             ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}")
-            if len(spread):
-                ax.plot([*at[:2], -0.09, 0.09], [np.median(spread)] * 2, color="black")
+            ends = at[0] - 0.09, at[0] + 0.09
+            ax.hlines(np.median(spread), *ends, color="black", zorder=3)
     ax.set_yscale("log")
     labels = [
         f"{m}\n{METHODS[m].asks_for}: "

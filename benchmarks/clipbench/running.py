@@ -18,39 +18,38 @@ def run(
     workers: int,
 ) -> Iterator[Record]:
     """The records that are missing, as they come."""
-    todo: list[tuple[str, str, str]] = []
-    rates = {}
+    todo, rates = {}, {}
     for cell in cells:
         own = [r for r in records if (r["task"], r["optimizer"]) == cell]
         if tuned := [r["rate"] for r in own if r["kind"] == "rate"]:
             rates[cell] = tuned[0]
         done = {r["method"] for r in own if r["kind"] == "method"}
-        todo += [(*cell, m) for m in methods if m not in done]
+        if missing := [m for m in methods if m not in done]:
+            todo[cell] = missing
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=one_core) as pool,
-        tqdm(total=len(todo), unit="method") as progress,
+        tqdm(total=sum(map(len, todo.values())), unit="method") as progress,
     ):
-        waiting = {}
-        for cell in dict.fromkeys((t, o) for t, o, _ in todo):
+        waiting = set()
+
+        def start(cell: tuple[str, str], rate: float) -> None:
+            waiting.update(pool.submit(train, *cell, m, rate) for m in todo[cell])
+
+        for cell in todo:
             if cell in rates:
-                for task, optimizer, method in todo:
-                    if (task, optimizer) == cell:
-                        future = pool.submit(train, *cell, method, rates[cell])
-                        waiting[future] = cell
+                start(cell, rates[cell])
             else:
-                waiting[pool.submit(tune, *cell)] = cell
+                waiting.add(pool.submit(tune, *cell))
         while waiting:
             future = next(as_completed(waiting))
-            cell, record = waiting.pop(future), future.result()
+            waiting.remove(future)
+            record = future.result()
             yield record
             if record["kind"] == "method":
                 progress.update()
-                continue
-            for task, optimizer, method in todo:
-                if (task, optimizer) == cell:
-                    future = pool.submit(train, *cell, method, record["rate"])
-                    waiting[future] = cell
+            else:
+                start((record["task"], record["optimizer"]), record["rate"])
 
 
 def one_core() -> None:

@@ -18,6 +18,7 @@ from clipbench.methods import (
     Method,
     Optimizer,
 )
+from clipbench.report import over_seeds
 from clipbench.tasks import Task, task
 
 SEEDS = 6
@@ -37,7 +38,7 @@ def tuned(name: str, optimizer: str) -> Record:
     limits, rates = typical * np.array(RELATIVE_LIMITS), np.array(with_optimizer.rates)
     rates = rates / typical if with_optimizer.per_norm else rates
     found = trained(what, with_optimizer, METHODS[FIXED], rates, limits, seeds=2)
-    best = np.nan_to_num(geometric(found["final"]), nan=np.inf).min(axis=1)
+    best = over_seeds(found["final"]).min(axis=1)
     return {
         "kind": "rate",
         "task": name,
@@ -83,12 +84,6 @@ def compared(name: str, optimizer: str, label: str, rate: float) -> Record:
 def clean(value: Any) -> float | None:
     """A number that JSON knows; None for a run that came to nothing."""
     return float(value) if np.isfinite(value) else None
-
-
-def geometric(final: Any) -> np.ndarray:
-    """The geometric mean over seeds; NaN where one of them diverged."""
-    with np.errstate(invalid="ignore"):
-        return np.exp(np.mean(np.log(final), axis=-1))
 
 
 def typical_norm(what: Task) -> float:
@@ -166,13 +161,11 @@ def one_run(
     final = jnp.mean(finals[-3:])
     # Worse than before the first step: it diverged.
     final = jnp.where(final <= initial, final, jnp.nan)
-    seen = clipx.metrics(state)
-    clipped = seen.get("clip/num_clipped", jnp.zeros(())) / what.steps
     return {
         "final": final,
         "initial": initial,
         "losses": losses.ravel(),
-        "clipped": clipped,
+        "clipped": clipx.metrics(state)["clip/num_clipped"] / what.steps,
     }
 
 
