@@ -28,6 +28,7 @@ METHODS = {  # what each measures, and what it must read or write beyond that
     "zclip": ("tree", clipx.zclip, ""),
     "zclip, skip": ("tree", lambda: clipx.zclip(stats="skip"), ""),
     "autoclip": ("tree", clipx.autoclip, ""),
+    "auto_clip": ("tree", clipx.auto_clip, ""),
     "quantile_clip": ("tree", clipx.quantile_clip, ""),
     "log_zscore_clip": ("tree", clipx.log_zscore_clip, ""),
     "norm_growth_limit": ("tree", clipx.norm_growth_limit, ""),

@@ -177,6 +177,7 @@ METHODS: dict[str, tuple[str, Run]] = {
     "autoclip": ("ours", ours(zero(clipx.autoclip))),
     "autoclip, window=100": ("ours", ours(zero(clipx.autoclip, window=100))),
     "AutoClip": ("published", published(autoclip_published)),
+    "auto_clip": ("ours", ours(zero(clipx.auto_clip))),
     "quantile_clip": ("ours", ours(zero(clipx.quantile_clip))),
     "quantile_clip, window=100": ("ours", ours(zero(clipx.quantile_clip, window=100))),
     "adagc": ("ours", ours(zero(clipx.adagc))),

@@ -26,7 +26,11 @@ SPIKES = {80: 30.0, 150: 5.0, 154: 5.0}
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip": lambda: clipx.clip(0.3),
     "clip_by_global_norm": lambda: clipx.clip_by_global_norm(2.0),
+    "clip_by_leaf_norm": lambda: clipx.clip_by_leaf_norm(1.5),
+    "clip_by_block_rms": lambda: clipx.clip_by_block_rms(0.25),
+    "clip_by_spectral_norm": lambda: clipx.clip_by_spectral_norm(1.0),
     "adaptive_grad_clip": lambda: clipx.adaptive_grad_clip(0.2),
+    "auto_clip": clipx.auto_clip,
     "zclip": clipx.zclip,
     "autoclip": clipx.autoclip,
     "quantile_clip": clipx.quantile_clip,
@@ -38,6 +42,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "smooth_clip": lambda: clipx.smooth_clip(2.0),
     "normalize_by_norm": clipx.normalize_by_norm,
     "skip_spikes": lambda: clipx.skip_spikes(optax.identity()),
+    "error_feedback": lambda: clipx.error_feedback(clipx.clip_by_global_norm(2.0)),
+    "scale_by_stable_adam": clipx.scale_by_stable_adam,
     "clip_spikes": lambda: clipx.clip_spikes(100.0),
     "stabilize_norm": clipx.stabilize_norm,
     "scale_by_acclip": clipx.scale_by_acclip,
@@ -48,7 +54,15 @@ THEMES = {
     "dark": {"axes": "#cccccc", "before": "#6a6a6a", "after": "#6cb8ff"},
 }
 LIMIT = "#e0872b"
-OF_ENTRIES = ("clip", "clip_spikes", "stabilize_norm")  # what their limits are of
+# Their limits are not of the norm that is drawn.
+OF_OTHERS = ("clip", "clip_spikes", "stabilize_norm", "clip_by_leaf_norm")
+OF_OTHERS += ("clip_by_block_rms", "clip_by_spectral_norm", "scale_by_stable_adam")
+# What the 64 entries are where they are no vector.
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "clip_by_leaf_norm": lambda x: jnp.split(x, 2),
+    "clip_by_block_rms": lambda x: jnp.split(x, 2),
+    "clip_by_spectral_norm": lambda x: x.reshape(8, 8),
+}
 
 
 def run(steps: int = 300) -> np.ndarray:
@@ -65,15 +79,16 @@ def run(steps: int = 300) -> np.ndarray:
     return (gradients * norms[:, None]).astype(np.float32)
 
 
-def at_work(tx: optax.GradientTransformation, gradients: Any) -> Any:
+def at_work(name: str, gradients: Any) -> Any:
     """The norm after each step, and the limit where the method has one."""
-    params = jnp.full(64, 1 / 8.0)
+    tx, form = METHODS[name](), FORMS.get(name, lambda x: x)
+    params = form(jnp.full(64, 1 / 8.0))
 
     def step(state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(form(grads), state, params)
         seen = clipx.metrics(state)
         limit = seen.get("clip/threshold", jnp.nan)
-        return state, (jnp.linalg.norm(updates), jnp.asarray(limit, jnp.float32))
+        return state, (optax.tree.norm(updates), jnp.asarray(limit, jnp.float32))
 
     return jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients)
 
@@ -86,7 +101,7 @@ def draw(name: str, theme: str, before: Any, after: Any, limits: Any) -> Any:
     ax.plot(steps, before, color=colours["before"], lw=1.2, label="before")
     ax.plot(steps, after, color=colours["after"], lw=1.2, label="after")
     drawn = np.where((limits > 0) & (limits < 1e3), limits, np.nan)
-    if np.isfinite(drawn).any() and name not in OF_ENTRIES:
+    if np.isfinite(drawn).any() and name not in OF_OTHERS:
         ax.plot(steps, drawn, color=LIMIT, lw=1, ls="--", label="limit")
     ax.set_yscale("log")
     ax.set_ylim(max(0.02, 0.5 * after[after > 0].min()), 1.5 * before.max())
@@ -115,7 +130,7 @@ def main() -> None:
     gradients = run()
     before = np.linalg.norm(gradients, axis=1)
     for name in tqdm(options.only, unit="method"):
-        after, limits = map(np.asarray, at_work(METHODS[name](), gradients))
+        after, limits = map(np.asarray, at_work(name, gradients))
         for theme in THEMES:
             figure = draw(name, theme, before, after, limits)
             path = options.output / f"{name}_{theme}.png"

@@ -21,6 +21,7 @@ from ._measures import (
     tree_norm as tree_norm,
     unit_norms as unit_norms,
 )
+from ._methods._auto import auto_clip as auto_clip
 from ._methods._fixed import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip as clip,
@@ -86,6 +87,7 @@ from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
+from ._thresholds._auto import auto_threshold as auto_threshold
 from ._thresholds._base import Context as Context, Threshold as Threshold
 from ._thresholds._constant import constant as constant
 from ._thresholds._combine import (

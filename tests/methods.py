@@ -57,6 +57,7 @@ ADAPTIVE = {
     "zclip": partial(clipx.zclip, warmup_steps=3),
     "zclip_mean": partial(clipx.zclip, warmup_steps=3, mode="mean", max_norm=50.0),
     "zclip_skip_leaf": partial(clipx.zclip, warmup_steps=3, stats="skip", scope="leaf"),
+    "auto_clip": clipx.auto_clip,
     "autoclip": clipx.autoclip,
     "autoclip_window_leaf": partial(clipx.autoclip, window=5, scope="leaf"),
     "autoclip_all": partial(clipx.autoclip, max_steps=9, cap=30.0),

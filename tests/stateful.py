@@ -39,6 +39,7 @@ STATEFUL = {
     ),
     "zclip": clipx.zclip(warmup_steps=3),
     "zclip leaf": clipx.zclip(warmup_steps=3, stats="skip", scope="leaf"),
+    "auto_clip": clipx.auto_clip(),
     "autoclip": clipx.autoclip(),
     "autoclip window": clipx.autoclip(window=4, scope="leaf"),
     "autoclip all": clipx.autoclip(max_steps=9),

@@ -56,6 +56,7 @@ def test_the_sketch_saturates_and_says_so():
         (clipx.zclip, 4),
         (clipx.adagc, 3),
         (clipx.quantile_clip, 1),
+        (clipx.auto_clip, 3),
         (clipx.norm_growth_limit, 2),
         (clipx.log_zscore_clip, 4),
         (clipx.historical_update_clip, 130),
@@ -91,6 +92,7 @@ def moved(clipper):
     [
         clipx.zclip,
         clipx.quantile_clip,
+        clipx.auto_clip,
         clipx.norm_growth_limit,
         clipx.log_zscore_clip,
         clipx.autoclip,

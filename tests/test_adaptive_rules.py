@@ -60,6 +60,7 @@ RULES = {
     "quantile_all": (clipx.quantile(0.1, max_steps=100), ref.percentile),
     "quantile_window": (clipx.quantile(0.9, window=9), partial(ref.percentile, 0.9, 9)),
     "tracker": (clipx.quantile_tracker(0.9), ref.tracker),
+    "auto": (clipx.auto_threshold(), ref.auto),
     "ema_ratio": (clipx.ema_ratio(1.04), ref.ema_ratio),
     "ema_ratio_min": (
         clipx.ema_ratio(1.1, decay=0.9, warmup_steps=6, warmup_limit=2.0, init="min"),

@@ -77,6 +77,8 @@ def test_ratios_to_the_best_fixed_limit(tmp_path):
     assert report.ratio(row, "none") == pytest.approx(2.5)
     assert report.ratio(row, "zclip") == pytest.approx(1.0)
     assert report.ratio(row, "zclip", tuned=True) == pytest.approx(0.8)
+    # The first seed chooses what is 4 for the second one, which chooses a 2.5.
+    assert report.chosen_elsewhere(row) == pytest.approx(np.sqrt(4.0 * 2.5) / 2.0)
     lines = report.summary(report.by_cell(records))
     zclip = next(line for line in lines if line.startswith("| zclip"))
     assert [x.strip() for x in zclip.split("|")[2:6]] == ["100%", "100%", "1", "1"]

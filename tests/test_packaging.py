@@ -74,3 +74,12 @@ def test_no_address_is_invented():
     assert [list(author) for author in PROJECT["authors"]] == [["name"]]
     text = (ROOT / "SECURITY.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     assert not re.search(r"[\w.]+@[\w.]+\.\w+|https?://", text)
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    page = (ROOT / "docs" / "citing.md").read_text()
+    assert f"version = {{{PROJECT['version']}}}" in page
+    assert f"optax_clipx {PROJECT['version']}" in page

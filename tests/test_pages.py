@@ -25,6 +25,7 @@ PAGES = {  # what each prints
     r"True\nNone",
     "docs/precision.md": r"5 steps dropped, scale 32768\.0\n\[-0\.6 +-0\.8",
     "docs/sharp_edges.md": r"1\.0 \[-0\.09999.*\n0\.001 \[-0\.09999.*\n20\.0",
+    "docs/write_your_own.md": r"0\.99999994 0\.2721\d*\n1\.5\n3\.74\d* 1\.90\d*\n2\.84",
     "docs/choosing.md": r"0\.3\d* .*10\.0%",
 }
 
@@ -41,6 +42,13 @@ def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, page, "exec"), namespace)
     assert re.search(PAGES[page], capsys.readouterr().out)
+
+
+def test_every_page_with_code_is_run():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "docs/methods").glob("*.md")
+    with_code = {p for p in pages if "```python" in p.read_text()}
+    assert {str(p.relative_to(ROOT)) for p in with_code} == set(PAGES)
 
 
 def test_the_api_page_has_every_public_name():

@@ -61,6 +61,7 @@ CLIPPERS: dict[str, Clipper] = {
     ),
     "adaptive_grad_clip": clipx.adaptive_grad_clip(0.01, axis=clipx.units.flax),
     "zclip": clipx.zclip(2.5, mode="mean", max_norm=1.0),
+    "auto_clip": clipx.auto_clip(),
     "autoclip": clipx.autoclip(10.0, window=20),
     "adagc": clipx.adagc(1.05, scope="tree"),
     "olmo_ratio_clip": clipx.olmo_ratio_clip(2.0),

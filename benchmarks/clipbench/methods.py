@@ -39,6 +39,7 @@ METHODS = {
     "none": Method(clipx.clip_by_global_norm, (float("inf"),), ""),
     FIXED: Method(zeroing(clipx.clip_by_global_norm), RELATIVE_LIMITS, "max_norm"),
     "fixed 1.0": Method(zeroing(clipx.clip_by_global_norm), (1.0,), ""),
+    "auto_clip": Method(lambda number: clipx.auto_clip(nonfinite="zero"), (0.0,), ""),
     "zclip": Method(zeroing(clipx.zclip), (2.5, 1.25, 5.0), "z_threshold"),
     "autoclip": Method(zeroing(clipx.autoclip), (10.0, 2.5, 40.0), "percentile"),
     "adagc": Method(zeroing(clipx.adagc), (1.04, 1.01, 1.16), "ratio"),

@@ -1,0 +1,64 @@
+"""The clipper without a number to choose."""
+
+from typing import Any
+
+import optax
+
+from .._responses import rescale
+from .._thresholds._auto import auto_threshold
+from ._common import method
+
+
+def auto_clip(
+    *,
+    scope: Any = "tree",
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips norms to a limit that nobody has to choose.
+
+    .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
+
+    where :math:`m` follows the norm that nine of ten exceed: :func:`auto_threshold` has
+    the rule. Where norms vary little, twice that is above nearly all of them, and only
+    what stands out is clipped; where they have heavy tails it is near their middle, and
+    a large share of the steps is. A loss multiplied by any constant clips the same
+    steps by the same factors.
+
+    Args:
+        scope: as in :func:`zclip`.
+        nonfinite: as in :func:`clip_by`.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`.
+
+    Returns:
+        A transformation; its state is three numbers for each norm.
+
+    Raises:
+        ValueError: if ``scope`` or ``nonfinite`` is unknown.
+        TypeError: from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.auto_clip()
+        >>> state = clipper.init(jnp.zeros(1))
+        >>> for norm in (1.0, 1.1, 0.9, 1.0, 50.0, 1.0):
+        ...     clipped, state = clipper.update(jnp.array([norm]), state)
+        ...     print(f"{clipx.metrics(state)['clip/clipped_norm']:.2f}")
+        1.00
+        1.10
+        0.90
+        1.00
+        1.38
+        1.00
+
+    References:
+        See :func:`auto_threshold`.
+    """
+    return method(
+        scope, auto_threshold(), rescale, nonfinite, axis_name, specs, metrics
+    )
