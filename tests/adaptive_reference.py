@@ -118,8 +118,8 @@ def auto():
         limit, k = 2 * m, k + 1
         above = above + 1 if n > m else 0
         pace = max(0.02, 1 / (k + 1))
-        up = min(0.1 * pace * 2 ** (min(above, 400) / 50), 1)
-        m = m * np.exp(up if n > m else -0.9 * pace)
+        up = min(0.05 * pace * 2 ** (min(above, 400) / 50), 1)
+        m = m * np.exp(up if n > m else -0.95 * pace)
 
 
 def ema_ratio(

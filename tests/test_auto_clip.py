@@ -123,12 +123,12 @@ def test_usual_norms_are_hardly_clipped():
 
 def test_heavy_tails_are_clipped_often():
     norms = np.random.default_rng(0).pareto(1.0, size=2000) + 0.1
-    assert 0.4 < np.mean(norms[50:] > limits(norms)[50:]) < 0.9
+    assert 0.6 < np.mean(norms[50:] > limits(norms)[50:]) < 0.9
 
 
-def test_nine_of_ten_norms_exceed_the_level():
+def test_most_norms_exceed_the_level():
     norms = noise(20000, 0.7)
-    assert 0.09 < np.mean(norms[1000:] <= limits(norms)[1000:] / 2) < 0.12
+    assert 0.05 < np.mean(norms[1000:] <= limits(norms)[1000:] / 2) < 0.07
 
 
 @pytest.mark.parametrize("place", [1, 5, 40, 200])
@@ -138,10 +138,10 @@ def test_a_spike_has_bounded_influence(place):
     spiked[place] = 1e20
     assert limits(spiked)[place] == limits(norms)[place]
     ratio = limits(spiked)[place + 1] / limits(norms)[place]
-    assert 1 < ratio < max(np.exp(0.2 / (place + 2)), 1.004)
+    assert 1 < ratio < max(np.exp(0.1 / (place + 2)), 1.002)
 
 
-@pytest.mark.parametrize(("first", "within"), [(1e-3, 280), (30.0, 40)])
+@pytest.mark.parametrize(("first", "within"), [(1e-3, 330), (30.0, 40)])
 def test_a_first_norm_far_off_is_left_behind(first, within):
     norms = noise(600)
     usual = limits(norms)
@@ -149,7 +149,7 @@ def test_a_first_norm_far_off_is_left_behind(first, within):
     assert 0.5 < limits(norms)[within] / usual[within] < 2
 
 
-@pytest.mark.parametrize(("level", "within"), [(1e-3, 350), (30.0, 220), (1e6, 420)])
+@pytest.mark.parametrize(("level", "within"), [(1e-3, 350), (30.0, 265), (1e6, 460)])
 def test_nothing_is_locked_out(level, within):
     norms = noise(3000)
     usual = limits(norms)
@@ -163,8 +163,8 @@ def test_an_explosion_does_not_carry_the_limit_along():
     norms = noise(400)
     norms[200:] = np.minimum(norms[200:] * np.exp(0.1 * np.arange(200)), 1e30)
     found = limits(norms)
-    assert found[250] / found[200] < 1.2
-    assert found[300] / found[200] < 2
+    assert found[250] / found[200] < 1.12
+    assert found[300] / found[200] < 1.4
 
 
 def test_what_is_not_finite_or_zero_leaves_no_trace():

@@ -21,7 +21,7 @@ def auto_clip(
 
     .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
 
-    where :math:`m` follows the norm that nine of ten exceed: :func:`auto_threshold` has
+    where :math:`m` follows the norm that 19 of 20 exceed: :func:`auto_threshold` has
     the rule. Where norms vary little, twice that is above nearly all of them, and only
     what stands out is clipped; where they have heavy tails it is near their middle, and
     a large share of the steps is. A loss multiplied by any constant clips the same
@@ -53,7 +53,7 @@ def auto_clip(
         1.10
         0.90
         1.00
-        1.38
+        1.29
         1.00
 
     References:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ._base import Context, Threshold, memory, per_norm
 
-_SHARE = 0.1  # of the norms are below the level
+_SHARE = 0.05  # of the norms are below the level
 _FACTOR = 2.0  # of the level is the limit
 _PACE = 0.02  # of the level's logarithm, after the first steps
 _DOUBLING = 50  # norms in a row above the level double its pace upward
@@ -23,22 +23,22 @@ class AutoState(NamedTuple):
 
 
 def auto_threshold() -> Threshold:
-    r"""Twice the norm that nine of ten exceed: the rule of :func:`auto_clip`.
+    r"""Twice the norm that 19 of 20 exceed: the rule of :func:`auto_clip`.
 
     .. math:: t_k = 2\, m_k, \qquad
               \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
-              \begin{cases} 0.1 \cdot 2^{a_k / 50} & n_k > m_k \\
-              -0.9 & n_k \le m_k \end{cases} \qquad m_1 = n_1
+              \begin{cases} 0.05 \cdot 2^{a_k / 50} & n_k > m_k \\
+              -0.95 & n_k \le m_k \end{cases} \qquad m_1 = n_1
 
     where :math:`a_k` counts the norms in a row above :math:`m`, this one included, up
     to 400. Nothing has a unit: norms multiplied by a constant have limits multiplied by
     it.
 
-    A norm above, however large, raises the limit by :math:`e^{0.2 / (k + 1)}` at most
-    in the first steps and by 0.2% later, one below lowers it by 1.8%. So an explosion
-    does not carry the limit along: 50 steps raise it by a sixth. What lasts is believed
-    faster and faster: a level 30 times as high is reached in about 220 steps. Norms of
-    zero and steps that are not finite leave no trace.
+    A norm above, however large, raises the limit by :math:`e^{0.1 / (k + 1)}` at most
+    in the first 50 steps and by 0.1% later, one below lowers it by 1.9%. So an
+    explosion does not carry the limit along: 50 steps raise it by 7%. What lasts is
+    believed faster and faster: a level 30 times as high is reached in about 260 steps.
+    Norms of zero and steps that are not finite leave no trace.
 
     Returns:
         A threshold rule; its state is three numbers for each norm.
@@ -55,10 +55,10 @@ def auto_threshold() -> Threshold:
         ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
         ...     print(f"{limit:.3f}")
         2.000
-        1.275
-        1.319
-        1.353
-        1.382
+        1.244
+        1.265
+        1.281
+        1.295
 
     References:
         A quantile tracked by the signs alone: Andrew et al., Differentially private
