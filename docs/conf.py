@@ -37,7 +37,7 @@ def spaced(formula):
 
 
 def inline(self, node):
-    """A formula within a line, as browsers draw it themselves: no script, no network."""
+    """A formula within a line, as browsers draw it themselves, without a script."""
     self.body.append(spaced(convert(node.astext())))
     raise nodes.SkipNode
 
