@@ -75,7 +75,7 @@ def table(columns: list[str], known: dict[str, dict[str, str]]) -> str:
 def main() -> None:
     """Runs, writes, and fails if a cell does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="keep known columns")
+    parser.add_argument("--resume", action="store_true", help="keep known cells")
     resume = parser.parse_args().resume and KNOWN.exists()
     known = json.loads(KNOWN.read_text()) if resume else {}
     run_columns(known)
