@@ -115,8 +115,10 @@ def settle(
         return scales, zero
 
     def rare(scales: Scales, lost: Any, zero: Any) -> Any:
+        # Both factors change here: one that does not is left outside of the cond.
+        coarse = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.coarse)
         fine = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.fine)
-        return scales._replace(fine=fine), zero
+        return scales._replace(coarse=coarse, fine=fine), zero
 
     def on_cpu(scales: Scales, lost: Any, zero: Any) -> Any:
         return lax.cond(lost | zero, rare, usual, scales, lost, zero)
