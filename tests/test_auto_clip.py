@@ -10,17 +10,21 @@ import pytest
 
 import optax_clipx as clipx
 
+CLIPPER = clipx.auto_clip(nonfinite="zero")
+
+
+@jax.jit
+def run(norms):
+    def step(state, norm):
+        _, state = CLIPPER.update({"w": norm[None]}, state)
+        return state, clipx.metrics(state)["clip/threshold"]
+
+    return jax.lax.scan(step, CLIPPER.init({"w": jnp.ones(1)}), norms)[1]
+
 
 def limits(norms):
     """The limit at each of the norms, through the clipper itself."""
-    clipper = clipx.auto_clip(nonfinite="zero")
-
-    def step(state, norm):
-        _, state = clipper.update({"w": norm[None]}, state)
-        return state, clipx.metrics(state)["clip/threshold"]
-
-    start = clipper.init({"w": jnp.ones(1)})
-    return np.asarray(jax.lax.scan(step, start, jnp.asarray(norms, jnp.float32))[1])
+    return np.asarray(run(jnp.asarray(norms, jnp.float32)))
 
 
 def noise(steps, spread=0.2, seed=0):
@@ -55,7 +59,7 @@ def gradients(params, x, factor):
     return jax.grad(loss)(params)
 
 
-@functools.cache
+@functools.partial(jax.jit, static_argnums=1)
 def train(factor, of_its_own=True):
     """Clips on the way of a training run, and says by what factors and to where.
 
@@ -79,9 +83,7 @@ def train(factor, of_its_own=True):
         return (params, state, reference), (scale, direction)
 
     start = initial(), tx.init(initial()), tx.init(initial())
-    (params, *_), found = jax.jit(lambda s, x: jax.lax.scan(step, s, x))(
-        start, batches()
-    )
+    (params, *_), found = jax.lax.scan(step, start, batches())
     return params, *found
 
 
