@@ -9,7 +9,7 @@ from pathlib import Path
 SDIST = {
     *("optax_clipx", "tests", "examples", "benchmarks", "docs", ".ci", ".github"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"),
-    *("pyproject.toml", ".gitignore", "PKG-INFO"),
+    *("CITATION.cff", "pyproject.toml", ".gitignore", "PKG-INFO"),
 }
 
 
