@@ -198,6 +198,7 @@ ALSO = {
     "norm_growth": ("leaf_norms",),
     "norm_growth_limit_group": ("group_norms",),
     "warmup_minimum_scaled": ("minimum", "scaled", "quantile"),
+    "auto_clip": ("auto_threshold",),
     "adagc": ("ema_ratio",),
     "skip_spikes_zscore": ("zscore",),
 }
