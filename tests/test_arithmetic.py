@@ -48,7 +48,7 @@ def test_the_norm_of_norms():
 
 
 @pytest.mark.parametrize("ord", [1, 2, 3, np.inf, "rms"])
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 2.0**-49, 1.0, 1e30])
 def test_norms_of_all_orders_at_all_sizes(ord, size):
     leaves = [np.float32(size) * np.array(x, np.float32) for x in ([1, -2], [[3], [4]])]
     flat = np.abs(np.concatenate([x.ravel() for x in leaves]).astype(np.float64))
@@ -143,6 +143,11 @@ def test_quantiles_of_a_sketch():
         ordered = [np.sort(norms[: i + 1]) for i in range(200)]
         exact = [x[max(0, int(np.ceil(q * len(x) - 1e-6)) - 1)] for x in ordered]
         assert np.abs(np.log(limits / exact)).max() < 0.029
+
+
+def test_the_least_of_all_norms():
+    limits = trace(clipx.quantile(0.0), [4.0, 1.0, 3.0])
+    assert np.abs(np.log(limits / [4.0, 1.0, 1.0])).max() < 0.029
 
 
 def test_the_sketch_counts_what_lies_beyond():
@@ -339,6 +344,21 @@ def test_what_is_just_allowed():
         lambda: clipx.scaled(1.0, 0),
     ):
         make()
+
+
+def test_a_new_level_leaves_the_deviation_of_logarithms_as_it_was():
+    rule = clipx.zscore(3.0, space="log", stats="skip", patience=3, warmup_steps=4)
+    limits = trace(rule, [1.0, 1.2, 0.9, 1.1, 50.0, 51.0, 49.0, 50.0])
+    sd = np.std(np.log([1.0, 1.2, 0.9, 1.1]))
+    assert np.isposinf(limits[6])
+    assert 49 * np.exp(2.8 * sd) < limits[7] < 50 * np.exp(3 * sd)
+
+
+@pytest.mark.parametrize("name", ["zscore", "ema_ratio", "quantile", "norm_growth"])
+def test_numbers_are_given_by_name(name):
+    first, *others = inspect.signature(getattr(clipx, name)).parameters.values()
+    assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert {p.kind for p in others} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_defaults():
