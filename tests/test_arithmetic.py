@@ -47,6 +47,27 @@ def test_the_norm_of_norms():
     close(reductions.whole_norm(jnp.array([3e38, 1e38])), np.hypot(3e38, 1e38))
 
 
+def test_factors_are_powers_of_two_that_undo_each_other():
+    for limits in reductions._RANGES.values():
+        assert limits.up * limits.down == 1
+        assert {np.frexp(number)[0] for number in limits} == {0.5}
+        assert limits.low < 1 < limits.high
+
+
+def test_small_leaves_are_summed_as_vectors():
+    for shape, flat in (((2, 2**12), True), ((2, 2**12 + 1), False), ((7,), True)):
+        found = jax.eval_shape(reductions._flat_if_small, jnp.ones(shape))
+        assert (found.ndim == 1) == flat
+
+
+def test_a_second_pass_stands_behind_a_branch_also_on_a_mesh():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        leaf = jax.device_put(jnp.ones((16, 3)), jax.P("x"))
+        program = jax.jit(clipx.tree_norm()).lower(leaf).compile()
+    assert " conditional(" in program.as_text()
+
+
 @pytest.mark.parametrize("ord", [1, 2, 3, np.inf, "rms"])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 2.0**-49, 1.0, 1e30])
 def test_norms_of_all_orders_at_all_sizes(ord, size):
