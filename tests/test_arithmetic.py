@@ -375,6 +375,16 @@ def test_a_new_level_leaves_the_deviation_of_logarithms_as_it_was():
     assert 49 * np.exp(2.8 * sd) < limits[7] < 50 * np.exp(3 * sd)
 
 
+def test_a_factor_of_the_reciprocal_target_in_logarithms():
+    usual = [1.0, 1.2, 0.9, 1.1]
+    mean, sd = np.mean(np.log(usual)), np.std(np.log(usual))
+    rule = clipx.zscore(
+        2.0, space="log", target="reciprocal", clip_factor=0.5, warmup_steps=4
+    )
+    z = (np.log(50.0) - mean) / sd
+    close(trace(rule, [*usual, 50.0])[4], 0.5 * np.exp(mean + 2.0**2 / z * sd))
+
+
 @pytest.mark.parametrize("name", ["zscore", "ema_ratio", "quantile", "norm_growth"])
 def test_numbers_are_given_by_name(name):
     first, *others = inspect.signature(getattr(clipx, name)).parameters.values()
