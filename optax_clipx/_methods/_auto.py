@@ -23,9 +23,9 @@ def auto_clip(
 
     where :math:`m` follows the norm that 19 of 20 exceed: :func:`auto_threshold` has
     the rule. Where norms vary little, twice that is above nearly all of them, and only
-    what stands out is clipped; where they have heavy tails it is near their middle, and
-    a large share of the steps is. A loss multiplied by any constant clips the same
-    steps by the same factors.
+    what stands out is clipped; where they have heavy tails it is below their middle,
+    and most steps are. A loss multiplied by any constant clips the same steps by the
+    same factors.
 
     Args:
         scope: as in :func:`zclip`.
