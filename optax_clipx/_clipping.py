@@ -224,7 +224,7 @@ def clip_norms(
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
     summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
-    scales, zeroed = _scaling.settle(scales, lost, zero)
+    scales, zeroed = _scaling.settle(scales, lost, zero, groups.starts())
     flag = zeroed if options.nonfinite == "zero" else None
     clipped = _scaling.apply(arrays, groups, scales, flag)
     return Step(clipped, summary, new_rule, norm)

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from . import _mesh, _scaling
-from ._grouping import Packed, ScalarGroups, Terms
-from ._mesh import Placement, max_over, size_of, sum_over
+from ._grouping import Operands, Packed, ScalarGroups, Terms, reduced
+from ._mesh import Placement, size_of
 from ._reductions import Norms, Ord, _norms, accumulator, as_they_are, times, widened
 from ._scaling import Response
 
@@ -28,26 +28,20 @@ class ExampleGroups(ScalarGroups):
     ndims: tuple[int, ...] = ()  # of each leaf, with the axis of examples
 
     def totals(
-        self, terms: Sequence[Terms], places: Sequence[Placement], kind: str
+        self, leaves: Sequence[Operands], places: Sequence[Placement], terms: Terms
     ) -> list[jax.Array]:
-        """For each statistic the sum (or max) over each group of each example."""
-        reduce = jnp.sum if kind == "sum" else jnp.max
-        columns = jnp.stack(
-            [
-                jnp.stack([reduce(x, axis=tuple(range(1, x.ndim))) for x in leaf])
-                for leaf in terms
-            ]
+        """For each term its total over each group of each example."""
+        each = zip(
+            *(reduced(x, terms, tuple(range(1, x[0].ndim))) for x in leaves),
+            strict=True,
         )
+        columns = jnp.stack([jnp.stack(column) for column in each])
         axes = tuple(sorted({name for place in places for name in place.axes}))
-        if axes and kind == "sum":
+        if axes and terms.total is jnp.sum:
             copies = np.array([size_of(tuple(set(axes) - set(p.axes))) for p in places])
             columns = columns / jnp.asarray(copies, columns.dtype)[None, :, None]
-        totals = self._combine(columns, reduce)
-        if axes:
-            totals = (sum_over if kind == "sum" else max_over)(totals, axes)
-        return [
-            totals[k] if self.count is None else totals[k].T for k in range(len(terms))
-        ]
+        totals = terms.over(self._combine(columns, terms.total), axes)
+        return [total if self.count is None else total.T for total in totals]
 
     def any_member(self, flags: Sequence[bool]) -> Packed:
         """For each group whether any of its leaves has the flag."""
@@ -60,7 +54,11 @@ class ExampleGroups(ScalarGroups):
         sizes = super().sizes(one, places)
         return sizes if self.count is None else sizes[None]
 
-    def spread(self, packed: Packed) -> list[Any]:
+    def starts(self) -> tuple[int, ...]:
+        """None: entries of examples are cut out as they stand."""
+        return ()
+
+    def spread(self, packed: Packed, starts: Sequence[Any] | None = None) -> list[Any]:
         """For each leaf what its group has, of a shape that broadcasts against it."""
         columns = super().spread(packed if self.count is None else packed.T)
         pairs = zip(columns, self.ndims, strict=True)

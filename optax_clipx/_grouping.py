@@ -5,14 +5,17 @@ tree and `(groups,)` for labelled groups (sorted by label) and leaves (in flatte
 order); for units a tuple, of one keepdims array a leaf, or of one vector a bucket.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ._leaves import Path, show
 from ._mesh import (
@@ -29,7 +32,29 @@ from ._mesh import (
 )
 
 Packed = Any  # a jax.Array, or a tuple of them for units
-Terms = Sequence[jax.Array]  # for each leaf an array of its own shape
+Operands = tuple[jax.Array, ...]  # a leaf, and what its terms depend on besides
+
+
+class Terms(NamedTuple):
+    """What is added up for each entry of a leaf, or what the largest is wanted of."""
+
+    of: Callable[..., tuple[jax.Array, ...]]  # from a leaf's operands
+    total: Callable[..., jax.Array] = jnp.sum
+
+    def over(self, value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """The total over mesh axes."""
+        return (sum_over if self.total is jnp.sum else max_over)(value, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def reduced(
+    operands: Operands,
+    terms: Terms,
+    axes: tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> list[jax.Array]:
+    """The totals of each of a leaf's terms. Traced once for all leaves of a shape."""
+    return [terms.total(x, axis=axes, keepdims=keepdims) for x in terms.of(*operands)]
 
 
 @dataclass(frozen=True)
@@ -40,21 +65,19 @@ class ScalarGroups:
     count: int | None  # how many groups; None is the tree, of shape ()
 
     def totals(
-        self, terms: Sequence[Terms], places: Sequence[Placement], kind: str
+        self, leaves: Sequence[Operands], places: Sequence[Placement], terms: Terms
     ) -> list[jax.Array]:
-        """For each statistic the sum (or max) over each group, in one collective."""
-        reduce = jnp.sum if kind == "sum" else jnp.max
+        """For each term its total over each group, in one collective."""
         # Stacked and reduced once: scalars added leaf by leaf would be fused into
         # every leaf's loop, and compile time would grow as the square of the leaves.
-        columns = jnp.stack([jnp.stack([reduce(x) for x in leaf]) for leaf in terms])
-        axes = axes_to_sum(terms[0], places)
-        if axes and kind == "sum":
+        each = zip(*(reduced(leaf, terms) for leaf in leaves), strict=True)
+        columns = jnp.stack([jnp.stack(column) for column in each])
+        axes = axes_to_sum([leaf[0] for leaf in leaves], places)
+        if axes and terms.total is jnp.sum:
             copies = _copies(places, axes)
             if np.any(copies != 1):
                 columns = columns / jnp.asarray(copies, columns.dtype)[None]
-        totals = self._combine(columns, reduce)
-        totals = (sum_over if kind == "sum" else max_over)(totals, axes)
-        return [totals[k] for k in range(len(terms))]
+        return list(terms.over(self._combine(columns, terms.total), axes))
 
     def _combine(self, columns: jax.Array, reduce: Callable[..., Any]) -> jax.Array:
         if self.count is None:
@@ -100,11 +123,15 @@ class ScalarGroups:
             sizes[group] += array.size * size_of(place.axes)
         return float(sizes[0]) if self.count is None else sizes
 
-    def spread(self, packed: Packed) -> list[Any]:
-        """For each leaf what its group has."""
+    def starts(self) -> tuple[int, ...]:
+        """Where in the vector each group's entry is."""
+        return () if self.count is None else tuple(range(self.count))
+
+    def spread(self, packed: Packed, starts: Sequence[Any] | None = None) -> list[Any]:
+        """For each leaf what its group has; `starts` as arrays hide them from XLA."""
         if self.count is None:
             return [packed] * len(self.ids)
-        entries = list(packed)
+        entries = [_part(packed, i, ()) for i in starts] if starts else list(packed)
         return [entries[group] for group in self.ids]
 
     def pack(self, values: Sequence[Any]) -> Packed:
@@ -127,6 +154,10 @@ class Bucket:
     def counts(self) -> list[int]:
         """How many units each leaf has on one device."""
         return [math.prod(shape) for shape in self.shapes]
+
+    def starts(self) -> list[int]:
+        """Where the units of each leaf begin."""
+        return [0, *itertools.accumulate(self.counts()[:-1])]
 
     def fill(self, values: Sequence[Any]) -> np.ndarray:
         """A vector from one static number for each leaf."""
@@ -184,16 +215,15 @@ class UnitGroups:
         )
 
     def totals(
-        self, terms: Sequence[Terms], places: Sequence[Placement], kind: str
+        self, leaves: Sequence[Operands], places: Sequence[Placement], terms: Terms
     ) -> list[tuple[jax.Array, ...]]:
-        """For each statistic the units' sums, one collective for each set of axes."""
-        reduce = jnp.sum if kind == "sum" else jnp.max
+        """For each term the units' totals, one collective for each set of axes."""
+        each = zip(leaves, self.axes, strict=True)
         local = [
-            [
-                reduce(x, axis=a, keepdims=True)
-                for x, a in zip(leaf, self.axes, strict=True)
-            ]
-            for leaf in terms
+            list(column)
+            for column in zip(
+                *(reduced(leaf, terms, axes, True) for leaf, axes in each), strict=True
+            )
         ]
         firsts = list(range(len(self.axes)))
         if self.buckets:
@@ -206,12 +236,11 @@ class UnitGroups:
             cut = self._reduced_mesh_axes(leaf, places[leaf], self.axes[leaf])
             if cut:
                 by_axes.setdefault((cut, varying(local[0][i])), []).append(i)
-        over = sum_over if kind == "sum" else max_over
         for (cut, _), members in by_axes.items():
-            flat = [local[k][i].ravel() for k in range(len(terms)) for i in members]
-            summed = over(jnp.concatenate(flat), cut)
+            slots = [(k, i) for k in range(len(local)) for i in members]
+            flat = [local[k][i].ravel() for k, i in slots]
+            summed = terms.over(jnp.concatenate(flat), cut)
             pieces = jnp.split(summed, np.cumsum([x.size for x in flat])[:-1])
-            slots = [(k, i) for k in range(len(terms)) for i in members]
             for (k, i), piece in zip(slots, pieces, strict=True):
                 local[k][i] = piece.reshape(local[k][i].shape)
         return [tuple(x) for x in local]
@@ -262,20 +291,23 @@ class UnitGroups:
         )
         return tuple(b.fill(sizes) for b in self.buckets) or sizes
 
-    def spread(self, packed: Packed) -> list[Any]:
+    def starts(self) -> tuple[int, ...]:
+        """Where in its bucket each leaf's units begin, bucket by bucket."""
+        return tuple(i for bucket in self.buckets for i in bucket.starts())
+
+    def spread(self, packed: Packed, starts: Sequence[Any] | None = None) -> list[Any]:
         """For each leaf its units' values, which broadcast against it.
 
         Buckets are of one device's units: on Explicit axes inside of a `map_local`.
+        `starts` as arrays hide from XLA where they begin.
         """
         if not self.buckets:
             return list(packed)
         spread: list[Any] = [None] * len(self.axes)
+        begin = iter(starts or self.starts())
         for bucket, vector in zip(self.buckets, packed, strict=True):
-            pieces = jnp.split(vector, np.cumsum(bucket.counts())[:-1])
-            for leaf, piece, shape in zip(
-                bucket.leaves, pieces, bucket.shapes, strict=True
-            ):
-                spread[leaf] = piece.reshape(shape)
+            for leaf, shape in zip(bucket.leaves, bucket.shapes, strict=True):
+                spread[leaf] = _part(vector, next(begin), shape)
         return spread
 
     def pack(self, values: Sequence[Any]) -> Packed:
@@ -309,6 +341,30 @@ class UnitGroups:
 
 
 Groups = ScalarGroups | UnitGroups
+
+
+def unknown(starts: Sequence[int], used: jax.Array) -> tuple[Any, ...]:
+    """The starts as numbers that XLA does not know; zeros where they are not used.
+
+    What cuts a vector at a number that XLA knows is compiled for each leaf anew; at
+    one that it does not, once for all leaves of a shape.
+    """
+
+    def numbers() -> tuple[Any, ...]:
+        return tuple(map(np.uint32, starts))
+
+    def zeros() -> tuple[Any, ...]:
+        return (np.uint32(0),) * len(starts)
+
+    return lax.cond(used, numbers, zeros) if starts else ()
+
+
+def _part(vector: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
+    """An array out of a vector, from a start that may be an array."""
+    size = math.prod(shape)
+    if isinstance(start, int):
+        return vector[start : start + size].reshape(shape)
+    return lax.dynamic_slice(vector, (start,), (size,)).reshape(shape)
 
 
 def _kept(dims: Sequence[Axes], reduced: Sequence[int]) -> Axes:

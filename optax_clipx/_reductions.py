@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from . import _mesh
-from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
+from ._grouping import Groups, Packed, ScalarGroups, Terms, UnitGroups, unknown
 from ._leaves import Path
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
@@ -161,9 +161,10 @@ class _Measured(NamedTuple):
     places: tuple[_mesh.Placement, ...]
     dtype: Any
 
-    def totals(self, terms: list[Any], kind: str = "sum") -> list[Packed]:
-        """For each list of terms the sum or maximum over each group."""
-        return self.groups.totals(terms, self.places, kind)
+    def totals(self, terms: Terms, leaves: list[Any], *others: Any) -> list[Packed]:
+        """For each term of the leaves its total over each group."""
+        operands = list(zip(leaves, *others, strict=True))
+        return self.groups.totals(operands, self.places, terms)
 
     def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
         """The derived leaves in the accumulator's dtype."""
@@ -178,7 +179,7 @@ def _sums_of_squares(
     limits = _RANGES[dtype]
 
     def plain_sums(trees: Any, extras: Any) -> Packed:
-        return measured.totals([list(map(_square, measured.wide(trees, extras)))])[0]
+        return measured.totals(_PLAIN, measured.wide(trees, extras))[0]
 
     if not any(measured.at_risk):
         squares = plain_sums(trees, extras)
@@ -198,11 +199,8 @@ def _sums_of_squares(
         up, down = lax.optimization_barrier(
             (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
         )
-        # What is above 1 is not chosen raised, but must stay finite for gradients.
-        raised = [_square(times(_clamp_to_one(x), up)) for x in leaves]
-        lowered = [_square(times(x, down)) for x in leaves]
-        plain = list(map(_square, leaves))
-        sums = measured.totals([plain, raised, lowered])
+        each = len(leaves)
+        sums = measured.totals(_AT_THREE_SCALES, leaves, [up] * each, [down] * each)
         factor = jax.tree.map(choose, sums[0], group_at_risk)
 
         def pick(f: Any, plain: Any, raised: Any, lowered: Any) -> jax.Array:
@@ -217,20 +215,25 @@ def _sums_of_squares(
         factor = jax.tree.map(choose, plain, group_at_risk)
         outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
 
-        def second_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
+        def second_pass(
+            trees: Any, extras: Any, factor: Any, plain: Any, again: Any
+        ) -> Packed:
             leaves = measured.wide(trees, extras)
+            starts = unknown(groups.starts(), again)
             # Behind a barrier: XLA would write out one factor for leaves of one shape.
-            factors = lax.optimization_barrier(groups.spread(factor))
-            pairs = zip(leaves, factors, strict=True)
-            return measured.totals([[_square(times(x, f)) for x, f in pairs]])[0]
+            factors = lax.optimization_barrier(groups.spread(factor, starts))
+            return measured.totals(_SCALED, leaves, factors)[0]
 
-        def first_pass(trees: Any, extras: Any, factor: Any, plain: Any) -> Packed:
+        def first_pass(
+            trees: Any, extras: Any, factor: Any, plain: Any, again: Any
+        ) -> Packed:
             return plain
 
         again = jnp.any(jnp.stack(outside))
-        return lax.cond(
-            again, second_pass, first_pass, trees, extras, factor, plain
-        ), factor
+        squares = lax.cond(
+            again, second_pass, first_pass, trees, extras, factor, plain, again
+        )
+        return squares, factor
 
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
@@ -246,18 +249,13 @@ def _power_norms(
 ) -> tuple[Packed, Packed]:
     """Norms of other orders, relative to the largest magnitude of each group."""
     groups, dtype = measured.groups, measured.dtype
-    magnitudes = [jnp.abs(x) for x in measured.wide(trees, extras)]
-    # Not every all-reduce passes a NaN through a max; every one passes infinity.
-    peaks = [jnp.where(jnp.isnan(x), jnp.inf, x) for x in magnitudes]
-    peak = measured.totals([peaks], "max")[0]
+    leaves = measured.wide(trees, extras)
+    peak = measured.totals(_PEAK, leaves)[0]
     if ord == float("inf"):
         return peak, jax.tree.map(jnp.ones_like, peak)
     peak = jax.tree.map(lax.stop_gradient, peak)
     safe = jax.tree.map(lambda m: jnp.where((m > 0) & jnp.isfinite(m), m, 1), peak)
-    ratios = [
-        quotient(x, m) for x, m in zip(magnitudes, groups.spread(safe), strict=True)
-    ]
-    sums = measured.totals([[_power(r, ord) for r in ratios]])[0]
+    sums = measured.totals(_of_power(ord), leaves, groups.spread(safe))[0]
     large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
     factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
     root = jax.tree.map(
@@ -317,6 +315,38 @@ def _flat_if_small(leaf: jax.Array) -> jax.Array:
     if leaf.ndim < 2 or leaf.size > 2**13 or not _mesh.knows_shards(leaf):
         return leaf
     return lax.reshape(leaf, (leaf.size,))
+
+
+def _plain(x: jax.Array) -> tuple[jax.Array]:
+    return (_square(x),)
+
+
+def _scaled(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
+    return (_square(times(x, factor)),)
+
+
+def _at_three_scales(
+    x: jax.Array, up: jax.Array, down: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # What is above 1 is not chosen raised, but must stay finite for gradients.
+    raised = _square(times(_clamp_to_one(x), up))
+    return _square(x), raised, _square(times(x, down))
+
+
+def _magnitude(x: jax.Array) -> tuple[jax.Array]:
+    # Not every all-reduce passes a NaN through a max; every one passes infinity.
+    return (jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)),)
+
+
+_PLAIN = Terms(_plain)
+_SCALED = Terms(_scaled)
+_AT_THREE_SCALES = Terms(_at_three_scales)
+_PEAK = Terms(_magnitude, jnp.max)
+
+
+@functools.cache
+def _of_power(ord: float) -> Terms:
+    return Terms(lambda x, peak: (_power(quotient(jnp.abs(x), peak), ord),))
 
 
 def _square(x: jax.Array) -> jax.Array:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._grouping import Groups, Packed, UnitGroups
+from ._grouping import Groups, Packed, UnitGroups, unknown
 from ._mesh import Placement, map_local
 from ._reductions import Norms, times, widened
 
@@ -22,6 +23,7 @@ class Scales(NamedTuple):
     coarse: Packed  # 1, but where a scale is extreme
     fine: Packed
     clipped_norm: Packed
+    starts: tuple[Any, ...] | None = None  # where what a leaf needs begins
 
     def product(self) -> Packed:
         """The scales as single numbers."""
@@ -101,9 +103,9 @@ def _sharpened(
     return scale + jnp.where(usable, sharp, 0)
 
 
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def settle(
-    scales: Scales, lost: jax.Array, zero: jax.Array
+    scales: Scales, lost: jax.Array, zero: jax.Array, starts: tuple[int, ...]
 ) -> tuple[Scales, jax.Array]:
     """The scales, NaN where everything is lost, and the flag for zeros.
 
@@ -121,9 +123,15 @@ def settle(
         return scales._replace(coarse=coarse, fine=fine), zero
 
     def on_cpu(scales: Scales, lost: Any, zero: Any) -> Any:
-        return lax.cond(lost | zero, rare, usual, scales, lost, zero)
+        # With starts of 0: then all scales are NaN, or all entries become 0.
+        scales, flag = lax.cond(lost | zero, rare, usual, scales, lost, zero)
+        return scales._replace(starts=unknown(starts, ~(lost | zero))), flag
 
-    return lax.platform_dependent(scales, lost, zero, cpu=on_cpu, default=rare)
+    def elsewhere(scales: Scales, lost: Any, zero: Any) -> Any:
+        scales, zero = rare(scales, lost, zero)
+        return scales._replace(starts=tuple(map(np.uint32, starts))), zero
+
+    return lax.platform_dependent(scales, lost, zero, cpu=on_cpu, default=elsewhere)
 
 
 def apply(
@@ -131,11 +139,12 @@ def apply(
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
 
-    def local(shards: Sequence[Any], places: Any, zero: Any) -> list[jax.Array]:
+    def local(shards: Sequence[Any], places: Any, extras: Any) -> list[jax.Array]:
+        zero, starts = extras
         parts = iter(shards)
         leaves = [next(parts) for _ in arrays]
         coarse, fine = (
-            groups.spread(tuple(next(parts) for _ in packed))
+            groups.spread(tuple(next(parts) for _ in packed), starts)
             for packed in (scales.coarse, scales.fine)
         )
         pairs = zip(leaves, coarse, fine, strict=True)
@@ -148,17 +157,18 @@ def apply(
             local,
             flat,
             nowhere,
-            zero,
+            (zero, scales.starts),
             lambda dims: [PartitionSpec(*d) for d in dims[: len(arrays)]],
         )
-    coarse, fine = groups.spread(scales.coarse), groups.spread(scales.fine)
+    coarse = groups.spread(scales.coarse, scales.starts)
+    fine = groups.spread(scales.fine, scales.starts)
     return [_apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)]
 
 
+@jax.jit
 def _apply(
     array: Any, coarse: jax.Array, fine: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
-    array = jnp.asarray(array)
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = array.astype(widened(array, fine.dtype))
