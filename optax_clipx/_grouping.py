@@ -46,15 +46,26 @@ class Terms(NamedTuple):
         return (sum_over if self.total is jnp.sum else max_over)(value, axes)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def reduced(
     operands: Operands,
     terms: Terms,
     axes: tuple[int, ...] | None = None,
     keepdims: bool = False,
 ) -> list[jax.Array]:
-    """The totals of each of a leaf's terms. Traced once for all leaves of a shape."""
+    """The totals of each of a leaf's terms, traced once for all leaves of a shape."""
+    # With Auto axes a call would hide from XLA how best to lay out what is reduced.
+    reduce = _called if knows_shards(operands[0]) else _inlined
+    return reduce(operands, terms, axes, keepdims)
+
+
+def _reduced(
+    operands: Operands, terms: Terms, axes: tuple[int, ...] | None, keepdims: bool
+) -> list[jax.Array]:
     return [terms.total(x, axis=axes, keepdims=keepdims) for x in terms.of(*operands)]
+
+
+_called = jax.jit(_reduced, static_argnums=(1, 2, 3))
+_inlined = jax.jit(_reduced, static_argnums=(1, 2, 3), inline=True)
 
 
 @dataclass(frozen=True)
