@@ -5,7 +5,6 @@ tree and `(groups,)` for labelled groups (sorted by label) and leaves (in flatte
 order); for units a tuple, of one keepdims array a leaf, or of one vector a bucket.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
