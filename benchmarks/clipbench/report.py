@@ -205,15 +205,16 @@ def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
 
 def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) -> None:
     """How much worse a method is at another number than its default."""
-    there = {method for row in found.values() for method in row} - {FIXED}
-    asked = [m for m in METHODS if METHODS[m].asks_for and m in there]
+    tried = {method for row in found.values() for method in row} - {FIXED}
+    asked = [m for m in METHODS if METHODS[m].asks_for and m in tried]
     if not asked:
         return
     figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
         for number in range(3):
-            spread = np.array([ratio(row, method, number) for row in rows])
+            there = [row for row in rows if number < len(row[method]["numbers"])]
+            spread = np.array([ratio(row, method, number) for row in there])
             spread = np.clip(spread, 0.5, 10)
             at = np.full(len(spread), place + (number - 1) * 0.22)
             ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}")
