@@ -49,6 +49,21 @@ def test_each_half_has_six_tasks():
     assert sorted(halves) == ["design"] * 6 + ["held out"] * 6
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolve_is_jaxs_convolution(stride):
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
+    expected = jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    found = tasks.convolve(images, kernel, stride)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def record(method, final, half="design"):
     shape = np.array(final, object).shape
     return {

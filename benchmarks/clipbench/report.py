@@ -213,7 +213,7 @@ def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) ->
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
         for number in range(3):
-            there = [row for row in rows if number < len(row[method]["numbers"])]
+            there = [row for row in rows if number < losses(row[method]).shape[1]]
             spread = np.array([ratio(row, method, number) for row in there])
             spread = np.clip(spread, 0.5, 10)
             at = np.full(len(spread), place + (number - 1) * 0.22)
