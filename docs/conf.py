@@ -52,3 +52,6 @@ def display(self, node):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (inline, None), (display, None))
+
+
+add_function_parentheses = False  # some are passed on, and not called

@@ -5,6 +5,7 @@ tree and `(groups,)` for labelled groups (sorted by label) and leaves (in flatte
 order); for units a tuple, of one keepdims array a leaf, or of one vector a bucket.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -138,10 +139,10 @@ class ScalarGroups:
         return () if self.count is None else tuple(range(self.count))
 
     def spread(self, packed: Packed, starts: Sequence[Any] | None = None) -> list[Any]:
-        """For each leaf what its group has; `starts` as arrays hide them from XLA."""
+        """For each leaf what its group has; with `starts` as parts, not cut yet."""
         if self.count is None:
             return [packed] * len(self.ids)
-        entries = [_part(packed, i, ()) for i in starts] if starts else list(packed)
+        entries = [Part(packed, i, ()) for i in starts] if starts else list(packed)
         return [entries[group] for group in self.ids]
 
     def pack(self, values: Sequence[Any]) -> Packed:
@@ -309,7 +310,7 @@ class UnitGroups:
         """For each leaf its units' values, which broadcast against it.
 
         Buckets are of one device's units: on Explicit axes inside of a `map_local`.
-        `starts` as arrays hide from XLA where they begin.
+        With `starts` they are parts that are not cut yet.
         """
         if not self.buckets:
             return list(packed)
@@ -317,7 +318,8 @@ class UnitGroups:
         begin = iter(starts or self.starts())
         for bucket, vector in zip(self.buckets, packed, strict=True):
             for leaf, shape in zip(bucket.leaves, bucket.shapes, strict=True):
-                spread[leaf] = _part(vector, next(begin), shape)
+                part = Part(vector, next(begin), shape)
+                spread[leaf] = part if starts else cut(part)
         return spread
 
     def pack(self, values: Sequence[Any]) -> Packed:
@@ -369,12 +371,29 @@ def unknown(starts: Sequence[int], used: jax.Array) -> tuple[Any, ...]:
     return lax.cond(used, numbers, zeros) if starts else ()
 
 
-def _part(vector: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
-    """An array out of a vector, from a start that may be an array."""
-    size = math.prod(shape)
-    if isinstance(start, int):
-        return vector[start : start + size].reshape(shape)
-    return lax.dynamic_slice(vector, (start,), (size,)).reshape(shape)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["vector", "start"],
+    meta_fields=["shape"],
+)
+@dataclass(frozen=True)
+class Part:
+    """What lies in a vector from a start on, to be cut out where it is used.
+
+    A start may be an array that XLA does not know, as those of `unknown`.
+    """
+
+    vector: jax.Array
+    start: Any
+    shape: tuple[int, ...]
+
+
+def cut(part: Any) -> Any:
+    """The array of a part; what is no part is itself."""
+    if not isinstance(part, Part):
+        return part
+    size = (math.prod(part.shape),)
+    return lax.dynamic_slice(part.vector, (part.start,), size).reshape(part.shape)
 
 
 def _kept(dims: Sequence[Axes], reduced: Sequence[int]) -> Axes:

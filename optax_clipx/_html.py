@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._drawing import THEMES, envelope, means, norms_of
+from ._drawing import THEMES, bins, envelope, means, norms_of
 from ._escaping import for_page
 from ._suggesting import suggest_threshold
 from ._table import STEP
@@ -168,9 +168,8 @@ def _histograms(go: Any, runs: Any) -> Any:
         values = values[np.isfinite(values) & (values > 0)]
         if not len(values):
             continue
-        low, high = np.quantile(values, [0.001, 0.999])
-        edges = np.geomspace(low * 0.95, high * 1.05, 61)
-        counts = np.histogram(values, edges)[0]
+        edges = bins(values, 60)
+        counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
         chart.add_scatter(
             x=np.sqrt(edges[1:] * edges[:-1]),
             y=counts / len(values),

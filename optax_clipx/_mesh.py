@@ -63,6 +63,7 @@ def placements(
         ]
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        _refuse_misspelled(names, "axis_name=")
         bound = tuple(name for name in names if _is_bound(name))
         return [Placement(bound, () if not bound else None) for _ in arrays]
     if manual and not _has_types(manual):
@@ -279,6 +280,7 @@ def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
             f"Expected a PartitionSpec of at most {array.ndim} entries for"
             f" {show(path)} of shape {array.shape}, got {spec}."
         )
+    _refuse_misspelled([n for entry in spec for n in _names(entry)], "specs=")
     dims = [tuple(n for n in _names(entry) if _is_bound(n)) for entry in spec]
     dims += [()] * (array.ndim - len(dims))
     return Placement(tuple(name for d in dims for name in d), tuple(dims))
@@ -288,6 +290,17 @@ def _names(entry: Any) -> Axes:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _refuse_misspelled(names: Sequence[str], argument: str) -> None:
+    """In manual code a name that is no axis at all would leave a sum out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    unknown = [n for n in names if n not in mesh.axis_names and not _is_bound(n)]
+    if mesh.manual_axes and unknown:
+        raise ValueError(
+            f"Expected {argument} to name axes of the mesh, got {_quoted(unknown)}; the"
+            f" mesh has {_quoted(mesh.axis_names)}."
+        )
 
 
 def _is_bound(name: str) -> bool:

@@ -18,7 +18,15 @@ import numpy as np
 from jax import lax
 
 from . import _mesh
-from ._grouping import Groups, Packed, ScalarGroups, Terms, UnitGroups, unknown
+from ._grouping import (
+    Groups,
+    Packed,
+    ScalarGroups,
+    Terms,
+    UnitGroups,
+    cut,
+    unknown,
+)
 from ._leaves import Path
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
@@ -221,7 +229,9 @@ def _sums_of_squares(
             leaves = measured.wide(trees, extras)
             starts = unknown(groups.starts(), again)
             # Behind a barrier: XLA would write out one factor for leaves of one shape.
-            factors = lax.optimization_barrier(groups.spread(factor, starts))
+            factors = lax.optimization_barrier(
+                list(map(cut, groups.spread(factor, starts)))
+            )
             return measured.totals(_SCALED, leaves, factors)[0]
 
         def first_pass(

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._grouping import Groups, Packed, UnitGroups, unknown
+from ._grouping import Groups, Packed, Part, UnitGroups, cut, unknown
 from ._mesh import Placement, map_local
 from ._reductions import Norms, times, widened
 
@@ -167,8 +167,12 @@ def apply(
 
 @jax.jit
 def _apply(
-    array: Any, coarse: jax.Array, fine: jax.Array, zero: jax.Array | None
+    array: Any,
+    coarse_part: jax.Array | Part,
+    fine_part: jax.Array | Part,
+    zero: jax.Array | None,
 ) -> jax.Array:
+    coarse, fine = cut(coarse_part), cut(fine_part)
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = array.astype(widened(array, fine.dtype))

@@ -54,7 +54,9 @@ class Suggestion(NamedTuple):
         if self.warning:
             lines.append(f"warning: {self.warning}")
         if self.rule:
-            lines.append(f"better: {self.rule}")
+            goes_on = " should they go on to fall" if self.drift < 1 else ""
+            lines.append(f"to follow the norms{goes_on}: {self.rule}")
+            lines.append("with no number to choose: optax_clipx.auto_clip()")
         return "\n".join(lines)
 
 

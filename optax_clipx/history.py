@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ class History:
         resume: go on with a file that is there. **Recording a step drops every record
             from that step on**, in memory and in the file: a run that went on from
             step 100 of a checkpoint leaves the file of one that was never interrupted.
-            What is dropped is added to a file beside it, ``run.jsonl.dropped``.
+            What is dropped is added to a file beside it, ``run.jsonl.dropped``. Without
+            ``resume`` this comes with a warning.
 
     Raises:
         FileExistsError: if the file has something in it and ``resume`` is false.
@@ -64,14 +66,14 @@ class History:
             if self.path.exists() and self.path.stat().st_size:
                 if not resume:
                     raise FileExistsError(
-                        f"{self.path} has something in it already. Pass resume=True to"
-                        " go on with it, or another path."
+                        f"{self.path} has something in it already. Pass another path,"
+                        " resume=True to go on with it, or delete it."
                     )
                 table = _readers.read(self.path)
                 _jsonl.end_last_line(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
-        self._writer = _Writer(table, file)
+        self._writer = _Writer(table, file, resume)
         # Writes the last record at the end of the program, too.
         self._close = weakref.finalize(self, self._writer.close)
 
@@ -88,11 +90,17 @@ class History:
         Raises:
             ValueError: if a shape does not go with ``step``, for metrics called
                 ``"step"``, and after ``close``.
-            TypeError: inside of ``jax.jit``.
+            TypeError: inside of ``jax.jit``, and for what is no dict.
         """
         if isinstance(metrics, ClipMetrics):
             fields = metrics._asdict().items()
             metrics = {f"clip/{k}": v for k, v in fields if v is not None}
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"Expected metrics to be a dict or ClipMetrics, got"
+                f" {type(metrics).__name__}. From an optimizer state take"
+                " optax_clipx.metrics(opt_state)."
+            )
         if STEP in metrics:
             raise ValueError("Expected metrics without 'step', which is given apart.")
         if isinstance(step, range | list | tuple):
@@ -252,9 +260,10 @@ class History:
 class _Writer:
     """The table and the file, one record behind."""
 
-    def __init__(self, table: Table, file: IO[bytes] | None) -> None:
+    def __init__(self, table: Table, file: IO[bytes] | None, resume: bool) -> None:
         self.table = table
         self.file = file
+        self.resume = resume
         self.pending: dict[str, Any] | None = None
         self.closed = False
 
@@ -291,6 +300,13 @@ class _Writer:
         if steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0):
             raise ValueError(f"Expected whole steps that rise, got {record[STEP]}.")
         again = self.table.forget_from(int(steps[0]))
+        if again and not self.resume:
+            warnings.warn(
+                f"Step {steps[0]} was recorded before: {again} records from it on are"
+                " dropped. Pass a step that rises over all epochs; or History(...,"
+                " resume=True) if the run went back to a checkpoint.",
+                stacklevel=4,
+            )
         if self.file is not None:
             if again:
                 _jsonl.cut_from(self.file, int(steps[0]))

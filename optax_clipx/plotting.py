@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import _marks
-from ._drawing import Envelope, canvas, columns_of, envelope, means, norms_of
+from ._drawing import Envelope, bins, canvas, columns_of, envelope, means, norms_of
 from ._escaping import for_picture
 from ._jsonl import ReadError
 from ._sweeping import Sweep
@@ -129,6 +129,8 @@ def histogram(
 ) -> Any:
     """Draws how the norms are distributed, and where the limit is among them.
 
+    All steps are in it; norms very far from the others are in the outermost bars.
+
     Args:
         run: as for :func:`norms`.
         norm: as for :func:`norms`.
@@ -159,11 +161,9 @@ def histogram(
         raise ReadError("There is no positive finite norm in this run.")
     with canvas(theme, ax) as (figure, ax, colours):
         shown = seen.norms[usable]
-        # A norm of 1e37 must not press the others into one bar.
-        low, high = np.quantile(shown, [0.001, 0.999])
-        low, high = max(low, shown.min()) * 0.95, min(high, shown.max()) * 1.05
         count = int(np.clip(len(shown) ** 0.5, 12, 60))
-        edges = np.geomspace(low, high, count + 1)
+        edges = bins(shown, count)
+        shown = np.clip(shown, edges[0], edges[-1])
         over = np.zeros(len(shown), bool)
         if seen.clipped is not None:
             over = seen.clipped[usable]
