@@ -193,12 +193,12 @@ def _blocks(values: np.ndarray, each: int) -> np.ndarray:
 
 
 def bins(norms: np.ndarray, count: int) -> np.ndarray:
-    """The edges of bars as wide as those that cut 99.8% of the norms into so many.
+    """The edges of bars as wide as those that cut 98% of the norms into so many.
 
     There are as many more on either side as the others take, up to the same number; a
     norm of 1e37 must not press the rest into one bar.
     """
-    low, high = np.log(np.quantile(norms, [0.001, 0.999])) + np.log([0.95, 1.05])
+    low, high = np.log(np.quantile(norms, [0.01, 0.99])) + np.log([0.95, 1.05])
     width = (high - low) / count
     beyond = [low - np.log(norms.min()), np.log(norms.max()) - high]
     before, after = np.clip(np.ceil(np.divide(beyond, width)), 0, count).astype(int)

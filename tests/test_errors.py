@@ -758,3 +758,9 @@ def test_metrics_of_as_many_entries_as_devices_on_each_device():
     whole = jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, P()))
     assert not _is_replicated(whole)
     assert _is_replicated(jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, P("x"))))
+
+
+def test_a_state_is_no_metrics():
+    state = clipx.clip_by_global_norm(1.0).init(GRADS)
+    with pytest.raises(TypeError, match=r"optax_clipx\.metrics\(opt_state\)"):
+        clipx.History().append(0, (state,))

@@ -415,3 +415,14 @@ def test_a_million_steps(tmp_path):
     assert draw_seconds < 10
     assert suggest_seconds < 5
     assert gigabytes < 1
+
+
+def test_a_step_that_comes_again_drops_records_with_a_warning(tmp_path):
+    history = clipx.History(tmp_path / "run.jsonl")
+    for step in (0, 1, 2, 0):
+        history.append(step, {"loss": 1.0})
+    with pytest.warns(UserWarning, match=r"Step 0 .* 3 records .* over all epochs"):
+        history.append(1, {"loss": 1.0})
+    history.close()
+    assert history["step"].tolist() == [0, 1]
+    assert len((tmp_path / "run.jsonl.dropped").read_text().splitlines()) == 3

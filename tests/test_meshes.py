@@ -475,3 +475,17 @@ def test_stages_on_disjoint_meshes(bad):
     if bad is None:
         alone = [optax.clip_by_global_norm(1.0).update(g, None)[0] for g in values]
         np.testing.assert_allclose(optax.tree.norm(alone), 2**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "said", [{"axis_name": "dat"}, {"axis_name": ("i", "dat")}, {"specs": P("dat")}]
+)
+def test_a_misspelled_axis_is_an_error_in_manual_code(said):
+    """Its sum would be left out, and every device would have a norm of its own."""
+    clipper = clipx.clip_by_global_norm(1.0, **said)
+    update = jax.pmap(lambda g: clipper.update(g)[0], axis_name="i")
+    with pytest.raises(ValueError, match=r"name axes of the mesh, got 'dat'; .* 'i'"):
+        update(np.ones((8, 4), np.float32))
+    # Outside of manual code there is no axis to name, as where a state is made.
+    clipped, _ = clipper.update(jnp.full(4, 3.0))
+    np.testing.assert_allclose(np.linalg.norm(clipped), 1, rtol=1e-6)

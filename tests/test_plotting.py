@@ -400,3 +400,18 @@ def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
     assert f"limit {want:.4g}" in capsys.readouterr().out
     if importlib.util.find_spec("rich"):
         assert call("watch", "logs/a", "--once") == 0
+
+
+def test_every_norm_is_in_a_bar():
+    rng = np.random.default_rng(0)
+    for spike in (1.0, 3.0, 30.0, 1e37):
+        norms = np.append(np.exp(0.3 * rng.normal(size=200)), [spike, 1 / spike])
+        figure = clipx.plotting.histogram({"clip/norm": norms}, limit=2.0)
+        upper = [patch.get_data().values for patch in figure.axes[0].patches][-1]
+        assert upper.sum() == pytest.approx(1)
+        edges = figure.axes[0].patches[0].get_data().edges
+        bulk = np.histogram(norms[:200], edges)[0]
+        assert (bulk > 0).sum() > 8  # a spike does not press the others into one bar
+        if spike <= 3:
+            assert edges[0] <= norms.min()
+            assert edges[-1] >= norms.max()
