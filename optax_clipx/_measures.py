@@ -311,6 +311,7 @@ def _axes_of(given: Any, path: Path, leaf: Any, what: str) -> tuple[int, ...] | 
     if not all(isinstance(a, int) and -leaf.ndim <= a < leaf.ndim for a in axes):
         raise ValueError(
             f"Expected {what} within the rank of shape {leaf.shape} at {show(path)},"
-            f" got {what}={given!r}."
+            f" got {what}={given!r}. Pass numbers of axes, or a function of path and"
+            " leaf such as optax_clipx.units.flax."
         )
     return tuple(sorted({a % leaf.ndim for a in axes}))

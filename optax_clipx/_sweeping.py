@@ -116,6 +116,9 @@ def find_threshold(
     settings = list(itertools.product(limits, rates, kept_seeds))
     known = {} if path is None else _known(Path(path))
     bar = _bar(len(settings), progress)
+    again = sum(setting in known for setting in settings)
+    if bar is not None and again:  # of a training that may have changed since
+        bar.set_description_str(f"limits ({again} read from {path})")
     for setting in settings:
         if setting not in known:
             extra = dict(zip(_KEYS[1:], setting[1:], strict=True))

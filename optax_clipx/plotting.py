@@ -169,14 +169,17 @@ def histogram(
             over = seen.clipped[usable]
         heights = [np.histogram(shown[m], edges)[0] for m in (~over, over)]
         within, above = (h / len(shown) for h in heights)
-        ax.stairs(within, edges, color=colours.norm, fill=True, label="left alone")
+        known = seen.clipped is not None
+        label = "left alone" if known else "norms"
+        ax.stairs(within, edges, color=colours.norm, fill=True, label=label)
         if over.any():
             style = {"color": colours.clipped, "fill": True, "label": "clipped"}
             ax.stairs(within + above, edges, baseline=within, **style)
         if seen.limits is not None:
             _marks.limit_line(ax, seen.limits, colours)
         ax.set_xscale("log")
-        ax.set(title="Norms and the limit", xlabel="norm", ylabel="share of the steps")
+        title = "Norms and the limit" if known else "Norms; the limit is not recorded"
+        ax.set(title=title, xlabel="norm", ylabel="share of the steps")
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
         ax.legend()
     return figure
