@@ -21,7 +21,7 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
 
 
 SMALL = 8  # a test with no more cases than this runs whole
-SHARE = 8  # of the others every eighth case, and two more where slow tests run
+SHARE = 10  # of the others every tenth case, and two more where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 

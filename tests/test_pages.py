@@ -46,7 +46,7 @@ def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
     assert re.search(PAGES[page], capsys.readouterr().out)
 
 
-@pytest.mark.sampled
+@pytest.mark.complete
 @pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
 def test_the_line_of_a_method_takes_a_step(page):
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
