@@ -54,8 +54,9 @@ class Suggestion(NamedTuple):
         if self.warning:
             lines.append(f"warning: {self.warning}")
         if self.rule:
-            goes_on = " should they go on to fall" if self.drift < 1 else ""
-            lines.append(f"to follow the norms{goes_on}: {self.rule}")
+            # With a cap, a rule helps only where the norms go on to fall.
+            case = "if they fall further" if self.drift < 1 else "to follow the norms"
+            lines.append(f"{case}: {self.rule}")
             lines.append("with no number to choose: optax_clipx.auto_clip()")
         return "\n".join(lines)
 
