@@ -126,7 +126,7 @@ def trained(
         np.arange(seeds),
         indexing="ij",
     )
-    # One run after the other: small networks are in the cache, many at once are not.
+    # One run after the other: side by side, a cond would compute both of its branches.
     run = jax.jit(lambda cases: jax.lax.map(lambda case: train(*case), cases))
     found = run([jnp.asarray(x.ravel()) for x in grid])
     return {
