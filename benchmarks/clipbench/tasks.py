@@ -371,7 +371,7 @@ def transformer_lm() -> Task:
 
 
 def convolve(images: Any, kernel: Any, stride: int) -> Any:
-    """Of even images with 3x3 kernels, padded as "SAME" is; as one product of matrices."""
+    """Of even images with 3x3 kernels, padded as "SAME" is; one product of matrices."""
     low = 1 if stride == 1 else 0
     padded = jnp.pad(images, ((0, 0), (low, 1), (low, 1), (0, 0)))
     height, width = images.shape[1:3]
