@@ -79,10 +79,8 @@ class ScalarGroups:
         self, leaves: Sequence[Operands], places: Sequence[Placement], terms: Terms
     ) -> list[jax.Array]:
         """For each term its total over each group, in one collective."""
-        # Stacked and reduced once: scalars added leaf by leaf would be fused into
-        # every leaf's loop, and compile time would grow as the square of the leaves.
         each = zip(*(reduced(leaf, terms) for leaf in leaves), strict=True)
-        columns = jnp.stack([jnp.stack(column) for column in each])
+        columns = _kept_stacked(jnp.stack([jnp.stack(column) for column in each]))
         axes = axes_to_sum([leaf[0] for leaf in leaves], places)
         if axes and terms.total is jnp.sum:
             copies = _copies(places, axes)
@@ -394,6 +392,17 @@ def cut(part: Any) -> Any:
         return part
     size = (math.prod(part.shape),)
     return lax.dynamic_slice(part.vector, (part.start,), size).reshape(part.shape)
+
+
+def _kept_stacked(columns: jax.Array) -> jax.Array:
+    """Scalars in an array, which XLA for CPU may not take apart again.
+
+    It would add them up one by one in one loop, to find which takes time that grows
+    with the square of their number: half a minute for two thousand.
+    """
+    return lax.platform_dependent(
+        columns, cpu=lax.optimization_barrier, default=lambda columns: columns
+    )
 
 
 def _kept(dims: Sequence[Axes], reduced: Sequence[int]) -> Axes:

@@ -126,6 +126,19 @@ def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name, 2 * LEAVES).kernels - cost(name).kernels < LEAVES
 
 
+@pytest.mark.parametrize("scope", ["tree", "group"])
+def test_no_loop_adds_up_all_leaves(scope):
+    """XLA would look for it in a time that grows with the square of the leaves."""
+
+    def largest(leaves):
+        kinds = [jax.ShapeDtypeStruct((64,), jnp.float32)] * leaves
+        step = jax.jit(lambda grads: CLIPPERS[scope]().update(grads)[0])
+        found = loops(step.lower(kinds).compile().as_text())
+        return max(len(loop.splitlines()) for loop in found)
+
+    assert largest(200) <= largest(100) < 100
+
+
 @pytest.mark.parametrize(
     ("name", "lines"), [("tree", 8), ("leaf", 18), ("agc", 25), ("optax", 14)]
 )
