@@ -21,15 +21,14 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
 
 
 SMALL = 8  # a test with no more cases than this runs whole
-SHARE = 10  # of the others every tenth case, and two more where slow tests run
+SHARE = 10  # of the others every tenth case, and one more where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
 def pytest_configure(config):
     """Keeps compiled programs, since many tests compile the same ones.
 
-    Each worker has its own: JAX does not write them in one piece. `--cache-clear` drops
-    them.
+    Each worker has its own: JAX does not write them in one piece.
     """
     folder = config.cache.mkdir(f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -48,7 +47,7 @@ def pytest_collection_modifyitems(config, items):
             if len(table) > SMALL and i % SHARE:
                 item.add_marker(pytest.mark.slow)
                 complete = item.get_closest_marker("complete")
-                if not complete and i % SHARE not in (3, 6):
+                if not complete and i % SHARE != SHARE // 2:
                     item.add_marker(pytest.mark.whole)
     left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
     config.hook.pytest_deselected(items=left_out)

@@ -21,13 +21,13 @@ FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
 
 
 def cells():
-    """Each pair; one of 73 is a usual test, three are slow, the rest is for WHOLE."""
+    """Each pair; one of 73 is a usual test, two are slow, the rest is for WHOLE."""
     for i, row in enumerate(EVERY):
         for j, column in enumerate(CONTEXTS):
             place = (7 * i + j) % 73
             slow = place or column == "before each optimizer"
             marks = [pytest.mark.slow] if slow else [pytest.mark.sampled]
-            marks += [pytest.mark.whole] if place % 24 else []
+            marks += [pytest.mark.whole] if place % 36 else []
             yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
 
 
