@@ -261,6 +261,8 @@ def _limits(
         pack=groups.pack,
         labels=measure.names(leaves) if measure.scope == "group" else None,
     )
+    if narrow:
+        _refuse_state_of_others(rule, rule_state, groups, leaves, measure)
     limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
     if jax.tree_util.all_leaves([limits]):
         limits = jax.tree.map(lambda n: limits, norm.value)
@@ -280,6 +282,20 @@ def _limits(
             norm.value,
         )
     return limits, new_rule
+
+
+def _refuse_state_of_others(
+    rule: Threshold, state: Any, groups: Groups, leaves: Leaves, measure: Measure
+) -> None:
+    """What a rule remembers of one leaf would broadcast to two, in silence."""
+    usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
+    want, got = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (usual, state))
+    if want != got:
+        raise ValueError(
+            "Expected a state that init made for leaves like these, in which the rule"
+            f" remembers arrays of shapes {want}, got {got}. Make a new one with"
+            " init(params), or pass the updates it was made for."
+        )
 
 
 def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:

@@ -155,6 +155,15 @@ def adaptive():
     return clipx.Threshold(lambda n: n, lambda n, s, c: (s, n))
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("measure", [clipx.leaf_norms(), clipx.unit_norms()])
+def test_a_state_of_other_leaves(measure, before, now):
+    tx = clipx.clip_by(measure, clipx.quantile(0.9))
+    state = tx.init([jnp.ones((2, 3))] * before)
+    with pytest.raises(ValueError, match="leaves like these"):
+        tx.update([jnp.ones((2, 3))] * now, state)
+
+
 def test_an_adaptive_clipper_without_state():
     with pytest.raises(ValueError, match=r"init\(params\)"):
         clipx.clip_by(clipx.tree_norm(), adaptive()).update(jnp.ones(2))
