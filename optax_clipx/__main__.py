@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _readers, plotting
+from . import __version__, _readers, plotting
 from ._escaping import printable, printable_lines
 from ._jsonl import ReadError
 from ._suggesting import suggest_threshold
@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_RUNS + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"optax_clipx {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:

@@ -186,9 +186,11 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     found, watchers = _find(opt_state), _find(opt_state, WatchState)
     kept = [(names, state) for names, state in found if state.metrics.norm is not None]
     if not kept and not watchers:
+        states = opt_state if type(opt_state) is tuple else [opt_state]
+        kinds = [type(state).__name__ for state in states]
         raise ValueError(
             "Expected a state with an optax_clipx transform that keeps metrics, got"
-            f" {jax.tree.structure(opt_state)}."
+            f" {', '.join(kinds)}."
             + (" Its clippers have metrics=False." if found else "")
         )
     read = {

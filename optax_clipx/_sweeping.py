@@ -156,14 +156,26 @@ def _chosen(
     flat = np.argmax(middle) if higher_is_better else np.argmin(middle)
     at, rate = np.unravel_index(int(flat), middle.shape)
     edge = {0: ("smallest", "low"), len(limits) - 1: ("largest", "high")}.get(int(at))
-    warning = ""
+    warnings = []
     if edge is not None:
-        warning = (
+        warnings.append(
             f"the best limit, {limits[at]:g}, is the {edge[0]} that was tried; a"
             f" {'lower' if edge[1] == 'low' else 'higher'} {edge[1]}= may be better"
         )
+    of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
+    if of_seeds > of_limits:  # false if anything failed: that tells limits apart
+        warnings.append(
+            f"seeds differ by {of_seeds:.2g} at this limit, limits by {of_limits:.2g}:"
+            " which is best is chance; more seeds, or a wider range, may tell"
+        )
     return Sweep(
-        limits[at], rates[rate], limits, rates, scores, higher_is_better, warning
+        limits[at],
+        rates[rate],
+        limits,
+        rates,
+        scores,
+        higher_is_better,
+        "; ".join(warnings),
     )
 
 

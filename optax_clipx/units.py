@@ -51,7 +51,7 @@ def flax(path: Path, leaf: Any) -> Axes:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell.
+        ValueError: where names and rank do not tell, or a name is another library's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,6 +67,7 @@ def flax(path: Path, leaf: Any) -> Axes:
     layer = path[-2] if len(path) > 1 else ""
     if rank <= 1:
         return tuple(range(rank))
+    _refuse_names_of_others(path, leaf, "flax", ("weight",))
     if name in _EMBEDDINGS:
         return (rank - 1,)
     in_heads = layer in ("query", "key", "value")
@@ -103,7 +104,7 @@ def equinox(path: Path, leaf: Any) -> Axes:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell.
+        ValueError: where names and rank do not tell, or a name is another library's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -118,6 +119,7 @@ def equinox(path: Path, leaf: Any) -> Axes:
     convolution = any("conv" in part.lower() for part in path[:-1])
     if rank <= 1 or (_is_vector(leaf) and (rank > 2 or convolution)):
         return tuple(range(rank))
+    _refuse_names_of_others(path, leaf, "equinox", ("kernel",))
     if name.startswith("bias"):
         return _of_core(path, leaf, 1, (0,))
     if rank == 2:
@@ -144,7 +146,7 @@ def haiku(path: Path, leaf: Any) -> Axes:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell.
+        ValueError: where names and rank do not tell, or a name is another library's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -163,6 +165,7 @@ def haiku(path: Path, leaf: Any) -> Axes:
     layer = path[-2].rsplit("/", 1)[-1] if len(path) > 1 else ""
     if rank <= 1:
         return tuple(range(rank))
+    _refuse_names_of_others(path, leaf, "haiku", ("kernel", "weight"))
     if name == "embeddings":
         return (rank - 1,)
     if rank == 2:
@@ -347,6 +350,19 @@ def _filters(path: Path, leaf: Any, last: bool) -> Axes:
         raise ValueError(_unclear(path, leaf))
     axes = tuple(range(leaf.ndim))
     return axes[:-1] if last else axes[1:]
+
+
+def _refuse_names_of_others(
+    path: Path, leaf: Any, rule: str, names: tuple[str, ...]
+) -> None:
+    """A matrix of another library may be the other way round."""
+    if path and path[-1] in names:
+        raise ValueError(
+            f"Cannot tell the units of {show_path(path)} of shape {leaf.shape}:"
+            f" {path[-1]!r} is no name that optax_clipx.units.{rule} knows. Kernels are"
+            " Flax's (units.flax), weights Equinox's (units.equinox), w is Haiku's"
+            " (units.haiku); for others give the axes: a function of path and leaf."
+        )
 
 
 def _unclear(path: Path, leaf: Any) -> str:

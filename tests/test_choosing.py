@@ -209,6 +209,14 @@ def test_a_limit_at_the_edge_is_told():
     assert "low=" in found.warning
 
 
+def test_a_best_limit_by_chance_is_told():
+    noise = iter(np.random.default_rng(0).normal(size=20))
+    found = clipx.find_threshold(
+        lambda limit, seed: next(noise), 1, 10, num=4, seeds=range(5), progress=False
+    )
+    assert "which is best is chance" in found.warning
+
+
 def test_a_seed_that_fails_is_worse_than_any_that_does_not():
     def train(limit, seed):
         return float("nan") if limit > 1 and seed < 2 else 1 / limit

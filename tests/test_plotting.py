@@ -345,6 +345,13 @@ def test_help_has_examples(command, capsys):
     assert ended.value.code == 2
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("--version")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"optax_clipx {clipx.__version__}\n"
+
+
 def test_both_names_of_the_program():
     for program in (["-m", "optax_clipx"],):
         ran = subprocess.run(

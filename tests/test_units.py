@@ -229,6 +229,9 @@ def test_presets_by_name(rule, path, shape, axes):
         (clipx.units.flax, "w", (2, 2, 2, 2, 2, 2)),
         (clipx.units.equinox, "mlp/weight", (6, 16, 16)),
         (clipx.units.haiku, "linear/w", (6, 16, 16)),
+        (clipx.units.flax, "linear/weight", (8, 16)),
+        (clipx.units.equinox, "Dense_0/kernel", (8, 16)),
+        (clipx.units.haiku, "linear/weight", (8, 16)),
     ],
 )
 def test_what_may_be_two_things_is_an_error(rule, path, shape):
