@@ -152,7 +152,8 @@ def evaluate(
 def record(loss: Array, opt_state: Any) -> dict[str, Array]:
     """What is kept of one step; ``clip_rate`` is the share of clipped steps so far."""
     metrics = clipx.metrics(opt_state)
-    kept = {name: metrics[f"clip/{name}"] for name in ("norm", "clipped_norm", "scale")}
+    names = ("norm", "clipped_norm", "scale", "threshold")
+    kept = {name: metrics[f"clip/{name}"] for name in names}
     clip_rate = metrics["clip/num_clipped"] / metrics["clip/steps"]
     return {"loss": loss, **kept, "clip_rate": clip_rate}
 
