@@ -5,7 +5,6 @@ tree and `(groups,)` for labelled groups (sorted by label) and leaves (in flatte
 order); for units a tuple, of one keepdims array a leaf, or of one vector a bucket.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from ._mesh import (
     sum_over,
     varying,
 )
+from ._parts import Part, cut
 
 Packed = Any  # a jax.Array, or a tuple of them for units
 Operands = tuple[jax.Array, ...]  # a leaf, and what its terms depend on besides
@@ -351,47 +351,6 @@ class UnitGroups:
 
 
 Groups = ScalarGroups | UnitGroups
-
-
-def unknown(starts: Sequence[int], used: jax.Array) -> tuple[Any, ...]:
-    """The starts as numbers that XLA does not know; zeros where they are not used.
-
-    What cuts a vector at a number that XLA knows is compiled for each leaf anew; at
-    one that it does not, once for all leaves of a shape.
-    """
-
-    def numbers() -> tuple[Any, ...]:
-        return tuple(map(np.uint32, starts))
-
-    def zeros() -> tuple[Any, ...]:
-        return (np.uint32(0),) * len(starts)
-
-    return lax.cond(used, numbers, zeros) if starts else ()
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["vector", "start"],
-    meta_fields=["shape"],
-)
-@dataclass(frozen=True)
-class Part:
-    """What lies in a vector from a start on, to be cut out where it is used.
-
-    A start may be an array that XLA does not know, as those of `unknown`.
-    """
-
-    vector: jax.Array
-    start: Any
-    shape: tuple[int, ...]
-
-
-def cut(part: Any) -> Any:
-    """The array of a part; what is no part is itself."""
-    if not isinstance(part, Part):
-        return part
-    size = (math.prod(part.shape),)
-    return lax.dynamic_slice(part.vector, (part.start,), size).reshape(part.shape)
 
 
 def _kept_stacked(columns: jax.Array) -> jax.Array:

@@ -18,16 +18,9 @@ import numpy as np
 from jax import lax
 
 from . import _mesh
-from ._grouping import (
-    Groups,
-    Packed,
-    ScalarGroups,
-    Terms,
-    UnitGroups,
-    cut,
-    unknown,
-)
+from ._grouping import Groups, Packed, ScalarGroups, Terms, UnitGroups
 from ._leaves import Path
+from ._parts import cut, unknown
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
 

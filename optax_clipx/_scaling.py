@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._grouping import Groups, Packed, Part, UnitGroups, cut, unknown
+from ._grouping import Groups, Packed, UnitGroups
 from ._mesh import Placement, map_local
+from ._parts import Part, cut, unknown
 from ._reductions import Norms, times, widened
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
