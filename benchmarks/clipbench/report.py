@@ -14,6 +14,7 @@ Cell = tuple[str, str, str]  # half, task, optimizer
 NEAR = 1.03  # what counts as equal
 TUNED = 1  # the place of the tuned learning rate among the three
 HALVES = ("design", "held out")
+NUMBERS = ("the default", "second number", "third number")
 
 
 def write_report(records: list[Record], path: Path, pictures: Path | None) -> None:
@@ -196,7 +197,9 @@ def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
     ax.set_title(
         "Final loss over that of the best fixed limit; below the line: held out"
     )
-    figure.colorbar(image, ax=ax, extend="max", shrink=0.5)
+    bar = figure.colorbar(image, ax=ax, extend="max", shrink=0.5)
+    bar.set_ticks([0.8, 1, 1.5, 2, 3], labels=["0.8", "1", "1.5", "2", "3"])
+    bar.minorticks_off()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "clipbench.png", dpi=110)
     plt.close(figure)
@@ -209,7 +212,7 @@ def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) ->
     asked = [m for m in METHODS if METHODS[m].asks_for and m in tried]
     if not asked:
         return
-    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(11, 4.4), layout="constrained")
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
         for number in range(3):
@@ -217,16 +220,20 @@ def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) ->
             spread = np.array([ratio(row, method, number) for row in there])
             spread = np.clip(spread, 0.5, 10)
             at = np.full(len(spread), place + (number - 1) * 0.22)
-            ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}")
+            name = NUMBERS[number] if place == 0 else None
+            ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}", label=name)
             ends = at[0] - 0.09, at[0] + 0.09
             ax.hlines(np.median(spread), *ends, color="black", zorder=3)
     ax.set_yscale("log")
     labels = [
-        f"{m}\n{METHODS[m].asks_for}: "
+        f"{m}\n{METHODS[m].asks_for}\n"
         + ", ".join(f"{n:g}" for n in METHODS[m].numbers)
         for m in asked
     ]
-    ax.set_xticks(range(len(asked)), labels, fontsize=7, rotation=20, ha="right")
+    ax.set_xticks(range(len(asked)), labels, fontsize=7)
+    ax.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10 or diverged"])
+    ax.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     ax.set_ylabel("loss over the best fixed limit's")
     ax.set_title("Each method at three values of its number (medians in black)")
     figure.savefig(folder / "clipbench_sensitivity.png", dpi=110)
