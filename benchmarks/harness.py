@@ -2,8 +2,9 @@
 
 A contender is a function without arguments that returns when its work is done. In each
 round every contender runs once, so that a slow minute of a shared machine hits all of
-them; what is reported are medians, and medians of what two contenders took in the same
-round, as difference or ratio.
+them, and in another order, so that none always finds what the same one left behind.
+What is reported are medians, and medians of what two contenders took in the same round,
+as difference or ratio.
 """
 
 import json
@@ -29,10 +30,11 @@ def alternate(contenders: dict[str, Contender], rounds: int, title: str = "") ->
     for run in contenders.values():
         run()
         run()
+    shuffle = np.random.default_rng(0)
     for _ in tqdm(range(rounds), desc=title, unit="round", leave=False):
-        for name, run in contenders.items():
+        for name in shuffle.permutation(list(contenders)):
             start = time.perf_counter()
-            run()
+            contenders[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: np.array(t) for name, t in times.items()}
 
