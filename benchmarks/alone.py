@@ -1,8 +1,9 @@
 """How near clipping alone comes to the memory's bandwidth, and how its time grows.
 
-The gradients are donated, so that they are scaled in place: the least is two reads and
-one write. The bandwidth is measured beside it, by a program that multiplies the same
-leaves in place. Time is drawn against bytes and against the number of leaves.
+The gradients are donated, so that they are scaled in place: above the limit the least
+is two reads and one write, else one read. The bandwidth is measured beside it, by a
+program that multiplies the same leaves in place. Time, above the limit, is drawn over
+bytes and over the number of leaves.
 
     python benchmarks/alone.py --output docs/results/alone --picture docs/images
 """
@@ -34,15 +35,31 @@ CLIPPERS = {
     "optax tree": lambda: optax.clip_by_global_norm(1.0),
     "by hand, tree": by_hand,
 }
-READS = dict.fromkeys(CLIPPERS, 2) | {"element": 1}  # and one write each
+MOVES = dict.fromkeys(CLIPPERS, 3) | {"element": 2, "read": 1, "multiply in place": 2}
 GROWTH = ("tree", "leaf", "optax tree", "read", "multiply in place")
 
 
-def contenders(
-    shapes: models.Shapes, dtype: Any, names: list[str]
-) -> dict[str, harness.Contender]:
-    """Each clipper on the same donated leaves, a read and a multiplication in place."""
+def timed(
+    shapes: models.Shapes,
+    dtype: Any,
+    names: list[str],
+    rounds: int,
+    title: str,
+    above: bool = True,
+) -> harness.Times:
+    """Each clipper on the same donated leaves, a read and a multiplication in place.
+
+    All entries are one before each, which is above the limits, or below them.
+    """
     held = {"leaves": harness.normal_tree(0, shapes, dtype)}
+    fill = harness.compiled(
+        lambda g: [jnp.full_like(x, 1 if above else 1e-6) for x in g],
+        held["leaves"],
+        donate=(0,),
+    )
+
+    def refill() -> None:
+        held["leaves"] = jax.block_until_ready(fill(held["leaves"]))
 
     def in_place(function: Any, state: Any) -> harness.Contender:
         program = harness.compiled(function, held["leaves"], state, donate=(0, 1))
@@ -67,19 +84,24 @@ def contenders(
     # By a number that XLA does not know.
     factor = jnp.asarray(1.0, dtype)
     found["multiply in place"] = in_place(lambda g, f: ([x * f for x in g], f), factor)
-    return found
+    return harness.alternate(found, rounds, title, refill)
 
 
-def at_the_limit(megabytes: float, leaves: int, dtype: str, rounds: int) -> Any:
+def at_the_limit(
+    megabytes: float, leaves: int, dtype: str, rounds: int, above: bool = True
+) -> Any:
     """One row for each clipper: the share of the bandwidth that it reaches."""
     shapes = models.equal(megabytes * 4 / jnp.dtype(dtype).itemsize, leaves)
     title = f"{megabytes:g} MB of {dtype} in {leaves} leaves"
-    times = harness.alternate(contenders(shapes, dtype, [*CLIPPERS]), rounds, title)
+    title += ", above the limit" if above else ", not above the limit"
+    times = timed(shapes, dtype, [*CLIPPERS], rounds, title, above)
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, shapes))
     copy = times["multiply in place"]  # one read and one write
     rows = {}
     for name, took in times.items():
-        moves = {"read": 1, "multiply in place": 2}.get(name) or READS[name] + 1
+        moves = MOVES[name]
+        if not above and name in CLIPPERS:
+            moves = 1
         rows[name] = {
             "ms": float(np.median(took)),
             "gb_per_s": moves * size / float(np.median(took)) / 1e6,
@@ -91,16 +113,17 @@ def at_the_limit(megabytes: float, leaves: int, dtype: str, rounds: int) -> Any:
 def growth(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Times against bytes, and against leaves at a constant size."""
     sizes = [x for x in (1, 4, 16, 64, 256, 1024, 4096) if x <= options.largest]
-    numbers = [1, 10, 100, 1000, 5000]
+    numbers = [1, 10, 100, 1000, 2000]
     found: dict[str, list[dict[str, Any]]] = {"bytes": [], "leaves": []}
     for kind, cases in (
         ("bytes", [(size, 12) for size in sizes]),
         ("leaves", [(64, number) for number in numbers]),
     ):
         for megabytes, leaves in cases:
-            names = [x for x in GROWTH if leaves <= 1000 or "optax" not in x]
-            times = harness.alternate(
-                contenders(models.equal(megabytes, leaves), np.float32, names),
+            times = timed(
+                models.equal(megabytes, leaves),
+                np.float32,
+                list(GROWTH),
                 max(7, min(options.rounds, int(8000 / megabytes))),
                 f"{megabytes} MB in {leaves} leaves",
             )
@@ -182,7 +205,10 @@ def main() -> None:
         for leaves in options.leaves:
             narrow = megabytes == options.megabytes[0] and leaves == options.leaves[0]
             for dtype in ("float32", "bfloat16", "float16")[: 3 if narrow else 1]:
-                tables.append(at_the_limit(megabytes, leaves, dtype, options.rounds))
+                case = (megabytes, leaves, dtype, options.rounds)
+                tables.append(at_the_limit(*case))
+                if narrow:
+                    tables.append(at_the_limit(*case, above=False))
                 jax.clear_caches()
     report = {"environment": harness.environment(), "tables": tables}
     report["growth"] = growth(options)

@@ -24,8 +24,16 @@ Contender = Callable[[], Any]
 Times = dict[str, np.ndarray]  # milliseconds of each contender, round by round
 
 
-def alternate(contenders: dict[str, Contender], rounds: int, title: str = "") -> Times:
-    """Milliseconds of each contender in each round, after two rounds of warm-up."""
+def alternate(
+    contenders: dict[str, Contender],
+    rounds: int,
+    title: str = "",
+    before: Contender = lambda: None,
+) -> Times:
+    """Milliseconds of each contender in each round, after two rounds of warm-up.
+
+    What is done `before` each of them is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -33,6 +41,7 @@ def alternate(contenders: dict[str, Contender], rounds: int, title: str = "") ->
     shuffle = np.random.default_rng(0)
     for _ in tqdm(range(rounds), desc=title, unit="round", leave=False):
         for name in shuffle.permutation(list(contenders)):
+            before()
             start = time.perf_counter()
             contenders[name]()
             times[name].append(1e3 * (time.perf_counter() - start))

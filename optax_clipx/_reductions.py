@@ -209,10 +209,14 @@ def _sums_of_squares(
 
         return jax.tree.map(pick, factor, *sums), factor
 
+    def by_itself(leaf: jax.Array) -> jax.Array:
+        # What scales a narrow leaf widens it too: shared, the wide one would be stored.
+        return leaf if leaf.dtype == dtype else lax.optimization_barrier(leaf)
+
     def again_if_needed(trees: Any, extras: Any) -> tuple[Packed, Packed]:
         if type(groups) is ScalarGroups:  # those of examples keep the first axis
             trees = jax.tree.map(_flat_if_small, trees)
-        plain = plain_sums(trees, extras)
+        plain = plain_sums(jax.tree.map(by_itself, trees), extras)
         factor = jax.tree.map(choose, plain, group_at_risk)
         outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
 
