@@ -166,12 +166,15 @@ def markdown(report: dict[str, Any]) -> str:
             "",
         ]
         head = ["clipping alone, in place", "ms", "GB/s", "share of the bandwidth"]
+        head += ["time / read + multiply"]
+        both = found["rows"]["read"]["ms"] + found["rows"]["multiply in place"]["ms"]
         rows = [
             [
                 name,
                 f"{row['ms']:.1f}",
                 f"{row['gb_per_s']:.1f}",
                 f"{row['of_bandwidth']:.0%}",
+                f"{row['ms'] / both:.2f}",
             ]
             for name, row in found["rows"].items()
         ]
