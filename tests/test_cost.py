@@ -126,6 +126,13 @@ def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name, 2 * LEAVES).kernels - cost(name).kernels < LEAVES
 
 
+def test_a_narrow_leaf_is_not_stored_in_float32():
+    kinds = [jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)] * 3
+    step = jax.jit(lambda grads: CLIPPERS["tree"]().update(grads), donate_argnums=0)
+    compiled = step.lower(kinds).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 * 2
+
+
 @pytest.mark.parametrize("scope", ["tree", "group"])
 def test_no_loop_adds_up_all_leaves(scope):
     """XLA would look for it in a time that grows with the square of the leaves."""
