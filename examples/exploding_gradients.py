@@ -178,15 +178,13 @@ def write_logs(run: Run, folder: Path, every: int) -> None:
 def table(runs: list[Run]) -> str:
     """The runs as a table in Markdown: medians over seeds, smallest to largest."""
     header = [
-        "task",
-        "network",
+        "task, network",
         "clipping",
-        "limit",
         "final loss",
         "score",
-        "non-finite at step",
+        "not finite at",
         "largest norm",
-        "clipped steps",
+        "clipped",
     ]
     rows = [header, *(row(run) for run in runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -206,14 +204,12 @@ def row(run: Run) -> list[str]:
         if len(exploded) < len(first):
             when += f" in {len(exploded)} of {len(first)}"
     return [
-        run.task.name,
-        run.task.model,
-        run.method,
-        "" if run.method == "none" else f"{run.limit:g}",
+        f"{run.task.name}, {run.task.model}",
+        run.method if run.method == "none" else f"{run.method} at {run.limit:g}",
         spread(run.loss, "{:.3g}"),
         spread(run.score, "{:.3f}"),
         when,
-        spread(run.largest_norm(), "{:.3g}"),
+        spread(run.largest_norm(), "{:.2g}"),
         spread(run.history["clip_rate"][:, -1], "{:.0%}"),
     ]
 

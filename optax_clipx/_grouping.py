@@ -356,8 +356,8 @@ Groups = ScalarGroups | UnitGroups
 def _kept_stacked(columns: jax.Array) -> jax.Array:
     """Scalars in an array, which XLA for CPU may not take apart again.
 
-    It would add them up one by one in one loop, to find which takes time that grows
-    with the square of their number: half a minute for two thousand.
+    It would add them up one by one in one loop. To put that loop together takes it a
+    time that grows with the square of their number.
     """
     return lax.platform_dependent(
         columns, cpu=lax.optimization_barrier, default=lambda columns: columns

@@ -354,6 +354,9 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
         ax.axvline(found.best, label=f"best: {found.best:.3g}", **style)
         ax.set_xscale("log")
+        ticks = found.limits[:: 1 + len(found.limits) // 9]
+        ax.set_xticks(ticks, [f"{limit:.3g}" for limit in ticks])
+        ax.minorticks_off()
         if not found.higher_is_better:
             _marks.log_scale(ax, found.scores)
         ax.set(title="Score with each limit", xlabel="limit", ylabel="score")
