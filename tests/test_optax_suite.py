@@ -19,7 +19,14 @@ SUITES = {
 }
 
 
-@pytest.mark.parametrize("suite", SUITES)
+# Each takes a process of its own; the first is the one of clipping.
+@pytest.mark.parametrize(
+    "suite",
+    [
+        pytest.param(suite, marks=[pytest.mark.slow] if i else [])
+        for i, suite in enumerate(SUITES)
+    ],
+)
 def test_optax_suite(suite, tmp_path):
     least, used = SUITES[suite]
     path = pathlib.Path(optax.__file__).parent / suite

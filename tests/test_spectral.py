@@ -99,7 +99,7 @@ def test_fewer_steps_hold_their_bound(steps, form):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("limit", [1.0, 5.0])
+@pytest.mark.parametrize("limit", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
 def test_trace_of_the_reference(index, limit):
     matrix = jnp.asarray(GOLDEN[f"in{index}"], jnp.float32)
     for form, name in (("soft", "exact"), ("hard", "hard")):
