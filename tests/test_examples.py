@@ -66,7 +66,8 @@ def test_the_regression_explodes_without_clipping_and_trains_with_it(tmp_path):
     logs = list((tmp_path / "out").rglob("*tfevents*"))
     assert len(logs) == 4
     text = b"".join(log.read_bytes() for log in logs)
-    for tag in (b"loss", b"norm", b"threshold", b"scale", b"clip_rate"):
+    tags = (b"loss", b"norm", b"clipped_norm", b"scale", b"clip_rate", b"threshold")
+    for tag in tags:
         assert tag in text
 
 
