@@ -179,11 +179,8 @@ def _sums_of_squares(
     groups, dtype = measured.groups, measured.dtype
     limits = _RANGES[dtype]
 
-    def plain_sums(trees: Any, extras: Any) -> Packed:
-        return measured.totals(_PLAIN, measured.wide(trees, extras))[0]
-
     if not any(measured.at_risk):
-        squares = plain_sums(trees, extras)
+        (squares,) = measured.totals(_PLAIN, measured.wide(trees, extras))
         return squares, jax.tree.map(jnp.ones_like, squares)
     group_at_risk = groups.any_member(measured.at_risk)
 
@@ -194,61 +191,54 @@ def _sums_of_squares(
         )
         return lax.stop_gradient(jnp.where(at_risk, factor, 1).astype(dtype))
 
-    def all_at_once(trees: Any, extras: Any) -> tuple[Packed, Packed]:
-        leaves = measured.wide(trees, extras)
-        # Behind a barrier: of an array with one entry XLA would square the factor.
-        up, down = lax.optimization_barrier(
-            (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
-        )
-        each = len(leaves)
-        sums = measured.totals(_AT_THREE_SCALES, leaves, [up] * each, [down] * each)
-        factor = jax.tree.map(choose, sums[0], group_at_risk)
-
-        def pick(f: Any, plain: Any, raised: Any, lowered: Any) -> jax.Array:
-            return jnp.where(f == 1, plain, jnp.where(f > 1, raised, lowered))
-
-        return jax.tree.map(pick, factor, *sums), factor
-
-    def by_itself(leaf: jax.Array) -> jax.Array:
-        # What scales a narrow leaf widens it too: shared, the wide one would be stored.
-        return leaf if leaf.dtype == dtype else lax.optimization_barrier(leaf)
-
-    def again_if_needed(trees: Any, extras: Any) -> tuple[Packed, Packed]:
-        if type(groups) is ScalarGroups:  # those of examples keep the first axis
-            trees = jax.tree.map(_flat_if_small, trees)
-        plain = plain_sums(jax.tree.map(by_itself, trees), extras)
-        factor = jax.tree.map(choose, plain, group_at_risk)
-        outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
-
-        def second_pass(
-            trees: Any, extras: Any, factor: Any, plain: Any, again: Any
-        ) -> Packed:
-            leaves = measured.wide(trees, extras)
-            starts = unknown(groups.starts(), again)
-            # Behind a barrier: XLA would write out one factor for leaves of one shape.
-            factors = lax.optimization_barrier(
-                list(map(cut, groups.spread(factor, starts)))
-            )
-            return measured.totals(_SCALED, leaves, factors)[0]
-
-        def first_pass(
-            trees: Any, extras: Any, factor: Any, plain: Any, again: Any
-        ) -> Packed:
-            return plain
-
-        again = jnp.any(jnp.stack(outside))
-        squares = lax.cond(
-            again, second_pass, first_pass, trees, extras, factor, plain, again
-        )
-        return squares, factor
+    def pick(f: Any, plain: Any, raised: Any, lowered: Any) -> jax.Array:
+        return jnp.where(f == 1, plain, jnp.where(f > 1, raised, lowered))
 
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
-    if isinstance(groups, UnitGroups) and any(p.axes for p in measured.places):
-        return all_at_once(trees, extras)
-    return lax.platform_dependent(
-        trees, extras, cpu=again_if_needed, default=all_at_once
+    together = isinstance(groups, UnitGroups) and any(p.axes for p in measured.places)
+    leaves = measured.derive(trees, extras)
+    # Behind a barrier: of an array with one entry XLA would square the factor.
+    up, down = lax.optimization_barrier(
+        (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
     )
+    terms = _at_three_scales(dtype, not together)
+    sums = measured.totals(terms, leaves, [up] * len(leaves), [down] * len(leaves))
+    factor = jax.tree.map(choose, sums[0], group_at_risk)
+    squares = jax.tree.map(pick, factor, *sums)
+    if together:
+        return squares, factor
+
+    def second_pass(
+        trees: Any, extras: Any, factor: Any, squares: Any, again: Any
+    ) -> Packed:
+        starts = unknown(groups.starts(), again)
+        # Behind a barrier: XLA would write out one factor for leaves of one shape.
+        factors = lax.optimization_barrier(
+            list(map(cut, groups.spread(factor, starts)))
+        )
+        leaves = measured.derive(trees, extras)
+        return measured.totals(_scaled(dtype), leaves, factors)[0]
+
+    def first_pass(
+        trees: Any, extras: Any, factor: Any, squares: Any, again: Any
+    ) -> Packed:
+        return squares
+
+    def again_if_needed(trees: Any, extras: Any, factor: Any, squares: Any) -> Packed:
+        outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
+        again = jnp.any(jnp.stack(outside))
+        return lax.cond(
+            again, second_pass, first_pass, trees, extras, factor, squares, again
+        )
+
+    def done(trees: Any, extras: Any, factor: Any, squares: Any) -> Packed:
+        return squares
+
+    squares = lax.platform_dependent(
+        trees, extras, factor, squares, cpu=again_if_needed, default=done
+    )
+    return squares, factor
 
 
 def _power_norms(
@@ -313,31 +303,29 @@ def _exponent(ord: Ord) -> float:
     return 2.0 if isinstance(ord, str) else ord
 
 
-def _flat_if_small(leaf: jax.Array) -> jax.Array:
-    """A vector, which XLA on CPU sums in parts of 32 entries.
-
-    A small array of several dimensions it sums entry by entry: of 2,304 equal ones the
-    sum is off by 3e-5 of itself. A large array may lie in another order than a vector.
-    """
-    if leaf.ndim < 2 or leaf.size > 2**13 or not _mesh.knows_shards(leaf):
-        return leaf
-    return lax.reshape(leaf, (leaf.size,))
-
-
 def _plain(x: jax.Array) -> tuple[jax.Array]:
     return (_square(x),)
 
 
-def _scaled(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
-    return (_square(times(x, factor)),)
+@functools.cache
+def _scaled(dtype: Any) -> Terms:
+    def of(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
+        return (_square(times(x.astype(widened(x, dtype)), factor)),)
+
+    return Terms(of, one_on_cpu=True)
 
 
-def _at_three_scales(
-    x: jax.Array, up: jax.Array, down: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # What is above 1 is not chosen raised, but must stay finite for gradients.
-    raised = _square(times(_clamp_to_one(x), up))
-    return _square(x), raised, _square(times(x, down))
+@functools.cache
+def _at_three_scales(dtype: Any, one_on_cpu: bool) -> Terms:
+    def of(
+        x: jax.Array, up: jax.Array, down: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x = x.astype(widened(x, dtype))
+        # What is above 1 is not chosen raised, but must stay finite for gradients.
+        raised = _square(times(_clamp_to_one(x), up))
+        return _square(x), raised, _square(times(x, down))
+
+    return Terms(of, one_on_cpu=one_on_cpu)
 
 
 def _magnitude(x: jax.Array) -> tuple[jax.Array]:
@@ -346,8 +334,6 @@ def _magnitude(x: jax.Array) -> tuple[jax.Array]:
 
 
 _PLAIN = Terms(_plain)
-_SCALED = Terms(_scaled)
-_AT_THREE_SCALES = Terms(_at_three_scales)
 _PEAK = Terms(_magnitude, jnp.max)
 
 
