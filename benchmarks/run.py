@@ -28,7 +28,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["matplotlib"],
     ),
     "adaptive": ([], ["--rounds", "5"], []),
-    "compiling": ([], ["--rounds", "1", "--leaves", "10", "100", "1000"], []),
+    "compiling": ([], ["--rounds", "1", "--leaves", "10", "100"], []),
     "training": ([], ["--rounds", "5"], ["sklearn", "flax"]),
     "per_example": ([], ["--rounds", "5"], ["jax_privacy"]),
     "robustness": ([], [], []),

@@ -98,10 +98,14 @@ def passes(grads: Any, params: Any) -> dict[str, harness.Contender]:
 
 
 def jax_contenders(optimizer: Any, params: Any, grads: Any) -> Any:
-    """A compiled step with each clipper; parameters and states are donated."""
-    held = {"params": params, "state": optimizer.init(params)}
+    """A compiled step with each clipper, and what each holds besides in memory.
 
-    def contender(clipper: Any) -> harness.Contender:
+    Parameters and states are donated.
+    """
+    held = {"params": params, "state": optimizer.init(params)}
+    memory = {}
+
+    def contender(name: str, clipper: Any) -> harness.Contender:
         def step(params: Any, clip: Any, state: Any, grads: Any) -> Any:
             updates, clip = clipper.update(grads, clip, params)
             updates, state = optimizer.update(updates, state, params)
@@ -111,6 +115,10 @@ def jax_contenders(optimizer: Any, params: Any, grads: Any) -> Any:
         program = harness.compiled(
             step, held["params"], own["clip"], held["state"], grads, donate=(0, 1, 2)
         )
+        memory[name] = {
+            "state_bytes": sum(x.nbytes for x in jax.tree.leaves(own)),
+            "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        }
 
         def run() -> None:
             held["params"], own["clip"], held["state"] = program(
@@ -120,8 +128,10 @@ def jax_contenders(optimizer: Any, params: Any, grads: Any) -> Any:
 
         return run
 
-    alone = {"alone": contender(optax.identity())}
-    return alone | {name: contender(make()) for name, (make, _) in CLIPPERS.items()}
+    found = {"alone": contender("alone", optax.identity())}
+    for name, (make, _) in CLIPPERS.items():
+        found[name] = contender(name, make())
+    return found, memory
 
 
 def torch_contenders(shapes: models.Shapes) -> dict[str, harness.Contender]:
@@ -162,7 +172,7 @@ def measure(layout: str, optimizer: str, rounds: int) -> dict[str, Any]:
     shapes = LAYOUTS[layout]()
     params, grads = harness.normal_tree(0, shapes), harness.normal_tree(1, shapes)
     kept = jax.tree.map(jnp.copy, params)  # the steps donate the others
-    contenders = jax_contenders(OPTIMIZERS[optimizer](), params, grads)
+    contenders, memory = jax_contenders(OPTIMIZERS[optimizer](), params, grads)
     reads = passes(grads, kept)
     torch = torch_contenders(shapes) if optimizer == "adam" else {}
     all_of_them = contenders | {f"pass: {k}": run for k, run in reads.items()} | torch
@@ -178,6 +188,7 @@ def measure(layout: str, optimizer: str, rounds: int) -> dict[str, Any]:
             if needed:
                 read = times[f"pass: {needed}"]
                 row["added_over_pass"] = row["added_ms"] / float(np.median(read))
+        row |= memory.get(name, {})
         if name in OF_OPTAX:
             row["of_optax"] = float(np.median(took / times[OF_OPTAX[name]]))
         rows[name] = row
@@ -205,6 +216,7 @@ def markdown(report: dict[str, Any]) -> str:
         ]
         head = ["step", "ms", "ratio to the optimizer alone", "adds ms"]
         head += ["added / own passes", "whole step / optax's"]
+        head += ["state, bytes", "temporaries, MB"]
         rows = []
         for name, row in found["rows"].items():
             cells = [name, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
@@ -213,7 +225,9 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{row[key]:.2f}" if key in row else ""
                 for key in ("added_over_pass", "of_optax")
             ]
-            rows.append(cells)
+            if "temp_bytes" in row:
+                cells += [f"{row['state_bytes']:,}", f"{row['temp_bytes'] / 1e6:.2f}"]
+            rows.append([*cells, *[""] * (len(head) - len(cells))])
         lines += [*harness.table(head, rows), ""]
     return "\n".join(lines + harness.footer(report))
 
