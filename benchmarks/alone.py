@@ -35,7 +35,8 @@ CLIPPERS = {
     "optax tree": lambda: optax.clip_by_global_norm(1.0),
     "by hand, tree": by_hand,
 }
-MOVES = dict.fromkeys(CLIPPERS, 3) | {"element": 2, "read": 1, "multiply in place": 2}
+MOVES = dict.fromkeys(CLIPPERS, 3) | {"element": 2, "multiply in place": 2}
+MOVES |= {"read": 1, "read, NumPy's dot": 1}
 GROWTH = ("tree", "leaf", "optax tree", "read", "multiply in place")
 
 
@@ -81,6 +82,10 @@ def timed(
     read = harness.compiled(squares, held["leaves"])
     found = {name: clipped(name) for name in names if name in CLIPPERS}
     found["read"] = lambda: jax.block_until_ready(read(held["leaves"]))
+    if dtype == np.float32 and jax.default_backend() == "cpu":
+        found["read, NumPy's dot"] = lambda: [
+            np.dot(x, x) for x in map(np.ravel, map(np.from_dlpack, held["leaves"]))
+        ]
     # By a number that XLA does not know.
     factor = jnp.asarray(1.0, dtype)
     found["multiply in place"] = in_place(lambda g, f: ([x * f for x in g], f), factor)
