@@ -629,6 +629,27 @@ def test_the_memory_of_two_passes_does_not_grow_with_the_batch(microbatch_size):
     assert peak(64 * 64) > 20 * large
 
 
+def test_the_gradients_of_examples_are_held_once():
+    """A branch for broken examples had room for a second copy of them all."""
+    params = {"a": jnp.zeros((5, 128)), "b": jnp.zeros((128, 64))}
+    x, y = jnp.zeros((64, 5)), jnp.zeros((64, 64))
+    each = jax.vmap(jax.grad(loss), (None, 0, 0))
+
+    def by_microbatch(size):
+        options = {"batch_argnums": (1, 2), "microbatch_size": size}
+        return clipped_grad(loss, 0.5, **options)
+
+    def at_hand(*args):
+        return clipx.per_example_global_norm_clip(each(*args), 0.5)
+
+    one = 4 * sum(x.size for x in params.values())
+    cases = [(by_microbatch(None), 64), (by_microbatch(8), 8), (at_hand, 64)]
+    for fun, held in cases:
+        program = jax.jit(fun).lower(params, x, y).compile()
+        memory = program.memory_analysis().temp_size_in_bytes
+        assert memory < 1.1 * held * one
+
+
 # jax_privacy calls a function that optax has renamed.
 renamed = pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning")
 
