@@ -32,6 +32,8 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "training": ([], ["--rounds", "5"], ["sklearn", "flax"]),
     "per_example": ([], ["--rounds", "5"], ["jax_privacy"]),
     "robustness": ([], [], []),
+    # Where there is no GPU it compiles for one.
+    "gpu": ([], ["--rounds", "5", "--leaves", "100"], ["jax_cuda12_plugin"]),
     "pod": ([], ["--topologies", "v5p:8x8x16", "--leaves", "10"], ["libtpu", "flax"]),
 }
 

@@ -127,7 +127,7 @@ class ClippedGrad:
         return jax.tree.map(self._varied, zeros)
 
     def _varied(self, x: Any) -> Any:
-        return _mesh._vary(jnp.asarray(x), self.axes) if self.axes else x
+        return _mesh.vary(jnp.asarray(x), self.axes) if self.axes else x
 
     def _gradients(self, batch: dict[int, Any]) -> tuple[list[jax.Array], Any]:
         """The gradient of each example, and what else its function returned."""

@@ -101,12 +101,12 @@ def axes_to_sum(arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
 
 def sum_over(value: jax.Array, axes: Axes) -> jax.Array:
     """`lax.psum`, for a value that varies over some of the axes only."""
-    return lax.psum(_vary(value, axes), axes) if axes else value
+    return lax.psum(vary(value, axes), axes) if axes else value
 
 
 def max_over(value: jax.Array, axes: Axes) -> jax.Array:
     """`lax.pmax`, for a value that varies over some of the axes only."""
-    return lax.pmax(_vary(value, axes), axes) if axes else value
+    return lax.pmax(vary(value, axes), axes) if axes else value
 
 
 def mean_over_devices(value: jax.Array, axis_name: Any) -> jax.Array:
@@ -257,8 +257,9 @@ def varying(value: Any) -> frozenset[str]:
     return frozenset(jax.typeof(value).manual_axis_type.varying)
 
 
-def _vary(value: jax.Array, axes: Axes) -> jax.Array:
-    if not _has_types(_manual_axes() or axes):
+def vary(value: jax.Array, axes: Axes) -> jax.Array:
+    """The value, typed as varying over the axes where types say so."""
+    if not axes or not _has_types(_manual_axes() or axes):
         return value
     missing = tuple(name for name in axes if name not in varying(value))
     return lax.pcast(value, missing, to="varying") if missing else value

@@ -325,7 +325,7 @@ def _at_three_scales(dtype: Any, one_on_cpu: bool) -> Terms:
         raised = _square(times(_clamp_to_one(x), up))
         return _square(x), raised, _square(times(x, down))
 
-    return Terms(of, one_on_cpu=one_on_cpu)
+    return Terms(of, one_on_cpu=one_on_cpu, in_turn=True)
 
 
 def _magnitude(x: jax.Array) -> tuple[jax.Array]:

@@ -140,12 +140,12 @@ def test_every_scope_at_the_ends_of_the_range(value, limit):
         assert np.isfinite(state.metrics.clipped_norm)
 
 
-@pytest.fixture
-def as_on_accelerators(monkeypatch):
+@pytest.fixture(params=["gpu", "tpu"])
+def as_on_accelerators(monkeypatch, request):
     """Three sums side by side, as programs for GPUs and TPUs take them."""
 
-    def chosen(*args, cpu, default):
-        return default(*args)
+    def chosen(*args, default, **others):
+        return others.get(request.param, default)(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     jax.clear_caches()
