@@ -1,8 +1,9 @@
 """Compiles clipping for TPU pods, without a TPU, and shows what it costs there.
 
 `pip install libtpu` (Linux, x86-64) brings XLA's compiler for TPUs; it compiles real
-programs for up to thousands of chips ahead of time. Two kinds are compiled: the bare
-clip of many bfloat16 leaves of five shardings, and the train step of
+programs for up to thousands of chips ahead of time. Three kinds are compiled: the bare
+clip of many bfloat16 leaves of five shardings, a step of Adam on the shapes of models,
+cut over the whole mesh where they can be, and the train step of
 examples/transformer.py with AdamW (FSDP and tensor parallel, Explicit axes).
 
     python benchmarks/pod.py --output docs/results/pod
@@ -29,6 +30,7 @@ os.environ |= {
 import hlo
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 from flax import nnx
@@ -62,6 +64,12 @@ TRAIN_STEPS = {  # other chains than a clipper and AdamW
     "skip_spikes, tree": (CLIPPERS["tree"], clipx.skip_spikes),
 }
 WAYS = ("Explicit", "shard_map", "Auto")
+LAYOUTS: dict[str, Any] = {  # of a step of Adam; two that differ in ten leaves
+    "10 leaves": lambda: [SHAPE] * 10,
+    "20 leaves": lambda: [SHAPE] * 20,
+    "GPT-2 small": models.gpt2,
+    "1B transformer": models.transformer_1b,
+}
 
 
 def mesh_of(topology: str, kind: Any, axes: tuple[str, str]) -> Mesh:
@@ -97,6 +105,32 @@ def bare_clip(clipper: str, way: str, leaves: int, mesh: Mesh) -> Any:
         )
     with jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=(0, 1)).trace(updates, state, params)
+
+
+def adam_step(clipper: str, way: str, layout: str, mesh: Mesh) -> Any:
+    """The traced step of Adam on float32 leaves."""
+    tx = optax.chain(CLIPPERS[clipper](), optax.adam(1e-3))
+    params = [
+        jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, cut(x, mesh)))
+        for x in LAYOUTS[layout]()
+    ]
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        state = on(mesh, jax.eval_shape(tx.init, params))
+        return jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
+
+
+def cut(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The first dimension that the mesh, or else one of its axes, divides."""
+    for axes in (("x", "y"), ("x",), ("y",)):
+        for i, n in enumerate(shape):
+            if n % np.prod([mesh.shape[name] for name in axes]) == 0:
+                return P(*[axes if j == i else None for j in range(len(shape))])
+    return P(*[None] * len(shape))
 
 
 def train_step(clipper: str, way: str, dim: int, mesh: Mesh) -> Any:
@@ -185,9 +219,11 @@ def cells_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     return [*(f"{n:{sign}}" for n in numbers), " ".join(sorted(dtypes))]
 
 
-def is_shown(clipper: str, way: str, full: bool) -> bool:
+def is_shown(clipper: str, way: str, leaves: int, full: bool) -> bool:
     """Whether the bare clip has a row: all that make sense, or the main ones."""
     main = clipper in ("optax tree", "tree", "unit (AGC)")
+    if leaves > 200:  # some of the others take five minutes to compile
+        return clipper in ("optax tree", "tree", "leaf", "group") and way == "Explicit"
     if not full:
         return main and way == "Explicit"
     if way == "Auto":  # what XLA adds by itself; two rows show it
@@ -207,7 +243,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             for leaves in (options.leaves if full else [middle])
             for clipper in CLIPPERS
             for way in WAYS
-            if is_shown(clipper, way, full)
+            if is_shown(clipper, way, leaves, full)
+        ]
+        jobs += [
+            ("Adam", topology, "Explicit", clipper, layout)
+            for layout in (options.layouts if full else [])
+            for clipper in ("none", "optax tree", "tree")
         ]
         jobs += [
             ("train step", topology, "Explicit", clipper, options.dim)
@@ -217,9 +258,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for kind, topology, way, clipper, size in tqdm(jobs, unit="program"):
         axis_type = AxisType.Explicit if way == "Explicit" else AxisType.Auto
-        axes = ("x", "y") if kind == "clip" else ("data", "model")
+        axes = ("data", "model") if kind == "train step" else ("x", "y")
         mesh = mesh_of(topology, axis_type, axes)
-        build = bare_clip if kind == "clip" else train_step
+        build = {"clip": bare_clip, "Adam": adam_step, "train step": train_step}[kind]
         try:
             result = compiled(build(clipper, way, size, mesh))
         except Exception as error:
@@ -231,7 +272,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "chips": mesh.size,
                 "way": way,
                 "clipper": clipper,
-                "leaves" if kind == "clip" else "dim": size,
+                {"clip": "leaves", "Adam": "layout", "train step": "dim"}[kind]: size,
             }
             | result
         )
@@ -249,7 +290,8 @@ HEAD = (
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """One row of the table."""
     where = [f"{row['topology']} ({row['chips']})", row["way"], row["clipper"]]
-    where.append(str(row.get("leaves", f"dim {row.get('dim')}")))
+    size = row.get("leaves") or row.get("layout") or f"dim {row['dim']}"
+    where.append(str(size))
     if "error" in row:
         return f"| {' | '.join(where)} | {row['error']} " + "| " * 11 + "|"
     cells = [
@@ -271,11 +313,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     out = []
     for kind, title in (
         ("clip", "The bare clip"),
+        ("Adam", "A step of Adam"),
         ("train step", "A train step, and the collectives that clipping adds"),
     ):
         out += [f"## {title}", "", HEAD, "|---|---|---|" + "---:|" * 13]
         out += [line(row, rows) for row in rows if row["program"] == kind]
-        out.append("")
+        out += ["", *(a_leaf(rows) if kind == "Adam" else [])]
     out.append(
         f"Compiled ahead of time with jax {jax.__version__} and optax"
         f" {optax.__version__}, for one chip. Cycles are those of XLA's cost model. HBM"
@@ -285,6 +328,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         " which are not donated in the bare clip."
     )
     return "\n".join(out) + "\n"
+
+
+def a_leaf(rows: list[dict[str, Any]]) -> list[str]:
+    """How many fusions a leaf adds, by the two layouts that differ in ten."""
+    of = {
+        (row["clipper"], row["layout"]): row["fusions"]
+        for row in rows
+        if row["program"] == "Adam" and "fusions" in row
+    }
+    found = {
+        name: (of[name, "20 leaves"] - of[name, "10 leaves"]) / 10
+        for name, layout in of
+        if layout == "20 leaves" and (name, "10 leaves") in of
+    }
+    listed = ", ".join(f"{name} {number:g}" for name, number in found.items())
+    return [f"Fusions that each further leaf adds: {listed}.", ""] if found else []
 
 
 def main() -> None:
@@ -299,6 +358,7 @@ def main() -> None:
     )
     parser.add_argument("--full", default="v5p:8x8x16", help="where to show everything")
     parser.add_argument("--leaves", type=int, nargs="+", default=[10, 200, 1000])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument("--dim", type=int, default=1024, help="of the transformer")
     parser.add_argument(
         "--only", nargs="+", choices=[*CLIPPERS, *TRAIN_STEPS], help="some"

@@ -88,17 +88,24 @@ def test_collectives_on_cpu(scope, leaves, way):
 def test_collectives_on_a_pod(tmp_path, leaves):
     """1,024 chips of TPU v5p, compiled ahead of time."""
     line = ["--topologies", "v5p:8x8x16", "--leaves", str(leaves), "--dim", "256"]
+    line += ["--layouts", "10 leaves", "20 leaves"]
     subprocess.run(
         [sys.executable, BENCHMARKS / "pod.py", *line, "--output", tmp_path / "pod"],
         check=True,
     )
     rows = json.loads((tmp_path / "pod.json").read_text())
-    assert len(rows) == 21
+    assert len(rows) == 27
     steps = {r["clipper"]: r for r in rows if r["program"] == "train step"}
     for name in ("zclip", "skip_spikes, tree"):
         fixed = steps["tree"]
         assert steps[name]["bytes_accessed"] <= 1.02 * fixed["bytes_accessed"]
         assert len(steps[name]["collectives"]) == len(fixed["collectives"])
+    fusions = {(r["clipper"], r["layout"]): r["fusions"] for r in rows if "layout" in r}
+    ten = {
+        name: fusions[name, "20 leaves"] - fusions[name, "10 leaves"]
+        for name in ("none", "tree")
+    }
+    assert ten["tree"] == ten["none"] + 10  # a leaf takes one more, for its sums
     payload = {
         "tree": [4 * 3],  # sums of squares at three scales
         "tree, ord=inf": [4],
@@ -110,7 +117,7 @@ def test_collectives_on_a_pod(tmp_path, leaves):
     for row in rows:
         assert "error" not in row, row
         assert row["conditionals"] == 0
-        if row["program"] == "train step":
+        if row["program"] != "clip":
             assert row["alias_bytes"] >= 0.99 * row["argument_bytes"]
             continue
         if row["way"] == "Auto" or row["clipper"].startswith("optax"):
@@ -127,3 +134,14 @@ def test_collectives_on_a_pod(tmp_path, leaves):
             assert [c["bytes"] for c in found] == payload[row["clipper"]]
             assert row["alias_bytes"] == row["argument_bytes"]
     assert seen == 12
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="can compile"
+)
+def test_the_benchmark_for_gpus_says_what_is_missing():
+    line = [sys.executable, BENCHMARKS / "gpu.py", "--ahead", "--leaves", "1"]
+    found = subprocess.run(line, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert 'pip install "jax[cuda12]"' in found.stderr
+    assert "Traceback" not in found.stderr
