@@ -71,6 +71,8 @@ def _reduced(
 
     def first(leaf: jax.Array, *others: Any) -> list[jax.Array]:
         found = totals(_for_a_sum_on_cpu(leaf, axes), *others)
+        if axes is not None and keepdims and _has_few_long_rows(leaf, axes):
+            found[0] = _added_by_rows((leaf, *others), terms, axes)
         return [vary(found[0], tuple(varying(x))) for x in found]
 
     if terms.one_on_cpu:
@@ -131,6 +133,33 @@ def _for_a_sum_on_cpu(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Arra
         # What scales a narrow leaf widens it too: shared, the wide one would be stored.
         return lax.optimization_barrier(leaf)
     return leaf
+
+
+def _has_few_long_rows(leaf: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether the leading axes are summed over, and what is kept is long."""
+    rows = math.prod(leaf.shape[a] for a in axes)
+    leading = axes == tuple(range(len(axes)))
+    long = leaf.size >= rows * 2**16
+    return leading and long and 1 < rows <= 256 and knows_shards(leaf)
+
+
+def _added_by_rows(
+    operands: Operands, terms: Terms, axes: tuple[int, ...]
+) -> jax.Array:
+    """The sums of the first term over leading axes, one row added to the others.
+
+    XLA for CPU takes 30 times as long for such a sum, of experts for example: 48 ms for
+    16 x 512 x 1024, and a read takes 1.5.
+    """
+    leaf, *others = operands
+    kept = tuple(1 if i in axes else n for i, n in enumerate(leaf.shape))
+    rows = lax.reshape(leaf, (leaf.size,)).reshape(-1, *kept)
+    total = terms.of(rows[0], *others)[0]
+    for i in range(1, rows.shape[0]):
+        total = total + terms.of(rows[i], *others)[0]
+        if i % 16 == 0:  # what one loop holds is bounded
+            total = lax.optimization_barrier(total)
+    return total
 
 
 @dataclass(frozen=True)

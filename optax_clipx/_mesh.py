@@ -191,6 +191,12 @@ def knows_shards(array: Any) -> bool:
     )
 
 
+def is_cut(array: Any) -> bool:
+    """Whether devices may hold different parts of an array, as far as types say."""
+    explicit = any(name for names in explicit_dims(array) for name in names)
+    return explicit or bool(varying(array)) or not knows_shards(array)
+
+
 @contextlib.contextmanager
 def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
     """Sets the mesh on which the arrays lie, where the caller has set none.

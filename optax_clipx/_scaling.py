@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from ._grouping import Groups, Packed, UnitGroups
-from ._mesh import Placement, map_local
+from ._mesh import Placement, is_cut, map_local
 from ._parts import Part, cut, unknown
 from ._reductions import Norms, times, widened
 
@@ -25,6 +25,7 @@ class Scales(NamedTuple):
     fine: Packed
     clipped_norm: Packed
     starts: tuple[Any, ...] | None = None  # where what a leaf needs begins
+    tame: jax.Array | None = None  # of units: whether every first factor is 1
 
     def product(self) -> Packed:
         """The scales as single numbers."""
@@ -113,15 +114,20 @@ def settle(
     On CPU they come out of a cond, which computes them once: XLA may fuse what led to
     them into the loop of every leaf. docs/design.md has what was measured.
     """
+    units = isinstance(scales.fine, tuple) and not any(map(is_cut, scales.fine))
 
     def usual(scales: Scales, lost: Any, zero: Any) -> Any:
-        return scales, zero
+        if not units:
+            return scales, zero
+        tame = jnp.stack([jnp.all(c == 1) for c in scales.coarse])
+        return scales._replace(tame=jnp.all(tame)), zero
 
     def rare(scales: Scales, lost: Any, zero: Any) -> Any:
         # Both factors change here: one that does not is left outside of the cond.
         coarse = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.coarse)
         fine = jax.tree.map(lambda c: jnp.where(lost, jnp.nan, c), scales.fine)
-        return scales._replace(coarse=coarse, fine=fine), zero
+        tame = jnp.zeros((), jnp.bool_) if units else None
+        return scales._replace(coarse=coarse, fine=fine, tame=tame), zero
 
     def on_cpu(scales: Scales, lost: Any, zero: Any) -> Any:
         # With starts of 0: then all scales are NaN, or all entries become 0.
@@ -141,7 +147,7 @@ def apply(
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
 
     def local(shards: Sequence[Any], places: Any, extras: Any) -> list[jax.Array]:
-        zero, starts = extras
+        zero, starts, tame = extras
         parts = iter(shards)
         leaves = [next(parts) for _ in arrays]
         coarse, fine = (
@@ -149,7 +155,7 @@ def apply(
             for packed in (scales.coarse, scales.fine)
         )
         pairs = zip(leaves, coarse, fine, strict=True)
-        return [_apply(x, c, f, zero) for x, c, f in pairs]
+        return [_apply(x, c, f, tame, zero) for x, c, f in pairs]
 
     if isinstance(groups, UnitGroups) and groups.buckets:
         flat = [*arrays, *scales.coarse, *scales.fine]
@@ -158,12 +164,13 @@ def apply(
             local,
             flat,
             nowhere,
-            (zero, scales.starts),
+            (zero, scales.starts, scales.tame),
             lambda dims: [PartitionSpec(*d) for d in dims[: len(arrays)]],
         )
     coarse = groups.spread(scales.coarse, scales.starts)
     fine = groups.spread(scales.fine, scales.starts)
-    return [_apply(x, c, f, zero) for x, c, f in zip(arrays, coarse, fine, strict=True)]
+    pairs = zip(arrays, coarse, fine, strict=True)
+    return [_apply(x, c, f, scales.tame, zero) for x, c, f in pairs]
 
 
 @jax.jit
@@ -171,6 +178,7 @@ def _apply(
     array: Any,
     coarse_part: jax.Array | Part,
     fine_part: jax.Array | Part,
+    tame: jax.Array | None,
     zero: jax.Array | None,
 ) -> jax.Array:
     coarse, fine = cut(coarse_part), cut(fine_part)
@@ -180,6 +188,9 @@ def _apply(
     scaled = times(times(wide, coarse), fine).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     same = coarse * fine == 1
+    if tame is not None:  # XLA for CPU has a loop for it that reads one factor only
+        scaled = jnp.where(tame, times(wide, fine).astype(array.dtype), scaled)
+        same = jnp.where(tame, fine == 1, same)
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
         same = same & ((scaled == scaled) | True)
