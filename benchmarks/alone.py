@@ -82,7 +82,7 @@ def timed(
     read = harness.compiled(squares, held["leaves"])
     found = {name: clipped(name) for name in names if name in CLIPPERS}
     found["read"] = lambda: jax.block_until_ready(read(held["leaves"]))
-    if dtype == np.float32 and jax.default_backend() == "cpu":
+    if jnp.dtype(dtype) == np.float32 and jax.default_backend() == "cpu":
         found["read, NumPy's dot"] = lambda: [
             np.dot(x, x) for x in map(np.ravel, map(np.from_dlpack, held["leaves"]))
         ]

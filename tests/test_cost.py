@@ -133,6 +133,15 @@ def test_a_narrow_leaf_is_not_stored_in_float32():
     assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 * 2
 
 
+def test_few_long_rows_are_added_in_loops_and_not_reduced():
+    """A reduction of such units takes XLA for CPU 30 times as long."""
+    kinds = [jax.ShapeDtypeStruct((4, 2**8, 2**8), jnp.float32)]
+    step = jax.jit(lambda grads: clipx.unit_norms(0)(grads))
+    text = step.lower(kinds).compile().as_text()
+    assert "f32[1,256,256]" in text
+    assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
+
+
 @pytest.mark.parametrize("scope", ["tree", "group"])
 def test_no_loop_adds_up_all_leaves(scope):
     """XLA would look for it in a time that grows with the square of the leaves."""
