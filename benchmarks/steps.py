@@ -5,9 +5,12 @@ and the optimizer's state. Beside each stands what it has to read at least: its 
 
     python benchmarks/steps.py --output docs/results/steps
     python benchmarks/steps.py --layouts "GPT-2 small" --optimizers lion
+
+What is measured replaces its table in the output; the others stay.
 """
 
 import argparse
+import json
 import math
 import os
 import pathlib
@@ -232,6 +235,16 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines + harness.footer(report))
 
 
+def merged(
+    tables: list[dict[str, Any]], output: pathlib.Path | None
+) -> list[dict[str, Any]]:
+    """The tables that the output has, with those measured now in their places."""
+    path = output.with_suffix(".json") if output else None
+    kept = json.loads(path.read_text())["tables"] if path and path.exists() else []
+    found = {(x["layout"], x["optimizer"]): x for x in [*kept, *tables]}
+    return list(found.values())
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -249,7 +262,10 @@ def main() -> None:
             if optimizer == options.optimizers[0] or layout == options.layouts[0]:
                 tables.append(measure(layout, optimizer, options.rounds))
                 jax.clear_caches()
-    report = {"environment": harness.environment(), "tables": tables}
+    report = {
+        "environment": harness.environment(),
+        "tables": merged(tables, options.output),
+    }
     harness.write(options.output, report, markdown(report))
 
 
