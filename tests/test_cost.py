@@ -136,7 +136,7 @@ def test_a_narrow_leaf_is_not_stored_in_float32():
 def test_few_long_rows_are_added_in_loops_and_not_reduced():
     """A reduction of such units takes XLA for CPU 30 times as long."""
     kinds = [jax.ShapeDtypeStruct((4, 2**8, 2**8), jnp.float32)]
-    step = jax.jit(lambda grads: clipx.unit_norms(0)(grads))
+    step = jax.jit(lambda grads: clipx.unit_norms(axis=0)(grads))
     text = step.lower(kinds).compile().as_text()
     assert "f32[1,256,256]" in text
     assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
