@@ -100,9 +100,15 @@ def layouts(leaves: list[int]) -> dict[str, models.Shapes]:
     return {"1 GB in 12 leaves": models.equal(1000, 12)} | small
 
 
-def names_for(shapes: models.Shapes, only: list[str]) -> list[str]:
-    """Which to compile; units of many leaves take minutes, whoever's they are."""
-    return [name for name in only if len(shapes) <= 100 or "unit" not in name]
+def names_for(shapes: models.Shapes, only: list[str], timed: bool) -> list[str]:
+    """Which to compile: of many leaves units take minutes, whoever's they are.
+
+    Where kernels are only counted, the main ones do.
+    """
+    if len(shapes) <= 100:
+        return only
+    main = ("none", "tree", "leaf", "optax tree", "optax leaf")
+    return [name for name in only if name in main or (timed and "unit" not in name)]
 
 
 def program_of(
@@ -173,7 +179,7 @@ def ahead(options: argparse.Namespace) -> list[dict[str, Any]]:
         (layout, shapes, adam, name)
         for layout, shapes in layouts(options.leaves).items()
         for adam in (False, True)
-        for name in names_for(shapes, options.only)
+        for name in names_for(shapes, options.only, False)
     ]
     rows = []
     for layout, shapes, adam, name in tqdm(jobs, unit="program"):
@@ -270,7 +276,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
         size = 4 * sum(int(np.prod(s)) for s in shapes)
         for adam in (False, True):
             for graphs in (True, False):
-                names = names_for(shapes, options.only)
+                names = names_for(shapes, options.only, True)
                 found, counts = contenders(
                     shapes, adam, names, {} if graphs else NO_GRAPHS
                 )
