@@ -43,6 +43,7 @@ class Terms(NamedTuple):
     of: Callable[..., tuple[jax.Array, ...]]  # from a leaf's operands
     total: Callable[..., jax.Array] = jnp.sum
     one_on_cpu: bool = False  # there each is a pass: the first stands for all of them
+    dtype: Any = np.float32  # of the totals
     in_turn: bool = False  # on TPU one leaf after the other
 
     def over(self, value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -70,8 +71,9 @@ def _reduced(
         return [terms.total(x, axis=axes, keepdims=keepdims) for x in values]
 
     def first(leaf: jax.Array, *others: Any) -> list[jax.Array]:
-        found = totals(_for_a_sum_on_cpu(leaf, axes), *others)
-        if axes is not None and keepdims and _has_few_long_rows(leaf, axes):
+        narrow = jnp.finfo(leaf).bits < jnp.finfo(terms.dtype).bits
+        found = totals(_for_a_sum_on_cpu(leaf, axes, narrow), *others)
+        if axes and keepdims and not narrow and _has_few_long_rows(leaf, axes):
             found[0] = _added_by_rows((leaf, *others), terms, axes)
         return [vary(found[0], tuple(varying(x))) for x in found]
 
@@ -89,12 +91,14 @@ def _reduced_in_turn(
     On TPU that waits for these totals; a leaf itself can still be fused with what makes
     it.
     """
-    return lax.platform_dependent(
+    sums, others = lax.platform_dependent(
         [vary(x, axes) for x in _reduced(operands, terms, None, False)],
         [vary(x, axes) for x in operands[1:]],
         tpu=lambda *both: lax.optimization_barrier(both),
         default=lambda *both: both,
     )
+    # A barrier gives all that passes it a derivative, constants too.
+    return sums, [lax.stop_gradient(x) for x in others]
 
 
 _called = jax.jit(_reduced, static_argnums=(1, 2, 3))
@@ -118,7 +122,9 @@ def _in_turn(
     return found[::-1]
 
 
-def _for_a_sum_on_cpu(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+def _for_a_sum_on_cpu(
+    leaf: jax.Array, axes: tuple[int, ...] | None, narrow: bool
+) -> jax.Array:
     """A small leaf as a vector, a narrow one by itself.
 
     A small array of several dimensions XLA sums entry by entry: of 2,304 equal ones the
@@ -129,7 +135,7 @@ def _for_a_sum_on_cpu(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Arra
     if small and knows_shards(leaf):
         # Behind a barrier, or XLA takes the sum of what was reshaped.
         return lax.optimization_barrier(lax.reshape(leaf, (leaf.size,)))
-    if jnp.finfo(leaf).bits < 32:
+    if narrow:
         # What scales a narrow leaf widens it too: shared, the wide one would be stored.
         return lax.optimization_barrier(leaf)
     return leaf
@@ -140,9 +146,10 @@ def _has_few_long_rows(leaf: jax.Array, axes: tuple[int, ...]) -> bool:
     rows = math.prod(leaf.shape[a] for a in axes)
     leading = axes == tuple(range(len(axes)))
     long = leaf.size >= rows * 2**16
-    return leading and long and 1 < rows <= 256 and knows_shards(leaf)
+    return leading and long and 1 < rows <= 64 and knows_shards(leaf)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _added_by_rows(
     operands: Operands, terms: Terms, axes: tuple[int, ...]
 ) -> jax.Array:
@@ -160,6 +167,18 @@ def _added_by_rows(
         if i % 16 == 0:  # what one loop holds is bounded
             total = lax.optimization_barrier(total)
     return total
+
+
+@_added_by_rows.defjvp
+def _added_by_rows_jvp(
+    terms: Terms, axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    # Derived row by row, each would become an array of the leaf's size.
+    def at_once(*operands: Any) -> jax.Array:
+        return terms.total(terms.of(*operands)[0], axis=axes, keepdims=True)
+
+    _, tangent = jax.jvp(at_once, *primals, *tangents)
+    return _added_by_rows(*primals, terms, axes), tangent
 
 
 @dataclass(frozen=True)

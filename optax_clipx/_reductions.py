@@ -312,7 +312,7 @@ def _scaled(dtype: Any) -> Terms:
     def of(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
         return (_square(times(x.astype(widened(x, dtype)), factor)),)
 
-    return Terms(of, one_on_cpu=True)
+    return Terms(of, one_on_cpu=True, dtype=dtype)
 
 
 @functools.cache
@@ -325,7 +325,7 @@ def _at_three_scales(dtype: Any, one_on_cpu: bool) -> Terms:
         raised = _square(times(_clamp_to_one(x), up))
         return _square(x), raised, _square(times(x, down))
 
-    return Terms(of, one_on_cpu=one_on_cpu, in_turn=True)
+    return Terms(of, one_on_cpu=one_on_cpu, dtype=dtype, in_turn=True)
 
 
 def _magnitude(x: jax.Array) -> tuple[jax.Array]:

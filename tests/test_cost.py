@@ -126,11 +126,23 @@ def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name, 2 * LEAVES).kernels - cost(name).kernels < LEAVES
 
 
-def test_a_narrow_leaf_is_not_stored_in_float32():
-    kinds = [jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)] * 3
-    step = jax.jit(lambda grads: CLIPPERS["tree"]().update(grads), donate_argnums=0)
-    compiled = step.lower(kinds).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 * 2
+@pytest.mark.parametrize(
+    ("scope", "shape"), [("tree", (512, 512)), ("unit", (64, 2**16))]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_narrow_leaf_is_not_stored_wide(dtype, scope, shape):
+    """Beside a float64 leaf a float32 one is narrow as well."""
+    measure = {"tree": clipx.tree_norm(), "unit": clipx.unit_norms(axis=0)}[scope]
+    with jax.enable_x64(dtype == "float32"):
+        kinds = [jax.ShapeDtypeStruct(shape, dtype)] * 3
+        if dtype == "float32":
+            kinds.append(jax.ShapeDtypeStruct((8,), jnp.float64))
+        step = jax.jit(clipx.clip_by(measure, 1.0).update, donate_argnums=0)
+        compiled = step.lower(kinds).compile()
+    leaf = jnp.dtype(dtype).itemsize * shape[0] * shape[1]
+    # Units take some vectors of all norms, together a leaf or so here.
+    bound = leaf if scope == "tree" else 2 * leaf
+    assert compiled.memory_analysis().temp_size_in_bytes < bound
 
 
 def test_few_long_rows_are_added_in_loops_and_not_reduced():

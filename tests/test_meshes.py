@@ -6,6 +6,7 @@ test_every_mesh.py has the table of all measures, test_programs.py the collectiv
 import contextlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -489,3 +490,13 @@ def test_a_misspelled_axis_is_an_error_in_manual_code(said):
     # Outside of manual code there is no axis to name, as where a state is made.
     clipped, _ = clipper.update(jnp.full(4, 3.0))
     np.testing.assert_allclose(np.linalg.norm(clipped), 1, rtol=1e-6)
+
+
+def test_gradients_of_models_along_an_explicit_axis():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((8, 3, 4)), NamedSharding(mesh, P("data")))
+    norm = clipx.tree_norm()
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.vmap(jax.grad(lambda x: norm([x, 2 * x]))))(x)
+    # The norm of both is the root of 5 times that of one, which is the root of 12.
+    chex.assert_trees_all_close(found, jnp.full(x.shape, (5 / 12) ** 0.5), rtol=1e-6)
