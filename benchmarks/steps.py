@@ -197,6 +197,7 @@ def measure(layout: str, optimizer: str, rounds: int) -> dict[str, Any]:
         rows[name] = row
     size = 4 * sum(map(math.prod, shapes))
     facts = {"megabytes": size / 1e6, "leaves": len(shapes), "rounds": rounds}
+    facts["environment"] = harness.environment()
     return {"layout": layout, "optimizer": optimizer, **facts, "rows": rows}
 
 
@@ -217,6 +218,8 @@ def markdown(report: dict[str, Any]) -> str:
             f" medians of {found['rounds']} alternated rounds.",
             "",
         ]
+        if found.get("environment", report["environment"]) != report["environment"]:
+            lines += [f"Measured elsewhere: {found['environment']}.", ""]
         head = ["step", "ms", "ratio to the optimizer alone", "adds ms"]
         head += ["added / own passes", "whole step / optax's"]
         head += ["state, bytes", "temporaries, MB"]
