@@ -103,6 +103,7 @@ def test_ratios_to_the_best_fixed_limit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_run_goes_on_where_it_was(tmp_path):
     command = [sys.executable, str(FOLDER), "--tasks", "heavy tails", "--optimizers"]
     command += ["sgd", "--methods", "none", report.FIXED, "--workers", "1"]

@@ -232,7 +232,8 @@ def every_cell():
             for k, dtype in enumerate(("float32", "bfloat16")):
                 usual = dtype == "float32" and (mesh_name, cell) in USUAL
                 marks = [] if usual else [pytest.mark.slow]
-                if dtype == "bfloat16" and mesh_name != "2x2x2":
+                other = mesh_name != "2x2x2" if dtype == "bfloat16" else j % 2
+                if other and not usual:
                     marks.append(pytest.mark.whole)
                 turn = (i + j + k) % 3
                 name = f"{mesh_name}-{cell}-{dtype}"
