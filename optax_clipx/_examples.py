@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 from . import _mesh, _scaling
-from ._grouping import Operands, Packed, ScalarGroups, Terms, reduced
+from ._grouping import Packed, ScalarGroups
+from ._leaf_sums import Operands, Terms, reduced
 from ._mesh import Placement, size_of
 from ._reductions import Norms, Ord, _norms, accumulator, as_they_are, times, widened
 from ._scaling import Response
@@ -119,7 +120,7 @@ def in_rows(arrays: list[Any]) -> list[Any]:
     """The arrays, computed once; on CPU an example lies in memory as a row."""
     # XLA would give one consumer of a bfloat16 array digits that another does not see,
     # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).
-    if any(map(_is_cut, arrays)):
+    if any(map(_mesh.is_cut, arrays)):
         return lax.optimization_barrier(arrays)
 
     def flattened(arrays: list[Any]) -> list[jax.Array]:
@@ -161,7 +162,7 @@ def weighted_sum(
         arrays = _cleaned(arrays, usual, keeps, coarse)
         return list(map(_product, weights, arrays))
 
-    if any(_is_cut(x) or jnp.iscomplexobj(x) for x in arrays):
+    if any(_mesh.is_cut(x) or jnp.iscomplexobj(x) for x in arrays):
         return sums(*parts)
     return lax.platform_dependent(*parts, cpu=products, default=sums)
 
@@ -171,7 +172,7 @@ def _cleaned(arrays: Any, usual: jax.Array, keeps: Any, coarse: Any) -> Any:
     """The arrays, and if they are not usual, scaled coarsely and rid of the rest."""
 
     # A loop of no or one turn changes what it carries where it lies. A cond keeps room
-    # for a second copy: 154 MB beside gradients of 77 MB, and now and then more time.
+    # for a second copy: 154 MB beside gradients of 77 MB.
     def turn(state: Any) -> Any:
         return state[0] | True, _clean(state[1], keeps, coarse)
 
@@ -192,8 +193,3 @@ def _clean(arrays: Any, keeps: Any, coarse: Any) -> list[jax.Array]:
 
 def _product(weights: jax.Array, array: jax.Array) -> jax.Array:
     return jnp.tensordot(weights.reshape(-1), array, 1, precision="highest")
-
-
-def _is_cut(x: Any) -> bool:
-    """Whether this is cut along Explicit mesh axes."""
-    return any(name for names in _mesh.explicit_dims(x) for name in names)

@@ -150,7 +150,7 @@ def map_local(
     dimension of each array.
     """
     dims = [explicit_dims(x) for x in arrays]
-    if not any(name for d in dims for name in d):
+    if not any(map(is_cut, arrays)):
         return fun(list(arrays), list(places), extras)
     cut = [p.cut_by(d) for p, d in zip(places, dims, strict=True)]
     return jax.shard_map(
@@ -192,9 +192,13 @@ def knows_shards(array: Any) -> bool:
 
 
 def is_cut(array: Any) -> bool:
-    """Whether devices may hold different parts of an array, as far as types say."""
-    explicit = any(name for names in explicit_dims(array) for name in names)
-    return explicit or bool(varying(array)) or not knows_shards(array)
+    """Whether an array is cut along Explicit mesh axes."""
+    return any(name for names in explicit_dims(array) for name in names)
+
+
+def lies_whole(array: Any) -> bool:
+    """Whether each device holds all of an array, as far as types say."""
+    return knows_shards(array) and not is_cut(array) and not varying(array)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from . import _mesh
-from ._grouping import Groups, Packed, ScalarGroups, Terms, UnitGroups
+from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
+from ._leaf_sums import Terms
 from ._leaves import Path
 from ._parts import cut, unknown
 

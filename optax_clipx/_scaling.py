@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from ._grouping import Groups, Packed, UnitGroups
-from ._mesh import Placement, is_cut, map_local
+from ._mesh import Placement, lies_whole, map_local
 from ._parts import Part, cut, unknown
 from ._reductions import Norms, times, widened
 
@@ -114,7 +114,7 @@ def settle(
     On CPU they come out of a cond, which computes them once: XLA may fuse what led to
     them into the loop of every leaf. docs/design.md has what was measured.
     """
-    units = isinstance(scales.fine, tuple) and not any(map(is_cut, scales.fine))
+    units = isinstance(scales.fine, tuple) and all(map(lies_whole, scales.fine))
 
     def usual(scales: Scales, lost: Any, zero: Any) -> Any:
         if not units:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx import _grouping as grouping, _reductions as reductions
+from optax_clipx import _leaf_sums as leaf_sums, _reductions as reductions
 from optax_clipx._thresholds import _base as base, _quantile
 
 pytestmark = pytest.mark.sampled
@@ -57,7 +57,7 @@ def test_factors_are_powers_of_two_that_undo_each_other():
 
 def test_small_leaves_are_summed_as_vectors():
     for shape, flat in (((2, 2**12), True), ((2, 2**12 + 1), False), ((7,), True)):
-        vector = functools.partial(grouping._for_a_sum_on_cpu, axes=None, narrow=False)
+        vector = functools.partial(leaf_sums._for_a_sum_on_cpu, axes=None, narrow=False)
         found = jax.eval_shape(vector, jnp.ones(shape))
         assert (found.ndim == 1) == flat
 

@@ -154,6 +154,13 @@ def test_few_long_rows_are_added_in_loops_and_not_reduced():
     assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
 
 
+def test_few_long_rows_are_not_derived_row_by_row():
+    """Each row's derivative would be padded to the size of the leaf."""
+    total = jax.grad(lambda x: jnp.sum(clipx.unit_norms(axis=0)([x])[0]))
+    text = jax.jit(total).lower(jax.ShapeDtypeStruct((4, 2**16), jnp.float32)).as_text()
+    assert "stablehlo.pad" not in text
+
+
 @pytest.mark.parametrize("scope", ["tree", "group"])
 def test_no_loop_adds_up_all_leaves(scope):
     """XLA would look for it in a time that grows with the square of the leaves."""

@@ -1,0 +1,159 @@
+"""Sums over one leaf: which terms are added up, and how each platform does it best."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._mesh import Axes, knows_shards, max_over, sum_over, vary, varying
+
+Operands = tuple[Any, ...]  # a leaf, and what its terms depend on besides
+
+
+class Terms(NamedTuple):
+    """What is added up for each entry of a leaf, or what the largest is wanted of."""
+
+    of: Callable[..., tuple[jax.Array, ...]]  # from a leaf's operands
+    total: Callable[..., jax.Array] = jnp.sum
+    one_on_cpu: bool = False  # there each is a pass: the first stands for all of them
+    dtype: Any = np.float32  # of the totals
+    in_turn: bool = False  # on TPU one leaf after the other
+
+    def over(self, value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """The total over mesh axes."""
+        return (sum_over if self.total is jnp.sum else max_over)(value, axes)
+
+
+def reduced(
+    operands: Operands,
+    terms: Terms,
+    axes: tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> list[jax.Array]:
+    """The totals of each of a leaf's terms, traced once for all leaves of a shape."""
+    # With Auto axes a call would hide from XLA how best to lay out what is reduced.
+    reduce = _called if knows_shards(operands[0]) else _inlined
+    return reduce(operands, terms, axes, keepdims)
+
+
+def _reduced(
+    operands: Operands, terms: Terms, axes: tuple[int, ...] | None, keepdims: bool
+) -> list[jax.Array]:
+    def totals(*operands: Any) -> list[jax.Array]:
+        values = terms.of(*operands)
+        return [terms.total(x, axis=axes, keepdims=keepdims) for x in values]
+
+    def first(leaf: jax.Array, *others: Any) -> list[jax.Array]:
+        narrow = jnp.finfo(leaf).bits < jnp.finfo(terms.dtype).bits
+        found = totals(_for_a_sum_on_cpu(leaf, axes, narrow), *others)
+        if axes and keepdims and not narrow and _has_few_long_rows(leaf, axes):
+            found[0] = _added_by_rows((leaf, *others), terms, axes)
+        return [vary(found[0], tuple(varying(x))) for x in found]
+
+    if terms.one_on_cpu:
+        return lax.platform_dependent(*operands, cpu=first, default=totals)
+    return totals(*operands)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _reduced_in_turn(
+    operands: Operands, terms: Terms, axes: Axes
+) -> tuple[list[jax.Array], list[Any]]:
+    """The totals of a leaf's terms, and what the next leaf's depend on besides.
+
+    On TPU that waits for these totals; a leaf itself can still be fused with what makes
+    it.
+    """
+    sums, others = lax.platform_dependent(
+        [vary(x, axes) for x in _reduced(operands, terms, None, False)],
+        [vary(x, axes) for x in operands[1:]],
+        tpu=lambda *both: lax.optimization_barrier(both),
+        default=lambda *both: both,
+    )
+    # A barrier gives all that passes it a derivative, constants too.
+    return sums, [lax.stop_gradient(x) for x in others]
+
+
+_called = jax.jit(_reduced, static_argnums=(1, 2, 3))
+_inlined = jax.jit(_reduced, static_argnums=(1, 2, 3), inline=True)
+
+
+def reduced_in_turn(
+    leaves: Sequence[Operands], terms: Terms, axes: Axes
+) -> list[list[jax.Array]]:
+    """The totals of the terms of leaves that depend on the same besides.
+
+    On TPU the last leaf comes first, and each waits for the one before: XLA would keep
+    other leaves on the chip from there to their scaling. Of 1,000 bfloat16 leaves on a
+    v5p pod 5,394 MB pass through HBM instead of 5,436; of groups .5% more would.
+    """
+    found: list[list[jax.Array]] = []
+    others = leaves[0][1:]
+    for leaf in reversed(leaves):
+        sums, others = _reduced_in_turn((leaf[0], *others), terms, axes)
+        found.append(sums)
+    return found[::-1]
+
+
+def _for_a_sum_on_cpu(
+    leaf: jax.Array, axes: tuple[int, ...] | None, narrow: bool
+) -> jax.Array:
+    """A small leaf as a vector, a narrow one by itself.
+
+    A small array of several dimensions XLA sums entry by entry: of 2,304 equal ones the
+    sum is off by 3e-5 of itself. A vector it sums in parts of 32. A large array may lie
+    in another order than a vector.
+    """
+    small = axes is None and leaf.ndim > 1 and leaf.size <= 2**13
+    if small and knows_shards(leaf):
+        # Behind a barrier, or XLA takes the sum of what was reshaped.
+        return lax.optimization_barrier(lax.reshape(leaf, (leaf.size,)))
+    if narrow:
+        # What scales a narrow leaf widens it too: shared, the wide one would be stored.
+        return lax.optimization_barrier(leaf)
+    return leaf
+
+
+def _has_few_long_rows(leaf: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether the leading axes are summed over, and what is kept is long."""
+    rows = math.prod(leaf.shape[a] for a in axes)
+    leading = axes == tuple(range(len(axes)))
+    long = leaf.size >= rows * 2**16
+    return leading and long and 1 < rows <= 64 and knows_shards(leaf)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _added_by_rows(
+    operands: Operands, terms: Terms, axes: tuple[int, ...]
+) -> jax.Array:
+    """The sums of the first term over leading axes, one row added to the others.
+
+    XLA for CPU takes 30 times as long for such a sum, of experts for example: 48 ms for
+    16 x 512 x 1024, and a read takes 1.5.
+    """
+    leaf, *others = operands
+    kept = tuple(1 if i in axes else n for i, n in enumerate(leaf.shape))
+    rows = lax.reshape(leaf, (leaf.size,)).reshape(-1, *kept)
+    total = terms.of(rows[0], *others)[0]
+    for i in range(1, rows.shape[0]):
+        total = total + terms.of(rows[i], *others)[0]
+        if i % 16 == 0:  # what one loop holds is bounded
+            total = lax.optimization_barrier(total)
+    return total
+
+
+@_added_by_rows.defjvp
+def _added_by_rows_jvp(
+    terms: Terms, axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    # Derived row by row, each would become an array of the leaf's size.
+    def at_once(*operands: Any) -> jax.Array:
+        return terms.total(terms.of(*operands)[0], axis=axes, keepdims=True)
+
+    _, tangent = jax.jvp(at_once, *primals, *tangents)
+    return _added_by_rows(*primals, terms, axes), tangent
