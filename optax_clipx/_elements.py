@@ -167,7 +167,7 @@ def _summarize(
             axis_name,
             options.specs,
             derive=_Derived(act, options.nonfinite == "sanitize"),
-            extras=(low, high),
+            extras=list(zip(low, high, strict=True)),
         )
     )
     places = _mesh.placements(arrays, leaves.paths, axis_name, options.specs)
@@ -199,8 +199,8 @@ class _Derived:
         act = _clamped_for_sums if self.act is _clamp else self.act
         # Behind a barrier: XLA would write out bounds that several sums share.
         here, there = lax.optimization_barrier((bounds, bounds))
-        after = [act(*x) for x in zip(before, *here, strict=True)]
-        outside = [_outside(*x) for x in zip(before, *there, strict=True)]
+        after = [act(x, *b) for x, b in zip(before, here, strict=True)]
+        outside = [_outside(x, *b) for x, b in zip(before, there, strict=True)]
         if not self.sanitized:
             return [before, after, Indicators(outside)]
         return [before, after, Indicators(outside), _policies.where_nonfinite(leaves)]

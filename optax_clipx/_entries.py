@@ -1,8 +1,9 @@
 """What transformations that remember something of each entry have in common."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +20,42 @@ from ._transformation import Options, Step, by_policy, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 
-# `act(arrays, moments, count)` gives the updates and the new moments.
-Act = Callable[[list[Any], list[jax.Array], Any], tuple[list[Any], list[jax.Array]]]
+
+@runtime_checkable
+class EntryRule(Protocol):
+    """What becomes of an entry by itself, and of what is remembered of it.
+
+    The numbers are scalars, in the dtype of the moments. A rule is hashable: it is
+    traced once for all leaves of a shape.
+    """
+
+    def numbers(self, dtype: Any, count: jax.Array) -> Any:
+        """What the rule depends on besides, at a step; may be traced."""
+
+    def advance(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> list[jax.Array]:
+        """The new moments; the old ones if the step is bad."""
+
+    def respond(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> jax.Array:
+        """The update, from the new moments: XLA can then write them in place."""
+
+    def change(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the metrics call before and after, from the old moments."""
 
 
 def elementwise(
-    act: Act,
-    times: int,
-    options: Options,
-    *,
-    of_moment: bool = False,
+    rule: EntryRule, times: int, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
-    It keeps so many moments of each entry. What its metrics call the norm before is
-    that of the updates, or of the first of the new moments.
+    It keeps so many moments of each entry.
     """
+    derive = _Derived(rule, options.nonfinite == "sanitize")
 
     def step(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
@@ -42,16 +63,44 @@ def elementwise(
         refuse_complex(leaves)
         check_leaves(leaves, state, times)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
-        if options.nonfinite == "sanitize":
+        each = len(arrays)
+        moments = [state[i : i + each] for i in range(0, len(state), each)]
+        numbers = [rule.numbers(m.dtype, count) for m in moments[0]]
+        summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
+        if derive.sanitized:
             arrays = _policies.sanitize(arrays)
-        out, new = act(arrays, state, count)
-        source = new[: len(arrays)] if of_moment else arrays
-        summary = _changed(leaves, source, out, options)
-        return finish(leaves, out, summary, new, options)
+        bad = summary.nonfinite
+        new, out = [], []
+        for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
+            new.append(rule.advance(x, old, n, bad))
+            out.append(rule.respond(x, new[-1], n, bad))
+        flat = [x for moment in zip(*new, strict=True) for x in moment]
+        return finish(leaves, out, summary, flat, options)._replace(settled=True)
 
     return transformation(
         lambda leaves: zeros_like(leaves, times), step, NO_RULE, options
     )
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What is measured: before, after, and which entries changed."""
+
+    rule: EntryRule
+    sanitized: bool
+
+    def __call__(self, trees: Any, numbers: Any) -> Any:
+        raw, *moments = trees
+        arrays = _policies.sanitize(raw) if self.sanitized else raw
+        before, after, different = [], [], []
+        for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
+            one, other = self.rule.change(x, old, n)
+            other = other.astype(x.dtype)
+            before.append(one)
+            after.append(other)
+            different.append((one != other.astype(one.dtype)).astype(jnp.float32))
+        found = [before, after, Indicators(different)]
+        return [*found, _policies.where_nonfinite(raw)] if self.sanitized else found
 
 
 def finish(
@@ -90,10 +139,13 @@ def at_least_float32(array: Any) -> Any:
     return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
 
 
+Shares = tuple[jax.Array, jax.Array]  # of an average: a decay, and 1 - decay
+
+
 def mean_of(mean: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
-    """The exponential moving average after one more value."""
+    """The exponential moving average after one more value; of a decay, or of shares."""
     # Behind a barrier: for b = 1/2 XLA would halve the sum, which may overflow.
-    b, rest = lax.optimization_barrier(_shares(decay, mean.dtype))
+    b, rest = lax.optimization_barrier(shares_of(decay, mean.dtype))
     return b * mean + rest * x
 
 
@@ -106,7 +158,7 @@ def root_of_mean(
     """
     if power == 1:
         return mean_of(root, magnitude, decay)
-    b, rest = _shares(decay, root.dtype)
+    b, rest = shares_of(decay, root.dtype)
     largest = jnp.maximum(root, magnitude)
     safe = jnp.where(largest > 0, largest, 1)
     mean = b * (root / safe) ** power + rest * (magnitude / safe) ** power
@@ -116,8 +168,10 @@ def root_of_mean(
     return largest * jnp.where(positive, jnp.where(positive, mean, 1) ** (1 / power), 0)
 
 
-def _shares(decay: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def shares_of(decay: Any, dtype: Any) -> Shares:
     """Decay and 1 - decay, which in float32 would be off by 1e-5 for b = .999."""
+    if isinstance(decay, tuple):
+        return decay
     return jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
 
 
@@ -140,48 +194,40 @@ def refuse_complex(leaves: Leaves) -> None:
 
 
 def _changed(
-    leaves: Leaves, before: list[Any], after: list[Any], options: Options
+    leaves: Leaves, trees: list[Any], numbers: Any, derive: _Derived, options: Options
 ) -> Summary:
     """Both norms and the share of entries that changed, in one reduction."""
     axis_name = options.axis_name
     quiet = options.nonfinite in ("propagate", "sanitize")
     if quiet and _mesh.is_unknown(axis_name, options.specs):
         axis_name = ()  # No collective is needed but for these: they are the shard's.
-    groups = ScalarGroups((0,) * len(before), None)
-    found = norms(
-        [before, after, leaves.arrays],
-        groups,
-        2.0,
-        leaves.paths,
-        axis_name,
-        options.specs,
-        derive=_and_differences,
+    groups = ScalarGroups((0,) * len(leaves.arrays), None)
+    norm, clipped_norm, different, *bad = (
+        found.value
+        for found in norms(
+            trees,
+            groups,
+            2.0,
+            leaves.paths,
+            axis_name,
+            options.specs,
+            derive=derive,
+            extras=numbers,
+        )
     )
-    norm, clipped_norm, different, bad = (n.value for n in found)
-    places = _mesh.placements(before, leaves.paths, axis_name, options.specs)
-    size = jnp.asarray(groups.sizes(before, places), norm.dtype)
+    places = _mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
+    size = jnp.asarray(groups.sizes(leaves.arrays, places), norm.dtype)
     share = jnp.square(different) / size
     return Summary(
         norm=norm,
         clipped_norm=clipped_norm,
         scale=jnp.where(norm > 0, clipped_norm / jnp.where(norm > 0, norm, 1), 1),
-        threshold=jnp.zeros((), accumulator(before)),
+        threshold=jnp.zeros((), accumulator(leaves.arrays)),
         clipped=jnp.where(jnp.isfinite(share), share, 0),
         any_clipped=different > 0,
-        nonfinite=bad > 0,
+        nonfinite=bad[0] > 0 if bad else ~jnp.isfinite(norm),
         unusable=jnp.zeros((), jnp.bool_),
     )
-
-
-def _and_differences(trees: Any, extras: Any) -> Any:
-    before, after, raw = trees
-    different = Indicators(
-        [
-            (x != y.astype(x.dtype)).astype(jnp.float32)
-            for x, y in zip(before, after, strict=True)
-        ]
-    )
-    return [before, after, different, _policies.where_nonfinite(raw)]
 
 
 def with_flags(trees: Any, extras: Any) -> Any:

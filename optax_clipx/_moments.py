@@ -1,6 +1,7 @@
 """Clipping against what each entry's own past says: SPAM, ACClip, momentum."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,7 +10,14 @@ import optax
 
 from . import _policies
 from ._clipping import clip_norms
-from ._entries import check_leaves, elementwise, mean_of, root_of_mean, zeros_like
+from ._entries import (
+    check_leaves,
+    elementwise,
+    mean_of,
+    root_of_mean,
+    shares_of,
+    zeros_like,
+)
 from ._leaves import Leaves, flatten
 from ._measures import tree_norm
 from ._methods._smooth import normalize_by_norm
@@ -46,7 +54,8 @@ def clip_spikes(
     :func:`reset_moments`, for the whole of SPAM. An entry that was always zero is not
     clipped: the first gradient of a rare token passes.
 
-    State: one number for each entry, the root of :math:`v`.
+    State: one number for each entry, the root of :math:`v`, with a minus where the last
+    step clipped.
 
     Args:
         theta: :math:`\theta`, the square of the ratio that makes a spike, above 0.
@@ -87,20 +96,61 @@ def clip_spikes(
     check_decay(decay, "decay")
     check_count(warmup_steps, "warmup_steps", 0)
 
-    def act(
-        arrays: list[jax.Array], roots: list[jax.Array], count: Any
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        clipped, new = [], []
-        for x, root in zip(arrays, roots, strict=True):
-            bound = root * jnp.sqrt(jnp.asarray(theta, root.dtype))
-            wide = x.astype(root.dtype)
-            spike = (jnp.abs(wide) > bound) & (root > 0) & (count >= warmup_steps)
-            out = jnp.where(spike, jnp.sign(wide) * bound, wide)
-            clipped.append(jnp.where(spike, out.astype(x.dtype), x))
-            new.append(root_of_mean(root, jnp.abs(out), decay, 2.0))
-        return clipped, new
+    options = Options(nonfinite, axis_name, specs, metrics)
+    return elementwise(_Spikes(theta, decay, warmup_steps), 1, options)
 
-    return elementwise(act, 1, Options(nonfinite, axis_name, specs, metrics))
+
+@dataclass(frozen=True, eq=False)
+class _Spikes:
+    """The moment is the root of the average square, negative where it clipped.
+
+    So the update follows from the new root: what it was, times a constant, is the
+    bound.
+    """
+
+    theta: Any
+    decay: Any
+    warmup_steps: Any
+
+    def numbers(self, dtype: Any, count: jax.Array) -> Any:
+        b, rest = shares = shares_of(self.decay, dtype)
+        theta = jnp.asarray(self.theta, dtype)
+        moved = 1 / jnp.sqrt(b / theta + rest)
+        return shares, jnp.sqrt(theta), moved, count >= self.warmup_steps
+
+    def advance(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> list[jax.Array]:
+        root = jnp.abs(moments[0])
+        spike, bound = self._spike(x, root, numbers)
+        size = jnp.where(spike, bound, jnp.abs(x.astype(root.dtype)))
+        new = root_of_mean(root, size, numbers[0], 2.0)
+        return [jnp.where(bad, moments[0], jnp.where(spike, -new, new))]
+
+    def respond(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> jax.Array:
+        root = jnp.abs(moments[0])
+        wide = x.astype(root.dtype)
+        spike, bound = self._spike(x, root, numbers)  # of a root that stayed
+        spike = jnp.where(bad, spike, moments[0] < 0)
+        bound = jnp.where(bad, bound, root * numbers[2])
+        return jnp.where(spike, jnp.sign(wide) * bound, wide)
+
+    def change(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        spike, bound = self._spike(x, jnp.abs(moments[0]), numbers)
+        wide = x.astype(bound.dtype)
+        return x, jnp.where(spike, jnp.sign(wide) * bound, wide)
+
+    def _spike(
+        self, x: jax.Array, root: jax.Array, numbers: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        _, ratio, _, active = numbers
+        bound = root * ratio
+        size = jnp.abs(x.astype(root.dtype))
+        return (size > bound) & (root > 0) & active, bound
 
 
 def scale_by_acclip(
@@ -160,24 +210,49 @@ def scale_by_acclip(
     if alpha < 1:
         raise ValueError(f"Expected alpha >= 1, got alpha={alpha}.")
 
-    def act(
-        arrays: list[jax.Array], moments: list[jax.Array], count: Any
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        each = len(arrays)
-        out, means, taus = [], [], []
-        for x, mean, tau in zip(arrays, moments[:each], moments[each:], strict=True):
-            mean = mean_of(mean, x.astype(mean.dtype), b1)
-            tau = root_of_mean(tau, jnp.abs(x.astype(tau.dtype)), b2, float(alpha))
-            size = jnp.abs(mean) + jnp.asarray(eps, mean.dtype)
-            over = size > tau
-            scaled = tau * (mean / jnp.where(size > 0, size, 1))
-            out.append(jnp.where(over, scaled, mean))
-            means.append(mean)
-            taus.append(tau)
-        return out, means + taus
-
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(act, 2, options, of_moment=True)
+    return elementwise(_ACClip(b1, b2, eps, float(alpha)), 2, options)
+
+
+@dataclass(frozen=True, eq=False)
+class _ACClip:
+    """The moments are those of the updates and of their magnitudes."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    alpha: float
+
+    def numbers(self, dtype: Any, count: jax.Array) -> Any:
+        eps = jnp.asarray(self.eps, dtype)
+        return shares_of(self.b1, dtype), shares_of(self.b2, dtype), eps
+
+    def advance(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> list[jax.Array]:
+        of_mean, of_tau, _ = numbers
+        mean, tau = moments
+        wide = x.astype(mean.dtype)
+        new = (
+            mean_of(mean, wide, of_mean),
+            root_of_mean(tau, jnp.abs(wide), of_tau, self.alpha),
+        )
+        return [jnp.where(bad, m, n) for m, n in zip(moments, new, strict=True)]
+
+    def respond(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+    ) -> jax.Array:
+        _, _, eps = numbers
+        mean, tau = moments
+        size = jnp.abs(mean) + eps
+        scaled = tau * (mean / jnp.where(size > 0, size, 1))
+        return jnp.where(size > tau, scaled, mean)
+
+    def change(
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        new = self.advance(x, moments, numbers, False)
+        return new[0], self.respond(x, new, numbers, False)
 
 
 def mixed_clip(
@@ -255,14 +330,17 @@ def mixed_clip(
             )
 
         check_leaves(leaves, state, 1)
+        of_gradient = clip(leaves.arrays, extra)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
             arrays = _policies.sanitize(arrays)
+        # First chosen and then measured: XLA can write the new ones in place.
+        bad = of_gradient.summary.nonfinite
         momenta = [
-            mean_of(m, x.astype(m.dtype), decay)
+            jnp.where(bad, m, mean_of(m, x.astype(m.dtype), decay))
             for m, x in zip(state, arrays, strict=True)
         ]
-        of_gradient, of_momentum = clip(leaves.arrays, extra), clip(momenta, {})
+        of_momentum = clip(momenta, {})
         share = jnp.asarray(nu, jnp.float32)
         mixed = [
             (
@@ -274,7 +352,7 @@ def mixed_clip(
         if options.nonfinite == "zero":
             zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
             mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
-        return Step(mixed, of_gradient.summary, momenta)
+        return Step(mixed, of_gradient.summary, momenta, settled=True)
 
     return transformation(lambda leaves: zeros_like(leaves, 1), step, rule, options)
 

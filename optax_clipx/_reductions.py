@@ -19,7 +19,7 @@ from jax import lax
 
 from . import _mesh
 from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._leaf_sums import Terms
+from ._leaf_sums import Terms, sums_by_parts
 from ._leaves import Path
 from ._parts import cut, unknown
 
@@ -82,9 +82,10 @@ def norms(
 ) -> list[Norms]:
     """The norms of like trees, group by group, from one reduction and one collective.
 
-    What is measured is `derive(trees, extras)`, again a sequence of like trees; the
-    extras are scalars. It is computed inside of the reduction: made outside, its
-    leaves would be written to memory. Each device that holds a group gets its norm.
+    What is measured is `derive(trees, extras)`, again a sequence of like trees, entry
+    by entry; the extras are scalars for each leaf. It is computed inside of the
+    reduction: made outside, its leaves would be written to memory. Each device that
+    holds a group gets its norm.
     """
     flat = [x for tree in trees for x in tree]
     _mesh.refuse_unreduced(flat, paths * len(trees))
@@ -131,7 +132,7 @@ def _norms(
             for tree in kinds
             for x in jax.tree.leaves(tree)
         ],
-        derive=lambda trees, extras: jax.tree.leaves(derive(trees, extras)),
+        derive=derive,
         groups=groups.repeated(times),
         places=places * times,
         dtype=dtype,
@@ -158,19 +159,62 @@ class _Measured(NamedTuple):
 
     kinds: list[Any]  # shapes and dtypes of the derived leaves
     at_risk: list[bool]  # whether the squares of each may leave the range
-    derive: Callable[[Any, Any], list[Any]]
+    derive: Callable[[Any, Any], Any]
     groups: Groups
     places: tuple[_mesh.Placement, ...]
     dtype: Any
 
-    def totals(self, terms: Terms, leaves: list[Any], *others: Any) -> list[Packed]:
-        """For each term of the leaves its total over each group."""
-        operands = list(zip(leaves, *others, strict=True))
-        return self.groups.totals(operands, self.places, terms)
+    def leaves(self, trees: Any, extras: Any) -> list[jax.Array]:
+        """The derived leaves, tree after tree."""
+        return jax.tree.leaves(self.derive(trees, extras))
 
     def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
-        """The derived leaves in the accumulator's dtype."""
-        return [x.astype(widened(x, self.dtype)) for x in self.derive(trees, extras)]
+        """The same in the accumulator's dtype."""
+        return [x.astype(widened(x, self.dtype)) for x in self.leaves(trees, extras)]
+
+    def totals(
+        self, terms: Terms, leaves: list[Any], *others: Any, known: Any = None
+    ) -> list[Packed]:
+        """For each term of the leaves its total over each group."""
+        known = known or [None] * len(leaves)
+        operands = list(zip(leaves, known, *others, strict=True))
+        return self.groups.totals(operands, self.places, terms)
+
+    def known_on_cpu(self, trees: Any, extras: Any, factors: Any = ()) -> Any:
+        """For each derived leaf its sum of squares, times a factor, or None."""
+        if self.derive is as_they_are or type(self.groups) is not ScalarGroups:
+            return None
+        each = len(trees[0])
+        found = [
+            _squares_by_parts(
+                [tree[i] for tree in trees],
+                extras[i] if extras else (),
+                factors[i::each],
+                self.derive,
+                self.dtype,
+            )
+            for i in range(each)
+        ]
+        times = len(self.kinds) // each
+        rows = zip(*(row or [None] * times for row in found), strict=True)
+        return [x for row in rows for x in row]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _squares_by_parts(
+    arrays: list[jax.Array], extras: Any, factors: Any, derive: Any, dtype: Any
+) -> list[jax.Array] | None:
+    """The sums of squares of what is derived of the leaves at one place."""
+
+    def squares(*given: Any) -> list[jax.Array]:
+        *parts, (extras, factors) = given
+        derived = jax.tree.leaves(derive([[x] for x in parts], [extras]))
+        wide = [x.astype(widened(x, dtype)) for x in derived]
+        if factors:
+            wide = list(map(times, wide, factors))
+        return list(map(_square, wide))
+
+    return sums_by_parts(squares, arrays, (extras, factors))
 
 
 def _sums_of_squares(
@@ -198,13 +242,15 @@ def _sums_of_squares(
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
     together = isinstance(groups, UnitGroups) and any(p.axes for p in measured.places)
-    leaves = measured.derive(trees, extras)
+    leaves = measured.leaves(trees, extras)
     # Behind a barrier: of an array with one entry XLA would square the factor.
     up, down = lax.optimization_barrier(
         (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
     )
     terms = _at_three_scales(dtype, not together)
-    sums = measured.totals(terms, leaves, [up] * len(leaves), [down] * len(leaves))
+    ups, downs = [up] * len(leaves), [down] * len(leaves)
+    known = measured.known_on_cpu(trees, extras)
+    sums = measured.totals(terms, leaves, ups, downs, known=known)
     factor = jax.tree.map(choose, sums[0], group_at_risk)
     squares = jax.tree.map(pick, factor, *sums)
     if together:
@@ -218,8 +264,9 @@ def _sums_of_squares(
         factors = lax.optimization_barrier(
             list(map(cut, groups.spread(factor, starts)))
         )
-        leaves = measured.derive(trees, extras)
-        return measured.totals(_scaled(dtype), leaves, factors)[0]
+        leaves = measured.leaves(trees, extras)
+        known = measured.known_on_cpu(trees, extras, factors)
+        return measured.totals(_scaled(dtype), leaves, factors, known=known)[0]
 
     def first_pass(
         trees: Any, extras: Any, factor: Any, squares: Any, again: Any

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -132,7 +133,7 @@ def stabilize_norm(
             2.0,
             *where,
             derive=_raw_and_cut,
-            extras=(limit, ratio),
+            extras=list(zip(limit, ratio, strict=True)),
         )
         norm = to_float32(cut.value)
         means = jnp.where(seen, mean_of(means, norm, b1), means)
@@ -144,7 +145,7 @@ def stabilize_norm(
             debias / weight_of(b1, counts)
         )
         scales = _scaling.scales(cut, target.astype(peak.dtype), normalize)
-        _, clamped, _ = _raw_and_cut([arrays, leaves.arrays], (limit, ratio))
+        clamped = _cut(arrays, zip(limit, ratio, strict=True))
         out = _scaling.apply(clamped, every, scales, None)
         worst = jnp.argmin(ratio)
         over = ratio < 1
@@ -347,16 +348,19 @@ def stable_adamw(
 
 
 def _raw_and_cut(trees: Any, extras: Any) -> Any:
-    """The leaves, and the leaves with what is above its limit brought down."""
+    """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees
-    limits, ratios = extras
+    return [arrays, _cut(arrays, extras), _policies.where_nonfinite(raw)]
+
+
+def _cut(arrays: Any, extras: Any) -> list[jax.Array]:
+    """The leaves with what is above its limit brought down."""
     cut = []
-    for i, x in enumerate(arrays):
-        dtype = at_least_float32(x)
-        wide = x.astype(dtype)
-        over = jnp.abs(wide) > limits[i].astype(dtype)
-        cut.append(jnp.where(over, wide * ratios[i].astype(dtype), wide))
-    return [arrays, cut, _policies.where_nonfinite(raw)]
+    for x, (limit, ratio) in zip(arrays, extras, strict=True):
+        wide = x.astype(at_least_float32(x))
+        over = jnp.abs(wide) > limit.astype(wide.dtype)
+        cut.append(jnp.where(over, wide * ratio.astype(wide.dtype), wide))
+    return cut
 
 
 def _decay_at(decay: Any, step: Any) -> Any:

@@ -32,6 +32,7 @@ class Step(NamedTuple):
     summary: Summary
     rule: Any
     norms: Any = None  # Norms, where groups are measured
+    settled: bool = False  # whether the rule has seen to steps that are not finite
 
 
 def transformation(
@@ -81,7 +82,9 @@ def transformation(
             found = step(leaves, params, rule_state, steps, extra)
             if not isinstance(state, ClipState):
                 return leaves.rebuild(found.arrays), state
-            new_rule = _unless(found.summary.nonfinite, found.rule, rule_state)
+            new_rule = found.rule
+            if not found.settled:
+                new_rule = _unless(found.summary.nonfinite, new_rule, rule_state)
             new_metrics = _metrics.advance(state.metrics, found.summary)
         return leaves.rebuild(found.arrays), ClipState(new_metrics, new_rule)
 
