@@ -1,6 +1,7 @@
 """Norms in the place of norms: Stable-SPAM's stabilizer, and Adam with limited RMS."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from ._entries import (
     mean_of,
     refuse_complex,
     root_of_mean,
+    shares_of,
     weight_of,
-    with_flags,
     zeros_like,
 )
 from ._grouping import ScalarGroups
@@ -232,34 +233,35 @@ def scale_by_stable_adam(
         moments, steps = state
         check_leaves(leaves, moments, 2)
         now_b1, now_b2 = _decay_at(b1, steps + 1), _decay_at(b2, steps + 1)
-        wide = [x.astype(m.dtype) for x, m in zip(arrays, moments, strict=False)]
-        means = [
-            mean_of(m, x, now_b1) for m, x in zip(moments[:each], wide, strict=True)
-        ]
-        roots = [
-            root_of_mean(r, jnp.abs(x), now_b2, 2.0)
-            for r, x in zip(moments[each:], wide, strict=True)
-        ]
-        floor = jnp.asarray(eps, jnp.float32)
-        ratios = []
-        for x, r in zip(wide, roots, strict=True):
-            size = jnp.maximum(r, floor.astype(r.dtype))
-            ratios.append(jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0))
+        means, roots = moments[:each], moments[each:]
+        floors = [jnp.asarray(eps, jnp.float32).astype(r.dtype) for r in roots]
+        pairs = list(zip(roots, floors, strict=True))
         every = ScalarGroups(tuple(range(each)), each)
-        found, bad = norms(
-            [ratios, leaves.arrays],
+        found, *flags = norms(
+            [leaves.arrays, roots],
             every,
             "rms",
             leaves.paths,
             options.axis_name,
             options.specs,
-            derive=with_flags,
+            derive=_Ratios(options.nonfinite == "sanitize"),
+            extras=[(shares_of(now_b2, r.dtype), f) for r, f in pairs],
         )
         rms = found.value
+        bad = any_of(flags[0].value) if flags else jnp.any(~jnp.isfinite(rms))
         scale = 1 / jnp.maximum(rms, 1)
+        # First chosen and then used: XLA can write the new moments in place.
+        means = [
+            jnp.where(bad, m, mean_of(m, x.astype(m.dtype), now_b1))
+            for m, x in zip(means, arrays, strict=True)
+        ]
+        roots = [
+            jnp.where(bad, r, root_of_mean(r, jnp.abs(x.astype(r.dtype)), now_b2, 2.0))
+            for r, x in zip(roots, arrays, strict=True)
+        ]
         out = []
-        for m, r, s in zip(means, roots, every.spread(scale), strict=True):
-            size = r + floor.astype(r.dtype)
+        for m, r, f, s in zip(means, roots, floors, every.spread(scale), strict=True):
+            size = r + f
             out.append(s.astype(m.dtype) * (m / jnp.where(size > 0, size, 1)))
         over = rms > 1
         top = jnp.max(rms)
@@ -270,11 +272,11 @@ def scale_by_stable_adam(
             threshold=jnp.ones_like(top),
             clipped=jnp.mean(over.astype(rms.dtype)),
             any_clipped=jnp.any(over),
-            nonfinite=any_of(bad.value),
+            nonfinite=bad,
             unusable=jnp.zeros((), jnp.bool_),
         )
-        new = (means + roots, advanced(steps, True))
-        return finish(leaves, out, summary, new, options)
+        new = (means + roots, jnp.where(bad, steps, advanced(steps, True)))
+        return finish(leaves, out, summary, new, options)._replace(settled=True)
 
     def init(leaves: Leaves) -> Any:
         return zeros_like(leaves, 2), jnp.zeros((), jnp.int32)
@@ -345,6 +347,25 @@ def stable_adamw(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    """The leaves over the roots of their second moments, this step included."""
+
+    sanitized: bool
+
+    def __call__(self, trees: Any, extras: Any) -> Any:
+        raw, roots = trees
+        arrays = _policies.sanitize(raw) if self.sanitized else raw
+        ratios = []
+        for x, root, (shares, floor) in zip(arrays, roots, extras, strict=True):
+            wide = x.astype(root.dtype)
+            root = root_of_mean(root, jnp.abs(wide), shares, 2.0)
+            size = jnp.maximum(root, floor)
+            zero = size == 0  # not for NaN, which the norms must show
+            ratios.append(jnp.where(zero, 0, wide / jnp.where(zero, 1, size)))
+        return [ratios, _policies.where_nonfinite(raw)] if self.sanitized else [ratios]
 
 
 def _raw_and_cut(trees: Any, extras: Any) -> Any:

@@ -99,6 +99,33 @@ def test_nothing_of_a_leafs_size_is_held_beside_it(name):
     assert cost(name).kept == pytest.approx(cost("none").kept, abs=256)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: clipx.clip(0.1),
+        lambda: clipx.clip(0.1, nonfinite="sanitize"),
+        lambda: clipx.clip_by_global_norm(1.0, nonfinite="sanitize"),
+        clipx.clip_spikes,
+        lambda: clipx.mixed_clip(1.0),
+        clipx.scale_by_acclip,
+        clipx.scale_by_stable_adam,
+    ],
+    ids=lambda make: "",
+)
+def test_nothing_computed_of_large_leaves_is_held(make):
+    """And what is remembered of each entry is written in place."""
+    tx = optax.chain(make(), optax.scale(-1.0))
+    kinds = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 8
+    state = jax.eval_shape(tx.init, kinds)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * kinds[0].size / 3
+
+
 def test_clamping_without_metrics_costs_nothing():
     assert cost("element, metrics=False").moved == cost("none").moved
     assert cost("element, metrics=False").fusions == cost("none").fusions
