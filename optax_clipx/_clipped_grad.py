@@ -97,16 +97,29 @@ class ClippedGrad:
             parts = x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
             return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
 
+        # The smallest first: in this order XLA adds them up, and where the gradients of
+        # one leaf were the sum of a larger one has room.
+        zeros, structure = jax.tree.flatten(start)
+        order = sorted(range(len(zeros)), key=lambda k: zeros[k].size)
+
         # Neither indices nor flags are stacked: on CPU each would be as much as a norm.
         def step(carry: Any, known: Any) -> tuple[Any, Any]:
             i, total = carry
             chosen = jax.tree.map(functools.partial(take, i), examples)
             part, found = fun(*chosen, *known)
-            return (i + 1, jax.tree.map(jnp.add, total, part)), found
+            parts = jax.tree.leaves(part)
+            return (
+                i + 1,
+                [x + parts[k] for x, k in zip(total, order, strict=True)],
+            ), found
 
-        start = (jnp.int32(0), start)
-        (_, total), found = lax.scan(step, start, known, self.steps)
-        return total, found
+        carry = (jnp.int32(0), [zeros[k] for k in order])
+        (_, total), found = lax.scan(step, carry, known, self.steps)
+        sums = [
+            x
+            for _, x in sorted(zip(order, total, strict=True), key=lambda pair: pair[0])
+        ]
+        return jax.tree.unflatten(structure, sums), found
 
     def _joined(self, x: jax.Array) -> jax.Array:
         """What was stacked, in the order of the batch."""
