@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._leaf_sums import Operands, Terms, reduced, reduced_in_turn
+from ._leaf_sums import Operands, Terms, reduced, reduced_together
 from ._leaves import Path, show
 from ._mesh import (
     Axes,
@@ -45,13 +45,14 @@ class ScalarGroups:
     ) -> list[jax.Array]:
         """For each term its total over each group, in one collective."""
         axes = axes_to_sum([leaf[0] for leaf in leaves], places)
-        # With Auto axes each would wait for the all-reduce of the one before.
-        known = all(knows_shards(leaf[0]) for leaf in leaves)
-        if terms.in_turn and known and len(set(self.ids)) in (1, len(self.ids)):
-            found = reduced_in_turn(leaves, terms, axes)
+        if all(knows_shards(leaf[0]) for leaf in leaves):
+            if len(set(self.ids)) not in (1, len(self.ids)):
+                terms = terms._replace(in_turn=False)
+            rows = reduced_together(leaves, terms, axes)
         else:
+            # With Auto axes each would wait for the all-reduce of the one before.
             found = [reduced(leaf, terms) for leaf in leaves]
-        rows = [jnp.stack(row) for row in zip(*found, strict=True)]
+            rows = [jnp.stack(row) for row in zip(*found, strict=True)]
         columns = _kept_stacked(jnp.stack(rows))
         if axes and terms.total is jnp.sum:
             copies = _copies(places, axes)

@@ -191,6 +191,20 @@ def knows_shards(array: Any) -> bool:
     )
 
 
+def can_be_joined(arrays: Sequence[Any]) -> bool:
+    """Whether arrays can become one, or be cut up: nothing hides how they lie.
+
+    Under vmap an Explicit axis may cut them where their types do not show it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    hidden = any(
+        kind == AxisType.Explicit and mesh.shape[name] > 1
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    )
+    memories = {jax.typeof(x).memory_space for x in arrays}
+    return not hidden and len(memories) == 1 and all(map(knows_shards, arrays))
+
+
 def is_cut(array: Any) -> bool:
     """Whether an array is cut along Explicit mesh axes."""
     return any(name for names in explicit_dims(array) for name in names)
