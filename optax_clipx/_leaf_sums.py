@@ -99,7 +99,10 @@ def _reduced_batch(
     return lax.platform_dependent(
         pairs,
         others,
-        cpu=functools.partial(_batch_on_cpu, terms=terms, axes=axes),
+        cpu=functools.partial(_batch_in_rows, terms=terms, axes=axes),
+        cuda=functools.partial(
+            _batch_in_rows, terms=terms._replace(one_on_cpu=False), axes=axes
+        ),
         default=functools.partial(_batch_in_turn, terms=terms, axes=axes),
     )
 
@@ -142,7 +145,7 @@ def _batch_in_turn(
     return [jnp.stack(row) for row in zip(*found[::-1], strict=True)], others
 
 
-def _batch_on_cpu(
+def _batch_in_rows(
     pairs: list[Any], others: Any, terms: Terms, axes: Axes
 ) -> tuple[list[jax.Array], Any]:
     """Small leaves of one size as rows of one array, which XLA sums in one loop."""
@@ -161,8 +164,10 @@ def _batch_on_cpu(
         columns = [jnp.stack(column)[:, None] for column in zip(*own, strict=True)]
         sums = [terms.total(x, axis=1) for x in terms.of(rows, *columns)]
         found.append(sums[:1] * len(sums) if terms.one_on_cpu else sums)
-    order = np.argsort([i for members in alike.values() for i in members])
-    vectors = [jnp.concatenate(row)[order] for row in zip(*found, strict=True)]
+    vectors = [jnp.concatenate(row) for row in zip(*found, strict=True)]
+    order = [i for members in alike.values() for i in members]
+    if order != sorted(order):
+        vectors = [x[np.argsort(order)] for x in vectors]
     if terms.in_turn:
         others = tuple(vary(x, axes) for x in others)
     return [vary(x, axes) for x in vectors], others

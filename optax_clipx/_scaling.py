@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._grouping import Groups, Packed, UnitGroups
+from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
 from ._mesh import Placement, lies_whole, map_local
 from ._parts import Part, cut, unknown
 from ._reductions import Norms, times, widened
@@ -169,8 +169,12 @@ def apply(
         )
     coarse = groups.spread(scales.coarse, scales.starts)
     fine = groups.spread(scales.fine, scales.starts)
+    both = None
+    if isinstance(groups, ScalarGroups) and groups.count is None:
+        # A vector, or XLA for GPUs would not fuse the kernels of different leaves.
+        both = lax.optimization_barrier(jnp.stack([scales.coarse, scales.fine]))
     pairs = zip(arrays, coarse, fine, strict=True)
-    return [_apply(x, c, f, scales.tame, zero) for x, c, f in pairs]
+    return [_apply(x, c, f, scales.tame, zero, both) for x, c, f in pairs]
 
 
 @jax.jit
@@ -180,8 +184,17 @@ def _apply(
     fine_part: jax.Array | Part,
     tame: jax.Array | None,
     zero: jax.Array | None,
+    both: jax.Array | None = None,
 ) -> jax.Array:
     coarse, fine = cut(coarse_part), cut(fine_part)
+    if both is not None:
+        coarse, fine = lax.platform_dependent(
+            coarse,
+            fine,
+            both,
+            cuda=lambda coarse, fine, both: (both[0], both[1]),
+            default=lambda coarse, fine, both: (coarse, fine),
+        )
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = array.astype(widened(array, fine.dtype))

@@ -70,6 +70,28 @@ def test_a_second_pass_stands_behind_a_branch_also_on_a_mesh():
     assert " conditional(" in program.as_text()
 
 
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_norms_of_many_small_leaves_of_mixed_sizes(ord, dtype):
+    """They are summed as rows of a few arrays, batch by batch."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5), (7,), (2, 2, 2), (15,), ()] * 30
+    sizes = 10.0 ** rng.uniform(-25, 25, len(shapes))  # some take the second pass
+    leaves = [
+        jnp.asarray(size * rng.normal(size=shape), dtype)
+        for size, shape in zip(sizes, shapes, strict=True)
+    ]
+    expected = [
+        np.linalg.norm(np.ravel(np.asarray(x, np.complex128)), ord) for x in leaves
+    ]
+    close(jax.jit(clipx.leaf_norms(ord=ord))(leaves), expected)
+    whole = np.linalg.norm(expected, ord)
+    close(jax.jit(clipx.tree_norm(ord=ord))(leaves), whole)
+    groups = clipx.group_norms(lambda path, _: int(path[0]) % 3, ord=ord)
+    for label, norm in jax.jit(groups)(leaves).items():
+        close(norm, np.linalg.norm(expected[label::3], ord))
+
+
 @pytest.mark.parametrize("ord", [1, 2, 3, np.inf, "rms"])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 2.0**-49, 1.0, 1e30])
 def test_norms_of_all_orders_at_all_sizes(ord, size):
