@@ -1,7 +1,7 @@
 """What transformations that remember something of each entry have in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,20 +25,17 @@ NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 class EntryRule(Protocol):
     """What becomes of an entry by itself, and of what is remembered of it.
 
-    The numbers are scalars, in the dtype of the moments. A rule is hashable: it is
-    traced once for all leaves of a shape.
+    The numbers are scalars that it depends on besides. A rule is hashable, by value: it
+    is traced once for all leaves of a shape.
     """
 
-    def numbers(self, dtype: Any, count: jax.Array) -> Any:
-        """What the rule depends on besides, at a step; may be traced."""
-
     def advance(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> list[jax.Array]:
-        """The new moments; the old ones if the step is bad."""
+        """The new moments."""
 
     def respond(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> jax.Array:
         """The update, from the new moments: XLA can then write them in place."""
 
@@ -49,11 +46,15 @@ class EntryRule(Protocol):
 
 
 def elementwise(
-    rule: EntryRule, times: int, options: Options
+    rule: EntryRule,
+    numbers_at: Callable[[Any, jax.Array], Any],
+    times: int,
+    options: Options,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
-    It keeps so many moments of each entry.
+    It keeps so many moments of each entry. `numbers_at(dtype, count)` gives the rule's
+    numbers for moments of a dtype, at a step; they may be traced.
     """
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
@@ -65,15 +66,18 @@ def elementwise(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         each = len(arrays)
         moments = [state[i : i + each] for i in range(0, len(state), each)]
-        numbers = [rule.numbers(m.dtype, count) for m in moments[0]]
+        numbers = [numbers_at(m.dtype, count) for m in moments[0]]
         summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
         if derive.sanitized:
             arrays = _policies.sanitize(arrays)
         bad = summary.nonfinite
         new, out = [], []
         for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
-            new.append(rule.advance(x, old, n, bad))
-            out.append(rule.respond(x, new[-1], n, bad))
+            moved = rule.advance(x, old, n)
+            kept = [jnp.where(bad, a, b) for a, b in zip(old, moved, strict=True)]
+            # Only sanitized updates go on where the moments stay: XLA then copies them.
+            out.append(rule.respond(x, moved if derive.sanitized else kept, n))
+            new.append(kept)
         flat = [x for moment in zip(*new, strict=True) for x in moment]
         return finish(leaves, out, summary, flat, options)._replace(settled=True)
 

@@ -173,24 +173,23 @@ def _batch_in_rows(
     return [vary(x, axes) for x in vectors], others
 
 
+def can_go_by_parts(arrays: Sequence[jax.Array]) -> bool:
+    """Whether like arrays are large, may be cut up, and int32 counts their entries."""
+    return 2**18 <= arrays[0].size < 2**31 and can_be_joined(arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def sums_by_parts(
-    values: Callable[..., list[jax.Array]],
-    arrays: Sequence[jax.Array],
-    others: Any,
-) -> list[jax.Array] | None:
-    """The sums of values computed of arrays, all of them in one read; on CPU alone.
+    values: Callable[..., list[jax.Array]], arrays: Sequence[jax.Array], others: Any
+) -> list[jax.Array]:
+    """The sums of `values(*arrays, others)`, all of them in one read; on CPU alone.
 
     XLA for CPU writes out what is computed before it is summed: 75 ms for 200 MB and
     their clamp, of which a read takes 7. In a loop over parts that stay in the cache it
-    takes 14. Small arrays, to which compiling the loop costs more than it saves, and
-    those whose shards are unknown have None.
+    takes 14. For smaller arrays compiling the loop costs more than it saves.
     """
-    size = arrays[0].size
-    if size < 2**18 or not can_be_joined(arrays):
-        return None
+    size, part = arrays[0].size, 2**16
     flat = [lax.reshape(x, (size,)) for x in arrays]
-    part = 2**16
-    count = -(-size // part)
 
     def add(i: Any, sums: list[jax.Array]) -> list[jax.Array]:
         start = jnp.minimum(i * part, size - part)
@@ -201,16 +200,26 @@ def sums_by_parts(
         return list(map(jnp.add, sums, found))
 
     def on_cpu() -> list[jax.Array]:
-        axes = tuple({n for x in jax.tree.leaves((flat, others)) for n in varying(x)})
-        kinds = jax.eval_shape(lambda: values(*[x[:part] for x in flat], others))
-        zeros = [vary(jnp.zeros(k.shape, k.dtype), axes) for k in kinds]
-        return [jnp.sum(x) for x in lax.fori_loop(0, count, add, zeros)]
+        first = values(*[x[:part] for x in flat], others)  # for its types alone
+        zeros = [vary(jnp.zeros(x.shape, x.dtype), tuple(varying(x))) for x in first]
+        sums = lax.fori_loop(0, -(-size // part), add, zeros)
+        return list(map(jnp.sum, sums))
 
     def elsewhere() -> list[jax.Array]:
-        first = values(*[x[:1] for x in flat], others)
-        return [jnp.sum(x) for x in first]  # not used
+        return list(map(jnp.sum, values(*[x[:1] for x in flat], others)))  # not used
 
     return lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+
+
+@sums_by_parts.defjvp
+def _sums_by_parts_jvp(values: Any, primals: Any, tangents: Any) -> Any:
+    # Derived part by part, what each part needs again would be kept.
+    @jax.checkpoint
+    def at_once(arrays: Any, others: Any) -> list[jax.Array]:
+        return list(map(jnp.sum, values(*arrays, others)))
+
+    _, tangent = jax.jvp(at_once, primals, tangents)
+    return sums_by_parts(values, *primals), tangent
 
 
 def _for_a_sum_on_cpu(

@@ -96,11 +96,17 @@ def clip_spikes(
     check_decay(decay, "decay")
     check_count(warmup_steps, "warmup_steps", 0)
 
+    def numbers_at(dtype: Any, count: jax.Array) -> Any:
+        b, rest = shares = shares_of(decay, dtype)
+        wide = jnp.asarray(theta, dtype)
+        moved = 1 / jnp.sqrt(b / wide + rest)
+        return shares, jnp.sqrt(wide), moved, count >= warmup_steps
+
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_Spikes(theta, decay, warmup_steps), 1, options)
+    return elementwise(_Spikes(), numbers_at, 1, options)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Spikes:
     """The moment is the root of the average square, negative where it clipped.
 
@@ -108,34 +114,23 @@ class _Spikes:
     bound.
     """
 
-    theta: Any
-    decay: Any
-    warmup_steps: Any
-
-    def numbers(self, dtype: Any, count: jax.Array) -> Any:
-        b, rest = shares = shares_of(self.decay, dtype)
-        theta = jnp.asarray(self.theta, dtype)
-        moved = 1 / jnp.sqrt(b / theta + rest)
-        return shares, jnp.sqrt(theta), moved, count >= self.warmup_steps
-
     def advance(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> list[jax.Array]:
         root = jnp.abs(moments[0])
+        shares, _, _, _ = numbers
         spike, bound = self._spike(x, root, numbers)
         size = jnp.where(spike, bound, jnp.abs(x.astype(root.dtype)))
-        new = root_of_mean(root, size, numbers[0], 2.0)
-        return [jnp.where(bad, moments[0], jnp.where(spike, -new, new))]
+        new = root_of_mean(root, size, shares, 2.0)
+        return [jnp.where(spike, -new, new)]
 
     def respond(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> jax.Array:
-        root = jnp.abs(moments[0])
+        _, _, moved, _ = numbers
+        (root,) = moments
         wide = x.astype(root.dtype)
-        spike, bound = self._spike(x, root, numbers)  # of a root that stayed
-        spike = jnp.where(bad, spike, moments[0] < 0)
-        bound = jnp.where(bad, bound, root * numbers[2])
-        return jnp.where(spike, jnp.sign(wide) * bound, wide)
+        return jnp.where(jnp.signbit(root), jnp.sign(wide) * -root * moved, wide)
 
     def change(
         self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
@@ -210,37 +205,30 @@ def scale_by_acclip(
     if alpha < 1:
         raise ValueError(f"Expected alpha >= 1, got alpha={alpha}.")
 
+    def numbers_at(dtype: Any, count: jax.Array) -> Any:
+        return shares_of(b1, dtype), shares_of(b2, dtype), jnp.asarray(eps, dtype)
+
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_ACClip(b1, b2, eps, float(alpha)), 2, options)
+    return elementwise(_ACClip(float(alpha)), numbers_at, 2, options)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _ACClip:
     """The moments are those of the updates and of their magnitudes."""
 
-    b1: Any
-    b2: Any
-    eps: Any
     alpha: float
 
-    def numbers(self, dtype: Any, count: jax.Array) -> Any:
-        eps = jnp.asarray(self.eps, dtype)
-        return shares_of(self.b1, dtype), shares_of(self.b2, dtype), eps
-
     def advance(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> list[jax.Array]:
         of_mean, of_tau, _ = numbers
         mean, tau = moments
         wide = x.astype(mean.dtype)
-        new = (
-            mean_of(mean, wide, of_mean),
-            root_of_mean(tau, jnp.abs(wide), of_tau, self.alpha),
-        )
-        return [jnp.where(bad, m, n) for m, n in zip(moments, new, strict=True)]
+        tau = root_of_mean(tau, jnp.abs(wide), of_tau, self.alpha)
+        return [mean_of(mean, wide, of_mean), tau]
 
     def respond(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any, bad: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> jax.Array:
         _, _, eps = numbers
         mean, tau = moments
@@ -251,8 +239,8 @@ class _ACClip:
     def change(
         self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> tuple[jax.Array, jax.Array]:
-        new = self.advance(x, moments, numbers, False)
-        return new[0], self.respond(x, new, numbers, False)
+        new = self.advance(x, moments, numbers)
+        return new[0], self.respond(x, new, numbers)
 
 
 def mixed_clip(
@@ -334,13 +322,15 @@ def mixed_clip(
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
             arrays = _policies.sanitize(arrays)
-        # First chosen and then measured: XLA can write the new ones in place.
         bad = of_gradient.summary.nonfinite
-        momenta = [
-            jnp.where(bad, m, mean_of(m, x.astype(m.dtype), decay))
+        moved = [
+            mean_of(m, x.astype(m.dtype), decay)
             for m, x in zip(state, arrays, strict=True)
         ]
-        of_momentum = clip(momenta, {})
+        # First chosen and then measured: XLA can write the new ones in place.
+        kept = [jnp.where(bad, m, n) for m, n in zip(state, moved, strict=True)]
+        goes_on = options.nonfinite == "sanitize"
+        of_momentum = clip(moved if goes_on else kept, {})
         share = jnp.asarray(nu, jnp.float32)
         mixed = [
             (
@@ -352,7 +342,7 @@ def mixed_clip(
         if options.nonfinite == "zero":
             zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
             mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
-        return Step(mixed, of_gradient.summary, momenta, settled=True)
+        return Step(mixed, of_gradient.summary, kept, settled=True)
 
     return transformation(lambda leaves: zeros_like(leaves, 1), step, rule, options)
 

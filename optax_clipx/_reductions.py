@@ -19,7 +19,7 @@ from jax import lax
 
 from . import _mesh
 from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._leaf_sums import Terms, sums_by_parts
+from ._leaf_sums import Terms, can_go_by_parts, sums_by_parts
 from ._leaves import Path
 from ._parts import cut, unknown
 
@@ -165,8 +165,8 @@ class _Measured(NamedTuple):
     dtype: Any
 
     def leaves(self, trees: Any, extras: Any) -> list[jax.Array]:
-        """The derived leaves, tree after tree."""
-        return jax.tree.leaves(self.derive(trees, extras))
+        """The derived leaves, tree after tree; for derivatives they are made again."""
+        return jax.tree.leaves(jax.checkpoint(self.derive)(trees, extras))
 
     def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
         """The same in the accumulator's dtype."""
@@ -214,6 +214,8 @@ def _squares_by_parts(
             wide = list(map(times, wide, factors))
         return list(map(_square, wide))
 
+    if not can_go_by_parts(arrays):
+        return None
     return sums_by_parts(squares, arrays, (extras, factors))
 
 

@@ -250,18 +250,19 @@ def scale_by_stable_adam(
         rms = found.value
         bad = any_of(flags[0].value) if flags else jnp.any(~jnp.isfinite(rms))
         scale = 1 / jnp.maximum(rms, 1)
-        # First chosen and then used: XLA can write the new moments in place.
-        means = [
-            jnp.where(bad, m, mean_of(m, x.astype(m.dtype), now_b1))
+        moved = [
+            mean_of(m, x.astype(m.dtype), now_b1)
             for m, x in zip(means, arrays, strict=True)
-        ]
-        roots = [
-            jnp.where(bad, r, root_of_mean(r, jnp.abs(x.astype(r.dtype)), now_b2, 2.0))
+        ] + [
+            root_of_mean(r, jnp.abs(x.astype(r.dtype)), now_b2, 2.0)
             for r, x in zip(roots, arrays, strict=True)
         ]
+        # First chosen and then used: XLA can write the new moments in place.
+        kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
+        used = moved if options.nonfinite == "sanitize" else kept
         out = []
-        for m, r, f, s in zip(means, roots, floors, every.spread(scale), strict=True):
-            size = r + f
+        for i, s in enumerate(every.spread(scale)):
+            m, size = used[i], used[each + i] + floors[i]
             out.append(s.astype(m.dtype) * (m / jnp.where(size > 0, size, 1)))
         over = rms > 1
         top = jnp.max(rms)
@@ -275,7 +276,7 @@ def scale_by_stable_adam(
             nonfinite=bad,
             unusable=jnp.zeros((), jnp.bool_),
         )
-        new = (means + roots, jnp.where(bad, steps, advanced(steps, True)))
+        new = (kept, jnp.where(bad, steps, advanced(steps, True)))
         return finish(leaves, out, summary, new, options)._replace(settled=True)
 
     def init(leaves: Leaves) -> Any:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from methods import MOMENTS as EVERY
 
 import optax_clipx as clipx
+from optax_clipx import _reductions as reductions
 
 GOLDEN = Path(__file__).parent / "golden"
 INPUTS = np.load(GOLDEN / "inputs.npz")
@@ -412,3 +413,76 @@ def test_derivatives_at_zero_entries_are_finite(make):
         return jnp.sum(tx.update(2 * x, state)[0])
 
     assert bool(jnp.all(jnp.isfinite(jax.grad(after_two)(jnp.array([0.0, 1.0])))))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(clipx.scale_by_acclip, b1=0.5, b2=0.5),
+        clipx.scale_by_stable_adam,
+        partial(clipx.mixed_clip, 1.0, nu=0.5),
+        partial(clipx.clip_spikes, 4.0, warmup_steps=0),
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_sanitized_updates_go_on_where_the_moments_stay(make, bad):
+    spoiled = jnp.array([bad, 1.0, 20.0])
+    tx = make(nonfinite="sanitize")
+    _, state = tx.update(jnp.array([1.0, 2.0, 3.0]), tx.init(jnp.zeros(3)))
+    found, after = tx.update(spoiled, state)
+    want, _ = tx.update(jnp.nan_to_num(spoiled), state)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    chex.assert_trees_all_equal(after.rule, state.rule)
+
+
+def test_a_spike_is_clipped_where_the_root_underflows():
+    tx = clipx.clip_spikes(0.5, decay=0.5, warmup_steps=0)
+    state = tx.init(jnp.zeros(2))._replace(rule=[jnp.full((2,), 1.3e-38)])
+    clipped, _ = tx.update(jnp.ones(2), state)
+    assert float(jnp.max(clipped)) < 1e-37
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_injected_numbers_are_traced_once():
+    """Outside of jit each step makes a transformation anew."""
+    tx = optax.inject_hyperparams(clipx.clip_spikes)(theta=50.0)
+    grads = [jnp.ones((7, 5)), jnp.ones(3)]
+    state = tx.init(grads)
+    sizes = []
+    for _ in range(3):
+        _, state = tx.update(grads, state)
+        sizes.append(reductions._norms._cache_size())
+    assert sizes[0] == sizes[-1]
+
+
+@pytest.mark.parametrize(
+    "tx", [clipx.clip(0.5), clipx.clip_spikes(), clipx.scale_by_stable_adam()]
+)
+def test_derivatives_of_large_leaves_take_no_more_than_ten_of_them(tx):
+    def norm_after(x):
+        return tx.update(x, tx.init(x))[1].metrics.clipped_norm
+
+    leaf = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    program = jax.jit(jax.grad(norm_after)).lower(leaf).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 10 * 4 * leaf.size
+
+
+def test_leaves_whose_entries_int32_cannot_count():
+    for tx in (clipx.clip(0.5), clipx.clip_spikes()):
+        huge = jax.ShapeDtypeStruct((2**15 + 1, 2**16), jnp.bfloat16)
+        state = jax.eval_shape(tx.init, huge)
+        assert jax.eval_shape(tx.update, huge, state)[0].shape == huge.shape
+
+
+@pytest.mark.parametrize("size", [2**18 - 1, 2**18, 2**18 + 1])
+def test_what_varies_over_a_mesh_beside_a_large_leaf_that_does_not(size):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def one(grads, limit):
+        tx = clipx.clip(limit[0])
+        return tx.update(grads, tx.init(grads))[0][None]
+
+    limits = jnp.linspace(0.1, 0.9, 8)
+    step = jax.shard_map(one, mesh=mesh, in_specs=(P(), P("x")), out_specs=P("x"))
+    found = jax.jit(step)(jnp.ones(size), limits)
+    np.testing.assert_allclose(found[:, -1], limits)
