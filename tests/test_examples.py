@@ -129,6 +129,7 @@ def test_a_rule_of_ones_own_is_short_and_gets_everything(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_published_experiments_come_out(tmp_path):
     output = tmp_path / "published.png"
     script = "published_experiments.py"
