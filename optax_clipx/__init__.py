@@ -59,9 +59,11 @@ from ._metrics import (
 )
 from ._moments import (
     clip_spikes as clip_spikes,
+    scale_by_acclip as scale_by_acclip,
+)
+from ._momentum import (
     mixed_clip as mixed_clip,
     normalized_momentum as normalized_momentum,
-    scale_by_acclip as scale_by_acclip,
 )
 from ._responses import (
     drop as drop,

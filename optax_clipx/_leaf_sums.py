@@ -1,4 +1,4 @@
-"""Sums over one leaf: which terms are added up, and how each platform does it best."""
+"""Sums over leaves: which terms are added up, and how each platform does it best."""
 
 import functools
 import math

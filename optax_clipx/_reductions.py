@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from . import _mesh
@@ -305,52 +304,8 @@ def _power_norms(
     sums = measured.totals(_of_power(ord), leaves, groups.spread(safe))[0]
     large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
     factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
-    root = jax.tree.map(
-        lambda s, m, f: (m * f) * _power(s, 1 / ord), sums, safe, factor
-    )
+    root = jax.tree.map(lambda s, m, f: (m * f) * power(s, 1 / ord), sums, safe, factor)
     return root, factor
-
-
-def whole(
-    norms: Packed, sizes: Packed, ord: Ord, weights: Sequence[float]
-) -> tuple[jax.Array, jax.Array]:
-    """`(peak, total)` of packed norms, from which `combine` makes the whole norm."""
-    leaves = jax.tree.leaves(norms)
-    peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    if ord == float("inf"):
-        return peak, peak
-    terms = []
-    for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
-        factor = np.asarray(size) * weight if ord == "rms" else weight
-        powers = _power(quotient(n, safe), _exponent(ord))
-        terms.append(jnp.sum(powers * jnp.asarray(factor, n.dtype)))
-    return peak, jnp.sum(jnp.stack(terms))
-
-
-def whole_norm(norms: jax.Array) -> jax.Array:
-    """The 2-norm of norms: that of all groups together."""
-    peak, total = whole(norms, jnp.zeros(norms.shape), 2.0, [1.0])
-    return combine(peak[None], total[None], 1, 2.0)
-
-
-def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Array:
-    """The whole norm from vectors of peaks and totals."""
-    peak = jnp.max(peaks)
-    if ord == float("inf"):
-        return peak
-    power = _exponent(ord)
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    total = jnp.sum(totals * _power(quotient(peaks, safe), power))
-    if ord == "rms":
-        total = total / jnp.asarray(size, total.dtype)
-    norm = safe * _power(total, 1 / power)
-    largest = jnp.finfo(norm.dtype).max
-    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, largest), norm)
-
-
-def _exponent(ord: Ord) -> float:
-    return 2.0 if isinstance(ord, str) else ord
 
 
 def _plain(x: jax.Array) -> tuple[jax.Array]:
@@ -389,7 +344,7 @@ _PEAK = Terms(_magnitude, jnp.max)
 
 @functools.cache
 def _of_power(ord: float) -> Terms:
-    return Terms(lambda x, peak: (_power(quotient(jnp.abs(x), peak), ord),))
+    return Terms(lambda x, peak: (power(quotient(jnp.abs(x), peak), ord),))
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -422,7 +377,8 @@ def widened(x: Any, dtype: Any) -> Any:
     return dtype
 
 
-def _power(x: jax.Array, p: float) -> jax.Array:
+def power(x: jax.Array, p: float) -> jax.Array:
+    """`x**p` of what is not negative, with a derivative of 0 at 0 for p < 1."""
     if p == 1:
         return x
     if p == 2:

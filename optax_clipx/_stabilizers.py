@@ -25,11 +25,12 @@ from ._entries import (
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
 from ._metrics import count as advanced, to_float32
-from ._reductions import norms, whole_norm
+from ._reductions import norms
 from ._responses import normalize
 from ._summary import Summary
 from ._thresholds._base import check_between, check_decay
 from ._transformation import Options, Step, transformation
+from ._whole_norm import whole_norm
 
 
 def stabilize_norm(

@@ -12,8 +12,9 @@ from . import _mesh
 from ._grouping import Groups, Packed, UnitGroups
 from ._leaves import Path
 from ._mesh import Placement
-from ._reductions import Norms, Ord, combine, whole
+from ._reductions import Norms, Ord
 from ._scaling import Scales
+from ._whole_norm import combine, whole
 
 
 class Summary(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._reductions import whole_norm
+from .._whole_norm import whole_norm
 from ._base import (
     Context,
     Threshold,

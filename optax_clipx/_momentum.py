@@ -1,0 +1,187 @@
+"""Momentum that is clipped, alone or together with the gradient."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _policies
+from ._clipping import clip_norms
+from ._entries import check_leaves, mean_of, zeros_like
+from ._leaves import Leaves, flatten
+from ._measures import tree_norm
+from ._methods._smooth import normalize_by_norm
+from ._responses import rescale
+from ._scaling import Response
+from ._thresholds._base import check_decay
+from ._thresholds._constant import as_threshold
+from ._transformation import Options, Step, arrays_in, transformation
+
+
+def mixed_clip(
+    max_norm: Any,
+    *,
+    nu: Any = 0.7,
+    decay: Any = 0.999,
+    response: Response | None = None,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Mixes the clipped momentum with the clipped gradient.
+
+    .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
+              u = \nu\, \mathrm{clip}_t(m) + (1 - \nu)\, \mathrm{clip}_t(g)
+
+    With ``nu=1`` momentum alone, with ``nu=0`` plain clipping. Follow it with
+    :func:`optax.sgd` or a learning rate :math:`\eta`: the paper's :math:`\gamma` is
+    :math:`\eta t`, and its code's form ``response=optax_clipx.smooth``.
+
+    State: one number for each entry.
+
+    Args:
+        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
+            schedule.
+        nu: :math:`\nu`, from 0 to 1.
+        decay: :math:`\beta`, from 0 to below 1.
+        response: what happens above the limit, as in :func:`clip_by`;
+            :func:`rescale` unless given.
+        nonfinite: as in :func:`clip_by`; on such a step the momentum stays as it is.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`, of the gradient's part.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        TypeError: from ``update`` as :func:`clip_by`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> optimizer = clipx.mixed_clip(1.0, nu=0.5, decay=0.75)
+        >>> updates, _ = optimizer.update(jnp.array([2.0]), optimizer.init(jnp.ones(1)))
+        >>> print(updates)
+        [0.75]
+
+    References:
+        Zhang et al., Improved analysis of clipping algorithms for non-convex
+        optimization, 2020, arXiv 2010.02519.
+    """
+    check_decay(decay, "decay")
+    if not isinstance(nu, jax.core.Tracer) and not 0 <= nu <= 1:
+        raise ValueError(f"Expected nu from 0 to 1, got nu={nu}.")
+    respond = rescale if response is None else response
+    rule = as_threshold(max_norm, "max_norm")
+    if rule.uses_params or arrays_in(rule.init(jnp.zeros((), jnp.float32))):
+        raise ValueError(
+            "Expected max_norm to be a number or a schedule, got a rule that adapts:"
+            " the two parts have norms of their own."
+        )
+    options = Options(nonfinite, axis_name, specs, metrics)
+
+    def step(
+        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
+    ) -> Step:
+        def clip(arrays: list[Any], given: Mapping[str, Any]) -> Step:
+            these = leaves._replace(arrays=arrays)
+            return clip_norms(
+                these, params, (), count, given, tree_norm(), rule, respond, options
+            )
+
+        check_leaves(leaves, state, 1)
+        of_gradient = clip(leaves.arrays, extra)
+        arrays = leaves.arrays
+        if options.nonfinite == "sanitize":
+            arrays = _policies.sanitize(arrays)
+        bad = of_gradient.summary.nonfinite
+        moved = [
+            mean_of(m, x.astype(m.dtype), decay)
+            for m, x in zip(state, arrays, strict=True)
+        ]
+        # First chosen and then measured: XLA can write the new ones in place.
+        kept = [jnp.where(bad, m, n) for m, n in zip(state, moved, strict=True)]
+        goes_on = options.nonfinite == "sanitize"
+        of_momentum = clip(moved if goes_on else kept, {})
+        share = jnp.asarray(nu, jnp.float32)
+        mixed = [
+            (
+                share.astype(m.dtype) * m
+                + (1 - share).astype(m.dtype) * g.astype(m.dtype)
+            ).astype(g.dtype)
+            for m, g in zip(of_momentum.arrays, of_gradient.arrays, strict=True)
+        ]
+        if options.nonfinite == "zero":
+            zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
+            mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
+        return Step(mixed, of_gradient.summary, kept, settled=True)
+
+    return transformation(lambda leaves: zeros_like(leaves, 1), step, rule, options)
+
+
+def normalized_momentum(
+    decay: Any = 0.9,
+    target: Any = 1.0,
+    *,
+    eps: Any = 0.0,
+    nonfinite: str = "propagate",
+    axis_name: Any = None,
+    specs: Any = None,
+    metrics: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum of a fixed norm: normalized gradient descent with momentum.
+
+    .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
+              u = \frac{t}{\|m\| + \epsilon}\, m
+
+    Args:
+        decay: :math:`\beta`, from 0 to below 1.
+        target: :math:`t`, as in :func:`normalize_by_norm`.
+        eps: :math:`\epsilon`, in the unit of the updates.
+        nonfinite: as in :func:`clip_by`. A momentum forgets no NaN: to go on after one
+            put :func:`skip_spikes` around.
+        axis_name: as in :func:`clip_by`.
+        specs: as in :func:`clip_by`.
+        metrics: whether the state keeps :class:`ClipMetrics`, of the momentum.
+
+    Returns:
+        A transformation: :func:`optax.ema` and :func:`normalize_by_norm` in a chain.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> optimizer = clipx.normalized_momentum()
+        >>> updates, _ = optimizer.update(jnp.array([0.0, 4.0]),
+        ...                               optimizer.init(jnp.zeros(2)))
+        >>> print(updates)
+        [0. 1.]
+
+    References:
+        Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
+    """
+    check_decay(decay, "decay")
+    chain = optax.chain(
+        optax.ema(decay, debias=False),
+        normalize_by_norm(
+            target,
+            eps=eps,
+            nonfinite=nonfinite,
+            axis_name=axis_name,
+            specs=specs,
+            metrics=metrics,
+        ),
+    )
+
+    def init(params: Any) -> Any:
+        flatten(params, updates=False)  # refuses what is no array
+        return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, chain.update)
