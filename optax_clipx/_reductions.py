@@ -165,7 +165,10 @@ class _Measured(NamedTuple):
 
     def leaves(self, trees: Any, extras: Any) -> list[jax.Array]:
         """The derived leaves, tree after tree; for derivatives they are made again."""
-        return jax.tree.leaves(jax.checkpoint(self.derive)(trees, extras))
+        derive = self.derive
+        if derive is not as_they_are:
+            derive = jax.checkpoint(derive)
+        return jax.tree.leaves(derive(trees, extras))
 
     def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
         """The same in the accumulator's dtype."""
