@@ -456,15 +456,22 @@ def test_injected_numbers_are_traced_once():
 
 
 @pytest.mark.parametrize(
-    "tx", [clipx.clip(0.5), clipx.clip_spikes(), clipx.scale_by_stable_adam()]
+    ("tx", "leaves"),
+    [
+        (clipx.clip(0.5), 8),
+        (clipx.clip_spikes(), 6),
+        (clipx.scale_by_stable_adam(), 20),
+    ],
 )
-def test_derivatives_of_large_leaves_take_no_more_than_ten_of_them(tx):
+def test_derivatives_of_large_leaves_keep_nothing_of_each_part(tx, leaves):
+    """If they did, they would hold 12, 7 and 54 times the leaf."""
+
     def norm_after(x):
         return tx.update(x, tx.init(x))[1].metrics.clipped_norm
 
     leaf = jax.ShapeDtypeStruct((2**20,), jnp.float32)
     program = jax.jit(jax.grad(norm_after)).lower(leaf).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 10 * 4 * leaf.size
+    assert program.memory_analysis().temp_size_in_bytes < leaves * 4 * leaf.size
 
 
 def test_leaves_whose_entries_int32_cannot_count():
