@@ -20,7 +20,8 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
     import optax_clipx  # noqa: F401
 
 
-SMALL = 8  # a test with no more cases than this runs whole
+FEW = 3  # a test with no more cases than this runs whole
+SMALL = 8  # with no more than this, every other case is slow
 SHARE = 10  # of the others every tenth case, and one more where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
@@ -44,10 +45,11 @@ def pytest_collection_modifyitems(config, items):
             cases.setdefault((item.path, item.originalname), []).append(item)
     for table in cases.values():
         for i, item in enumerate(table):
-            if len(table) > SMALL and i % SHARE:
+            share = SHARE if len(table) > SMALL else 2
+            if len(table) > FEW and i % share:
                 item.add_marker(pytest.mark.slow)
                 complete = item.get_closest_marker("complete")
-                if not complete and i % SHARE != SHARE // 2:
+                if not complete and i % share != share // 2:
                     item.add_marker(pytest.mark.whole)
     left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
     config.hook.pytest_deselected(items=left_out)

@@ -108,7 +108,7 @@ def test_warmup_with_units_on_explicit_axes():
     w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x", "y")))
     rule = clipx.warmup(1.0, then=clipx.zscore(), steps=1)
     tx = clipx.clip_by(clipx.unit_norms(), rule)
-    clipped, _ = tx.update(w, tx.init(w), w)
+    clipped, _ = jax.jit(tx.update)(w, tx.init(w), w)
     assert clipped.sharding.spec == P("x", "y")
 
 

@@ -347,7 +347,7 @@ def test_second_derivatives_are_those_of_the_clipped_gradient(over):
         want = np.diag(np.where(inside, -4 * np.sin(2 * np.asarray(x)), 0))
         # The clamp acts on the cotangent, whose derivative by x is a diagonal matrix.
         np.testing.assert_allclose(over(value)(x), want, atol=1e-12)
-        norm = jax.grad(fun(lambda x: clip_norm(x, 0.5)))
+        norm = jax.jit(jax.grad(fun(lambda x: clip_norm(x, 0.5))))
         step = 1e-6 * np.eye(3)
         numeric = [(norm(x + s) - norm(x - s)) / 2e-6 for s in step]
         np.testing.assert_allclose(over(norm)(x), np.stack(numeric, 1), atol=1e-8)

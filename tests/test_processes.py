@@ -55,7 +55,7 @@ def seen_by(processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.whole), 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.whole)])
 def test_several_processes(processes):
     (alone,) = seen_by(1)
     several = seen_by(processes)

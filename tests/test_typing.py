@@ -53,6 +53,7 @@ def check(checker, file):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*jax.tree_util:DeprecationWarning")
 def test_the_client_runs(tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
