@@ -166,7 +166,7 @@ def markdown(report: dict[str, Any]) -> str:
         for who, ms in table["median_ms"].items():
             ratio = table["ratio_to_clipped_grad"][who]
             memory = table["temporary_megabytes"][who]
-            lines.append(f"| {who} | {ms:.2f} | {ratio:.2f} | {memory:.1f} |")
+            lines.append(f"| {who} | {ms:.2f} | {ratio:.2f} | {memory:.3f} |")
         lines.append("")
     return "\n".join(lines + harness.footer(report))
 

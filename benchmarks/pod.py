@@ -214,7 +214,9 @@ def cells_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         numbers = numbers - next(
             exchanged(other)
             for other in rows
-            if other["clipper"] == "none" and other["topology"] == row["topology"]
+            if other["clipper"] == "none"
+            and other["program"] == "train step"
+            and other["topology"] == row["topology"]
         )
     return [*(f"{n:{sign}}" for n in numbers), " ".join(sorted(dtypes))]
 

@@ -95,6 +95,8 @@ def test_collectives_on_a_pod(tmp_path, leaves):
     )
     rows = json.loads((tmp_path / "pod.json").read_text())
     assert len(rows) == 27
+    # To a train step the norm of the tree adds one all-reduce of three sums.
+    assert "| tree | dim 256 | +1 | +1 | +12 |" in (tmp_path / "pod.md").read_text()
     steps = {r["clipper"]: r for r in rows if r["program"] == "train step"}
     for name in ("zclip", "skip_spikes, tree"):
         fixed = steps["tree"]
