@@ -72,9 +72,9 @@ from ._responses import (
     smooth as smooth,
 )
 from ._spectral import clip_by_spectral_norm as clip_by_spectral_norm
-from ._stabilizers import (
+from ._stabilizers import stabilize_norm as stabilize_norm
+from ._stable_adam import (
     scale_by_stable_adam as scale_by_stable_adam,
-    stabilize_norm as stabilize_norm,
     stable_adamw as stable_adamw,
 )
 from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _mesh
+from ._arithmetic import widened
 from ._examples import (
     ExampleGroups,
     Measured,
@@ -21,8 +22,7 @@ from ._examples import (
     scales_of,
     weighted_sum,
 )
-from ._leaves import Leaves
-from ._reductions import widened
+from ._leaves import Leaves, show
 from ._scaling import Response
 
 
@@ -253,8 +253,20 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
     return tuple(sorted({name for x in batch for name in _mesh.varying(x)}))
 
 
+def refuse_shards(leaves: Leaves, axes: tuple[str, ...]) -> None:
+    """Of parameters that are cut over the examples' axes the sum would mix shards."""
+    for path, leaf in zip(leaves.paths, leaves.arrays, strict=True):
+        both = sorted({*_mesh.varying(leaf)} & {*axes})
+        if both:
+            raise ValueError(
+                f"{show(path)} varies over {both}, as the examples do: shards of it"
+                " cannot be told from copies. Gather it before clipped_grad; or, if it"
+                f" is the same on all devices, pass axis_name={axes}."
+            )
+
+
 def _count(flags: jax.Array) -> jax.Array:
-    return jnp.sum(flags.astype(jnp.int32), axis=0)
+    return jnp.sum(flags, axis=0, dtype=jnp.int32)
 
 
 def _replaced(finite: jax.Array, x: jax.Array) -> jax.Array:

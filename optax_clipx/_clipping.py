@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from . import _metrics, _policies, _scaling, _summary
+from ._arithmetic import accumulator
 from ._elements import clip_by_magnitude
 from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
 from ._leaves import Leaves, flatten, from_prefix, show
 from ._measures import Measure
 from ._mesh import mesh_of, placements
-from ._reductions import Norms, accumulator, as_they_are, norms
+from ._reductions import Norms, as_they_are, norms
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import Context, Threshold

@@ -10,9 +10,10 @@ import optax
 from jax import lax
 
 from . import _mesh, _policies
+from ._arithmetic import accumulator, saturated_quotient, times, widened
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
-from ._reductions import Indicators, Norms, accumulator, norms, times, widened
+from ._reductions import Indicators, Norms, norms
 from ._responses import rescale
 from ._scaling import Response, scales
 from ._summary import Summary
@@ -102,10 +103,15 @@ def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
-    magnitude = jnp.abs(wide)
-    itself = Norms(
-        magnitude, magnitude, jnp.ones_like(magnitude), jnp.square(magnitude)
-    )
+    root = magnitude = jnp.abs(wide)
+    factor = jnp.ones_like(magnitude)
+    if jnp.iscomplexobj(wide):  # of finite parts the magnitude may be infinite
+        most = jnp.maximum(jnp.abs(wide.real), jnp.abs(wide.imag))
+        large = most > float(jnp.finfo(most.dtype).max) / 2
+        factor = jnp.where(large, 0.5, 1).astype(most.dtype)
+        root = jnp.abs(times(wide, factor))
+        magnitude = saturated_quotient(root, factor)
+    itself = Norms(magnitude, root, factor, jnp.square(root))
     limits = jnp.broadcast_to(limit, magnitude.shape)
     found = scales(itself, limits, response)
     fine = jnp.where(jnp.isnan(limits), jnp.nan, found.fine)

@@ -11,9 +11,10 @@ import optax
 from jax import lax
 
 from . import _mesh, _policies
+from ._arithmetic import accumulator, safe_sqrt
 from ._grouping import Packed, ScalarGroups
 from ._leaves import Leaves, show
-from ._reductions import Indicators, accumulator, norms, safe_sqrt
+from ._reductions import Indicators, norms
 from ._summary import Summary
 from ._thresholds._base import stateless
 from ._transformation import Options, Step, by_policy, transformation
@@ -102,7 +103,7 @@ class _Derived:
             other = other.astype(x.dtype)
             before.append(one)
             after.append(other)
-            different.append((one != other.astype(one.dtype)).astype(jnp.float32))
+            different.append((one.astype(x.dtype) != other).astype(jnp.float32))
         found = [before, after, Indicators(different)]
         return [*found, _policies.where_nonfinite(raw)] if self.sanitized else found
 
@@ -202,9 +203,6 @@ def _changed(
 ) -> Summary:
     """Both norms and the share of entries that changed, in one reduction."""
     axis_name = options.axis_name
-    quiet = options.nonfinite in ("propagate", "sanitize")
-    if quiet and _mesh.is_unknown(axis_name, options.specs):
-        axis_name = ()  # No collective is needed but for these: they are the shard's.
     groups = ScalarGroups((0,) * len(leaves.arrays), None)
     norm, clipped_norm, different, *bad = (
         found.value

@@ -86,7 +86,7 @@ def error_feedback(
             x.astype(e.dtype) + e
             for x, e in zip(leaves.arrays, state.error, strict=True)
         ]
-        feed = [w.astype(x.dtype) for w, x in zip(whole, leaves.arrays, strict=True)]
+        feed = [_within(w, x) for w, x in zip(whole, leaves.arrays, strict=True)]
         clipped, inner = wrapped.update(
             leaves.rebuild(feed), state.inner, params, **extra
         )
@@ -104,3 +104,12 @@ def error_feedback(
 def _wide(array: Any) -> Any:
     narrow = jnp.finfo(array.dtype).bits < 32
     return jnp.float32 if narrow else array.dtype
+
+
+def _within(whole: Any, like: Any) -> Any:
+    """In the dtype of the updates; what was finite there stays so."""
+    if jnp.iscomplexobj(like):
+        return whole.astype(like.dtype)
+    most = float(jnp.finfo(like.dtype).max)
+    held = jnp.where(jnp.isfinite(like), jnp.clip(whole, -most, most), whole)
+    return held.astype(like.dtype)

@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 
 from . import _mesh, _scaling
+from ._arithmetic import accumulator, times, widened
 from ._grouping import Packed, ScalarGroups
 from ._leaf_sums import Operands, Terms, reduced
 from ._mesh import Placement, size_of
-from ._reductions import Norms, Ord, _norms, accumulator, as_they_are, times, widened
+from ._reductions import Norms, Ord, _norms, as_they_are
 from ._scaling import Response
 
 

@@ -148,10 +148,14 @@ def _batch_in_turn(
 def _batch_in_rows(
     pairs: list[Any], others: Any, terms: Terms, axes: Axes
 ) -> tuple[list[jax.Array], Any]:
-    """Small leaves of one size as rows of one array, which XLA sums in one loop."""
+    """Small leaves of one size as rows of one array, which XLA sums in one loop.
+
+    On CPU the rows are a copy. Up to 16 KB a leaf that takes no longer than a loop for
+    each leaf; of 2,000 leaves of 32 KB it would take 1.2 to 1.6 times as long.
+    """
     alike: dict[Any, list[int]] = {}
     for i, (leaf, _) in enumerate(pairs):
-        kind = (leaf.size, leaf.dtype, varying(leaf)) if leaf.size <= 2**13 else i
+        kind = (leaf.size, leaf.dtype, varying(leaf)) if leaf.size <= 2**12 else i
         alike.setdefault(kind, []).append(i)
     found = []
     for members in alike.values():

@@ -9,7 +9,7 @@ import optax
 
 from . import _policies
 from ._clipping import clip_norms
-from ._entries import check_leaves, mean_of, zeros_like
+from ._entries import at_least_float32, check_leaves, mean_of, zeros_like
 from ._leaves import Leaves, flatten
 from ._measures import tree_norm
 from ._methods._smooth import normalize_by_norm
@@ -181,7 +181,20 @@ def normalized_momentum(
     )
 
     def init(params: Any) -> Any:
-        flatten(params, updates=False)  # refuses what is no array
-        return chain.init(params)
+        leaves = flatten(params, updates=False)  # refuses what is no array
+        return chain.init(leaves.rebuild(_wide(leaves.arrays)))
 
-    return optax.GradientTransformationExtraArgs(init, chain.update)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        leaves = flatten(updates)
+        out, state = chain.update(
+            leaves.rebuild(_wide(leaves.arrays)), state, params, **extra
+        )
+        back = zip(flatten(out).arrays, leaves.arrays, strict=True)
+        return leaves.rebuild([u.astype(x.dtype) for u, x in back]), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(arrays: list[Any]) -> list[Any]:
+    """In float32 at least: a narrow average would stop where its steps round to 0."""
+    return [jnp.asarray(x).astype(at_least_float32(x)) for x in arrays]

@@ -17,6 +17,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _mesh
+from ._arithmetic import (
+    abs_squared,
+    accumulator,
+    clamp_to_one,
+    power,
+    quotient,
+    safe_sqrt,
+    saturated_quotient,
+    times,
+    widened,
+)
 from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
 from ._leaf_sums import Terms, can_go_by_parts, sums_by_parts
 from ._leaves import Path
@@ -50,12 +61,6 @@ _RANGES = {
     jnp.dtype("float32"): _Range(2.0**-76, 2.0**100, 2.0**80, 2.0**-80),
     jnp.dtype("float64"): _Range(2.0**-500, 2.0**1000, 2.0**600, 2.0**-600),
 }
-
-
-def accumulator(arrays: Sequence[Any]) -> Any:
-    """The dtype of sums, limits and scales: float64 if any leaf has it."""
-    wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
-    return jnp.dtype("float64" if wide else "float32")
 
 
 class Indicators(NamedTuple):
@@ -148,7 +153,7 @@ def _norms(
         root, factor = _power_norms(found, trees, extras, ord)
         squares = jax.tree.map(jnp.square, root)
     factor = jax.tree.map(lax.stop_gradient, factor)
-    value = jax.tree.map(_saturated_quotient, root, factor)
+    value = jax.tree.map(saturated_quotient, root, factor)
     fields = [groups.split(field, times) for field in (value, root, factor, squares)]
     return [Norms(*each) for each in zip(*fields, strict=True)]
 
@@ -214,7 +219,7 @@ def _squares_by_parts(
         wide = [x.astype(widened(x, dtype)) for x in derived]
         if factors:
             wide = list(map(times, wide, factors))
-        return list(map(_square, wide))
+        return list(map(abs_squared, wide))
 
     if not can_go_by_parts(arrays):
         return None
@@ -312,13 +317,13 @@ def _power_norms(
 
 
 def _plain(x: jax.Array) -> tuple[jax.Array]:
-    return (_square(x),)
+    return (abs_squared(x),)
 
 
 @functools.cache
 def _scaled(dtype: Any) -> Terms:
     def of(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
-        return (_square(times(x.astype(widened(x, dtype)), factor)),)
+        return (abs_squared(times(x.astype(widened(x, dtype)), factor)),)
 
     return Terms(of, one_on_cpu=True, dtype=dtype)
 
@@ -330,8 +335,8 @@ def _at_three_scales(dtype: Any, one_on_cpu: bool) -> Terms:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = x.astype(widened(x, dtype))
         # What is above 1 is not chosen raised, but must stay finite for gradients.
-        raised = _square(times(_clamp_to_one(x), up))
-        return _square(x), raised, _square(times(x, down))
+        raised = abs_squared(times(clamp_to_one(x), up))
+        return abs_squared(x), raised, abs_squared(times(x, down))
 
     return Terms(of, one_on_cpu=one_on_cpu, dtype=dtype, in_turn=True)
 
@@ -348,65 +353,6 @@ _PEAK = Terms(_magnitude, jnp.max)
 @functools.cache
 def _of_power(ord: float) -> Terms:
     return Terms(lambda x, peak: (power(quotient(jnp.abs(x), peak), ord),))
-
-
-def _square(x: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
-
-
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """A real or complex array times a real one, part by part."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(x.real * factor, x.imag * factor)
-    return x * factor
-
-
-def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x / y`, where `y` may be near the largest number.
-
-    Where it is broadcast, XLA multiplies by `1 / y`, which then would be flushed to 0.
-    """
-    small = jnp.where(y > jnp.finfo(y.dtype).max * 2.0**-28, 2.0**-30, 1)
-    small = small.astype(y.dtype)
-    return (x * small) / (y * small)
-
-
-def widened(x: Any, dtype: Any) -> Any:
-    """The accumulator's dtype, or its complex kin for a complex leaf."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    return dtype
-
-
-def power(x: jax.Array, p: float) -> jax.Array:
-    """`x**p` of what is not negative, with a derivative of 0 at 0 for p < 1."""
-    if p == 1:
-        return x
-    if p == 2:
-        return jnp.square(x)
-    positive = x > 0
-    # x**p has no derivative at 0 for p < 1.
-    return jnp.where(positive, jnp.where(positive, x, 1) ** p, x)
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The root, with a derivative of 0 at 0."""
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
-
-
-def _saturated_quotient(root: jax.Array, factor: jax.Array) -> jax.Array:
-    largest = jnp.finfo(root.dtype).max
-    finite = jnp.isfinite(root)
-    return jnp.where(finite, jnp.minimum(root / factor, largest), root)
-
-
-def _clamp_to_one(x: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(x):
-        return lax.complex(jnp.clip(x.real, -1, 1), jnp.clip(x.imag, -1, 1))
-    return jnp.clip(x, -1, 1)
 
 
 def _can_leave_range(leaf: Any, dtype: Any) -> bool:

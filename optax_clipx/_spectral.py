@@ -11,11 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from . import _mesh, _scaling
+from ._arithmetic import accumulator, quotient, widened
 from ._entries import any_of, finish, with_flags
 from ._grouping import UnitGroups
 from ._leaves import Leaves, show
 from ._measures import LeafAxis, leaf_norms, unit_norms
-from ._reductions import accumulator, norms, quotient, widened
+from ._reductions import norms
 from ._responses import normalize, smooth
 from ._summary import Summary
 from ._thresholds._base import Context, check_static_count

@@ -1,7 +1,6 @@
-"""Norms in the place of norms: Stable-SPAM's stabilizer, and Adam with limited RMS."""
+"""Norms in the place of norms: Stable-SPAM's stabilizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,18 +12,15 @@ from ._entries import (
     NO_RULE,
     any_of,
     at_least_float32,
-    check_leaves,
     finish,
     mean_of,
     refuse_complex,
     root_of_mean,
-    shares_of,
     weight_of,
-    zeros_like,
 )
 from ._grouping import ScalarGroups
 from ._leaves import Leaves
-from ._metrics import count as advanced, to_float32
+from ._metrics import to_float32
 from ._reductions import norms
 from ._responses import normalize
 from ._summary import Summary
@@ -166,210 +162,6 @@ def stabilize_norm(
     return transformation(init, step, NO_RULE, options)
 
 
-def scale_by_stable_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    *,
-    eps: Any = 1e-6,
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
-    metrics: bool = True,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Adam whose step each leaf's RMS limits: update clipping as in Adafactor.
-
-    .. math:: u = \frac{1}{\max(1, \rho)} \cdot \frac{m}{\sqrt{v} + \epsilon}, \qquad
-              \rho = \sqrt{\operatorname{mean}
-                     \bigl(g^2 / \max(v, \epsilon^2)\bigr)}
-
-    with the debiased averages :math:`m, v` of :math:`g` and :math:`g^2`, the current
-    step included. :math:`\rho` is near 1 while the second moment fits the gradients; it
-    rises before a loss spike, and is what the metrics show.
-
-    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry.
-
-    Args:
-        b1: the decay of :math:`m`, from 0 to below 1.
-        b2: the decay of :math:`v`, from 0 to below 1.
-        eps: :math:`\epsilon`, in the unit of the updates.
-        nonfinite: as in :func:`clip_by`; on such a step the moments stay as they are.
-        axis_name: as in :func:`clip_by`.
-        specs: as in :func:`clip_by`.
-        metrics: whether the state keeps :class:`ClipMetrics`: ``norm`` is the largest
-            :math:`\rho` of any leaf, ``threshold`` 1, ``scale`` what its step was
-            multiplied by, ``clipped`` the fraction of leaves above 1.
-
-    Returns:
-        A transformation.
-
-    Raises:
-        ValueError: if a number is out of its range.
-        TypeError: from ``update`` as :func:`clip_by`, and for complex leaves.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> optimizer = clipx.scale_by_stable_adam(eps=0.0)
-        >>> updates, _ = optimizer.update(jnp.array([0.1]), optimizer.init(jnp.ones(1)))
-        >>> print(updates)
-        [1.]
-
-    References:
-        Wortsman et al., Stable and low-precision training for large-scale
-        vision-language models, 2023, arXiv 2304.13013 (StableAdamW).
-    """
-    check_decay(b1, "b1")
-    check_decay(b2, "b2")
-    check_between(eps, "eps", 0, float("inf"))
-    options = Options(nonfinite, axis_name, specs, metrics)
-
-    def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        refuse_complex(leaves)
-        arrays = [jnp.asarray(x) for x in leaves.arrays]
-        if options.nonfinite == "sanitize":
-            arrays = _policies.sanitize(arrays)
-        each = len(arrays)
-        moments, steps = state
-        check_leaves(leaves, moments, 2)
-        now_b1, now_b2 = _decay_at(b1, steps + 1), _decay_at(b2, steps + 1)
-        means, roots = moments[:each], moments[each:]
-        floors = [jnp.asarray(eps, jnp.float32).astype(r.dtype) for r in roots]
-        pairs = list(zip(roots, floors, strict=True))
-        every = ScalarGroups(tuple(range(each)), each)
-        found, *flags = norms(
-            [leaves.arrays, roots],
-            every,
-            "rms",
-            leaves.paths,
-            options.axis_name,
-            options.specs,
-            derive=_Ratios(options.nonfinite == "sanitize"),
-            extras=[(shares_of(now_b2, r.dtype), f) for r, f in pairs],
-        )
-        rms = found.value
-        bad = any_of(flags[0].value) if flags else jnp.any(~jnp.isfinite(rms))
-        scale = 1 / jnp.maximum(rms, 1)
-        moved = [
-            mean_of(m, x.astype(m.dtype), now_b1)
-            for m, x in zip(means, arrays, strict=True)
-        ] + [
-            root_of_mean(r, jnp.abs(x.astype(r.dtype)), now_b2, 2.0)
-            for r, x in zip(roots, arrays, strict=True)
-        ]
-        # First chosen and then used: XLA can write the new moments in place.
-        kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
-        used = moved if options.nonfinite == "sanitize" else kept
-        out = []
-        for i, s in enumerate(every.spread(scale)):
-            m, size = used[i], used[each + i] + floors[i]
-            out.append(s.astype(m.dtype) * (m / jnp.where(size > 0, size, 1)))
-        over = rms > 1
-        top = jnp.max(rms)
-        summary = Summary(
-            norm=top,
-            clipped_norm=jnp.minimum(top, 1),
-            scale=1 / jnp.maximum(top, 1),
-            threshold=jnp.ones_like(top),
-            clipped=jnp.mean(over.astype(rms.dtype)),
-            any_clipped=jnp.any(over),
-            nonfinite=bad,
-            unusable=jnp.zeros((), jnp.bool_),
-        )
-        new = (kept, jnp.where(bad, steps, advanced(steps, True)))
-        return finish(leaves, out, summary, new, options)._replace(settled=True)
-
-    def init(leaves: Leaves) -> Any:
-        return zeros_like(leaves, 2), jnp.zeros((), jnp.int32)
-
-    return transformation(init, step, NO_RULE, options)
-
-
-def stable_adamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    *,
-    eps: Any = 1e-6,
-    weight_decay: Any = 1e-2,
-    mask: Any = None,
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
-    metrics: bool = True,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW whose step each leaf's RMS limits.
-
-    .. math:: \theta \leftarrow \theta - \eta \Bigl(u + \lambda \theta\Bigr)
-
-    with :math:`u` of :func:`scale_by_stable_adam`.
-
-    Args:
-        learning_rate: :math:`\eta`, a number or a schedule.
-        b1: as in :func:`scale_by_stable_adam`.
-        b2: as in :func:`scale_by_stable_adam`.
-        eps: as in :func:`scale_by_stable_adam`.
-        weight_decay: :math:`\lambda`.
-        mask: which leaves decay, as in :func:`optax.adamw`.
-        nonfinite: as in :func:`clip_by`.
-        axis_name: as in :func:`clip_by`.
-        specs: as in :func:`clip_by`.
-        metrics: as in :func:`scale_by_stable_adam`.
-
-    Returns:
-        An optimizer.
-
-    Raises:
-        ValueError: if a number is out of its range, and from ``update`` without
-            ``params``.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> optimizer = clipx.stable_adamw(0.1, eps=0.0, weight_decay=0.0)
-        >>> params = jnp.ones(1)
-        >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
-        >>> print(updates)
-        [-0.1]
-
-    References:
-        Wortsman et al., 2023, arXiv 2304.13013.
-    """
-    return optax.chain(
-        scale_by_stable_adam(
-            b1,
-            b2,
-            eps=eps,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-            specs=specs,
-            metrics=metrics,
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-@dataclass(frozen=True)
-class _Ratios:
-    """The leaves over the roots of their second moments, this step included."""
-
-    sanitized: bool
-
-    def __call__(self, trees: Any, extras: Any) -> Any:
-        raw, roots = trees
-        arrays = _policies.sanitize(raw) if self.sanitized else raw
-        ratios = []
-        for x, root, (shares, floor) in zip(arrays, roots, extras, strict=True):
-            wide = x.astype(root.dtype)
-            root = root_of_mean(root, jnp.abs(wide), shares, 2.0)
-            size = jnp.maximum(root, floor)
-            zero = size == 0  # not for NaN, which the norms must show
-            ratios.append(jnp.where(zero, 0, wide / jnp.where(zero, 1, size)))
-        return [ratios, _policies.where_nonfinite(raw)] if self.sanitized else [ratios]
-
-
 def _raw_and_cut(trees: Any, extras: Any) -> Any:
     """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees
@@ -384,9 +176,3 @@ def _cut(arrays: Any, extras: Any) -> list[jax.Array]:
         over = jnp.abs(wide) > limit.astype(wide.dtype)
         cut.append(jnp.where(over, wide * ratio.astype(wide.dtype), wide))
     return cut
-
-
-def _decay_at(decay: Any, step: Any) -> Any:
-    """The decay that keeps an average debiased: b (1 - b^(t-1)) / (1 - b^t)."""
-    share = jnp.asarray(1 - decay, jnp.float32) / weight_of(decay, step)
-    return 1 - jnp.minimum(share, 1)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from . import _mesh
+from ._arithmetic import safe_sqrt
 from ._clipping import MEASURED, Measured, params_like
 from ._leaves import Leaves, flatten
 from ._measures import Measure, group_norms, leaf_norms
@@ -171,7 +172,7 @@ def _together(found: Norms) -> Norms:
     factor = found.factor[largest]
     change = factor / found.factor
     squares = jnp.sum(found.squares * change * change)
-    root = jnp.sqrt(squares)
+    root = safe_sqrt(squares)
     most = jnp.asarray(jnp.finfo(root.dtype).max, root.dtype)
     value = jnp.where(jnp.isfinite(root), jnp.minimum(root / factor, most), root)
     return Norms(value, root, factor, squares)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._arithmetic import power, quotient
 from ._grouping import Packed
-from ._reductions import Ord, power, quotient
+from ._reductions import Ord
 
 
 def whole(

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _clipped_grad
+from ._arithmetic import accumulator
 from ._batch_arguments import (
     ALONE,
     check_args,
@@ -32,7 +33,6 @@ from ._grouping import ScalarGroups
 from ._leaves import flatten
 from ._measures import Measure, leaf_norms, tree_norm
 from ._mesh import mesh_of
-from ._reductions import accumulator
 from ._responses import rescale
 from ._scaling import Response
 from ._thresholds._base import check_choice, check_static_count
@@ -230,6 +230,9 @@ def clipped_grad(
         with mesh_of([*leaves.arrays, *batch]):
             of_one = measure.groups(leaves)
             assert isinstance(of_one, ScalarGroups)
+            axes = _clipped_grad.example_axes(batch, axis_name)
+            if axis_name is None:
+                _clipped_grad.refuse_shards(leaves, axes)
             wide = accumulator(leaves.arrays)
             limits = limits_of_groups(max_norm, measure, leaves, of_one, shares, wide)
             clipped = _clipped_grad.ClippedGrad(
@@ -247,7 +250,7 @@ def clipped_grad(
                 limits=limits,
                 ord=measure.ord,
                 response=response,
-                axes=_clipped_grad.example_axes(batch, axis_name),
+                axes=axes,
                 dtype=wide,
             )
             sums, counts, norms, aux = clipped.sums(mask, two_pass)
@@ -464,7 +467,13 @@ def _clipped_sums(
         jnp.where(jnp.all(limits >= 0), x, jnp.nan).astype(g.dtype)
         for x, g in zip(sums, arrays, strict=True)
     ]
-    return leaves.rebuild(totals), unpacked(over, measure, leaves)
+    # What passes through because it is empty is added up as well: it loses axis 0.
+    rest = [
+        jnp.sum(x, axis=0, dtype=x.dtype) if np.size(x) == 0 else x
+        for x in leaves.everything
+    ]
+    summed = leaves._replace(everything=rest).rebuild(totals)
+    return summed, unpacked(over, measure, leaves)
 
 
 def _floating(leaf: Any) -> Any:
