@@ -1,6 +1,7 @@
 """Errors say what was expected, what came, and where; and paths rarely taken work."""
 
 import builtins
+import functools
 import os
 import subprocess
 import sys
@@ -687,15 +688,18 @@ def shards_of(function, *, check, specs=None, out=None):
     )
 
 
-def test_moments_of_shards_need_no_word_of_them():
-    tx = clipx.clip_spikes()
+def test_moments_of_shards_must_be_told():
+    """What is not finite on one device has to leave the moments of all as they are."""
     grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
 
-    def step(grads):
+    def step(grads, **options):
+        tx = clipx.clip_spikes(**options)
         return tx.update(grads, tx.init(grads))[0]
 
-    clipped = shards_of(step, check=False)(grads)
-    assert jnp.isfinite(clipped["w"]).all()
+    with pytest.raises(ValueError, match="axis_name="):
+        shards_of(step, check=False)(grads)
+    told = functools.partial(step, axis_name="x")
+    assert jnp.isfinite(shards_of(told, check=False)(grads)["w"]).all()
 
 
 def test_a_matrix_in_shards_of_unknown_dimensions():
