@@ -14,6 +14,11 @@ def accumulator(arrays: Sequence[Any]) -> Any:
     return jnp.dtype("float64" if wide else "float32")
 
 
+def at_least_float32(array: Any) -> Any:
+    """The dtype of what is remembered of an array."""
+    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
+
+
 def abs_squared(x: jax.Array) -> jax.Array:
     """The square of a magnitude; of a complex number without taking its root first."""
     if jnp.iscomplexobj(x):

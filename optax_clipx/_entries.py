@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from . import _mesh, _policies
-from ._arithmetic import accumulator, safe_sqrt
+from ._arithmetic import accumulator, at_least_float32, safe_sqrt
 from ._grouping import Packed, ScalarGroups
 from ._leaves import Leaves, show
 from ._reductions import Indicators, norms
@@ -137,11 +137,6 @@ def check_leaves(leaves: Leaves, moments: Sequence[Any], times: int) -> None:
             f" {seen[: len(seen) // times]}, got {[x.shape for x in leaves.arrays]}."
             " Leave frozen ones out with optax_clipx.excluding or optax.masked."
         )
-
-
-def at_least_float32(array: Any) -> Any:
-    """The dtype of moments of an array."""
-    return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
 
 
 Shares = tuple[jax.Array, jax.Array]  # of an average: a decay, and 1 - decay

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from ._arithmetic import at_least_float32
 from ._clipping import MEASURED
 from ._leaves import flatten
 from ._metrics import nonfinite_flags
@@ -67,7 +68,7 @@ def error_feedback(
 
     def init_fn(params: Any) -> ErrorState:
         leaves = flatten(params, updates=False)
-        zeros = [jnp.zeros_like(x, dtype=_wide(x)) for x in leaves.arrays]
+        zeros = [jnp.zeros_like(x, dtype=at_least_float32(x)) for x in leaves.arrays]
         return ErrorState(clipper.init(params), zeros)
 
     def update_fn(
@@ -99,11 +100,6 @@ def error_feedback(
         return clipped, ErrorState(inner, error)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _wide(array: Any) -> Any:
-    narrow = jnp.finfo(array.dtype).bits < 32
-    return jnp.float32 if narrow else array.dtype
 
 
 def _within(whole: Any, like: Any) -> Any:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from . import _policies
+from ._arithmetic import at_least_float32
 from ._clipping import clip_norms
-from ._entries import at_least_float32, check_leaves, mean_of, zeros_like
+from ._entries import check_leaves, mean_of, zeros_like
 from ._leaves import Leaves, flatten
 from ._measures import tree_norm
 from ._methods._smooth import normalize_by_norm

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from . import _policies, _scaling
+from ._arithmetic import at_least_float32
 from ._entries import (
     NO_RULE,
     any_of,
-    at_least_float32,
     finish,
     mean_of,
     refuse_complex,

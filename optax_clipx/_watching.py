@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from . import _mesh
-from ._arithmetic import safe_sqrt
+from ._arithmetic import safe_sqrt, saturated_quotient
 from ._clipping import MEASURED, Measured, params_like
 from ._leaves import Leaves, flatten
 from ._measures import Measure, group_norms, leaf_norms
@@ -173,9 +173,7 @@ def _together(found: Norms) -> Norms:
     change = factor / found.factor
     squares = jnp.sum(found.squares * change * change)
     root = safe_sqrt(squares)
-    most = jnp.asarray(jnp.finfo(root.dtype).max, root.dtype)
-    value = jnp.where(jnp.isfinite(root), jnp.minimum(root / factor, most), root)
-    return Norms(value, root, factor, squares)
+    return Norms(saturated_quotient(root, factor), root, factor, squares)
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:
