@@ -24,16 +24,20 @@ import optax_clipx as clipx
 FIXED = {
     "tree": lambda: clipx.clip_by_global_norm(1.0),
     "leaf": lambda: clipx.clip_by_leaf_norm(1.0),
-    "unit": lambda: clipx.clip_by(clipx.unit_norms(), 1.0),
+    "unit": lambda: clipx.clip_by(clipx.measures.unit_norms(), 1.0),
 }
 METHODS = {  # what each measures, and what it must read or write beyond that
     "zclip": ("tree", clipx.zclip, ""),
     "zclip, skip": ("tree", lambda: clipx.zclip(stats="skip"), ""),
-    "autoclip": ("tree", clipx.autoclip, ""),
-    "auto_clip": ("tree", clipx.auto_clip, ""),
     "quantile_clip": ("tree", clipx.quantile_clip, ""),
+    "auto_clip": ("tree", clipx.auto_clip, ""),
+    "quantile_clip, tracker": (
+        "tree",
+        lambda: clipx.quantile_clip(0.9, estimator="tracker"),
+        "",
+    ),
     "log_zscore_clip": ("tree", clipx.log_zscore_clip, ""),
-    "norm_growth_limit": ("tree", clipx.norm_growth_limit, ""),
+    "norm_growth_clip": ("tree", clipx.norm_growth_clip, ""),
     "historical_update_clip": ("tree", clipx.historical_update_clip, ""),
     "smooth_clip": ("tree", lambda: clipx.smooth_clip(1.0), ""),
     "normalize_by_norm": ("tree", lambda: clipx.normalize_by_norm(1.0), ""),
@@ -41,9 +45,11 @@ METHODS = {  # what each measures, and what it must read or write beyond that
     "olmo_ratio_clip": ("leaf", lambda: clipx.olmo_ratio_clip(1.1), ""),
     "adagc, tree": ("tree", lambda: clipx.adagc(scope="tree"), ""),
     "zclip, leaf": ("leaf", lambda: clipx.zclip(scope="leaf"), ""),
-    "quantile_clip, units": (
+    "quantile_clip, tracker, units": (
         "unit",
-        lambda: clipx.quantile_clip(scope=clipx.unit_norms()),
+        lambda: clipx.quantile_clip(
+            0.9, estimator="tracker", scope=clipx.measures.unit_norms()
+        ),
         "",
     ),
     "adaptive_grad_clip": (
@@ -51,8 +57,12 @@ METHODS = {  # what each measures, and what it must read or write beyond that
         lambda: clipx.adaptive_grad_clip(0.01),
         "the parameters",
     ),
-    "clip_spikes": ("tree", clipx.clip_spikes, "a second moment for each entry"),
-    "clip_spikes, by hand": ("tree", lambda: spikes_by_hand(), "the same"),
+    "clip_by_second_moment": (
+        "tree",
+        clipx.clip_by_second_moment,
+        "a second moment for each entry",
+    ),
+    "clip_by_second_moment, by hand": ("tree", lambda: spikes_by_hand(), "the same"),
     "mixed_clip": ("tree", lambda: clipx.mixed_clip(0.5), "a mean for each entry"),
     "mixed_clip, by hand": ("tree", lambda: mixture_by_hand(0.5), "the same"),
     "clip": ("tree", lambda: clipx.clip(0.1), "nothing"),

@@ -30,7 +30,7 @@ CLIPPERS = {
     "group": lambda: clipx.clip_by_group_norm(
         {0: 1.0, 1: 1.0}, lambda path, leaf: int(path[0]) % 2
     ),
-    "unit": lambda: clipx.clip_by(clipx.unit_norms(), 1.0),
+    "unit": lambda: clipx.clip_by(clipx.measures.unit_norms(), 1.0),
     "element": lambda: clipx.clip(0.1),
     "optax tree": lambda: optax.clip_by_global_norm(1.0),
     "by hand, tree": by_hand,

@@ -3,8 +3,8 @@
 Each method sees the same sequences of norms: usual ones (a deviation of 10%) for 150
 steps, then a fault. The published rules are transcribed here in plain Python from their
 formulas, with the faults of their codes left in: no guard against NaN, no floor, no
-patience. tests/test_adaptive_methods.py has ours equal to traces of those codes where
-nothing goes wrong.
+patience. tests/methods/test_adaptive_methods.py has ours equal to traces of those codes
+where nothing goes wrong.
 
     python benchmarks/robustness.py --output docs/results/robustness
 """
@@ -174,20 +174,26 @@ METHODS: dict[str, tuple[str, Run]] = {
     "zclip, stats='skip'": ("ours", ours(zero(clipx.zclip, stats="skip"))),
     "zclip, patience=20": ("ours", ours(zero(clipx.zclip, patience=20))),
     "ZClip": ("published", published(zclip_published)),
-    "autoclip": ("ours", ours(zero(clipx.autoclip))),
-    "autoclip, window=100": ("ours", ours(zero(clipx.autoclip, window=100))),
-    "AutoClip": ("published", published(autoclip_published)),
-    "auto_clip": ("ours", ours(zero(clipx.auto_clip))),
     "quantile_clip": ("ours", ours(zero(clipx.quantile_clip))),
     "quantile_clip, window=100": ("ours", ours(zero(clipx.quantile_clip, window=100))),
+    "AutoClip": ("published", published(autoclip_published)),
+    "auto_clip": ("ours", ours(zero(clipx.auto_clip))),
+    "quantile_clip(0.9), tracker": (
+        "ours",
+        ours(zero(clipx.quantile_clip, 0.9, estimator="tracker")),
+    ),
+    "quantile_clip(0.9), window=100": (
+        "ours",
+        ours(zero(clipx.quantile_clip, 0.9, window=100)),
+    ),
     "adagc": ("ours", ours(zero(clipx.adagc))),
     "adagc, patience=20": ("ours", ours(zero(clipx.adagc, patience=20))),
     "AdaGC": ("published", published(adagc_published)),
     "olmo_ratio_clip(1.5)": ("ours", ours(zero(clipx.olmo_ratio_clip, 1.5))),
-    "norm_growth_limit": ("ours", ours(zero(clipx.norm_growth_limit))),
-    "norm_growth_limit, patience=20": (
+    "norm_growth_clip": ("ours", ours(zero(clipx.norm_growth_clip))),
+    "norm_growth_clip, patience=20": (
         "ours",
-        ours(zero(clipx.norm_growth_limit, patience=20)),
+        ours(zero(clipx.norm_growth_clip, patience=20)),
     ),
     "Fira's limiter": ("published", published(growth_published)),
     "log_zscore_clip": ("ours", ours(zero(clipx.log_zscore_clip))),

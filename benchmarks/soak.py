@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import optax_clipx as clipx
 
-TABLE = pathlib.Path(__file__).parent.parent / "tests" / "methods.py"
+TABLE = pathlib.Path(__file__).parent.parent / "tests" / "all_methods.py"
 METHODS = runpy.run_path(str(TABLE))
 FAULTS = ("none", "nan", "inf", "spike", "zero", "level")
 EVERY, SPIKE, LEVEL, RATE = 50, 1000.0, 30.0, 1e-3
@@ -60,7 +60,7 @@ def transformation(name: str) -> optax.GradientTransformationExtraArgs:
     method = METHODS["EVERY"][name]
     tx = method.make(nonfinite="zero")
     # Its docstring asks for this: a plain momentum forgets no NaN.
-    return tx if method.forgets else clipx.skip_spikes(tx, jnp.inf)
+    return tx if method.forgets else clipx.skip_spikes(tx, threshold=jnp.inf)
 
 
 def start(tx: optax.GradientTransformationExtraArgs, seed: int) -> Run:

@@ -33,7 +33,7 @@ def run_columns(known: dict[str, dict[str, str]]) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            tests = ROOT / "tests" / "test_contract_matrix.py"
+            tests = ROOT / "tests" / "project" / "test_contract_matrix.py"
             cells = [f"{tests}::test_cell[{row}|{column}]" for row in missing]
             command = [sys.executable, "-m", "pytest", "-q", "-m", "", *cells]
             subprocess.run(

@@ -39,7 +39,7 @@ def trainer(steps: int) -> Callable[..., dict[str, np.ndarray]]:
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, None, 0))
     def train(limit: Any, learning_rate: Any, seed: Any) -> Any:
-        tx = clipx.watch(
+        tx = clipx.track_norms(
             optax.chain(
                 clipx.clip_by_global_norm(limit),
                 optax.sgd(learning_rate, task.momentum),
@@ -122,7 +122,7 @@ def main() -> None:
         "histogram": lambda theme: plotting.histogram(run, theme=theme),
         "heatmap": lambda theme: plotting.heatmap(run, theme=theme),
         "ratios": lambda theme: plotting.heatmap(
-            run, prefix="clip_ratios/", theme=theme
+            run, prefix="track_ratios/", theme=theme
         ),
         "compare": lambda theme: plotting.compare(runs, theme=theme),
         "sweep": lambda theme: plotting.sweep(by_limit, theme=theme),

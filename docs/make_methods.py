@@ -32,11 +32,11 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adaptive_grad_clip": lambda: clipx.adaptive_grad_clip(0.2),
     "auto_clip": clipx.auto_clip,
     "zclip": clipx.zclip,
-    "autoclip": clipx.autoclip,
     "quantile_clip": clipx.quantile_clip,
-    "adagc": lambda: clipx.adagc(warmup_steps=20, max_norm=2.0),
+    "quantile_clip_tracker": lambda: clipx.quantile_clip(0.9, estimator="tracker"),
+    "adagc": lambda: clipx.adagc(warmup_steps=20, warmup_max_norm=2.0),
     "olmo_ratio_clip": lambda: clipx.olmo_ratio_clip(1.5),
-    "norm_growth_limit": clipx.norm_growth_limit,
+    "norm_growth_clip": clipx.norm_growth_clip,
     "log_zscore_clip": clipx.log_zscore_clip,
     "historical_update_clip": clipx.historical_update_clip,
     "smooth_clip": lambda: clipx.smooth_clip(2.0),
@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "skip_spikes": lambda: clipx.skip_spikes(optax.identity()),
     "error_feedback": lambda: clipx.error_feedback(clipx.clip_by_global_norm(2.0)),
     "scale_by_stable_adam": clipx.scale_by_stable_adam,
-    "clip_spikes": lambda: clipx.clip_spikes(100.0),
+    "clip_by_second_moment": lambda: clipx.clip_by_second_moment(100.0),
     "stabilize_norm": clipx.stabilize_norm,
     "scale_by_acclip": clipx.scale_by_acclip,
     "mixed_clip": lambda: clipx.mixed_clip(2.0),
@@ -55,7 +55,7 @@ THEMES = {
 }
 LIMIT = "#e0872b"
 # Their limits are not of the norm that is drawn.
-OF_OTHERS = ("clip", "clip_spikes", "stabilize_norm", "clip_by_leaf_norm")
+OF_OTHERS = ("clip", "clip_by_second_moment", "stabilize_norm", "clip_by_leaf_norm")
 OF_OTHERS += ("clip_by_block_rms", "clip_by_spectral_norm", "scale_by_stable_adam")
 # What the 64 entries are where they are no vector.
 FORMS: dict[str, Callable[[Any], Any]] = {

@@ -34,7 +34,7 @@ def of_tensorboard(browser: Browser, logs: Path) -> None:
         page = browser.new_page(viewport={"width": 1360, "height": 860})
         page.goto(address + "#timeseries")
         page.wait_for_selector("card-view")
-        wanted = "clip/(norm|threshold)|clip_norms/rnn/cell/dense_h|loss"
+        wanted = "clip/(norm|threshold)|track_norms/rnn/cell/dense_h|loss"
         page.locator("metrics-tag-filter input").fill(wanted)
         page.locator(".settings-button").click()
         page.wait_for_timeout(4000)

@@ -46,7 +46,7 @@ def make_step(optimizer: optax.GradientTransformation, task: tasks.Task) -> Any:
 def train(task: tasks.Task, limit: float, output: Path) -> clipx.History:
     """Trains, and records every step."""
     model = task.build(nnx.Rngs(0))
-    optimizer = clipx.watch(
+    optimizer = clipx.track_norms(
         optax.chain(
             clipx.clip_by_global_norm(limit), optax.sgd(task.learning_rate, 0.9)
         ),

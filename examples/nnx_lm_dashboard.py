@@ -29,7 +29,7 @@ from optax_clipx.__main__ import main as clipx_command
 METHODS = {
     # An infinite limit clips nothing: it only measures.
     "without": lambda: clipx.clip_by_global_norm(jnp.inf),
-    "quantile_clip": lambda: clipx.quantile_clip(0.9),
+    "quantile_clip": lambda: clipx.quantile_clip(0.9, estimator="tracker"),
 }
 
 
@@ -60,7 +60,7 @@ def train(method: str, arguments: argparse.Namespace) -> clipx.History:
     """Trains with one method and records every step."""
     text, characters = load()
     model = LanguageModel(characters, arguments.hidden, rngs=nnx.Rngs(0))
-    tx = clipx.watch(
+    tx = clipx.track_norms(
         optax.chain(METHODS[method](), optax.sgd(arguments.learning_rate, 0.9))
     )
     state = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -35,7 +35,7 @@ def hampel(k=3.0, window=50):
         after = jnp.concatenate([state.norms[..., 1:], norms[..., None]], axis=-1)
         return limits, HampelState(after)
 
-    return clipx.Threshold(init, update)
+    return clipx.thresholds.Threshold(init, update)
 
 
 # end
@@ -44,11 +44,13 @@ def main():
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
     clippers = {
-        "tree": clipx.clip_by(clipx.tree_norm(), hampel(), nonfinite="zero"),
-        "leaf": clipx.clip_by(clipx.leaf_norms(), hampel(), nonfinite="zero"),
-        "skip": clipx.skip_spikes(optax.identity(), hampel(k=6.0)),
+        "tree": clipx.clip_by(clipx.measures.tree_norm(), hampel(), nonfinite="zero"),
+        "leaf": clipx.clip_by(clipx.measures.leaf_norms(), hampel(), nonfinite="zero"),
+        "skip": clipx.skip_spikes(optax.identity(), threshold=hampel(k=6.0)),
         "at most 2": clipx.clip_by(
-            clipx.tree_norm(), clipx.minimum(hampel(), 2.0), nonfinite="zero"
+            clipx.measures.tree_norm(),
+            clipx.thresholds.minimum(hampel(), 2.0),
+            nonfinite="zero",
         ),
     }
     for name, clipper in clippers.items():

@@ -213,14 +213,14 @@ def smoothness(panel, quick):
 
 def tracked_quantile():
     """The limit of each round, towards the median of LogNormal(0, 1)."""
-    rule = clipx.quantile_tracker(0.5, learning_rate=0.2)
+    rule = clipx.thresholds.quantile_tracker(0.5, learning_rate=0.2)
     state = rule.init(jnp.float32(0))
     # Begins at .1 and sees the share of a batch of 100 at once: the mean of the moves.
     limit, limits = jnp.float32(0.1), []
     for key in jax.random.split(jax.random.key(0), 100):
         norms = jnp.exp(jax.random.normal(key, (100,)))
         states = jax.tree.map(lambda s, t=limit: jnp.full(100, t), state)
-        _, moved = rule.update(norms, states, clipx.Context(0))
+        _, moved = rule.update(norms, states, clipx.thresholds.Context(0))
         limit = jnp.exp(jnp.mean(jnp.log(moved.quantile)))
         limits.append(float(limit))
     return limits
@@ -280,7 +280,7 @@ AFTER_A_SPIKE = {
     "no clipping": (optax.identity, "1.83"),
     "clip_by_global_norm(1)": (lambda: clipx.clip_by_global_norm(1.0), ".084"),
     "zclip": (clipx.zclip, ".045"),
-    "autoclip(10)": (lambda: clipx.autoclip(10.0, max_steps=1000), ".044"),
+    "quantile_clip(0.1)": (lambda: clipx.quantile_clip(0.1, max_steps=1000), ".044"),
     "adagc": (clipx.adagc, ".098"),
     "stabilize_norm": (clipx.stabilize_norm, ".103"),
 }

@@ -5,24 +5,17 @@ from importlib.metadata import version as _version
 from . import (
     backward as backward,
     functional as functional,
+    history as history,
+    measures as measures,
     per_example as per_example,
     plotting as plotting,
+    responses as responses,
+    thresholds as thresholds,
     units as units,
 )
-from ._checkpoints import carry_over as carry_over
-from ._clipping import clip_by as clip_by
-from ._error_feedback import error_feedback as error_feedback
-from ._excluding import excluding as excluding
-from ._measures import (
-    Measure as Measure,
-    group_norms as group_norms,
-    leaf_norms as leaf_norms,
-    magnitudes as magnitudes,
-    tree_norm as tree_norm,
-    unit_norms as unit_norms,
-)
-from ._methods._auto import auto_clip as auto_clip
-from ._methods._fixed import (
+
+# Clipping by value and norm
+from ._methods.fixed import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip as clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -31,82 +24,139 @@ from ._methods._fixed import (
     clip_by_leaf_norm as clip_by_leaf_norm,
     clip_by_value as clip_by_value,
 )
-from ._methods._zscore import (
+from ._clipping.clip_by import clip_by as clip_by
+
+# Adaptive clipping
+from ._methods.auto import auto_clip as auto_clip
+from ._methods.quantile import quantile_clip as quantile_clip
+from ._methods.ratio import (
+    adagc as adagc,
+    norm_growth_clip as norm_growth_clip,
+    olmo_ratio_clip as olmo_ratio_clip,
+)
+from ._methods.smooth import (
+    normalize_by_norm as normalize_by_norm,
+    smooth_clip as smooth_clip,
+)
+from ._methods.zscore import (
     historical_update_clip as historical_update_clip,
     log_zscore_clip as log_zscore_clip,
     zclip as zclip,
 )
-from ._methods._quantile import (
-    autoclip as autoclip,
-    quantile_clip as quantile_clip,
-)
-from ._methods._ratio import (
-    adagc as adagc,
-    norm_growth_limit as norm_growth_limit,
-    olmo_ratio_clip as olmo_ratio_clip,
-)
-from ._methods._smooth import (
-    normalize_by_norm as normalize_by_norm,
-    smooth_clip as smooth_clip,
-)
-from ._metrics import (
-    ClipMetrics as ClipMetrics,
-    ClipState as ClipState,
-    SkipState as SkipState,
-    WatchState as WatchState,
-    check as check,
-    metrics as metrics,
-)
-from ._moments import (
-    clip_spikes as clip_spikes,
-    scale_by_acclip as scale_by_acclip,
-)
-from ._momentum import (
+
+# Matrices and moments
+from ._methods.acclip import scale_by_acclip as scale_by_acclip
+from ._methods.mixed import (
     mixed_clip as mixed_clip,
     normalized_momentum as normalized_momentum,
 )
-from ._responses import (
-    drop as drop,
-    normalize as normalize,
-    rescale as rescale,
-    smooth as smooth,
-)
-from ._spectral import clip_by_spectral_norm as clip_by_spectral_norm
-from ._stabilizers import stabilize_norm as stabilize_norm
-from ._stable_adam import (
+from ._methods.second_moment import clip_by_second_moment as clip_by_second_moment
+from ._methods.spectral import clip_by_spectral_norm as clip_by_spectral_norm
+from ._methods.stabilizers import stabilize_norm as stabilize_norm
+from ._methods.stable_adam import (
     scale_by_stable_adam as scale_by_stable_adam,
     stable_adamw as stable_adamw,
 )
-from ._skipping import reset_moments as reset_moments, skip_spikes as skip_spikes
-from .history import History as History
-from ._suggesting import (
-    Suggestion as Suggestion,
-    suggest_threshold as suggest_threshold,
+
+# Wrappers of an optimizer or a clipper
+from ._wrappers.carry_over import carry_over as carry_over
+from ._wrappers.error_feedback import error_feedback as error_feedback
+from ._wrappers.excluding import excluding as excluding
+from ._wrappers.reset_moments import reset_moments as reset_moments
+from ._wrappers.skip_spikes import (
+    SkipReason as SkipReason,
+    skip_spikes as skip_spikes,
 )
-from ._watching import watch as watch
-from ._sweeping import Sweep as Sweep, find_threshold as find_threshold
+from ._wrappers.track_norms import track_norms as track_norms
+
+# What happened in a step
+from ._clipping.metrics import (
+    ClipMetrics as ClipMetrics,
+    ClipState as ClipState,
+    SkipState as SkipState,
+    TrackState as TrackState,
+    check as check,
+    metrics as metrics,
+)
+
+# Gradients of single examples
 from .per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
-from ._thresholds._auto import auto_threshold as auto_threshold
-from ._thresholds._base import Context as Context, Threshold as Threshold
-from ._thresholds._constant import constant as constant
-from ._thresholds._combine import (
-    minimum as minimum,
-    scaled as scaled,
-    warmup as warmup,
+
+# Recorded runs
+from .runs.history import History as History
+from .runs.suggesting import (
+    Suggestion as Suggestion,
+    suggest_threshold as suggest_threshold,
 )
-from ._thresholds._ema_ratio import (
-    ema_ratio as ema_ratio,
-    group_band as group_band,
-    norm_growth as norm_growth,
+from .runs.sweeping import (
+    Sweep as Sweep,
+    find_threshold as find_threshold,
 )
-from ._thresholds._quantile import (
-    quantile as quantile,
-    quantile_tracker as quantile_tracker,
-)
-from ._thresholds._relative import relative_to_params as relative_to_params
-from ._thresholds._zscore import zscore as zscore
 
 __version__ = _version("optax_clipx")
+
+__all__ = [
+    "ClipMetrics",
+    "ClipState",
+    "History",
+    "SkipReason",
+    "SkipState",
+    "Suggestion",
+    "Sweep",
+    "TrackState",
+    "__version__",
+    "adagc",
+    "adaptive_grad_clip",
+    "auto_clip",
+    "backward",
+    "carry_over",
+    "check",
+    "clip",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_second_moment",
+    "clip_by_spectral_norm",
+    "clip_by_value",
+    "error_feedback",
+    "excluding",
+    "find_threshold",
+    "functional",
+    "historical_update_clip",
+    "history",
+    "log_zscore_clip",
+    "measures",
+    "metrics",
+    "mixed_clip",
+    "norm_growth_clip",
+    "normalize_by_norm",
+    "normalized_momentum",
+    "olmo_ratio_clip",
+    "per_example",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "plotting",
+    "quantile_clip",
+    "reset_moments",
+    "responses",
+    "scale_by_acclip",
+    "scale_by_stable_adam",
+    "skip_spikes",
+    "smooth_clip",
+    "stabilize_norm",
+    "stable_adamw",
+    "suggest_threshold",
+    "thresholds",
+    "track_norms",
+    "units",
+    "zclip",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

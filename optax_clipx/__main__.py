@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _readers, plotting
-from ._escaping import printable, printable_lines
-from ._jsonl import ReadError
-from ._suggesting import suggest_threshold
-from .history import History
+from . import __version__
+from .runs import plotting, readers
+from .runs.escaping import printable, printable_lines
+from .runs.history import History
+from .runs.jsonl import ReadError
+from .runs.suggesting import suggest_threshold
 
 _RUNS = """
 A run is a JSONL file that History wrote, a CSV file, or a TensorBoard event file or its
@@ -147,7 +148,7 @@ def _plot(given: argparse.Namespace) -> None:
         figure = plotting.overview(columns, norm=norm, theme=given.theme, **options)
         _save(figure, path)
     if given.html is not None:
-        from ._html import page
+        from .runs.page import page
 
         named = dict(zip(_labels(given.runs), loaded, strict=True))
         given.html.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def _suggest(given: argparse.Namespace) -> None:
     for label, run in zip(_labels(given.runs), given.runs, strict=True):
         columns, norm = _load(run, given)
         try:
-            limits = _readers.limits_beside(columns, norm)
+            limits = readers.limits_beside(columns, norm)
             found[label] = suggest_threshold(
                 columns[norm], given.clip_rate, limit=limits
             )
@@ -187,7 +188,7 @@ def _compare(given: argparse.Namespace) -> None:
         history = History.load(source, step=given.step)
         name = given.column
         if name not in history.columns:
-            name = _readers.pick(history.columns, given.column, None, source)
+            name = readers.pick(history.columns, given.column, None, source)
         columns = {given.column: history[name], "step": history.steps}
         groups.setdefault(label, []).append(columns)
     figure = plotting.compare(groups, column=given.column, theme=given.theme)
@@ -202,7 +203,7 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _watch(given: argparse.Namespace) -> None:
-    from ._live import follow
+    from .runs.live import follow
 
     if not given.every > 0:
         raise ValueError(f"Expected --every > 0, got {given.every}.")
@@ -213,7 +214,7 @@ def _watch(given: argparse.Namespace) -> None:
 def _load(run: str, given: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
     """The columns of a run and the name of its norm."""
     columns = History.load(run, step=given.step).columns
-    norm = _readers.pick(columns, "norm", given.norm, run)
+    norm = readers.pick(columns, "norm", given.norm, run)
     if not np.isfinite(columns[norm]).any():
         raise ReadError(
             f"{run}: there is no finite number in {norm!r}. Name another column with"

@@ -32,7 +32,7 @@ NORM_METHODS = {
         {"even": limit, "odd": limit}, by_axes, **options
     ),
     "unit_norms": lambda limit, **options: clipx.clip_by(
-        clipx.unit_norms(), limit, **options
+        clipx.measures.unit_norms(), limit, **options
     ),
 }
 ELEMENT_METHODS = {
@@ -44,45 +44,57 @@ ELEMENT_METHODS = {
 RESPONSES = {
     f"tree_{response.__name__}": functools.partial(
         lambda limit, response, **options: clipx.clip_by(
-            clipx.tree_norm(), limit, response, **options
+            clipx.measures.tree_norm(), limit, response, **options
         ),
         response=response,
     )
-    for response in (clipx.normalize, clipx.smooth, clipx.drop)
+    for response in (
+        clipx.responses.normalize,
+        clipx.responses.smooth,
+        clipx.responses.drop,
+    )
 }
 RELATIVE_METHODS = {"adaptive_grad_clip": clipx.adaptive_grad_clip}
 ALL_METHODS = {**NORM_METHODS, **ELEMENT_METHODS, **RESPONSES, **RELATIVE_METHODS}
 # Each with a warm-up so short that it clips in a few steps.
+TRACKED_QUANTILE = partial(clipx.quantile_clip, 0.9, estimator="tracker")
 ADAPTIVE = {
     "zclip": partial(clipx.zclip, warmup_steps=3),
     "zclip_mean": partial(clipx.zclip, warmup_steps=3, mode="mean", max_norm=50.0),
     "zclip_skip_leaf": partial(clipx.zclip, warmup_steps=3, stats="skip", scope="leaf"),
     "auto_clip": clipx.auto_clip,
-    "autoclip": clipx.autoclip,
-    "autoclip_window_leaf": partial(clipx.autoclip, window=5, scope="leaf"),
-    "autoclip_all": partial(clipx.autoclip, max_steps=9, cap=30.0),
+    "quantile_clip": clipx.quantile_clip,
+    "quantile_clip_window_leaf": partial(clipx.quantile_clip, window=5, scope="leaf"),
+    "quantile_clip_all": partial(clipx.quantile_clip, max_steps=9, max_norm=30.0),
     "adagc": partial(clipx.adagc, warmup_steps=3),
     "adagc_tree": partial(clipx.adagc, warmup_steps=3, scope="tree", init="mean"),
     "olmo_ratio_clip": partial(clipx.olmo_ratio_clip, 1.1),
     "log_zscore_clip": clipx.log_zscore_clip,
-    "quantile_clip": clipx.quantile_clip,
-    "quantile_clip_units": partial(clipx.quantile_clip, scope=clipx.unit_norms()),
-    "quantile_clip_window": partial(clipx.quantile_clip, 0.5, window=4),
-    "norm_growth_limit": clipx.norm_growth_limit,
-    "norm_growth_limit_group": partial(
-        clipx.norm_growth_limit, scope=clipx.group_norms(by_axes)
+    "tracked_quantile": TRACKED_QUANTILE,
+    "tracked_quantile_units": partial(
+        TRACKED_QUANTILE, scope=clipx.measures.unit_norms()
+    ),
+    "quantile_clip_middle": partial(clipx.quantile_clip, 0.5, window=4),
+    "norm_growth_clip": clipx.norm_growth_clip,
+    "norm_growth_group": partial(
+        clipx.norm_growth_clip, scope=clipx.measures.group_norms(by_axes)
     ),
     "historical_update_clip": partial(
         clipx.historical_update_clip, window=6, warmup_steps=3
     ),
     "group_band": lambda **options: clipx.clip_by(
-        clipx.leaf_norms(), clipx.group_band(0.5, 2.0), clipx.normalize, **options
+        clipx.measures.leaf_norms(),
+        clipx.thresholds.group_band(0.5, 2.0),
+        clipx.responses.normalize,
+        **options,
     ),
     "warmup_minimum_scaled": lambda **options: clipx.clip_by(
-        clipx.tree_norm(),
-        clipx.warmup(
+        clipx.measures.tree_norm(),
+        clipx.thresholds.warmup(
             3.0,
-            then=clipx.minimum(clipx.scaled(clipx.quantile(0.5), 2.0), 9.0),
+            then=clipx.thresholds.minimum(
+                clipx.thresholds.scaled(clipx.thresholds.quantile(0.5), 2.0), 9.0
+            ),
             steps=2,
         ),
         **options,
@@ -93,7 +105,7 @@ STATELESS = {
     "normalize_by_norm": partial(clipx.normalize_by_norm, 2.0, eps=1e-6),
 }
 MOMENTS = {
-    "clip_spikes": partial(clipx.clip_spikes, 4.0, warmup_steps=1),
+    "clip_by_second_moment": partial(clipx.clip_by_second_moment, 4.0, warmup_steps=1),
     "scale_by_acclip": clipx.scale_by_acclip,
     "scale_by_acclip_1.5": partial(clipx.scale_by_acclip, alpha=1.5),
     "mixed_clip": partial(clipx.mixed_clip, 0.5, decay=0.5),
@@ -116,7 +128,7 @@ def has_few_axes(path, leaf):
 
 
 def by_rule(rule, measure=None):
-    measure = clipx.tree_norm() if measure is None else measure
+    measure = clipx.measures.tree_norm() if measure is None else measure
     return lambda **options: clipx.clip_by(measure, rule, **options)
 
 
@@ -135,20 +147,23 @@ WRAPPERS = {
     ),
     "skip_spikes_zscore": lambda **options: clipx.skip_spikes(
         in_optimizer(**options),
-        clipx.zscore(4.0, warmup_steps=3, stats="skip", patience=5),
+        threshold=clipx.thresholds.zscore(
+            4.0, warmup_steps=3, stats="skip", patience=5
+        ),
         **place(options),
     ),
     "reset_moments": lambda **options: clipx.reset_moments(
         optax.chain(
-            clipx.clip_spikes(4.0, warmup_steps=1, **options), optax.trace(0.9)
+            clipx.clip_by_second_moment(4.0, warmup_steps=1, **options),
+            optax.trace(0.9),
         ),
         every=7,
         warmup=3,
     ),
-    "watch": lambda **options: clipx.watch(
+    "track_norms": lambda **options: clipx.track_norms(
         in_optimizer(**options), ratios=True, **place(options)
     ),
-    "watch_labels": lambda **options: clipx.watch(
+    "track_norms_labels": lambda **options: clipx.track_norms(
         clipx.clip_by_global_norm(0.1, **options), labels=by_axes, **place(options)
     ),
 }
@@ -157,11 +172,17 @@ OPTIMIZERS = {
     "normalized_momentum": clipx.normalized_momentum,
 }
 RULES = {
-    "constant": by_rule(clipx.constant(0.1)),
-    "magnitudes": by_rule(0.1, clipx.magnitudes()),
-    "norm_growth": by_rule(clipx.norm_growth(1.05), clipx.leaf_norms()),
-    "quantile_tracker": by_rule(clipx.quantile_tracker(0.8), clipx.leaf_norms()),
-    "relative_to_params": by_rule(clipx.relative_to_params(0.1), clipx.leaf_norms()),
+    "constant": by_rule(clipx.thresholds.constant(0.1)),
+    "magnitudes": by_rule(0.1, clipx.measures.magnitudes()),
+    "norm_growth": by_rule(
+        clipx.thresholds.norm_growth(1.05), clipx.measures.leaf_norms()
+    ),
+    "quantile_tracker": by_rule(
+        clipx.thresholds.quantile_tracker(0.8), clipx.measures.leaf_norms()
+    ),
+    "relative_to_params": by_rule(
+        clipx.thresholds.relative_to_params(0.1), clipx.measures.leaf_norms()
+    ),
 }
 
 
@@ -196,7 +217,7 @@ ALSO = {
     "tree_drop": ("drop",),
     "constant": ("rescale",),
     "norm_growth": ("leaf_norms",),
-    "norm_growth_limit_group": ("group_norms",),
+    "norm_growth_group": ("group_norms",),
     "warmup_minimum_scaled": ("minimum", "scaled", "quantile"),
     "auto_clip": ("auto_threshold",),
     "adagc": ("ema_ratio",),
@@ -240,9 +261,9 @@ def remembered(state):
     def one(node):
         if isinstance(node, clipx.ClipMetrics):
             return node.steps, node.num_clipped, node.num_nonfinite
-        if isinstance(node, clipx.WatchState):
+        if isinstance(node, clipx.TrackState):
             return remembered(node.inner)
         return node
 
-    kinds = (clipx.ClipMetrics, clipx.WatchState)
+    kinds = (clipx.ClipMetrics, clipx.TrackState)
     return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, kinds))

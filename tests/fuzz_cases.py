@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from all_methods import (
+    ALL_METHODS,
+    EVERY,
+    OPTIMIZERS,
+    WRAPPERS as WRAPPED,
+    has_few_axes,
+)
 from hypothesis import strategies as st
 from jax import lax
-from methods import ALL_METHODS, EVERY, OPTIMIZERS, WRAPPERS as WRAPPED, has_few_axes
 
 import optax_clipx as clipx
 
@@ -54,9 +60,12 @@ class Config(NamedTuple):
 
 WRAPPERS: dict[str, Callable[..., Any]] = {
     "itself": lambda tx, mask: tx,
-    "watch": lambda tx, mask: clipx.watch(tx),
+    "track_norms": lambda tx, mask: clipx.track_norms(tx),
     "skip_spikes": lambda tx, mask: clipx.skip_spikes(
-        tx, clipx.zscore(4.0, warmup_steps=3, stats="skip", patience=5)
+        tx,
+        threshold=clipx.thresholds.zscore(
+            4.0, warmup_steps=3, stats="skip", patience=5
+        ),
     ),
     "error_feedback": lambda tx, mask: clipx.error_feedback(tx),
     "excluding": lambda tx, mask: clipx.excluding(tx, has_few_axes),

@@ -28,7 +28,9 @@ METHODS = {
     "zero": partial(clipx.clip_by_global_norm, 1.0, nonfinite="zero"),
     "zero_units": partial(clipx.adaptive_grad_clip, 0.1, nonfinite="zero"),
     "sanitize": partial(clipx.clip_by_global_norm, 1.0, nonfinite="sanitize"),
-    "drop": partial(clipx.clip_by, clipx.tree_norm(), 200.0, clipx.drop),
+    "drop": partial(
+        clipx.clip_by, clipx.measures.tree_norm(), 200.0, clipx.responses.drop
+    ),
 }
 
 

@@ -15,7 +15,7 @@ import optax_clipx as clipx
 folder, steps, every = Path(sys.argv[1]), int(sys.argv[2]), 4
 optimizer = clipx.skip_spikes(
     optax.chain(clipx.zclip(warmup_steps=5), optax.adam(1e-2)),
-    clipx.zscore(6.0, window=16, warmup_steps=8),
+    threshold=clipx.thresholds.zscore(6.0, window=16, warmup_steps=8),
 )
 
 

@@ -24,34 +24,40 @@ STATEFUL = {
     "normalize_by_norm": clipx.normalize_by_norm(1.0),
     "clip_by_spectral_norm": clipx.clip_by_spectral_norm(1.0),
     "clip_by schedule": clipx.clip_by(
-        clipx.tree_norm(), optax.linear_schedule(4.0, 1.0, 8), metrics=False
+        clipx.measures.tree_norm(), optax.linear_schedule(4.0, 1.0, 8), metrics=False
     ),
     "clip_by band": clipx.clip_by(
-        clipx.leaf_norms(), clipx.group_band(0.5, 2.0), clipx.normalize
+        clipx.measures.leaf_norms(),
+        clipx.thresholds.group_band(0.5, 2.0),
+        clipx.responses.normalize,
     ),
     "clip_by combined": clipx.clip_by(
-        clipx.tree_norm(),
-        clipx.warmup(
+        clipx.measures.tree_norm(),
+        clipx.thresholds.warmup(
             3.0,
-            then=clipx.minimum(clipx.scaled(clipx.quantile(0.5), 2.0), 9.0),
+            then=clipx.thresholds.minimum(
+                clipx.thresholds.scaled(clipx.thresholds.quantile(0.5), 2.0), 9.0
+            ),
             steps=2,
         ),
     ),
     "zclip": clipx.zclip(warmup_steps=3),
     "zclip leaf": clipx.zclip(warmup_steps=3, stats="skip", scope="leaf"),
     "auto_clip": clipx.auto_clip(),
-    "autoclip": clipx.autoclip(),
-    "autoclip window": clipx.autoclip(window=4, scope="leaf"),
-    "autoclip all": clipx.autoclip(max_steps=9),
+    "quantile_clip": clipx.quantile_clip(),
+    "quantile_clip window": clipx.quantile_clip(window=4, scope="leaf"),
+    "quantile_clip all": clipx.quantile_clip(max_steps=9),
     "adagc": clipx.adagc(warmup_steps=3),
     "adagc tree": clipx.adagc(warmup_steps=3, scope="tree"),
     "olmo_ratio_clip": clipx.olmo_ratio_clip(1.1),
     "log_zscore_clip": clipx.log_zscore_clip(),
-    "quantile_clip": clipx.quantile_clip(),
-    "quantile_clip units": clipx.quantile_clip(scope=clipx.unit_norms()),
-    "norm_growth_limit": clipx.norm_growth_limit(),
+    "tracked quantile": clipx.quantile_clip(0.9, estimator="tracker"),
+    "tracked quantile units": clipx.quantile_clip(
+        0.9, estimator="tracker", scope=clipx.measures.unit_norms()
+    ),
+    "norm_growth_clip": clipx.norm_growth_clip(),
     "historical_update_clip": clipx.historical_update_clip(window=5, warmup_steps=3),
-    "clip_spikes": clipx.clip_spikes(warmup_steps=2),
+    "clip_by_second_moment": clipx.clip_by_second_moment(warmup_steps=2),
     "mixed_clip": clipx.mixed_clip(1.0),
     "normalized_momentum": clipx.normalized_momentum(),
     "scale_by_acclip": clipx.scale_by_acclip(),
@@ -65,9 +71,9 @@ STATEFUL = {
     ),
     "skip_spikes": clipx.skip_spikes(
         optax.chain(clipx.zclip(warmup_steps=3), clipx.scale_by_stable_adam()),
-        clipx.zscore(2.5, window=4, warmup_steps=3),
+        threshold=clipx.thresholds.zscore(2.5, window=4, warmup_steps=3),
     ),
-    "watch": clipx.watch(
+    "track_norms": clipx.track_norms(
         optax.chain(clipx.clip_by_global_norm(1.0), optax.scale(-0.1)), ratios=True
     ),
 }

@@ -29,18 +29,20 @@ def kernels_alone(path: tuple[str, ...], leaf: Any) -> tuple[int, ...] | None:
     return (0,) if path[-1] == "kernel" else None
 
 
-def twice_the_last() -> clipx.Threshold:
+def twice_the_last() -> clipx.thresholds.Threshold:
     """A rule of one's own."""
 
     def init(norms: Any) -> Any:
         return jax.tree.map(lambda n: jnp.full_like(n, jnp.inf), norms)
 
-    def update(norms: Any, state: Any, context: clipx.Context) -> tuple[Any, Any]:
+    def update(
+        norms: Any, state: Any, context: clipx.thresholds.Context
+    ) -> tuple[Any, Any]:
         assert_type(context.step, jax.Array | int)
         assert_type(context.labels, list[Any] | None)
         return state, jax.tree.map(lambda n: 2 * n, norms)
 
-    return clipx.Threshold(init, update)
+    return clipx.thresholds.Threshold(init, update)
 
 
 def half(norms: jax.Array, limits: jax.Array) -> jax.Array:
@@ -62,28 +64,33 @@ CLIPPERS: dict[str, Clipper] = {
     "adaptive_grad_clip": clipx.adaptive_grad_clip(0.01, axis=clipx.units.flax),
     "zclip": clipx.zclip(2.5, mode="mean", max_norm=1.0),
     "auto_clip": clipx.auto_clip(),
-    "autoclip": clipx.autoclip(10.0, window=20),
+    "quantile_clip": clipx.quantile_clip(0.1, window=20),
     "adagc": clipx.adagc(1.05, scope="tree"),
     "olmo_ratio_clip": clipx.olmo_ratio_clip(2.0),
     "log_zscore_clip": clipx.log_zscore_clip(),
-    "quantile_clip": clipx.quantile_clip(),
-    "norm_growth_limit": clipx.norm_growth_limit(),
+    "tracked quantile": clipx.quantile_clip(0.9, estimator="tracker"),
+    "norm_growth_clip": clipx.norm_growth_clip(),
     "smooth_clip": clipx.smooth_clip(1.0),
     "normalize_by_norm": clipx.normalize_by_norm(),
     "clip_by_spectral_norm": clipx.clip_by_spectral_norm(1.0),
-    "clip_spikes": clipx.clip_spikes(),
+    "clip_by_second_moment": clipx.clip_by_second_moment(),
     "mixed_clip": clipx.mixed_clip(1.0),
-    "own rule": clipx.clip_by(clipx.tree_norm(), twice_the_last()),
-    "own response": clipx.clip_by(clipx.leaf_norms("rms"), 1.0, half),
-    "prefix": clipx.clip_by(clipx.leaf_norms(), {"kernel": 1.0, "bias": np.inf}),
+    "own rule": clipx.clip_by(clipx.measures.tree_norm(), twice_the_last()),
+    "own response": clipx.clip_by(clipx.measures.leaf_norms("rms"), 1.0, half),
+    "prefix": clipx.clip_by(
+        clipx.measures.leaf_norms(), {"kernel": 1.0, "bias": np.inf}
+    ),
     "units": clipx.clip_by(
-        clipx.unit_norms(axis=kernels_alone),
-        clipx.relative_to_params(0.1),
-        clipx.smooth,
+        clipx.measures.unit_norms(axis=kernels_alone),
+        clipx.thresholds.relative_to_params(0.1),
+        clipx.responses.smooth,
         metrics=False,
     ),
     "groups": clipx.clip_by(
-        clipx.group_norms(by_name), clipx.minimum(clipx.zscore(), clipx.constant(1.0))
+        clipx.measures.group_norms(by_name),
+        clipx.thresholds.minimum(
+            clipx.thresholds.zscore(), clipx.thresholds.constant(1.0)
+        ),
     ),
     "excluding": clipx.excluding(clipx.clip_by_leaf_norm(1.0), ("bias",)),
     "error_feedback": clipx.error_feedback(clipx.clip_by_global_norm(1.0)),
@@ -101,9 +108,14 @@ def clipping() -> None:
 def optimizers() -> None:
     adam = optax.chain(clipx.zclip(), optax.adam(1e-3))
     wrapped: list[optax.GradientTransformation] = [
-        clipx.skip_spikes(adam, clipx.warmup(1.0, then=clipx.quantile(0.9), steps=5)),
+        clipx.skip_spikes(
+            adam,
+            threshold=clipx.thresholds.warmup(
+                1.0, then=clipx.thresholds.quantile(0.9), steps=5
+            ),
+        ),
         clipx.reset_moments(optax.adam(1e-3), 100),
-        clipx.watch(adam, labels=by_name, ratios=True),
+        clipx.track_norms(adam, labels=by_name, ratios=True),
         clipx.stable_adamw(1e-3),
         optax.chain(clipx.scale_by_stable_adam(), optax.scale(-1e-3)),
         optax.inject_hyperparams(clipx.clip_by_global_norm)(max_norm=1.0),
@@ -130,7 +142,9 @@ def functions() -> None:
     functional.leaf_norms(GRADS, "rms")
     functional.unit_norms(GRADS, kernels_alone)
     assert_type(functional.group_norms(GRADS, by_name), dict[Any, jax.Array])
-    assert_type(clipx.rescale(jnp.array(2.0), jnp.array(1.0), eps=1e-6), jax.Array)
+    assert_type(
+        clipx.responses.rescale(jnp.array(2.0), jnp.array(1.0), eps=1e-6), jax.Array
+    )
 
 
 def loss(params: Params, x: jax.Array) -> jax.Array:
@@ -141,7 +155,7 @@ def loss(params: Params, x: jax.Array) -> jax.Array:
 
 def per_example() -> None:
     grad_fn = clipx.per_example.clipped_grad(
-        loss, 1.0, microbatch_size=2, response=clipx.normalize
+        loss, 1.0, microbatch_size=2, response=clipx.responses.normalize
     )
     assert_type(grad_fn, Callable[..., tuple[Any, clipx.per_example.ClippedExamples]])
     _, found = grad_fn(PARAMS, jnp.ones((4, 1, 3)))
@@ -153,7 +167,7 @@ def per_example() -> None:
 
 
 def recording(folder: Path) -> None:
-    optimizer = clipx.watch(clipx.clip_by_global_norm(1.0))
+    optimizer = clipx.track_norms(clipx.clip_by_global_norm(1.0))
     state = optimizer.init(PARAMS)
     with clipx.History(folder / "run.jsonl") as history:
         for step in range(20):

@@ -41,17 +41,21 @@ METHODS = {
     "fixed 1.0": Method(zeroing(clipx.clip_by_global_norm), (1.0,), ""),
     "auto_clip": Method(lambda number: clipx.auto_clip(nonfinite="zero"), (0.0,), ""),
     "zclip": Method(zeroing(clipx.zclip), (2.5, 1.25, 5.0), "z_threshold"),
-    "autoclip": Method(zeroing(clipx.autoclip), (10.0, 2.5, 40.0), "percentile"),
+    "quantile_clip": Method(
+        zeroing(clipx.quantile_clip), (0.1, 0.025, 0.4), "quantile"
+    ),
     "adagc": Method(zeroing(clipx.adagc), (1.04, 1.01, 1.16), "ratio"),
-    "quantile_clip": Method(zeroing(clipx.quantile_clip), (0.9, 0.5, 0.98), "q"),
+    "quantile_clip, tracker": Method(
+        zeroing(clipx.quantile_clip, estimator="tracker"), (0.9, 0.5, 0.98), "quantile"
+    ),
     "log_zscore_clip": Method(
         zeroing(clipx.log_zscore_clip), (2.0, 1.0, 4.0), "z_threshold"
     ),
     "historical_update_clip": Method(
         zeroing(clipx.historical_update_clip), (3.0, 1.5, 6.0), "z_threshold"
     ),
-    "norm_growth_limit": Method(
-        zeroing(clipx.norm_growth_limit), (1.01, 1.001, 1.1), "ratio"
+    "norm_growth_clip": Method(
+        zeroing(clipx.norm_growth_clip), (1.01, 1.001, 1.1), "ratio"
     ),
     "adaptive_grad_clip": Method(
         zeroing(clipx.adaptive_grad_clip), (0.01, 0.0025, 0.04), "clipping"

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _policies
-from ._clipping import clip_once
-from ._elements import clamp_once
-from ._measures import LeafAxis, leaf_norms
-from ._responses import rescale
-from ._thresholds._constant import constant
-from ._transformation import Options
+from .._thresholds.constant import constant
+from . import policies
+from .clip_by import clip_once
+from .elements import clamp_once
+from .measures import LeafAxis, leaf_norms
+from .responses import rescale
+from .transformation import Options
 
 
 def clip_value(
@@ -104,7 +104,7 @@ def clip_norm(
         x: an array or a pytree of arrays; cotangents of integer ones pass through.
         max_norm: :math:`t`, in the unit of the cotangent: a number, a scalar array,
             which may be traced, or a pytree prefix of ``x``. Its own cotangent is 0.
-        ord: the order of the norm, as for :func:`optax_clipx.tree_norm`.
+        ord: the order of the norm, as for :func:`optax_clipx.measures.tree_norm`.
         batch_axes: axes along which an array holds examples, each clipped by itself:
             an int, a tuple, or a function of path and leaf.
         nonfinite: as in :func:`optax_clipx.clip_by`; by default a cotangent with an
@@ -137,7 +137,7 @@ def clip_norm(
         arXiv 1308.0850) clips values.
     """
     _check(max_norm, "max_norm")
-    _policies.check_policy(nonfinite)
+    policies.check_policy(nonfinite)
     measure = leaf_norms(ord, batch_axes=batch_axes)
     options = Options(nonfinite, axis_name, specs)
 

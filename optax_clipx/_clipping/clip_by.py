@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _metrics, _policies, _scaling, _summary
-from ._arithmetic import accumulator
-from ._elements import clip_by_magnitude
-from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._leaves import Leaves, flatten, from_prefix, show
-from ._measures import Measure
-from ._mesh import mesh_of, placements
-from ._reductions import Norms, as_they_are, norms
-from ._responses import rescale
-from ._scaling import Response
-from ._thresholds._base import Context, Threshold
-from ._thresholds._constant import as_threshold
-from ._transformation import Options, Step, arrays_in, by_policy, transformation
+from .._devices.mesh import mesh_of, placements
+from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
+from .._reductions.norms import Norms, as_they_are, norms
+from .._thresholds.base import Context, Threshold
+from .._thresholds.constant import as_threshold
+from .._trees.arithmetic import accumulator
+from .._trees.leaves import Leaves, flatten, from_prefix, show
+from . import metrics as _metrics, policies, scaling, summary as _summary
+from .elements import clip_by_magnitude
+from .measures import Measure
+from .responses import rescale
+from .scaling import Response
+from .transformation import Options, Step, arrays_in, by_policy, transformation
 
 
 def clip_by(
@@ -49,13 +49,15 @@ def clip_by(
     ==================  ==================  =========================================
 
     Args:
-        measure: what is measured together: :func:`tree_norm`, :func:`group_norms`,
-            :func:`leaf_norms`, :func:`unit_norms` or :func:`magnitudes`.
+        measure: what is measured together: :func:`measures.tree_norm`,
+            :func:`measures.group_norms`, :func:`measures.leaf_norms`,
+            :func:`measures.unit_norms` or :func:`measures.magnitudes`.
         threshold: a number, a scalar array, an optax schedule, a pytree prefix of
-            these, or a :class:`Threshold`; in the unit of the updates.
-        response: what happens above the limit: :func:`rescale`, :func:`normalize`,
-            :func:`smooth`, :func:`drop`, or any function from norms and limits to
-            scales; far above the limit they must fall as limit over norm, or be 0.
+            these, or a :class:`thresholds.Threshold`; in the unit of the updates.
+        response: what happens above the limit: :func:`responses.rescale`,
+            :func:`responses.normalize`, :func:`responses.smooth`,
+            :func:`responses.drop`, or any function from norms and limits to scales; far
+            above the limit they must fall as limit over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` is a FloatingPointError, ``"sanitize"`` turns NaN into 0
             and infinities into the largest finite number, then clips.
@@ -79,7 +81,8 @@ def clip_by(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipper = clipx.clip_by(clipx.leaf_norms(), 1.0, clipx.drop)
+        >>> from optax_clipx import measures, responses
+        >>> clipper = clipx.clip_by(measures.leaf_norms(), 1.0, responses.drop)
         >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
         >>> grads, _ = clipper.update(grads, clipper.init(grads))
         >>> print(grads["w"], grads["b"])
@@ -91,7 +94,8 @@ def clip_by(
     """
     if not isinstance(measure, Measure):
         raise TypeError(
-            f"Expected a measure such as optax_clipx.tree_norm(), got {measure!r}."
+            "Expected a measure such as optax_clipx.measures.tree_norm(), got"
+            f" {measure!r}."
         )
     if not callable(response):
         raise TypeError(f"Expected response to be a function, got {response!r}.")
@@ -129,7 +133,7 @@ def clip_once(
     norm: Any = None,
 ) -> tuple[Any, Any]:
     """One step without state: the clipped pytree and its norms before."""
-    _policies.check_policy(options.nonfinite)
+    policies.check_policy(options.nonfinite)
     leaves = flatten(updates)
     if not leaves.arrays:
         return updates, measure.unpack(None, leaves)
@@ -204,12 +208,12 @@ def clip_norms(
     params_norms = found[-1].value if rule.uses_params else None
     bad_entries = found[1].value if sanitized else None
     if sanitized:
-        arrays = _policies.sanitize(arrays)
+        arrays = policies.sanitize(arrays)
 
     limits, new_rule = _limits(
         norm, rule, rule_state, step, extra, params_norms, groups, leaves, measure
     )
-    scales = _scaling.scales(norm, limits, response)
+    scales = scaling.scales(norm, limits, response)
     summary = _summary.summarize(
         norm,
         limits,
@@ -225,15 +229,15 @@ def clip_norms(
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
     summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
-    scales, zeroed = _scaling.settle(scales, lost, zero, groups.starts())
+    scales, zeroed = scaling.settle(scales, lost, zero, groups.starts())
     flag = zeroed if options.nonfinite == "zero" else None
-    clipped = _scaling.apply(arrays, groups, scales, flag)
+    clipped = scaling.apply(arrays, groups, scales, flag)
     return Step(clipped, summary, new_rule, norm)
 
 
 def _sanitized_first(trees: Any, extras: Any) -> Any:
     raw, *others = trees
-    return [_policies.sanitize(raw), _policies.where_nonfinite(raw), *others]
+    return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
 
 
 def _limits(

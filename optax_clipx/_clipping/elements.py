@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _mesh, _policies
-from ._arithmetic import accumulator, saturated_quotient, times, widened
-from ._grouping import ScalarGroups
-from ._leaves import Leaves
-from ._reductions import Indicators, Norms, norms
-from ._responses import rescale
-from ._scaling import Response, scales
-from ._summary import Summary
-from ._thresholds._base import Context, Threshold
-from ._thresholds._constant import constant, is_limit
-from ._transformation import Options, Step, by_policy, transformation
+from .._devices import mesh
+from .._reductions.groups import ScalarGroups
+from .._reductions.norms import Indicators, Norms, norms
+from .._thresholds.base import Context, Threshold
+from .._thresholds.constant import constant
+from .._trees.arguments import is_limit
+from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
+from .._trees.leaves import Leaves
+from . import policies
+from .responses import rescale
+from .scaling import Response, scales
+from .summary import Summary
+from .transformation import Options, Step, by_policy, transformation
 
 
 def clip_by_interval(
@@ -129,7 +131,7 @@ def _finish(
 ) -> Step:
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
-        arrays = _policies.sanitize(arrays)
+        arrays = policies.sanitize(arrays)
     pairs = zip(low, high, strict=True)
     unusable = jnp.any(jnp.stack([~(upper >= lower) for lower, upper in pairs]))
     # A bound of NaN makes every entry NaN.
@@ -157,7 +159,7 @@ def _summarize(
     Where nobody reads it, the compiler removes it.
     """
     axis_name = options.axis_name
-    if options.nonfinite in ("propagate", "sanitize") and _mesh.is_unknown(
+    if options.nonfinite in ("propagate", "sanitize") and mesh.is_unknown(
         axis_name, options.specs
     ):
         axis_name = ()  # The clamp itself needs no collective: these are the shard's.
@@ -176,7 +178,7 @@ def _summarize(
             extras=list(zip(low, high, strict=True)),
         )
     )
-    places = _mesh.placements(arrays, leaves.paths, axis_name, options.specs)
+    places = mesh.placements(arrays, leaves.paths, axis_name, options.specs)
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
     nonzero = jnp.where(before > 0, before, 1)
@@ -201,7 +203,7 @@ class _Derived:
 
     def __call__(self, trees: Any, bounds: Any) -> Any:
         (leaves,) = trees
-        before = _policies.sanitize(leaves) if self.sanitized else leaves
+        before = policies.sanitize(leaves) if self.sanitized else leaves
         act = _clamped_for_sums if self.act is _clamp else self.act
         # Behind a barrier: XLA would write out bounds that several sums share.
         here, there = lax.optimization_barrier((bounds, bounds))
@@ -209,7 +211,7 @@ class _Derived:
         outside = [_outside(x, *b) for x, b in zip(before, there, strict=True)]
         if not self.sanitized:
             return [before, after, Indicators(outside)]
-        return [before, after, Indicators(outside), _policies.where_nonfinite(leaves)]
+        return [before, after, Indicators(outside), policies.where_nonfinite(leaves)]
 
 
 def _outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from . import _mesh, _policies
-from ._arithmetic import accumulator, at_least_float32, safe_sqrt
-from ._grouping import Packed, ScalarGroups
-from ._leaves import Leaves, show
-from ._reductions import Indicators, norms
-from ._summary import Summary
-from ._thresholds._base import stateless
-from ._transformation import Options, Step, by_policy, transformation
+from .._devices import mesh
+from .._reductions.groups import Packed, ScalarGroups
+from .._reductions.norms import Indicators, norms
+from .._thresholds.base import stateless
+from .._trees.arithmetic import accumulator, at_least_float32, safe_sqrt
+from .._trees.leaves import Leaves, show
+from . import policies
+from .summary import Summary
+from .transformation import Options, Step, by_policy, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 
@@ -70,7 +71,7 @@ def elementwise(
         numbers = [numbers_at(m.dtype, count) for m in moments[0]]
         summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
         if derive.sanitized:
-            arrays = _policies.sanitize(arrays)
+            arrays = policies.sanitize(arrays)
         bad = summary.nonfinite
         new, out = [], []
         for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
@@ -96,7 +97,7 @@ class _Derived:
 
     def __call__(self, trees: Any, numbers: Any) -> Any:
         raw, *moments = trees
-        arrays = _policies.sanitize(raw) if self.sanitized else raw
+        arrays = policies.sanitize(raw) if self.sanitized else raw
         before, after, different = [], [], []
         for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
             one, other = self.rule.change(x, old, n)
@@ -105,7 +106,7 @@ class _Derived:
             after.append(other)
             different.append((one.astype(x.dtype) != other).astype(jnp.float32))
         found = [before, after, Indicators(different)]
-        return [*found, _policies.where_nonfinite(raw)] if self.sanitized else found
+        return [*found, policies.where_nonfinite(raw)] if self.sanitized else found
 
 
 def finish(
@@ -212,7 +213,7 @@ def _changed(
             extras=numbers,
         )
     )
-    places = _mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
+    places = mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
     size = jnp.asarray(groups.sizes(leaves.arrays, places), norm.dtype)
     share = jnp.square(different) / size
     return Summary(
@@ -230,7 +231,7 @@ def _changed(
 def with_flags(trees: Any, extras: Any) -> Any:
     """The first tree, and which entries of the second are not finite."""
     first, raw = trees
-    return [first, _policies.where_nonfinite(raw)]
+    return [first, policies.where_nonfinite(raw)]
 
 
 def any_of(flags: Packed) -> jax.Array:

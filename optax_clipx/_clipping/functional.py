@@ -9,19 +9,20 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from ._clipping import clip_once
-from ._elements import clamp_once
-from ._measures import (
+from .._thresholds.constant import constant
+from .._thresholds.relative import relative_to_params
+from .._trees.arguments import check_eps, check_limit
+from .clip_by import clip_once
+from .elements import clamp_once
+from .measures import (
     LeafAxis,
     group_norms as _group_norms,
     leaf_norms as _leaf_norms,
     tree_norm as _tree_norm,
     unit_norms as _unit_norms,
 )
-from ._responses import rescale
-from ._thresholds._constant import check_eps, check_limit, constant
-from ._thresholds._relative import relative_to_params
-from ._transformation import Options
+from .responses import rescale
+from .transformation import Options
 
 
 def global_norm(
@@ -83,7 +84,7 @@ def leaf_norms(
         5.0
 
     References:
-        :func:`optax_clipx.leaf_norms` is the measure of the same name.
+        :func:`optax_clipx.measures.leaf_norms` is the measure of the same name.
     """
     return _leaf_norms(ord)(tree, axis_name=axis_name, specs=specs)
 
@@ -96,7 +97,7 @@ def unit_norms(
     Args:
         tree: a pytree of floating-point or complex arrays.
         axis: the axes that one unit spans; ``None`` goes by rank, as for
-            :func:`optax_clipx.unit_norms`.
+            :func:`optax_clipx.measures.unit_norms`.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.
 
@@ -148,7 +149,7 @@ def group_norms(
         5.0 1.0
 
     References:
-        :func:`optax_clipx.group_norms` is the measure of the same name.
+        :func:`optax_clipx.measures.group_norms` is the measure of the same name.
     """
     return _group_norms(labels)(tree, axis_name=axis_name, specs=specs)
 
@@ -301,7 +302,8 @@ def adaptive_grad_clip(
         params: the parameters, at the same paths and of the same shapes.
         clipping: :math:`\lambda`: a number or scalar array.
         eps: :math:`\epsilon`, a floor for the parameters' norm.
-        axis: the axes that one unit spans, as for :func:`unit_norms`.
+        axis: the axes that one unit spans, as for
+            :func:`optax_clipx.measures.unit_norms`.
         nonfinite: as in :func:`optax_clipx.clip_by`.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.

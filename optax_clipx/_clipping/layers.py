@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ._leaves import path_of
+from .._trees.leaves import path_of
 
 Axes = tuple[int, ...]
 Known = dict[Any, tuple[int, Axes]]  # the rank in the layer, and what a unit spans

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _mesh
-from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._leaves import Leaves, Path, flatten, from_prefix, show
-from ._reductions import Ord, norms
+from .._devices import mesh
+from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
+from .._reductions.norms import Ord, norms
+from .._trees.leaves import Leaves, Path, flatten, from_prefix, show
 
 Axis = int | tuple[int, ...] | None
 LeafAxis = Axis | Callable[[Path, Any], Axis] | Mapping[Any, Any] | list[Any]
@@ -41,7 +41,7 @@ class Measure:
         if not leaves.arrays:
             return self.unpack(None, leaves)
         groups = self.groups(leaves, axis_name, specs)
-        with _mesh.mesh_of(leaves.arrays):
+        with mesh.mesh_of(leaves.arrays):
             (found,) = norms(
                 [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
             )
@@ -74,9 +74,9 @@ class Measure:
             return ScalarGroups(tuple(range(len(leaves.arrays))), len(leaves.arrays))
         shapes = [leaf.shape for leaf in leaves.arrays]
         if specs is not None and any(isinstance(x, jax.Array) for x in leaves.arrays):
-            places = _mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
+            places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
             shapes = [
-                _mesh.whole_shape(shape, place)
+                mesh.whole_shape(shape, place)
                 for shape, place in zip(shapes, places, strict=True)
             ]
         name = "batch_axes" if self.scope == "leaf" else "axis"
@@ -131,8 +131,8 @@ def tree_norm(ord: Any = None) -> Measure:
             the largest magnitude, or ``"rms"`` for the root of the mean square.
 
     Returns:
-        A measure for :func:`clip_by`. Called on a pytree it returns a scalar, float32
-        or wider.
+        A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns a
+        scalar, float32 or wider.
 
     Raises:
         ValueError: if ``ord`` is unknown.
@@ -141,7 +141,8 @@ def tree_norm(ord: Any = None) -> Measure:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> print(clipx.tree_norm()({"w": jnp.array([3.0]), "b": jnp.array([4.0])}))
+        >>> tree = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+        >>> print(clipx.measures.tree_norm()(tree))
         5.0
 
     References:
@@ -160,8 +161,8 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
             of ints and tuples.
 
     Returns:
-        A measure for :func:`clip_by`. Called on a pytree it returns a scalar for each
-        leaf, or an array that keeps the batch axes.
+        A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns a
+        scalar for each leaf, or an array that keeps the batch axes.
 
     Raises:
         ValueError: if ``ord`` is unknown or an axis is out of range.
@@ -170,7 +171,8 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> norms = clipx.leaf_norms()({"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)})
+        >>> tree = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)}
+        >>> norms = clipx.measures.leaf_norms()(tree)
         >>> print(norms["w"], norms["b"])
         5.0 1.0
 
@@ -192,8 +194,8 @@ def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
             for rank 2 and 3, all but the last for rank 4 and 5.
 
     Returns:
-        A measure for :func:`clip_by`. Called on a pytree it returns for each leaf an
-        array of its rank, with size 1 along ``axis``.
+        A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns for
+        each leaf an array of its rank, with size 1 along ``axis``.
 
     Raises:
         ValueError: if ``ord`` is unknown, an axis out of range, or ``axis=None`` meets
@@ -203,7 +205,7 @@ def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.unit_norms()(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
+        >>> clipx.measures.unit_norms()(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
         [[5.0, 1.0]]
 
     References:
@@ -223,8 +225,8 @@ def group_norms(labels: Any, ord: Any = None) -> Measure:
         ord: the order of the norm, as for :func:`tree_norm`.
 
     Returns:
-        A measure for :func:`clip_by`. Called on a pytree it returns a dict from label
-        to norm.
+        A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns a dict
+        from label to norm.
 
     Raises:
         ValueError: if ``ord`` is unknown or a leaf has no label.
@@ -235,7 +237,7 @@ def group_norms(labels: Any, ord: Any = None) -> Measure:
         >>> import optax_clipx as clipx
         >>> grads = {"w": jnp.array([3.0]), "v": jnp.array([4.0]), "b": jnp.ones(1)}
         >>> labels = {"w": "weights", "v": "weights", "b": "bias"}
-        >>> norms = clipx.group_norms(labels)(grads)
+        >>> norms = clipx.measures.group_norms(labels)(grads)
         >>> print(norms["weights"], norms["bias"])
         5.0 1.0
 
@@ -249,7 +251,8 @@ def magnitudes() -> Measure:
     r"""Measures each entry by itself: :math:`|g_i|`.
 
     Returns:
-        A measure for :func:`clip_by`. Called on a pytree it returns the magnitudes.
+        A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns the
+        magnitudes.
 
     Raises:
         TypeError: when called on leaves that are no floating-point arrays.
@@ -257,7 +260,7 @@ def magnitudes() -> Measure:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.magnitudes()(jnp.array([-2.0, 1.0])).tolist()
+        >>> clipx.measures.magnitudes()(jnp.array([-2.0, 1.0])).tolist()
         [2.0, 1.0]
 
     References:

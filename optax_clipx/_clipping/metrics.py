@@ -9,8 +9,8 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int
 
-from ._leaves import Path, path_of
-from ._summary import Summary
+from .._trees.leaves import Path, path_of
+from .summary import Summary
 
 
 class ClipMetrics(NamedTuple):
@@ -67,8 +67,7 @@ class ClipState(NamedTuple):
 class SkipState(NamedTuple):
     """The state of :func:`skip_spikes`: what it did, and the optimizer inside of it.
 
-    ``reason`` says why the last step was skipped: 0 it was not, 1 a norm that is not
-    finite, 2 a spike of the norm, 3 a loss that is not finite, 4 a spike of the loss.
+    ``reason`` says why the last step was skipped: a :class:`SkipReason`, by its number.
     """
 
     metrics: ClipMetrics
@@ -81,8 +80,8 @@ class SkipState(NamedTuple):
     consecutive_skips: Int[Array, "..."]
 
 
-class WatchState(NamedTuple):
-    """The state of :func:`watch`: norms and ratios by name, and the optimizer inside.
+class TrackState(NamedTuple):
+    """The state of :func:`track_norms`: norms, ratios, and the optimizer inside.
 
     ``vanishing`` and ``exploding`` count the leaves, or groups, whose root mean square
     is far from that of the middle one.
@@ -158,17 +157,19 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
     Args:
         opt_state: the state of any optimizer with a clipper in it.
-        prefix: what the names begin with.
+        prefix: what the names of a clipper begin with.
 
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. With several clippers
         each has its place in the name, the key in a ``named_chain`` or ``partition``
-        and the index in a chain: ``"clip/0/norm"``. What :func:`watch` measures has
-        groups of its own, ``"clip_norms/dense/kernel"`` and ``"clip_ratios/..."``.
+        and the index in a chain: ``"clip/0/norm"``. What :func:`track_norms` measures
+        is under ``"track/..."``, ``"track_norms/dense/kernel"`` and
+        ``"track_ratios/..."``; with another prefix than ``"clip"``, under
+        ``"<prefix>_track/..."``.
 
     Raises:
         ValueError: if there is no clipper in the state, or none that keeps metrics, and
-            no :func:`watch`.
+            no :func:`track_norms`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -183,9 +184,9 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     References:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
-    found, watchers = _find(opt_state), _find(opt_state, WatchState)
+    found, trackers = _find(opt_state), _find(opt_state, TrackState)
     kept = [(names, state) for names, state in found if state.metrics.norm is not None]
-    if not kept and not watchers:
+    if not kept and not trackers:
         states = opt_state if type(opt_state) is tuple else [opt_state]
         kinds = [type(state).__name__ for state in states]
         raise ValueError(
@@ -198,13 +199,14 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         for names, (_, state) in zip(_short_names(kept), kept, strict=True)
         for field, value in _plain(_fields(state)).items()
     }
-    for names, (_, state) in zip(_short_names(watchers), watchers, strict=True):
+    track = "track" if prefix == "clip" else f"{prefix}_track"
+    for names, (_, state) in zip(_short_names(trackers), trackers, strict=True):
         fields = {
-            (prefix, *names, "vanishing"): state.vanishing,
-            (prefix, *names, "exploding"): state.exploding,
+            (track, *names, "vanishing"): state.vanishing,
+            (track, *names, "exploding"): state.exploding,
         }
         for kind, values in (("norms", state.norms), ("ratios", state.ratios or {})):
-            group = f"{prefix}_{kind}"
+            group = f"{track}_{kind}"
             fields |= {(group, *names, leaf): x for leaf, x in values.items()}
         read |= _plain({"/".join(name): x for name, x in fields.items()})
     return read
@@ -241,7 +243,7 @@ def check(opt_state: Any) -> None:
     read = metrics(opt_state)
     flags = [name for name in read if name.endswith("/nonfinite")]
     if not flags:
-        raise ValueError("Expected a clipper in the state, got watch alone.")
+        raise ValueError("Expected a clipper in the state, got track_norms alone.")
     for name in flags:
         clipper = name.removesuffix("/nonfinite")
         if not np.any(read[name]):
@@ -270,7 +272,7 @@ def _find(opt_state: Any, kinds: Any = ClipState | SkipState) -> list[tuple[Any,
     for keys, leaf in leaves:
         if isinstance(leaf, kinds):
             found.append((keys, leaf))
-        if isinstance(leaf, SkipState | WatchState):
+        if isinstance(leaf, SkipState | TrackState):
             here = (*keys, GetAttrKey("inner"))
             inside = _find(leaf.inner, kinds)
             found += [((*here, *more), state) for more, state in inside]
@@ -278,7 +280,7 @@ def _find(opt_state: Any, kinds: Any = ClipState | SkipState) -> list[tuple[Any,
 
 
 def _is_ours(node: Any) -> bool:
-    return isinstance(node, ClipState | SkipState | WatchState)
+    return isinstance(node, ClipState | SkipState | TrackState)
 
 
 def _fields(state: Any) -> dict[str, Any]:

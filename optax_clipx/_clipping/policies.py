@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._leaves import Leaves, Path, show
-from ._reductions import Indicators
+from .._reductions.norms import Indicators
+from .._trees.leaves import Leaves, Path, show
 
 POLICIES = ("propagate", "zero", "raise", "sanitize")
 

@@ -31,7 +31,8 @@ def rescale(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.rescale(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        >>> norms, limits = jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])
+        >>> clipx.responses.rescale(norms, limits).tolist()
         [1.0, 0.5]
 
     References:
@@ -63,7 +64,8 @@ def normalize(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.normalize(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        >>> norms, limits = jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])
+        >>> clipx.responses.normalize(norms, limits).tolist()
         [2.0, 0.5]
 
     References:
@@ -97,7 +99,8 @@ def smooth(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.smooth(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])).tolist()
+        >>> norms, limits = jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])
+        >>> clipx.responses.smooth(norms, limits).tolist()
         [0.5, 0.25]
 
     References:
@@ -133,7 +136,8 @@ def drop(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipx.drop(jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])).tolist()
+        >>> norms, limits = jnp.array([1.0, 4.0]), jnp.array([2.0, 2.0])
+        >>> clipx.responses.drop(norms, limits).tolist()
         [1.0, 0.0]
 
     References:

@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._arithmetic import times, widened
-from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._mesh import Placement, lies_whole, map_local
-from ._parts import Part, cut, unknown
-from ._reductions import Norms
+from .._devices.mesh import Placement, lies_whole, map_local
+from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
+from .._reductions.norms import Norms
+from .._reductions.parts import Part, cut, unknown
+from .._trees.arithmetic import times, widened
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 

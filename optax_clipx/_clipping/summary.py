@@ -8,13 +8,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _mesh
-from ._grouping import Groups, Packed, UnitGroups
-from ._leaves import Path
-from ._mesh import Placement
-from ._reductions import Norms, Ord
-from ._scaling import Scales
-from ._whole_norm import combine, whole
+from .._devices import mesh
+from .._devices.mesh import Placement
+from .._reductions.groups import Groups, Packed, UnitGroups
+from .._reductions.norms import Norms, Ord
+from .._reductions.whole_norm import combine, whole
+from .._trees.leaves import Path
+from .scaling import Scales
 
 
 class Summary(NamedTuple):
@@ -48,7 +48,7 @@ def summarize(
     """
     if not isinstance(groups, UnitGroups) and groups.count is None:
         return _of_tree(norms, limits, scales)
-    places = _mesh.placements(arrays, paths, axis_name, specs)
+    places = mesh.placements(arrays, paths, axis_name, specs)
     sizes = groups.sizes(arrays, places)
     fields = (norms.value, limits, scales.product(), scales.clipped_norm)
     if not isinstance(groups, UnitGroups):
@@ -61,7 +61,7 @@ def summarize(
         kept = tuple(sorted({name for place in places for name in place.axes}))
         # A unit that several rows have counts once.
         weights = [
-            1 / _mesh.size_of(tuple(set(kept) - set(place.axes)))
+            1 / mesh.size_of(tuple(set(kept) - set(place.axes)))
             for place in places[:each]
         ]
         before, limits, scales, after = parts
@@ -72,7 +72,7 @@ def summarize(
 
     flat = [x for field in fields for x in field]
     kept, each = groups.kept(places), len(norms.value)
-    return _mesh.map_local(
+    return mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
     )
 
@@ -80,14 +80,14 @@ def summarize(
 def _gathered(row: jax.Array, kept: tuple[str, ...]) -> jax.Array:
     """The rows of all devices that hold different units, on every device."""
     # Over other axes a row varies by its type only: one of the copies is taken.
-    copied = tuple(sorted(_mesh.varying(row) - set(kept)))
+    copied = tuple(sorted(mesh.varying(row) - set(kept)))
     if not kept and not copied:
         return row[None]
     if copied:
-        row = jnp.where(_mesh.index_in(copied) == 0, row, 0)
-    table = jnp.zeros((_mesh.size_of(kept), *row.shape), row.dtype)
-    table = lax.dynamic_update_slice(table, row[None], (_mesh.index_in(kept), 0))
-    return _mesh.sum_over(table, kept + copied)
+        row = jnp.where(mesh.index_in(copied) == 0, row, 0)
+    table = jnp.zeros((mesh.size_of(kept), *row.shape), row.dtype)
+    table = lax.dynamic_update_slice(table, row[None], (mesh.index_in(kept), 0))
+    return mesh.sum_over(table, kept + copied)
 
 
 def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[float, float]:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _metrics, _policies, _summary
-from ._leaves import Leaves, flatten
-from ._mesh import mesh_of
-from ._metrics import ClipState
-from ._summary import Summary
-from ._thresholds._base import Threshold
+from .._devices.mesh import mesh_of
+from .._thresholds.base import Threshold
+from .._trees.leaves import Leaves, flatten
+from . import metrics as _metrics, policies, summary as _summary
+from .metrics import ClipState
+from .summary import Summary
 
 
 class Options(NamedTuple):
@@ -42,7 +42,7 @@ def transformation(
     options: Options,
 ) -> optax.GradientTransformationExtraArgs:
     """A step as an optax transformation: state, policies, leaves that pass through."""
-    _policies.check_policy(options.nonfinite)
+    policies.check_policy(options.nonfinite)
 
     def init_fn(params: Any) -> Any:
         leaves = flatten(params, updates=False)
@@ -101,7 +101,7 @@ def by_policy(
     nonfinite = summary.nonfinite
     zero = jnp.zeros_like(nonfinite)
     if policy == "raise":
-        nonfinite = _policies.raise_if_nonfinite(leaves, nonfinite)
+        nonfinite = policies.raise_if_nonfinite(leaves, nonfinite)
     lost = summary.unusable
     if policy in ("propagate", "raise"):
         lost = lost | nonfinite

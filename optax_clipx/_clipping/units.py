@@ -3,8 +3,9 @@ r"""Which entries of a layer make up one unit, for the names of the common libra
 A unit is what feeds one output: a column of a dense kernel, a filter of a convolution,
 a row of an embedding. :func:`flax`, :func:`equinox` and :func:`haiku` know it from a
 leaf's path and rank, :func:`of_model` from the layers themselves; pass any of them as
-``axis=`` of :func:`optax_clipx.adaptive_grad_clip` or :func:`optax_clipx.unit_norms`.
-:func:`show` prints what will be measured together.
+``axis=`` of :func:`optax_clipx.adaptive_grad_clip` or
+:func:`optax_clipx.measures.unit_norms`. :func:`show` prints what will be measured
+together.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +13,8 @@ from typing import Any
 
 import jax
 
-from ._leaves import Path, chooser, flatten, show as show_path
-from ._measures import LeafAxis, unit_norms
+from .._trees.leaves import Path, chooser, flatten, show as show_path
+from .measures import LeafAxis, unit_norms
 
 Axes = tuple[int, ...]
 Rule = Callable[[Path, Any], Axes | None]
@@ -259,11 +260,11 @@ def of_model(model: Any) -> Rule:
     # By name, as neither library need be installed.
     bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
     if "flax.nnx.module.Module" in bases:
-        from ._layers import of_nnx
+        from .layers import of_nnx
 
         return _by_path(of_nnx(model), flax)
     if any(base.startswith("equinox._module") for base in bases):
-        from ._layers import of_equinox
+        from .layers import of_equinox
 
         return _by_path(of_equinox(model), equinox)
     raise TypeError(
@@ -277,7 +278,7 @@ def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
 
     Args:
         params: a pytree of arrays or of shapes.
-        axis: as in :func:`optax_clipx.unit_norms`.
+        axis: as in :func:`optax_clipx.measures.unit_norms`.
 
     Returns:
         Nothing; a table goes to the standard output.

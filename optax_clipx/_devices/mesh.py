@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ._leaves import Path, from_prefix, show
+from .._trees.leaves import Path, from_prefix, show
 
 Axes = tuple[str, ...]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from .._responses import rescale
-from .._thresholds._auto import auto_threshold
-from ._common import method
+from .._clipping.responses import rescale
+from .._thresholds.auto import auto
+from .common import method
 
 
 def auto_clip(
@@ -21,7 +21,7 @@ def auto_clip(
 
     .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
 
-    where :math:`m` follows the norm that 19 of 20 exceed: :func:`auto_threshold` has
+    where :math:`m` follows the norm that 19 of 20 exceed: :func:`thresholds.auto` has
     the rule. Where norms vary little, twice that is above nearly all of them, and only
     what stands out is clipped; where they have heavy tails it is below their middle,
     and most steps are. A loss multiplied by any constant clips the same steps by the
@@ -57,8 +57,6 @@ def auto_clip(
         1.00
 
     References:
-        See :func:`auto_threshold`.
+        See :func:`thresholds.auto`.
     """
-    return method(
-        scope, auto_threshold(), rescale, nonfinite, axis_name, specs, metrics
-    )
+    return method(scope, auto(), rescale, nonfinite, axis_name, specs, metrics)

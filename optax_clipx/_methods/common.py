@@ -4,12 +4,12 @@ from typing import Any
 
 import optax
 
-from .._clipping import clip_by
-from .._measures import Measure, leaf_norms, tree_norm
-from .._scaling import Response
-from .._thresholds._base import Threshold
-from .._thresholds._combine import minimum
-from .._thresholds._constant import constant
+from .._clipping.clip_by import clip_by
+from .._clipping.measures import Measure, leaf_norms, tree_norm
+from .._clipping.scaling import Response
+from .._thresholds.base import Threshold
+from .._thresholds.combine import minimum
+from .._thresholds.constant import constant
 
 
 def method(
@@ -41,10 +41,10 @@ def measure_of(scope: Any) -> Measure:
         return tree_norm() if scope == "tree" else leaf_norms()
     raise ValueError(
         "Expected scope to be 'tree', 'leaf' or a measure such as"
-        f" optax_clipx.group_norms(labels), got scope={scope!r}."
+        f" optax_clipx.measures.group_norms(labels), got scope={scope!r}."
     )
 
 
-def capped(rule: Threshold, cap: Any, name: str = "cap") -> Threshold:
+def capped(rule: Threshold, max_norm: Any) -> Threshold:
     """A rule with an absolute limit on top, which it does not hear of."""
-    return rule if cap is None else minimum(rule, constant(cap, name))
+    return rule if max_norm is None else minimum(rule, constant(max_norm, "max_norm"))

@@ -5,9 +5,9 @@ from typing import Any
 
 import optax
 
-from .._clipping import clip_by
-from .._elements import clip_by_interval
-from .._measures import (
+from .._clipping.clip_by import clip_by
+from .._clipping.elements import clip_by_interval
+from .._clipping.measures import (
     LeafAxis,
     group_norms,
     leaf_norms,
@@ -15,10 +15,11 @@ from .._measures import (
     tree_norm,
     unit_norms,
 )
-from .._responses import rescale
-from .._thresholds._constant import check_eps, check_limit, constant
-from .._thresholds._relative import relative_to_params
-from .._transformation import Options
+from .._clipping.responses import rescale
+from .._clipping.transformation import Options
+from .._thresholds.constant import constant
+from .._thresholds.relative import relative_to_params
+from .._trees.arguments import check_eps, check_limit
 
 
 def clip(
@@ -134,7 +135,7 @@ def clip_by_leaf_norm(
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
             schedule, or a pytree prefix of these.
-        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
         batch_axes: axes along which a leaf stacks independent layers, each clipped by
             itself: an int, a tuple, or a function of path and leaf.
         nonfinite: as in :func:`clip_by`.
@@ -242,7 +243,7 @@ def clip_by_global_norm(
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
             schedule.
-        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
         eps: :math:`\epsilon`, in the same unit; ``1e-6`` gives PyTorch's coefficient.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -304,7 +305,7 @@ def clip_by_group_norm(
             number, a scalar array or a schedule.
         labels: a pytree prefix of labels, or a function of path and leaf; a path is a
             tuple of strings such as ``("layers", "0", "kernel")``.
-        ord: the order of the norm, as for :func:`tree_norm`; ``None`` is 2.
+        ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
@@ -367,7 +368,7 @@ def adaptive_grad_clip(
         clipping: :math:`\lambda`, the largest norm of an update relative to its
             parameters; a number, a scalar array or a schedule.
         eps: :math:`\epsilon`, a floor for the parameters' norm, in their unit.
-        axis: the axes that one unit spans, as for :func:`unit_norms`.
+        axis: the axes that one unit spans, as for :func:`measures.unit_norms`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _policies
-from ._arithmetic import at_least_float32
-from ._clipping import clip_norms
-from ._entries import check_leaves, mean_of, zeros_like
-from ._leaves import Leaves, flatten
-from ._measures import tree_norm
-from ._methods._smooth import normalize_by_norm
-from ._responses import rescale
-from ._scaling import Response
-from ._thresholds._base import check_decay
-from ._thresholds._constant import as_threshold
-from ._transformation import Options, Step, arrays_in, transformation
+from .._clipping import policies
+from .._clipping.clip_by import clip_norms
+from .._clipping.entries import check_leaves, mean_of, zeros_like
+from .._clipping.measures import tree_norm
+from .._clipping.responses import rescale
+from .._clipping.scaling import Response
+from .._clipping.transformation import Options, Step, arrays_in, transformation
+from .._thresholds.constant import as_threshold
+from .._trees.arguments import check_decay
+from .._trees.arithmetic import at_least_float32
+from .._trees.leaves import Leaves, flatten
+from .smooth import normalize_by_norm
 
 
 def mixed_clip(
@@ -39,7 +39,7 @@ def mixed_clip(
 
     With ``nu=1`` momentum alone, with ``nu=0`` plain clipping. Follow it with
     :func:`optax.sgd` or a learning rate :math:`\eta`: the paper's :math:`\gamma` is
-    :math:`\eta t`, and its code's form ``response=optax_clipx.smooth``.
+    :math:`\eta t`, and its code's form ``response=optax_clipx.responses.smooth``.
 
     State: one number for each entry.
 
@@ -49,7 +49,7 @@ def mixed_clip(
         nu: :math:`\nu`, from 0 to 1.
         decay: :math:`\beta`, from 0 to below 1.
         response: what happens above the limit, as in :func:`clip_by`;
-            :func:`rescale` unless given.
+            :func:`responses.rescale` unless given.
         nonfinite: as in :func:`clip_by`; on such a step the momentum stays as it is.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
@@ -99,7 +99,7 @@ def mixed_clip(
         of_gradient = clip(leaves.arrays, extra)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
-            arrays = _policies.sanitize(arrays)
+            arrays = policies.sanitize(arrays)
         bad = of_gradient.summary.nonfinite
         moved = [
             mean_of(m, x.astype(m.dtype), decay)

@@ -1,40 +1,50 @@
-"""Limits that are quantiles: AutoClip, and one that is tracked."""
+"""Limits that are quantiles of the norms so far: AutoClip, a window, and a tracker."""
 
 from typing import Any
 
 import optax
 
-from .._responses import rescale
-from .._thresholds._base import check_between
-from .._thresholds._quantile import quantile, quantile_tracker
-from ._common import capped, method
+from .._clipping.responses import rescale
+from .._thresholds.quantile import quantile as quantile_rule, quantile_tracker
+from .._trees.arguments import check_choice
+from .common import capped, method
 
 
-def autoclip(
-    percentile: Any = 10.0,
+def quantile_clip(
+    quantile: Any = 0.1,
     *,
+    estimator: str = "histogram",
     window: Any = None,
     max_steps: Any = None,
-    cap: Any = None,
+    tracker_rate: Any = 0.02,
+    max_norm: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
     axis_name: Any = None,
     specs: Any = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms to a percentile of the norms so far (AutoClip).
+    r"""Clips norms to a quantile of the norms so far (AutoClip).
 
-    .. math:: t_k = \mathrm{percentile}_p(n_1, \ldots, n_k)
+    .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
 
-    Norms enter as they are; see :func:`quantile` for the three ways to keep them and
-    what a spike does. At the default 10 nine steps of ten are clipped.
+    At the default of 0.1 nine steps of ten are clipped. Norms enter as they are before
+    clipping. With ``estimator="tracker"`` the state is one number, which moves by a
+    small step toward the quantile:
+
+    .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr)
 
     Args:
-        percentile: :math:`p`, between 0 and 100.
-        window: keep the last so many norms.
-        max_steps: keep so many norms, the whole history up to there. With neither, a
-            sketch of 4,000 bytes is kept, within 2.9% of the percentile.
-        cap: an absolute limit on top, in the unit of the updates.
+        quantile: :math:`q`, the share of norms that lie below the limit, between 0 and
+            1. A share of :math:`1 - q` of the steps is clipped.
+        estimator: ``"histogram"`` keeps a histogram of 4,000 bytes of the whole
+            history, within 2.9% of the quantile; see
+            :func:`thresholds.quantile`. ``"tracker"`` keeps one number;
+            see :func:`thresholds.quantile_tracker`.
+        window: keep the last so many norms themselves, instead of a histogram.
+        max_steps: keep so many norms themselves, the whole history up to there.
+        tracker_rate: :math:`\eta` of the tracker.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -45,15 +55,15 @@ def autoclip(
         A transformation.
 
     Raises:
-        ValueError: if ``percentile`` is out of range, or ``window`` and ``max_steps``
-            are both given.
+        ValueError: if ``quantile`` is out of range, ``estimator`` is unknown, or more
+            than one of ``window``, ``max_steps`` and the tracker is asked for.
         TypeError: if ``window`` or ``max_steps`` is traced, and from ``update`` as
             :func:`clip_by`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipper = clipx.autoclip(50.0, window=100)
+        >>> clipper = clipx.quantile_clip(0.5, window=100)
         >>> state = clipper.init(jnp.zeros(1))
         >>> for norm in (1.0, 2.0, 9.0):
         ...     clipped, state = clipper.update(jnp.array([norm]), state)
@@ -62,69 +72,22 @@ def autoclip(
 
     References:
         Seetharaman et al., AutoClip: Adaptive gradient clipping for source separation
-        networks, 2020, arXiv 2007.14469.
-    """
-    check_between(percentile, "percentile", 0, 100)
-    rule = quantile(percentile / 100, window=window, max_steps=max_steps)
-    rule = capped(rule, cap)
-    return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
-
-
-def quantile_clip(
-    q: Any = 0.9,
-    *,
-    learning_rate: Any = 0.02,
-    window: Any = None,
-    cap: Any = None,
-    scope: Any = "tree",
-    nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
-    metrics: bool = True,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms to a quantile that is tracked in one number, or in a window.
-
-    .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr)
-
-    With ``window`` the limit is the quantile of the last norms instead. Either way a
-    spike has bounded influence; see :func:`quantile_tracker` and :func:`quantile`.
-
-    Args:
-        q: the share of steps that should not be clipped, between 0 and 1.
-        learning_rate: :math:`\eta` of the tracker.
-        window: keep the last so many norms instead of tracking.
-        cap: an absolute limit on top, in the unit of the updates.
-        scope: as in :func:`zclip`.
-        nonfinite: as in :func:`clip_by`.
-        axis_name: as in :func:`clip_by`.
-        specs: as in :func:`clip_by`.
-        metrics: whether the state keeps :class:`ClipMetrics`.
-
-    Returns:
-        A transformation.
-
-    Raises:
-        ValueError: if a number is out of its range.
-        TypeError: if ``window`` is traced, and from ``update`` as :func:`clip_by`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> clipper = clipx.quantile_clip(0.9)
-        >>> state = clipper.init(jnp.zeros(1))
-        >>> for norm in (1.0, 9.0):
-        ...     clipped, state = clipper.update(jnp.array([norm]), state)
-        >>> print(clipped)
-        [0.998...]
-
-    References:
+        networks, 2020, arXiv 2007.14469. Merad and Gaïffas, Robust stochastic
+        optimization via gradient quantile clipping, 2023, arXiv 2309.17316 (window).
         Andrew et al., Differentially private learning with adaptive clipping, 2021,
-        arXiv 1905.03871 (tracker); Merad and Gaïffas, Robust stochastic optimization
-        via gradient quantile clipping, 2023, arXiv 2309.17316 (window).
+        arXiv 1905.03871 (tracker).
     """
-    if window is None:
-        rule = quantile_tracker(q, learning_rate=learning_rate)
+    check_choice(estimator, "estimator", ("histogram", "tracker"))
+    if estimator == "tracker":
+        if window is not None or max_steps is not None:
+            raise ValueError(
+                f"Expected no window and no max_steps beside estimator='tracker', got"
+                f" window={window} and max_steps={max_steps}: the tracker keeps one"
+                " number. Leave estimator out to keep norms themselves."
+            )
+        rule = quantile_tracker(quantile, learning_rate=tracker_rate)
     else:
-        rule = quantile(q, window=window)
-    rule = capped(rule, cap)
-    return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
+        rule = quantile_rule(quantile, window=window, max_steps=max_steps)
+    return method(
+        scope, capped(rule, max_norm), rescale, nonfinite, axis_name, specs, metrics
+    )

@@ -4,22 +4,22 @@ from typing import Any
 
 import optax
 
-from .._responses import rescale
-from .._thresholds._ema_ratio import ema_ratio, norm_growth
-from ._common import capped, method
+from .._clipping.responses import rescale
+from .._thresholds.ema_ratio import ema_ratio, norm_growth
+from .common import capped, method
 
 
 def adagc(
     ratio: Any = 1.04,
     *,
     decay: Any = 0.99,
-    max_norm: Any = 1.0,
+    warmup_max_norm: Any = 1.0,
     warmup_steps: Any = 100,
     init: str = "min",
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    cap: Any = None,
+    max_norm: Any = None,
     scope: Any = "leaf",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -32,22 +32,22 @@ def adagc(
               g_i \leftarrow \beta g_i + (1 - \beta)\, c_i n_i
 
     In the first ``warmup_steps`` steps, exactly so many, the whole tree is clipped to
-    ``max_norm`` and :math:`g_i` is the least norm of the leaf so clipped. After them it
-    grows by at most the factor 1.0004 a step: with ``max_norm`` below the natural norm,
-    clipping stays engaged for thousands of steps. ``init="mean"``, a ``floor`` or
-    ``patience`` avoid that; see :func:`ema_ratio`.
+    ``warmup_max_norm`` and :math:`g_i` is the least norm of the leaf so clipped. After
+    them it grows by at most the factor 1.0004 a step: with ``warmup_max_norm`` below
+    the natural norm, clipping stays engaged for thousands of steps. ``init="mean"``, a
+    ``floor`` or ``patience`` avoid that; see :func:`thresholds.ema_ratio`.
 
     Args:
         ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some ports.
         decay: :math:`\beta`; 0.99 in the paper, 0.98 in some ports.
-        max_norm: the limit of the tree's norm in the warm-up, and no cap afterwards;
-            in the unit of the updates.
+        warmup_max_norm: the limit of the tree's norm in the warm-up, in the unit of the
+            updates. It limits nothing afterwards.
         warmup_steps: how many steps the warm-up takes.
         init: what the average starts with: ``"min"``, ``"mean"`` or ``"first"``.
         floor: the average counts as at least this, in the unit of the updates.
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
         patience: after so many spikes in a row their level is accepted.
-        cap: an absolute limit on top.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -79,13 +79,13 @@ def adagc(
         ratio,
         decay=decay,
         warmup_steps=warmup_steps,
-        warmup_limit=max_norm,
+        warmup_limit=warmup_max_norm,
         init=init,
         floor=floor,
         stats=stats,
         patience=patience,
     )
-    rule = capped(rule, cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
@@ -96,7 +96,7 @@ def olmo_ratio_clip(
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    cap: Any = None,
+    max_norm: Any = None,
     scope: Any = "leaf",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -116,9 +116,9 @@ def olmo_ratio_clip(
         decay: :math:`\beta`; OLMo took the larger of its optimizer's two decays.
         floor: the average counts as at least this, in the unit of the updates.
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``; see
-            :func:`ema_ratio`.
+            :func:`thresholds.ema_ratio`.
         patience: after so many spikes in a row their level is accepted.
-        cap: an absolute limit on top.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -156,17 +156,17 @@ def olmo_ratio_clip(
         stats=stats,
         patience=patience,
     )
-    rule = capped(rule, cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
-def norm_growth_limit(
+def norm_growth_clip(
     ratio: Any = 1.01,
     *,
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    cap: Any = None,
+    max_norm: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -178,14 +178,14 @@ def norm_growth_limit(
     .. math:: t_k = \gamma\, x_{k-1}, \qquad x_k = \min(n_k, t_k)
 
     Meant for updates, after the optimizer. One very small norm is recovered from by 1%
-    a step only: set a ``floor`` or ``patience``; see :func:`norm_growth`.
+    a step only: set a ``floor`` or ``patience``; see :func:`thresholds.norm_growth`.
 
     Args:
         ratio: :math:`\gamma`, at least 1.
         floor: the last norm counts as at least this, in the unit of the updates.
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
         patience: after so many norms above in a row a norm is accepted as it is.
-        cap: an absolute limit on top.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -202,7 +202,7 @@ def norm_growth_limit(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipper = clipx.norm_growth_limit(1.5)
+        >>> clipper = clipx.norm_growth_clip(1.5)
         >>> state = clipper.init(jnp.zeros(1))
         >>> for norm in (1.0, 9.0, 9.0):
         ...     clipped, state = clipper.update(jnp.array([norm]), state)
@@ -216,5 +216,5 @@ def norm_growth_limit(
         constraint?, 2024, arXiv 2410.01623.
     """
     rule = norm_growth(ratio, floor=floor, stats=stats, patience=patience)
-    rule = capped(rule, cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)

@@ -5,9 +5,9 @@ from typing import Any
 
 import optax
 
-from .._responses import normalize, smooth
-from .._thresholds._base import check_between
-from ._common import method
+from .._clipping.responses import normalize, smooth
+from .._trees.arguments import check_between
+from .common import method
 
 
 def smooth_clip(

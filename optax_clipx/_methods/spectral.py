@@ -10,18 +10,20 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _mesh, _scaling
-from ._arithmetic import accumulator, quotient, widened
-from ._entries import any_of, finish, with_flags
-from ._grouping import UnitGroups
-from ._leaves import Leaves, show
-from ._measures import LeafAxis, leaf_norms, unit_norms
-from ._reductions import norms
-from ._responses import normalize, smooth
-from ._summary import Summary
-from ._thresholds._base import Context, check_static_count
-from ._thresholds._constant import as_threshold
-from ._transformation import Options, Step, arrays_in, transformation
+from .._clipping import scaling
+from .._clipping.entries import any_of, finish, with_flags
+from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
+from .._clipping.responses import normalize, smooth
+from .._clipping.summary import Summary
+from .._clipping.transformation import Options, Step, arrays_in, transformation
+from .._devices import mesh
+from .._reductions.groups import UnitGroups
+from .._reductions.norms import norms
+from .._thresholds.base import Context
+from .._thresholds.constant import as_threshold
+from .._trees.arguments import check_static_count
+from .._trees.arithmetic import accumulator, quotient, widened
+from .._trees.leaves import Leaves, show
 
 
 def clip_by_spectral_norm(
@@ -58,7 +60,7 @@ def clip_by_spectral_norm(
         steps: iterations of Newton-Schulz, 24 unless given; for ``"hard"`` there are
             two rounds.
         axis: the axes that make up the rows of a matrix, the inputs of a layer, as in
-            :func:`unit_norms`; the others make up its columns.
+            :func:`measures.unit_norms`; the others make up its columns.
         batch_axes: axes along which a leaf stacks matrices.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -189,13 +191,13 @@ def _clip(
         derive=with_flags,
     )
     ones = jax.tree.map(jnp.ones_like, norm.value)
-    to_one = _scaling.scales(norm, ones, normalize)
+    to_one = scaling.scales(norm, ones, normalize)
     wide = [x.astype(widened(x, limits.dtype)) for x in arrays]
     unit = [
         jnp.where(n > 0, (x * c) * f, 0)
         for x, c, f, n in zip(wide, to_one.coarse, to_one.fine, norm.value, strict=True)
     ]
-    places = _mesh.placements(arrays, paths, options.axis_name, options.specs)
+    places = mesh.placements(arrays, paths, options.axis_name, options.specs)
     found = [
         _clip_leaf(x, u, norm.value[i], limits[i], layout, ways, place)
         for i, (x, u, layout, place) in enumerate(
@@ -213,7 +215,7 @@ def _clip_leaf(
     limit: jax.Array,
     layout: _Layout,
     ways: _Ways,
-    place: _mesh.Placement,
+    place: mesh.Placement,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def local(
         shards: Sequence[Any], places: Any, limit: Any
@@ -234,7 +236,7 @@ def _clip_leaf(
         return PartitionSpec(*dims[0]), PartitionSpec(), PartitionSpec()
 
     kept = place.without(layout.rows + layout.columns)
-    return _mesh.map_local(
+    return mesh.map_local(
         local, [array, unit, norm], [place, place, kept], limit, out_specs
     )
 
@@ -361,7 +363,7 @@ def _as_matrices(x: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
     return moved.reshape((*batch, *sizes)), restore
 
 
-def _gathered(x: jax.Array, place: _mesh.Placement, layout: _Layout) -> jax.Array:
+def _gathered(x: jax.Array, place: mesh.Placement, layout: _Layout) -> jax.Array:
     """The whole matrices, of which this device has a part."""
     if not place.axes:
         return x
@@ -373,22 +375,22 @@ def _gathered(x: jax.Array, place: _mesh.Placement, layout: _Layout) -> jax.Arra
 
 
 def _own_part(
-    x: jax.Array, shape: tuple[int, ...], place: _mesh.Placement, layout: _Layout
+    x: jax.Array, shape: tuple[int, ...], place: mesh.Placement, layout: _Layout
 ) -> jax.Array:
     """This device's part of whole matrices."""
     for dim in layout.rows + layout.columns:
         axes = place.dims[dim] if place.dims else ()
         if axes:
-            start = _mesh.index_in(axes) * shape[dim]
+            start = mesh.index_in(axes) * shape[dim]
             x = lax.dynamic_slice_in_dim(x, start, shape[dim], axis=dim)
     return x
 
 
-def _largest(x: jax.Array, place: _mesh.Placement) -> jax.Array:
+def _largest(x: jax.Array, place: mesh.Placement) -> jax.Array:
     """The largest of all matrices of a leaf, on every device."""
-    axes = tuple(sorted(set(place.axes) | _mesh.varying(x)))
+    axes = tuple(sorted(set(place.axes) | mesh.varying(x)))
     top = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x))
-    return _mesh.max_over(top, axes)
+    return mesh.max_over(top, axes)
 
 
 def _summary(

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _policies, _scaling
-from ._arithmetic import at_least_float32
-from ._entries import (
+from .._clipping import policies, scaling
+from .._clipping.entries import (
     NO_RULE,
     any_of,
     finish,
@@ -18,15 +17,16 @@ from ._entries import (
     root_of_mean,
     weight_of,
 )
-from ._grouping import ScalarGroups
-from ._leaves import Leaves
-from ._metrics import to_float32
-from ._reductions import norms
-from ._responses import normalize
-from ._summary import Summary
-from ._thresholds._base import check_between, check_decay
-from ._transformation import Options, Step, transformation
-from ._whole_norm import whole_norm
+from .._clipping.metrics import to_float32
+from .._clipping.responses import normalize
+from .._clipping.summary import Summary
+from .._clipping.transformation import Options, Step, transformation
+from .._reductions.groups import ScalarGroups
+from .._reductions.norms import norms
+from .._reductions.whole_norm import whole_norm
+from .._trees.arguments import check_between, check_decay
+from .._trees.arithmetic import at_least_float32
+from .._trees.leaves import Leaves
 
 
 def stabilize_norm(
@@ -106,7 +106,7 @@ def stabilize_norm(
         refuse_complex(leaves)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
-            arrays = _policies.sanitize(arrays)
+            arrays = policies.sanitize(arrays)
         if state[0].shape != (len(arrays),):
             raise ValueError(
                 f"Expected the {len(state[0])} leaves that init saw, got {len(arrays)}."
@@ -142,9 +142,9 @@ def stabilize_norm(
         target = (means / jnp.where(usual > 0, usual, 1)) * (
             debias / weight_of(b1, counts)
         )
-        scales = _scaling.scales(cut, target.astype(peak.dtype), normalize)
+        scales = scaling.scales(cut, target.astype(peak.dtype), normalize)
         clamped = _cut(arrays, zip(limit, ratio, strict=True))
-        out = _scaling.apply(clamped, every, scales, None)
+        out = scaling.apply(clamped, every, scales, None)
         worst = jnp.argmin(ratio)
         over = ratio < 1
         summary = Summary(
@@ -165,7 +165,7 @@ def stabilize_norm(
 def _raw_and_cut(trees: Any, extras: Any) -> Any:
     """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees
-    return [arrays, _cut(arrays, extras), _policies.where_nonfinite(raw)]
+    return [arrays, _cut(arrays, extras), policies.where_nonfinite(raw)]
 
 
 def _cut(arrays: Any, extras: Any) -> list[jax.Array]:

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from . import _policies
-from ._entries import (
+from .._clipping import policies
+from .._clipping.entries import (
     NO_RULE,
     any_of,
     check_leaves,
@@ -20,13 +20,13 @@ from ._entries import (
     weight_of,
     zeros_like,
 )
-from ._grouping import ScalarGroups
-from ._leaves import Leaves
-from ._metrics import count as advanced
-from ._reductions import norms
-from ._summary import Summary
-from ._thresholds._base import check_between, check_decay
-from ._transformation import Options, Step, transformation
+from .._clipping.metrics import count as advanced
+from .._clipping.summary import Summary
+from .._clipping.transformation import Options, Step, transformation
+from .._reductions.groups import ScalarGroups
+from .._reductions.norms import norms
+from .._trees.arguments import check_between, check_decay
+from .._trees.leaves import Leaves
 
 
 def scale_by_stable_adam(
@@ -92,7 +92,7 @@ def scale_by_stable_adam(
         refuse_complex(leaves)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
-            arrays = _policies.sanitize(arrays)
+            arrays = policies.sanitize(arrays)
         each = len(arrays)
         moments, steps = state
         check_leaves(leaves, moments, 2)
@@ -222,7 +222,7 @@ class _Ratios:
 
     def __call__(self, trees: Any, extras: Any) -> Any:
         raw, roots = trees
-        arrays = _policies.sanitize(raw) if self.sanitized else raw
+        arrays = policies.sanitize(raw) if self.sanitized else raw
         ratios = []
         for x, root, (shares, floor) in zip(arrays, roots, extras, strict=True):
             wide = x.astype(root.dtype)
@@ -230,7 +230,7 @@ class _Ratios:
             size = jnp.maximum(root, floor)
             zero = size == 0  # not for NaN, which the norms must show
             ratios.append(jnp.where(zero, 0, wide / jnp.where(zero, 1, size)))
-        return [ratios, _policies.where_nonfinite(raw)] if self.sanitized else [ratios]
+        return [ratios, policies.where_nonfinite(raw)] if self.sanitized else [ratios]
 
 
 def _decay_at(decay: Any, step: Any) -> Any:

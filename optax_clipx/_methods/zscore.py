@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from .._responses import rescale
-from .._thresholds._zscore import zscore
-from ._common import capped, method
+from .._clipping.responses import rescale
+from .._thresholds.zscore import zscore
+from .common import capped, method
 
 
 def zclip(
@@ -19,7 +19,6 @@ def zclip(
     max_norm: Any = None,
     stats: str = "clipped",
     patience: Any = None,
-    cap: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -32,10 +31,10 @@ def zclip(
               t = \Bigl(\mu + \frac{(z^*)^2}{z} \sigma\Bigr) \cdot \text{factor}
 
     :math:`\mu, \sigma` are moving averages of :math:`x = t` on a spike and of
-    :math:`x = n` else, begun with the first ``warmup_steps`` norms; see :func:`zscore`
-    for what that risks. A standard deviation below 1% of the mean counts as 1%: in the
-    official code constant norms make the smallest change a spike, and one NaN ends
-    clipping for good.
+    :math:`x = n` else, begun with the first ``warmup_steps`` norms; see
+    :func:`thresholds.zscore` for what that risks. A standard deviation below 1% of the
+    mean counts as 1%: in the official code constant norms make the smallest change a
+    spike, and one NaN ends clipping for good.
 
     Args:
         z_threshold: :math:`z^*`.
@@ -45,13 +44,12 @@ def zclip(
             ``"threshold"`` (:math:`\mu + z^*\sigma`, "percentile" in the official
             code).
         clip_factor: a factor of the reciprocal target.
-        max_norm: caps every step, in the unit of the updates. ``None`` on purpose: the
-            official 1.0 makes a fixed clipper of it.
+        max_norm: an absolute threshold on top, in the unit of the updates. ``None`` on
+            purpose: the official 1.0 makes a fixed clipper of it.
         stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"`` (the
             official skip option, which only leaves the averages alone).
         patience: how many spikes in a row it takes until the last of them is accepted,
             and its level. ``None`` is 50; the official code never accepts one.
-        cap: an absolute limit on top, like ``max_norm``.
         scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
             ``group_norms(labels)``.
         nonfinite: as in :func:`clip_by`.
@@ -89,7 +87,7 @@ def zclip(
         stats=stats,
         patience=patience,
     )
-    rule = capped(capped(rule, max_norm, "max_norm"), cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
@@ -97,7 +95,7 @@ def log_zscore_clip(
     z_threshold: Any = 2.0,
     *,
     decay: Any = 0.95,
-    cap: Any = None,
+    max_norm: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -117,7 +115,7 @@ def log_zscore_clip(
     Args:
         z_threshold: :math:`z^*`.
         decay: the decay of the moving averages, which are plain averages first.
-        cap: an absolute limit on top, in the unit of the updates.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -154,7 +152,7 @@ def log_zscore_clip(
         include_current=True,
         stats="raw",
     )
-    rule = capped(rule, cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
@@ -165,7 +163,7 @@ def historical_update_clip(
     warmup_steps: Any = 64,
     stats: str = "raw",
     patience: Any = None,
-    cap: Any = None,
+    max_norm: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
     axis_name: Any = None,
@@ -177,8 +175,8 @@ def historical_update_clip(
     .. math:: t = \mu + z^* \sigma
 
     of the last ``window`` norms. Meant for updates, after the optimizer. Norms enter as
-    they are, so a spike in the window hides an equal one; see :func:`zscore`. A
-    standard deviation below 1% of the mean counts as 1%.
+    they are, so a spike in the window hides an equal one; see
+    :func:`thresholds.zscore`. A standard deviation below 1% of the mean counts as 1%.
 
     Args:
         z_threshold: :math:`z^*`.
@@ -186,7 +184,7 @@ def historical_update_clip(
         warmup_steps: how many norms to see before clipping.
         stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
         patience: after so many spikes in a row their level is accepted.
-        cap: an absolute limit on top, in the unit of the updates.
+        max_norm: an absolute threshold on top, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -221,5 +219,5 @@ def historical_update_clip(
         stats=stats,
         patience=patience,
     )
-    rule = capped(rule, cap)
+    rule = capped(rule, max_norm)
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)

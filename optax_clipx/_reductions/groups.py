@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._leaf_sums import Operands, Terms, reduced, reduced_together
-from ._leaves import Path, show
-from ._mesh import (
+from .._devices.mesh import (
     Axes,
     Placement,
     axes_to_sum,
@@ -28,7 +26,9 @@ from ._mesh import (
     size_of,
     varying,
 )
-from ._parts import Part, cut
+from .._trees.leaves import Path, show
+from .leaf_sums import Operands, Terms, reduced, reduced_together
+from .parts import Part, cut
 
 Packed = Any  # a jax.Array, or a tuple of them for units
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._mesh import Axes, can_be_joined, knows_shards, max_over, sum_over, vary, varying
+from .._devices.mesh import (
+    Axes,
+    can_be_joined,
+    knows_shards,
+    max_over,
+    sum_over,
+    vary,
+    varying,
+)
 
 # A leaf, its first total on CPU if that is known, and what its terms depend on besides.
 Operands = tuple[Any, ...]

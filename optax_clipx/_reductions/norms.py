@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _mesh
-from ._arithmetic import (
+from .._devices import mesh
+from .._trees.arithmetic import (
     abs_squared,
     accumulator,
     clamp_to_one,
@@ -28,10 +28,10 @@ from ._arithmetic import (
     times,
     widened,
 )
-from ._grouping import Groups, Packed, ScalarGroups, UnitGroups
-from ._leaf_sums import Terms, can_go_by_parts, sums_by_parts
-from ._leaves import Path
-from ._parts import cut, unknown
+from .._trees.leaves import Path
+from .groups import Groups, Packed, ScalarGroups, UnitGroups
+from .leaf_sums import Terms, can_go_by_parts, sums_by_parts
+from .parts import cut, unknown
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
 
@@ -92,7 +92,7 @@ def norms(
     holds a group gets its norm.
     """
     flat = [x for tree in trees for x in tree]
-    _mesh.refuse_unreduced(flat, paths * len(trees))
+    mesh.refuse_unreduced(flat, paths * len(trees))
 
     def local(shards: Sequence[Any], places: Any, extras: Any) -> list[Norms]:
         each = len(paths)
@@ -112,8 +112,8 @@ def norms(
         count = len(derive(trees, extras))
         return [Norms(*[leaf_specs] * 4)] * count
 
-    places = _mesh.placements(flat, paths * len(trees), axis_name, specs)
-    return _mesh.map_local(local, flat, places, extras, out_specs)
+    places = mesh.placements(flat, paths * len(trees), axis_name, specs)
+    return mesh.map_local(local, flat, places, extras, out_specs)
 
 
 # Traced once for each structure, also where `update` is called outside of jit.
@@ -123,7 +123,7 @@ def _norms(
     extras: Any,
     groups: Groups,
     ord: Ord,
-    places: tuple[_mesh.Placement, ...],
+    places: tuple[mesh.Placement, ...],
     derive: Callable[[Any, Any], Any],
 ) -> list[Norms]:
     dtype = accumulator([x for tree in trees for x in tree])
@@ -165,7 +165,7 @@ class _Measured(NamedTuple):
     at_risk: list[bool]  # whether the squares of each may leave the range
     derive: Callable[[Any, Any], Any]
     groups: Groups
-    places: tuple[_mesh.Placement, ...]
+    places: tuple[mesh.Placement, ...]
     dtype: Any
 
     def leaves(self, trees: Any, extras: Any) -> list[jax.Array]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arithmetic import power, quotient
-from ._grouping import Packed
-from ._reductions import Ord
+from .._trees.arithmetic import power, quotient
+from .groups import Packed
+from .norms import Ord
 
 
 def whole(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._base import Context, Threshold, memory, per_norm
+from .base import Context, Threshold, memory, per_norm
 
 _SHARE = 0.05  # of the norms are below the level
 _FACTOR = 2.0  # of the level is the limit
@@ -22,8 +22,8 @@ class AutoState(NamedTuple):
     above: jax.Array
 
 
-def auto_threshold() -> Threshold:
-    r"""Twice the norm that 19 of 20 exceed: the rule of :func:`auto_clip`.
+def auto() -> Threshold:
+    r"""Twice the norm that 19 of 20 exceed: the rule of :func:`optax_clipx.auto_clip`.
 
     .. math:: t_k = 2\, m_k, \qquad
               \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
@@ -49,10 +49,11 @@ def auto_threshold() -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.minimum(clipx.auto_threshold(), 5.0)
+        >>> rule = clipx.thresholds.minimum(clipx.thresholds.auto(), 5.0)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 1.1, 0.9, 50.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(f"{limit:.3f}")
         2.000
         1.244

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
-from .._leaves import Path
+from .._trees.arguments import check_choice, check_count
+from .._trees.leaves import Path
 
 
 class Context(NamedTuple):
@@ -30,7 +30,7 @@ class Context(NamedTuple):
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> context = clipx.Context(step=jnp.int32(3))
+        >>> context = clipx.thresholds.Context(step=jnp.int32(3))
         >>> print(context.step)
         3
 
@@ -76,8 +76,8 @@ class Threshold(NamedTuple):
         ...         return jax.tree.map(lambda n: jnp.full_like(n, jnp.inf), norms)
         ...     def update(norms, state, context):
         ...         return state, jax.tree.map(lambda n: 2 * n, norms)
-        ...     return clipx.Threshold(init, update)
-        >>> clipper = clipx.clip_by(clipx.tree_norm(), twice_the_last())
+        ...     return clipx.thresholds.Threshold(init, update)
+        >>> clipper = clipx.clip_by(clipx.measures.tree_norm(), twice_the_last())
         >>> state = clipper.init(jnp.zeros(1))
         >>> for norm in (1.0, 5.0):
         ...     clipped, state = clipper.update(jnp.array([norm]), state)
@@ -201,75 +201,6 @@ def refusals(
     elif stats in locks_out:
         patience = 50
     return Refusals(stats, patience)
-
-
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
-    """Refuses what is none of some strings."""
-    if isinstance(value, jax.Array):
-        raise TypeError(static(name, value))
-    if value not in choices:
-        raise ValueError(
-            f"Expected {name} to be one of {tuple(choices)}, got {value!r}."
-        )
-
-
-def check_count(value: Any, name: str, least: int = 1) -> None:
-    """Refuses what is no count of steps; a traced one passes."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not _is_number(value):
-        raise TypeError(f"Expected {name} to be a whole number, got {name}={value!r}.")
-    if jnp.ndim(value) != 0 or value % 1 != 0:
-        raise ValueError(f"Expected {name} to be a whole number, got {name}={value!r}.")
-    if value < least:
-        raise ValueError(f"Expected {name} >= {least}, got {name}={value!r}.")
-
-
-def check_static_count(value: Any, name: str, least: int = 1) -> None:
-    """Refuses what cannot be the size of an array."""
-    if isinstance(value, jax.Array):
-        raise TypeError(static(name, value))
-    check_count(value, name, least)
-    if not isinstance(value, int | np.integer):
-        raise TypeError(f"Expected {name} to be an int, got {name}={value!r}.")
-
-
-def check_static_number(value: Any, name: str) -> None:
-    """Refuses what is no Python number."""
-    if isinstance(value, jax.Array):
-        raise TypeError(static(name, value))
-    if not _is_number(value) or isinstance(value, np.ndarray):
-        raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
-
-
-def check_decay(value: Any, name: str) -> None:
-    """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter."""
-    check_between(value, name, 0, 1)
-    if not isinstance(value, jax.core.Tracer) and value == 1:
-        raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.")
-
-
-def check_between(value: Any, name: str, low: int, high: int | float) -> None:
-    """Refuses a number outside of an interval; a traced one passes."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not _is_number(value) or jnp.ndim(value) != 0:
-        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    return number and not isinstance(value, bool)
-
-
-def static(name: str, value: Any) -> str:
-    """The message for an argument that may not be an array."""
-    return (
-        f"Expected a static {name}, got the array {value}. Under"
-        f" optax.inject_hyperparams pass static_args={name!r}."
-    )
 
 
 def float32(value: Any) -> jax.Array:

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._base import Context, Threshold, check_between, check_count, float32, like
-from ._constant import as_threshold
+from .._trees.arguments import check_between, check_count
+from .base import Context, Threshold, float32, like
+from .constant import as_threshold
 
 
 def minimum(*rules: Any) -> Threshold:
@@ -27,10 +28,11 @@ def minimum(*rules: Any) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.minimum(clipx.norm_growth(2.0), 3.0)
+        >>> rule = clipx.thresholds.minimum(clipx.thresholds.norm_growth(2.0), 3.0)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 9.0, 9.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         3.0
         2.0
@@ -73,10 +75,11 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.warmup(1.0, then=clipx.quantile(0.5, window=9), steps=2)
+        >>> median = clipx.thresholds.quantile(0.5, window=9)
+        >>> rule = clipx.thresholds.warmup(1.0, then=median, steps=2)
         >>> state = rule.init(jnp.float32(0))
         >>> for step, norm in enumerate((4.0, 5.0, 6.0)):
-        ...     context = clipx.Context(step)
+        ...     context = clipx.thresholds.Context(step)
         ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         1.0
@@ -122,9 +125,10 @@ def scaled(rule: Any, factor: Any) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.scaled(clipx.quantile(0.5, window=9), 2.0)
+        >>> median = clipx.thresholds.quantile(0.5, window=9)
+        >>> rule = clipx.thresholds.scaled(median, 2.0)
         >>> limit, _ = rule.update(
-        ...     jnp.float32(3.0), rule.init(jnp.float32(0)), clipx.Context(0)
+        ...     jnp.float32(3.0), rule.init(jnp.float32(0)), clipx.thresholds.Context(0)
         ... )
         >>> print(limit)
         6.0

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from .._leaves import from_prefix
-from ._base import Context, Threshold, is_pair, like, stateless
+from .._trees.arguments import check_limit, is_limit
+from .._trees.leaves import from_prefix
+from .base import Context, Threshold, is_pair, like, stateless
 
 
 def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Threshold:
@@ -33,8 +33,9 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
         >>> import jax.numpy as jnp
         >>> import optax
         >>> import optax_clipx as clipx
-        >>> rule = clipx.constant(optax.linear_schedule(4.0, 1.0, 3))
-        >>> limits, _ = rule.update(jnp.float32(9.0), (), clipx.Context(step=2))
+        >>> rule = clipx.thresholds.constant(optax.linear_schedule(4.0, 1.0, 3))
+        >>> context = clipx.thresholds.Context(step=2)
+        >>> limits, _ = rule.update(jnp.float32(9.0), (), context)
         >>> print(limits)
         2.0
 
@@ -89,54 +90,9 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
     return constant(value, name)
 
 
-def is_limit(value: Any) -> bool:
-    """Whether this is one limit: a number, an array or a schedule."""
-    return callable(value) or isinstance(
-        value, int | float | np.ndarray | np.generic | jax.Array
-    )
-
-
 def at(limit: Any, step: Any) -> Any:
     """The limit at this step."""
     return limit(step) if callable(limit) else limit
-
-
-def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
-    """Refuses at construction what cannot be a limit."""
-    if callable(value):
-        return
-    check_number(value, name)
-    if isinstance(value, jax.core.Tracer):
-        return
-    if np.isnan(value):
-        raise ValueError(f"Expected {name} to be a number, got {name}={value}.")
-    if not signed and value < 0:
-        raise ValueError(f"Expected {name} >= 0, got {name}={value}.")
-
-
-def check_eps(value: Any) -> None:
-    """Refuses what cannot be added to a norm."""
-    if callable(value):
-        raise TypeError(
-            f"Expected eps to be a number or a scalar array, got {value!r}."
-        )
-    check_limit(value, "eps")
-
-
-def check_number(value: Any, name: str) -> None:
-    """Refuses what is no real scalar."""
-    if isinstance(value, bool) or not is_limit(value):
-        raise TypeError(
-            f"Expected {name} to be a number, a scalar array or an optax schedule, got"
-            f" {value!r}."
-        )
-    if jnp.iscomplexobj(value):
-        raise TypeError(f"Expected a real {name}, got {value!r}.")
-    if np.ndim(value) != 0:
-        raise ValueError(
-            f"Expected a scalar {name}, got an array of shape {np.shape(value)}. For a"
-            " limit for each leaf pass a pytree prefix of the updates."
-        )
 
 
 def _of_label(limits: Any, label: Any, name: str) -> Any:

@@ -5,19 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._whole_norm import whole_norm
-from ._base import (
-    Context,
-    Threshold,
-    check_between,
-    check_choice,
-    check_count,
-    float32,
-    memory,
-    one_more,
-    per_norm,
-    refusals,
-)
+from .._reductions.whole_norm import whole_norm
+from .._trees.arguments import check_between, check_choice, check_count
+from .base import Context, Threshold, float32, memory, one_more, per_norm, refusals
 
 INITS = ("min", "mean", "first")
 
@@ -97,10 +87,11 @@ def ema_ratio(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.ema_ratio(1.5, decay=0.5)
+        >>> rule = clipx.thresholds.ema_ratio(1.5, decay=0.5)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 1.0, 9.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         1.5
         1.5
@@ -206,10 +197,11 @@ def norm_growth(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.norm_growth(1.5)
+        >>> rule = clipx.thresholds.norm_growth(1.5)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 9.0, 9.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         inf
         1.5
@@ -250,11 +242,12 @@ def group_band(
     .. math:: S \leftarrow \beta S + (1 - \beta) n, \qquad
               t = \min(\max(n, \max(\alpha_{low} S, \text{floor})), \alpha_{high} S)
 
-    Norms below the band are raised to it: use it with the response :func:`normalize`,
-    which gives everything the norm of its limit, and mostly with :func:`group_norms`.
-    Norms enter as they are, this one before it is judged: one spike of :math:`k` times
-    the average raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each
-    norm. Norms of zero and steps that are not finite never enter.
+    Norms below the band are raised to it: use it with the response
+    :func:`optax_clipx.responses.normalize`, which gives everything the norm of its
+    limit, and mostly with :func:`optax_clipx.measures.group_norms`. Norms enter as they
+    are, this one before it is judged: one spike of :math:`k` times the average raises
+    the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm. Norms of zero and
+    steps that are not finite never enter.
 
     Args:
         low: :math:`\alpha_{low}`, between 0 and 1; a number or a schedule.
@@ -273,9 +266,9 @@ def group_band(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipper = clipx.clip_by(
-        ...     clipx.tree_norm(), clipx.group_band(0.5, 2.0), clipx.normalize
-        ... )
+        >>> from optax_clipx import measures, responses, thresholds
+        >>> band = thresholds.group_band(0.5, 2.0)
+        >>> clipper = clipx.clip_by(measures.tree_norm(), band, responses.normalize)
         >>> state = clipper.init(jnp.zeros(1))
         >>> for norm in (1.0, 9.0, 0.1):
         ...     clipped, state = clipper.update(jnp.array([norm]), state)

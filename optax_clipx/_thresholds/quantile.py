@@ -6,16 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._base import (
-    Context,
-    Threshold,
-    check_between,
-    check_static_count,
-    float32,
-    memory,
-    numbered,
-    per_norm,
-)
+from .._trees.arguments import check_between, check_static_count
+from .base import Context, Threshold, float32, memory, numbered, per_norm
 
 # The sketch: equal bins of the logarithm over 24 decades, 5.7% wide, so that the
 # middle of a bin is within 2.8% of all of it. With the count 4,000 bytes a norm.
@@ -76,10 +68,11 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.quantile(0.5, window=3)
+        >>> rule = clipx.thresholds.quantile(0.5, window=3)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 2.0, 9.0, 3.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         1.0
         1.5
@@ -132,10 +125,11 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.quantile_tracker(0.5, learning_rate=0.5)
+        >>> rule = clipx.thresholds.quantile_tracker(0.5, learning_rate=0.5)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (4.0, 1.0, 1.0, 1e6):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(f"{limit:.3f}")
         4.000
         3.115

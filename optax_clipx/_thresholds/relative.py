@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._base import Context, Threshold, stateless
-from ._constant import at, check_limit
+from .._trees.arguments import check_limit
+from .base import Context, Threshold, stateless
+from .constant import at
 
 
 def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
@@ -14,8 +15,9 @@ def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
 
     .. math:: t = \lambda \max(\|w\|, \epsilon)
 
-    The parameters are measured as the updates are: with :func:`unit_norms` this is the
-    limit of adaptive gradient clipping.
+    The parameters are measured as the updates are: with
+    :func:`optax_clipx.measures.unit_norms` this is the limit of adaptive gradient
+    clipping.
 
     Args:
         ratio: :math:`\lambda`, the largest norm of an update relative to its
@@ -32,7 +34,8 @@ def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> clipper = clipx.clip_by(clipx.tree_norm(), clipx.relative_to_params(0.1))
+        >>> rule = clipx.thresholds.relative_to_params(0.1)
+        >>> clipper = clipx.clip_by(clipx.measures.tree_norm(), rule)
         >>> params, grads = jnp.array([10.0]), jnp.array([5.0])
         >>> clipped, _ = clipper.update(grads, clipper.init(params), params)
         >>> print(clipped)

@@ -5,14 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._base import (
-    Context,
-    Refusals,
-    Threshold,
+from .._trees.arguments import (
     check_between,
     check_choice,
     check_count,
     check_static_count,
+)
+from .base import (
+    Context,
+    Refusals,
+    Threshold,
     float32,
     memory,
     numbered,
@@ -110,10 +112,11 @@ def zscore(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax_clipx as clipx
-        >>> rule = clipx.zscore(warmup_steps=3)
+        >>> rule = clipx.thresholds.zscore(warmup_steps=3)
         >>> state = rule.init(jnp.float32(0))
+        >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (0.9, 1.0, 1.1, 9.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(f"{norm}: {limit:.2f}")
         0.9: inf
         1.0: inf

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from ._leaves import path_of
-from ._metrics import ClipState, SkipState
+from .._clipping.metrics import ClipState, SkipState
+from .._trees.leaves import path_of
 
 Keys = tuple[Any, ...]
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from ._arithmetic import at_least_float32
-from ._clipping import MEASURED
-from ._leaves import flatten
-from ._metrics import nonfinite_flags
+from .._clipping.clip_by import MEASURED
+from .._clipping.metrics import nonfinite_flags
+from .._trees.arithmetic import at_least_float32
+from .._trees.leaves import flatten
 
 
 class ErrorState(NamedTuple):

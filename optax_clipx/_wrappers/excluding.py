@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._leaves import Path, chooser, flatten, path_of, show
+from .._trees.leaves import Path, chooser, flatten, path_of, show
 
 
 def excluding(

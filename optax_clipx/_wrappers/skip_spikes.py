@@ -1,32 +1,68 @@
 """Wrappers of an optimizer: skipped steps and reset moments."""
 
+import enum
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _mesh, _metrics
-from ._clipping import MEASURED, Measured, clip_norms
-from ._leaves import flatten, path_of, show
-from ._measures import tree_norm
-from ._metrics import SkipState
-from ._responses import drop
-from ._summary import nothing
-from ._thresholds._base import Context, Threshold, check_count
-from ._thresholds._constant import as_threshold
-from ._thresholds._zscore import zscore, zscore_of_any_sign
-from ._transformation import Options
+from .._clipping import metrics
+from .._clipping.clip_by import MEASURED, Measured, clip_norms
+from .._clipping.measures import tree_norm
+from .._clipping.metrics import SkipState
+from .._clipping.responses import drop
+from .._clipping.summary import nothing
+from .._clipping.transformation import Options
+from .._devices import mesh
+from .._thresholds.base import Context, Threshold
+from .._thresholds.constant import as_threshold
+from .._thresholds.zscore import zscore, zscore_of_any_sign
+from .._trees.arguments import check_count
+from .._trees.leaves import flatten, path_of, show
 
-NOT_SKIPPED, NORM_NONFINITE, NORM_SPIKE, LOSS_NONFINITE, LOSS_SPIKE = range(5)
+
+class SkipReason(enum.IntEnum):
+    """Why the last step was skipped: the number in the state, with its sentence.
+
+    Attributes:
+        sentence: the reason in words, for logs and pictures.
+
+    Raises:
+        ValueError: for a number that is no reason.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> reason = clipx.SkipReason(2)
+        >>> print(reason.name, "-", reason.sentence)
+        NORM_SPIKE - The gradient norm was above its threshold.
+
+    References:
+        :func:`skip_spikes`.
+    """
+
+    sentence: str
+
+    NOT_SKIPPED = 0, "The step was not skipped."
+    NORM_NONFINITE = 1, "The gradient norm was infinite or NaN."
+    NORM_SPIKE = 2, "The gradient norm was above its threshold."
+    LOSS_NONFINITE = 3, "The loss was infinite or NaN."
+    LOSS_SPIKE = 4, "The loss was above its threshold."
+
+    def __new__(cls, number: int, sentence: str) -> "SkipReason":
+        """A member with its sentence."""
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.sentence = sentence
+        return member
 
 
 def skip_spikes(
     inner: optax.GradientTransformation,
-    threshold: Any = None,
     *,
+    threshold: Any = None,
     loss_threshold: Any = None,
     patience: Any = 10,
     axis_name: Any = None,
@@ -74,7 +110,9 @@ def skip_spikes(
         >>> import jax.numpy as jnp
         >>> import optax
         >>> import optax_clipx as clipx
-        >>> tx = clipx.skip_spikes(optax.adam(0.1), clipx.zscore(6.0, warmup_steps=3))
+        >>> tx = clipx.skip_spikes(
+        ...     optax.adam(0.1), threshold=clipx.thresholds.zscore(6.0, warmup_steps=3)
+        ... )
         >>> params = jnp.zeros(1)
         >>> state = tx.init(params)
         >>> for norm in (0.9, 1.0, 1.1, 1000.0):
@@ -107,10 +145,10 @@ def skip_spikes(
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
 
     def init_fn(params: Any) -> SkipState:
-        with _mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
+        with mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
             scalar = jnp.zeros((), jnp.float32)
             return SkipState(
-                _metrics.fresh(True),
+                metrics.fresh(True),
                 rule.init(scalar),
                 loss_rule.init(scalar),
                 _checked(inner.init(params)),
@@ -129,9 +167,9 @@ def skip_spikes(
         if not leaves.arrays:
             updates, after = wrapped.update(updates, state.inner, params, **extra)
             return updates, state._replace(
-                metrics=_metrics.advance(state.metrics, nothing()), inner=after
+                metrics=metrics.advance(state.metrics, nothing()), inner=after
             )
-        with _mesh.mesh_of(leaves.arrays):
+        with mesh.mesh_of(leaves.arrays):
             found = clip_norms(
                 leaves,
                 params,
@@ -162,7 +200,7 @@ def skip_spikes(
             params,
             **{**extra, MEASURED: Measured(feed, known)},
         )
-        with _mesh.mesh_of(leaves.arrays):
+        with mesh.mesh_of(leaves.arrays):
             inner_updates = _select(
                 keep, optax.tree.zeros_like(inner_updates), inner_updates
             )
@@ -170,8 +208,8 @@ def skip_spikes(
             frozen = summary.nonfinite | loss_bad
             reason = jnp.select(
                 [summary.nonfinite, spike, loss_bad, loss_spike],
-                [jnp.int32(r) for r in (1, 2, 3, 4)],
-                jnp.int32(NOT_SKIPPED),
+                [jnp.int32(reason) for reason in SkipReason if reason],
+                jnp.int32(SkipReason.NOT_SKIPPED),
             )
             by_loss = skipped & ~(summary.nonfinite | spike)
             summary = summary._replace(
@@ -182,107 +220,17 @@ def skip_spikes(
                 nonfinite=frozen,
             )
             return inner_updates, SkipState(
-                _metrics.advance(state.metrics, summary),
+                metrics.advance(state.metrics, summary),
                 _select(frozen, state.rule, found.rule),
                 _select(frozen, state.loss_rule, new_loss_rule),
                 after,
                 skipped=skipped,
                 reason=reason,
-                num_skipped=_metrics.count(state.num_skipped, skipped),
+                num_skipped=metrics.count(state.num_skipped, skipped),
                 consecutive_skips=jnp.where(
-                    skipped, _metrics.count(state.consecutive_skips, True), 0
+                    skipped, metrics.count(state.consecutive_skips, True), 0
                 ),
             )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class ResetState(NamedTuple):
-    """How many steps there have been, and the optimizer inside."""
-
-    steps: jax.Array
-    inner: Any
-
-
-def reset_moments(
-    inner: optax.GradientTransformation, every: Any = 500, *, warmup: Any = 150
-) -> optax.GradientTransformationExtraArgs:
-    r"""Starts an optimizer's state afresh every so many steps, and warms up after.
-
-    .. math:: u \leftarrow u \cdot \tfrac12 \bigl(1 - \cos(\pi \min(k, w) / w)\bigr)
-
-    where :math:`k = 1, 2, \ldots` counts the steps since a reset and :math:`w` is
-    ``warmup``; before the first reset updates are not scaled. The whole state of
-    ``inner`` becomes what ``init`` gives for the parameters of the moment, its step
-    count included: put schedules of the learning rate outside, as in
-    ``optax.chain(reset_moments(optax.scale_by_adam()), optax.scale_by_schedule(...))``.
-
-    Args:
-        inner: the optimizer whose moments a spike may have spoiled.
-        every: how many steps there are from reset to reset.
-        warmup: over how many steps the updates come back; 0 for none.
-
-    Returns:
-        A transformation, which needs ``params`` in ``update``.
-
-    Raises:
-        ValueError: if a count is out of range, and from ``update`` without ``params``.
-        TypeError: if ``inner`` is no transformation, or keeps something else than
-            arrays in its state.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> import optax_clipx as clipx
-        >>> tx = clipx.reset_moments(optax.trace(0.5), every=2, warmup=0)
-        >>> params = jnp.zeros(1)
-        >>> state = tx.init(params)
-        >>> for _ in range(4):
-        ...     updates, state = tx.update(jnp.ones(1), state, params)
-        ...     print(updates)
-        [1.]
-        [1.5]
-        [1.]
-        [1.5]
-
-    References:
-        Huang et al., SPAM: Spike-aware Adam with momentum reset for stable LLM
-        training, 2025, arXiv 2501.06842.
-    """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
-    check_count(every, "every")
-    check_count(warmup, "warmup", 0)
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init_fn(params: Any) -> ResetState:
-        with _mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
-            return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
-
-    def update_fn(
-        updates: Any, state: ResetState, params: Any = None, **extra: Any
-    ) -> tuple[Any, ResetState]:
-        if params is None:
-            raise ValueError(
-                "Expected params, got None: a reset makes the state anew from them."
-                " Call update(updates, state, params)."
-            )
-        interval = jnp.asarray(every, jnp.int32)
-        reset = (state.steps > 0) & (state.steps % interval == 0)
-        before = _select(reset, inner.init(params), state.inner)
-        updates, after = wrapped.update(updates, before, params, **extra)
-        length = jnp.asarray(warmup, jnp.int32).astype(jnp.float32)
-        since = (state.steps % interval + 1).astype(jnp.float32)
-        done = jnp.where(length > 0, since / jnp.maximum(length, 1), 1)
-        scale = 0.5 * (1 - jnp.cos(jnp.pi * jnp.minimum(done, 1)))
-        scale = jnp.where(state.steps < interval, 1, scale)
-        leaves = flatten(updates)
-        scaled = [u * scale.astype(u.dtype) for u in leaves.arrays]
-        updates = leaves.rebuild(scaled)
-        # The count runs on to know the place, and never overflows.
-        steps = state.steps + 1
-        steps = jnp.where(steps >= 2 * interval, interval, steps)
-        return updates, ResetState(steps, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -296,7 +244,7 @@ def _loss(extra: Mapping[str, Any], arrays: list[Any], options: Options) -> Any:
     loss = jnp.asarray(loss)
     if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"Expected the loss to be a real scalar, got {loss!r}.")
-    return _mesh.mean_over_devices(loss.astype(jnp.float32), options.axis_name)
+    return mesh.mean_over_devices(loss.astype(jnp.float32), options.axis_name)
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""`watch`: the norm of each leaf or group, and how large updates are, as metrics."""
+"""`track_norms`: norms of leaves or groups, and how large updates are, as metrics."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import _mesh
-from ._arithmetic import safe_sqrt, saturated_quotient
-from ._clipping import MEASURED, Measured, params_like
-from ._leaves import Leaves, flatten
-from ._measures import Measure, group_norms, leaf_norms
-from ._metrics import WatchState, to_float32
-from ._reductions import Norms, norms
+from .._clipping.clip_by import MEASURED, Measured, params_like
+from .._clipping.measures import Measure, group_norms, leaf_norms
+from .._clipping.metrics import TrackState, to_float32
+from .._devices import mesh
+from .._reductions.norms import Norms, norms
+from .._trees.arithmetic import safe_sqrt, saturated_quotient
+from .._trees.leaves import Leaves, flatten
 
 
-def watch(
+def track_norms(
     inner: optax.GradientTransformation,
     *,
     labels: Any = None,
@@ -32,9 +32,9 @@ def watch(
 
     A clipper of the whole norm that comes first inside takes its norm over from these,
     so that the gradients are read as often as without. :func:`metrics` then has
-    ``"clip_norms/<leaf>"``, ``"clip_ratios/<leaf>"``, and the counts
-    ``"clip/vanishing"`` and ``"clip/exploding"``: how many leaves' root mean square is
-    far from that of the middle leaf, zero, or not finite.
+    ``"track_norms/<leaf>"``, ``"track_ratios/<leaf>"``, and the counts
+    ``"track/vanishing"`` and ``"track/exploding"``: how many leaves' root mean square
+    is far from that of the middle leaf, zero, or not finite.
 
     Args:
         inner: the optimizer, with its clipper in it.
@@ -60,10 +60,10 @@ def watch(
         >>> import optax
         >>> import optax_clipx as clipx
         >>> clipper = clipx.clip_by_global_norm(1.0)
-        >>> tx = clipx.watch(optax.chain(clipper, optax.sgd(0.1)))
+        >>> tx = clipx.track_norms(optax.chain(clipper, optax.sgd(0.1)))
         >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
         >>> _, state = tx.update(params, tx.init(params), params)
-        >>> print(clipx.metrics(state)["clip_norms/w"])
+        >>> print(clipx.metrics(state)["track_norms/w"])
         5.0
 
     References:
@@ -80,15 +80,15 @@ def watch(
     measure = leaf_norms() if labels is None else group_norms(labels)
     wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Any) -> WatchState:
+    def init_fn(params: Any) -> TrackState:
         leaves = flatten(params, updates=False)
-        with _mesh.mesh_of(leaves.arrays, auto=True):
+        with mesh.mesh_of(leaves.arrays, auto=True):
             names = _names(measure, leaves)
 
             def zeros() -> dict[str, jax.Array]:
                 return {name: jnp.zeros((), jnp.float32) for name in names}
 
-            return WatchState(
+            return TrackState(
                 norms=zeros(),
                 ratios=zeros() if ratios else None,
                 vanishing=jnp.zeros((), jnp.int32),
@@ -97,15 +97,15 @@ def watch(
             )
 
     def update_fn(
-        updates: Any, state: WatchState, params: Any = None, **extra: Any
-    ) -> tuple[Any, WatchState]:
+        updates: Any, state: TrackState, params: Any = None, **extra: Any
+    ) -> tuple[Any, TrackState]:
         leaves = flatten(updates)
         if not leaves.arrays:
             updates, after = wrapped.update(updates, state.inner, params, **extra)
             return updates, state._replace(inner=after)
         groups = measure.groups(leaves, axis_name, specs)
-        with _mesh.mesh_of(leaves.arrays):
-            places = _mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
+        with mesh.mesh_of(leaves.arrays):
+            places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
             sizes = groups.sizes(leaves.arrays, places)
             (found,) = norms(
                 [leaves.arrays], groups, 2.0, leaves.paths, axis_name, specs
@@ -116,7 +116,7 @@ def watch(
             updates, state.inner, params, **{**extra, MEASURED: known}
         )
         names = _names(measure, leaves)
-        with _mesh.mesh_of(leaves.arrays):
+        with mesh.mesh_of(leaves.arrays):
             share = None
             if ratios:
                 moved = flatten(updates)
@@ -125,7 +125,7 @@ def watch(
                     [moved.arrays, before], groups, 2.0, moved.paths, axis_name, specs
                 )
                 share = _by_name(names, _quotients(step.value, size.value))
-            new_state = WatchState(
+            new_state = TrackState(
                 _by_name(names, found.value), share, few, many, after
             )
         return updates, new_state

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._grouping import ScalarGroups
-from ._leaves import Leaves, from_prefix
-from ._measures import Measure
-from ._mesh import Placement
-from ._thresholds._constant import check_limit, is_limit
+from .._clipping.measures import Measure
+from .._devices.mesh import Placement
+from .._reductions.groups import ScalarGroups
+from .._trees.arguments import check_limit, is_limit
+from .._trees.leaves import Leaves, from_prefix
 
 ALONE = Placement((), ())
 
@@ -122,7 +122,7 @@ def limits_of_groups(
     if measure.scope == "tree":
         raise ValueError(
             f"Expected a single max_norm for the whole example, got {max_norm!r}. Pass"
-            " measure=optax_clipx.leaf_norms() for one of each leaf."
+            " measure=optax_clipx.measures.leaf_norms() for one of each leaf."
         )
     if measure.scope == "leaf":
         given = from_prefix(max_norm, leaves.paths, "max_norm")

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _mesh, _scaling
-from ._arithmetic import accumulator, times, widened
-from ._grouping import Packed, ScalarGroups
-from ._leaf_sums import Operands, Terms, reduced
-from ._mesh import Placement, size_of
-from ._reductions import Norms, Ord, _norms, as_they_are
-from ._scaling import Response
+from .._clipping import scaling
+from .._clipping.scaling import Response
+from .._devices import mesh
+from .._devices.mesh import Placement, size_of
+from .._reductions.groups import Packed, ScalarGroups
+from .._reductions.leaf_sums import Operands, Terms, reduced
+from .._reductions.norms import Norms, Ord, _norms, as_they_are
+from .._trees.arithmetic import accumulator, times, widened
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,16 @@ def measured(
     """Norms and scales; `limits` is a scalar for the tree, else one for each group."""
     (norms,) = _norms((tuple(arrays),), (), groups, ord, tuple(places), as_they_are)
     limits = like_norms(limits, norms.value)
-    scales = _scaling.scales(norms, limits, response)
+    scales = scaling.scales(norms, limits, response)
     return Measured(norms.value, scales.coarse, scales.fine)
 
 
 def scales_of(
     norms: jax.Array, limits: jax.Array, response: Response
-) -> _scaling.Scales:
+) -> scaling.Scales:
     """The scales of norms below the largest number, from nothing but the norms."""
     known = Norms(norms, norms, jnp.ones_like(norms), jnp.square(norms))
-    return _scaling.scales(known, like_norms(limits, norms), response)
+    return scaling.scales(known, like_norms(limits, norms), response)
 
 
 def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
@@ -121,7 +122,7 @@ def in_rows(arrays: list[Any]) -> list[Any]:
     """The arrays, computed once; on CPU an example lies in memory as a row."""
     # XLA would give one consumer of a bfloat16 array digits that another does not see,
     # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).
-    if any(map(_mesh.is_cut, arrays)):
+    if any(map(mesh.is_cut, arrays)):
         return lax.optimization_barrier(arrays)
 
     def flattened(arrays: list[Any]) -> list[jax.Array]:
@@ -163,7 +164,7 @@ def weighted_sum(
         arrays = _cleaned(arrays, usual, keeps, coarse)
         return list(map(_product, weights, arrays))
 
-    if any(_mesh.is_cut(x) or jnp.iscomplexobj(x) for x in arrays):
+    if any(mesh.is_cut(x) or jnp.iscomplexobj(x) for x in arrays):
         return sums(*parts)
     return lax.platform_dependent(*parts, cpu=products, default=sums)
 

@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from . import _clipped_grad
-from ._arithmetic import accumulator
+from .._clipping.measures import Measure, tree_norm
+from .._clipping.responses import rescale
+from .._clipping.scaling import Response
+from .._devices.mesh import mesh_of
+from .._reductions.groups import ScalarGroups
+from .._trees.arguments import check_choice, check_limit, check_static_count
+from .._trees.arithmetic import accumulator
+from .._trees.leaves import flatten
+from . import _sums
 from ._batch_arguments import (
     ALONE,
     check_args,
@@ -22,21 +29,7 @@ from ._batch_arguments import (
     size_of_batch,
     unpacked,
 )
-from ._examples import (
-    ExampleGroups,
-    in_rows,
-    like_norms,
-    measured,
-    weighted_sum,
-)
-from ._grouping import ScalarGroups
-from ._leaves import flatten
-from ._measures import Measure, leaf_norms, tree_norm
-from ._mesh import mesh_of
-from ._responses import rescale
-from ._scaling import Response
-from ._thresholds._base import check_choice, check_static_count
-from ._thresholds._constant import check_limit
+from ._examples import ExampleGroups, in_rows, like_norms, measured, weighted_sum
 
 
 class ClippedExamples(NamedTuple):
@@ -116,7 +109,7 @@ def clipped_grad(
     norm of an example  limit               what it adds
     ==================  ==================  =========================================
     0                   any                 zero
-    at most the limit   infinity included   its gradient, with :func:`rescale`
+    at most the limit   infinity included   its gradient, with ``rescale``
     above               0                   zero
     infinite or NaN     any                 zero; counted in ``num_nonfinite``
     any                 negative or NaN     ValueError; if traced, the sum is NaN
@@ -134,12 +127,13 @@ def clipped_grad(
         microbatch_size: how many examples are taken at a time; all, or with
             ``two_pass`` one, if ``None``. It has to divide the size of the batch.
         has_aux: whether ``fun`` returns a pair, of the loss and something else.
-        measure: :func:`optax_clipx.tree_norm` for the whole example, the default;
-            :func:`optax_clipx.leaf_norms` or :func:`optax_clipx.group_norms` to
-            clip leaves or groups by themselves.
-        response: :func:`optax_clipx.rescale`, or any function of norms and limits:
-            ``functools.partial(clipx.normalize, eps=0.01)`` is AUTO-S, :func:`psac`
-            is DP-PSAC.
+        measure: :func:`optax_clipx.measures.tree_norm` for the whole example, the
+            default; :func:`optax_clipx.measures.leaf_norms` or
+            :func:`optax_clipx.measures.group_norms` to clip leaves or groups by
+            themselves.
+        response: :func:`optax_clipx.responses.rescale`, or any function of norms and
+            limits: ``functools.partial(clipx.responses.normalize, eps=0.01)`` is
+            AUTO-S, :func:`psac` is DP-PSAC.
         shares: how :math:`K` leaves or groups share one limit: ``"equal"`` gives
             :math:`C/\sqrt{K}` to each, ``"size"`` :math:`C \sqrt{d_k/d}`.
         two_pass: whether to take the norms first.
@@ -230,12 +224,12 @@ def clipped_grad(
         with mesh_of([*leaves.arrays, *batch]):
             of_one = measure.groups(leaves)
             assert isinstance(of_one, ScalarGroups)
-            axes = _clipped_grad.example_axes(batch, axis_name)
+            axes = _sums.example_axes(batch, axis_name)
             if axis_name is None:
-                _clipped_grad.refuse_shards(leaves, axes)
+                _sums.refuse_shards(leaves, axes)
             wide = accumulator(leaves.arrays)
             limits = limits_of_groups(max_norm, measure, leaves, of_one, shares, wide)
-            clipped = _clipped_grad.ClippedGrad(
+            clipped = _sums.ClippedGrad(
                 fun=of_one_example(fun, kwargs, batched, has_aux, keep_batch_dim),
                 argnums=argnums,
                 args=args,
@@ -273,173 +267,6 @@ def clipped_grad(
             return leaves.rebuild([finish(x) for x in sums]), found
 
     return grad_fn
-
-
-def psac(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, r: Any = 0.1
-) -> Float[Array, "..."]:
-    r"""Normalizes, but does not enlarge small gradients: :math:`t / (n + r/(n + r))`.
-
-    Large norms come close to their limit, as with :func:`optax_clipx.normalize`; a
-    norm near 0 is multiplied by about :math:`t`, and not by :math:`t/n`.
-
-    Args:
-        norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape.
-        r: the scale of norms that count as small, above 0.
-
-    Returns:
-        Scales, the same shape.
-
-    Raises:
-        ValueError: if ``r`` is not positive.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> scales = clipx.per_example.psac(jnp.array([0.0, 4.0]), jnp.ones(2))
-        >>> print(scales)
-        [1.         0.24848485]
-
-    References:
-        Xia et al., Differentially private learning with per-sample adaptive clipping,
-        2023, arXiv 2212.00328.
-    """
-    if not isinstance(r, jax.core.Tracer) and not r > 0:
-        raise ValueError(f"Expected r > 0, got r={r}.")
-    share = jnp.asarray(r, norms.dtype)
-    return limits / (norms + share / (norms + share))
-
-
-def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users most"]]:
-    r"""Puts the examples of each user together, so that they are clipped together.
-
-    Runs on the host, with NumPy. Users come in the order of their sorted names. Who has
-    fewer examples than others is filled up with copies of the first, for which the mask
-    is false.
-
-    Args:
-        users: for each example whose it is; integers or strings.
-        batch: a pytree of arrays with the examples along axis 0.
-
-    Returns:
-        The batch with a first axis of users and a second of their examples, and the
-        mask of this shape, for a ``fun`` that adds up what the mask lets through.
-
-    Raises:
-        ValueError: if ``users`` and the batch differ in length.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> x = jnp.array([0.25, 5.0, 0.5])
-        >>> grouped, mask = clipx.per_example.group_by_user(["ann", "bob", "ann"], x)
-        >>> loss = lambda w, x, mask: jnp.sum(jnp.where(mask, w * x, 0))
-        >>> grad_fn = clipx.per_example.clipped_grad(loss, 1.0, batch_argnums=(1, 2))
-        >>> _, found = grad_fn(1.0, grouped, mask)
-        >>> print(found.norms)
-        [0.75 5.  ]
-
-    References:
-        McMahan et al., Learning differentially private recurrent language models, 2018,
-        arXiv 1710.06963.
-    """
-    users = np.asarray(users)
-    arrays = jax.tree.map(np.asarray, batch)
-    lengths = {len(x) for x in jax.tree.leaves(arrays)}
-    if users.ndim != 1 or lengths - {len(users)}:
-        raise ValueError(
-            f"Expected a user for each example, got users of shape {users.shape} and"
-            f" examples of length {sorted(lengths)}."
-        )
-    _, owner, counts = np.unique(users, return_inverse=True, return_counts=True)
-    order = np.argsort(owner, kind="stable")
-    first = np.cumsum(counts) - counts
-    column = np.arange(counts.max(initial=0))[None, :]
-    mask = column < counts[:, None]
-    index = order[first[:, None] + np.where(mask, column, 0)]
-    return jax.tree.map(lambda x: x[index], arrays), mask
-
-
-def per_example_global_norm_clip(
-    grads: Any, l2_norm_clip: Any
-) -> tuple[Any, Int[Array, "..."]]:
-    r"""Clips each example's gradient to a global norm, and sums over the examples.
-
-    .. math:: \sum_b \min(1, C / \|g_b\|)\, g_b
-
-    Norms and sums are float32 or wider, whatever the leaves are. An example that is
-    not finite adds zero and is counted, so that the bound on what one example
-    contributes always holds.
-
-    Args:
-        grads: a pytree of arrays with the examples along axis 0. Integer leaves are
-            taken as float32.
-        l2_norm_clip: :math:`C`, in the unit of the gradients.
-
-    Returns:
-        The sum, without the axis of examples, and the number of clipped examples.
-
-    Raises:
-        ValueError: if a leaf has no axis of examples, or they differ in length.
-        TypeError: for leaves that are no arrays.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> grads = [jnp.array([[0.0, 0.5], [3.0, 4.0]])]
-        >>> total, num_clipped = clipx.per_example_global_norm_clip(grads, 1.0)
-        >>> print(total[0], num_clipped)
-        [0.6 1.3] 1
-
-    References:
-        Abadi et al., Deep learning with differential privacy, 2016, arXiv 1607.00133.
-    """
-    grads = jax.tree.map(_floating, grads)
-    _check_batch(grads)
-    check_limit(l2_norm_clip, "l2_norm_clip")
-    return _clipped_sums(grads, tree_norm(), l2_norm_clip, "equal")
-
-
-def per_example_layer_norm_clip(
-    grads: Any, global_l2_norm_clip: Any, uniform: bool = True
-) -> tuple[Any, Any]:
-    r"""Clips each example's gradient leaf by leaf, and sums over the examples.
-
-    The leaves share the bound :math:`C` so that an example as a whole stays within it:
-    each of :math:`K` leaves gets :math:`C / \sqrt{K}`, or, if not uniform,
-    :math:`C \sqrt{d_k / d}` for a leaf of :math:`d_k` of all :math:`d` parameters.
-
-    Args:
-        grads: a pytree of arrays with the examples along axis 0. Integer leaves are
-            taken as float32.
-        global_l2_norm_clip: :math:`C`, in the unit of the gradients.
-        uniform: whether the leaves share the bound evenly.
-
-    Returns:
-        The sums, and for each leaf the number of clipped examples.
-
-    Raises:
-        ValueError: if a leaf has no axis of examples, or they differ in length.
-        TypeError: for leaves that are no arrays.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import optax_clipx as clipx
-        >>> grads = [jnp.array([[3.0, 4.0]]), jnp.array([[0.5]])]
-        >>> total, num_clipped = clipx.per_example_layer_norm_clip(grads, 2.0**0.5)
-        >>> print(total[0], total[1], num_clipped[0], num_clipped[1])
-        [0.6 0.8] [0.5] 1 0
-
-    References:
-        McMahan et al., Learning differentially private recurrent language models, 2018,
-        arXiv 1710.06963.
-    """
-    grads = jax.tree.map(_floating, grads)
-    _check_batch(grads)
-    check_limit(global_l2_norm_clip, "global_l2_norm_clip")
-    shares = "equal" if uniform else "size"
-    return _clipped_sums(grads, leaf_norms(), global_l2_norm_clip, shares)
 
 
 def _clipped_sums(

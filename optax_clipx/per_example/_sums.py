@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _mesh
-from ._arithmetic import widened
+from .._clipping.scaling import Response
+from .._devices import mesh
+from .._trees.arithmetic import widened
+from .._trees.leaves import Leaves, show
 from ._examples import (
     ExampleGroups,
     Measured,
@@ -22,8 +24,6 @@ from ._examples import (
     scales_of,
     weighted_sum,
 )
-from ._leaves import Leaves, show
-from ._scaling import Response
 
 
 class Counts(NamedTuple):
@@ -140,7 +140,7 @@ class ClippedGrad:
         return jax.tree.map(self._varied, zeros)
 
     def _varied(self, x: Any) -> Any:
-        return _mesh.vary(jnp.asarray(x), self.axes) if self.axes else x
+        return mesh.vary(jnp.asarray(x), self.axes) if self.axes else x
 
     def _gradients(self, batch: dict[int, Any]) -> tuple[list[jax.Array], Any]:
         """The gradient of each example, and what else its function returned."""
@@ -190,14 +190,14 @@ class ClippedGrad:
         groups, limits, response = self.groups, self.limits, self.response
         return measured(arrays, groups, limits, self.ord, response, self._places())
 
-    def _places(self) -> list[_mesh.Placement]:
+    def _places(self) -> list[mesh.Placement]:
         """Over which mesh axes each parameter is sharded; other examples aside."""
         arrays, paths = self.leaves.arrays, self.leaves.paths
-        blind = _mesh.is_unknown(None, None)
+        blind = mesh.is_unknown(None, None)
         found = []
-        for place in _mesh.placements(arrays, paths, () if blind else None, None):
+        for place in mesh.placements(arrays, paths, () if blind else None, None):
             kept = tuple(name for name in place.axes if name not in self.axes)
-            found.append(_mesh.Placement(kept, None if kept else ()))
+            found.append(mesh.Placement(kept, None if kept else ()))
         return found
 
     def _weighted_gradient(
@@ -243,20 +243,20 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
     """The mesh axes of manual code over which the examples are spread."""
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        return tuple(name for name in names if _mesh._is_bound(name))
-    if _mesh.is_unknown(None, None):
+        return tuple(name for name in names if mesh._is_bound(name))
+    if mesh.is_unknown(None, None):
         raise ValueError(
             "Cannot tell over which mesh axes the examples are spread: inside pmap, and"
             " shard_map with check_vma=False, types do not say. Pass axis_name= with"
             " these axes, or axis_name=() if every device has the same examples."
         )
-    return tuple(sorted({name for x in batch for name in _mesh.varying(x)}))
+    return tuple(sorted({name for x in batch for name in mesh.varying(x)}))
 
 
 def refuse_shards(leaves: Leaves, axes: tuple[str, ...]) -> None:
     """Of parameters that are cut over the examples' axes the sum would mix shards."""
     for path, leaf in zip(leaves.paths, leaves.arrays, strict=True):
-        both = sorted({*_mesh.varying(leaf)} & {*axes})
+        both = sorted({*mesh.varying(leaf)} & {*axes})
         if both:
             raise ValueError(
                 f"{show(path)} varies over {both}, as the examples do: shards of it"

@@ -3,14 +3,13 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from . import _readers
-from ._jsonl import ReadError
-from ._table import STEP, Columns
-from .history import History
+from . import readers
+from .jsonl import ReadError
+from .table import STEP, Columns
 
 POINTS = 1000  # more than the pixels of a line at README width
 
@@ -102,22 +101,28 @@ def canvas(
 
 def columns_of(run: Any) -> Columns:
     """The columns of a history, a recorded file, or a mapping; always with a step."""
-    if isinstance(run, str) or hasattr(run, "__fspath__"):
-        run = History.load(run)
-    if isinstance(run, History):
-        columns = run.columns
-    elif isinstance(run, Mapping):
+    if isinstance(run, Mapping):
         columns = {name: np.asarray(x) for name, x in run.items()}
         if STEP not in columns and columns:
             columns[STEP] = np.arange(len(next(iter(columns.values()))))
     else:
-        raise TypeError(
-            "Expected a History, the path of a recorded run, or a dict of columns, got"
-            f" {type(run).__name__}."
-        )
+        columns = readers.columns_of_run(run)
     if not columns or not len(columns[STEP]):
         raise ReadError("There are no records to draw. Was anything appended?")
     return columns
+
+
+@runtime_checkable
+class Sweep(Protocol):
+    """What the pictures of a sweep show, as `find_threshold` returns it."""
+
+    best: float
+    best_learning_rate: float | None
+    limits: tuple[float, ...]
+    learning_rates: tuple[float | None, ...]
+    scores: np.ndarray
+    higher_is_better: bool
+    warning: str
 
 
 class Norms(NamedTuple):
@@ -137,14 +142,14 @@ class Norms(NamedTuple):
 def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
     """What the pictures of norms show."""
     columns = columns_of(run)
-    name = _readers.pick(columns, "norm", norm)
+    name = readers.pick(columns, "norm", norm)
     norms = np.asarray(columns[name], np.float64)
     limits: np.ndarray | None
     clipped = None
     if limit is not None:
         limits = np.full(len(norms), float(limit))
     else:
-        limits = _readers.limits_beside(columns, name)
+        limits = readers.limits_beside(columns, name)
         beside = f"{name.removesuffix('norm')}clipped"
         if limits is not None and beside in columns:
             clipped = np.asarray(columns[beside]) > 0

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import jax
 import numpy as np
 
-from . import _jsonl, _readers
-from ._metrics import ClipMetrics
-from ._table import STEP, Columns, Table
+from . import jsonl, readers
+from .table import STEP, Columns, Table
 
 
 class History:
@@ -69,15 +67,15 @@ class History:
                         f"{self.path} has something in it already. Pass another path,"
                         " resume=True to go on with it, or delete it."
                     )
-                table = _readers.read(self.path)
-                _jsonl.end_last_line(self.path)
+                table = readers.read(self.path)
+                jsonl.end_last_line(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         self._writer = _Writer(table, file, resume)
         # Writes the last record at the end of the program, too.
         self._close = weakref.finalize(self, self._writer.close)
 
-    def append(self, step: Any, metrics: Mapping[str, Any] | ClipMetrics) -> None:
+    def append(self, step: Any, metrics: Any) -> None:
         """Records a step, or a block of steps.
 
         Args:
@@ -92,7 +90,7 @@ class History:
                 ``"step"``, and after ``close``.
             TypeError: inside of ``jax.jit``, and for what is no dict.
         """
-        if isinstance(metrics, ClipMetrics):
+        if hasattr(metrics, "_asdict"):
             fields = metrics._asdict().items()
             metrics = {f"clip/{k}": v for k, v in fields if v is not None}
         if not isinstance(metrics, Mapping):
@@ -107,7 +105,7 @@ class History:
             step = np.asarray(step)
         record = {STEP: step, **metrics}
         for name, value in record.items():
-            if isinstance(value, jax.core.Tracer):
+            if type(value).__name__.endswith("Tracer"):
                 raise TypeError(
                     f"Expected numbers, got the traced {name!r}. Return the metrics"
                     " from the jitted function, and append them outside of it."
@@ -118,7 +116,7 @@ class History:
                     f" {np.shape(value)}. For a block of steps pass all their numbers:"
                     " append(range(0, 100), stacked)."
                 )
-            if isinstance(value, jax.Array):
+            if hasattr(value, "copy_to_host_async"):
                 value.copy_to_host_async()
         self._writer.put(record)
 
@@ -210,7 +208,7 @@ class History:
             ValueError: if the file cannot be read; the message has the line.
         """
         history = cls()
-        history._writer.table = _readers.read(Path(path), step)
+        history._writer.table = readers.read(Path(path), step)
         return history
 
     def to_pandas(self) -> Any:
@@ -309,7 +307,7 @@ class _Writer:
             )
         if self.file is not None:
             if again:
-                _jsonl.cut_from(self.file, int(steps[0]))
+                jsonl.cut_from(self.file, int(steps[0]))
             # Flushed at once: what the system has taken outlives the process.
             for part in _parts(columns, as_csv=False):
                 self.file.write(part)
@@ -324,7 +322,7 @@ def _parts(columns: Columns, *, as_csv: bool) -> Iterable[bytes]:
     for start in range(0, len(columns[STEP]), 10_000):
         part = {n: values[start : start + 10_000] for n, values in columns.items()}
         if not as_csv:
-            yield _jsonl.encode(part)
+            yield jsonl.encode(part)
             continue
         rows = zip(*[values.tolist() for values in part.values()], strict=True)
         yield "".join(",".join(map(repr, row)) + "\n" for row in rows).encode()

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ._escaping import printable_lines
-from ._table import STEP, Columns
+from .escaping import printable_lines
+from .table import STEP, Columns
 
 _BLOCK = 1 << 23  # bytes at a time: a few tens of MB as Python objects
 _SPARSE = 256  # places in the table for each number in the file

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _jsonl, _readers
-from ._drawing import means, norms_of
-from ._escaping import printable
-from ._table import STEP, Columns, Table
+from . import jsonl, readers
+from .drawing import means, norms_of
+from .escaping import printable
+from .table import STEP, Columns, Table
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _RECENT = 100  # steps
@@ -32,14 +32,14 @@ class Follower:
     def look(self) -> Columns:
         """The columns as of now."""
         if not self.path.exists():
-            raise _jsonl.ReadError(f"{self.path}: there is no such file or folder.")
+            raise jsonl.ReadError(f"{self.path}: there is no such file or folder.")
         if self._is_jsonl():
             self._read_new_lines()
         else:
             files = [self.path, *self.path.rglob("*")]
             state = {file: file.stat().st_mtime_ns for file in files}
             if state != self.seen:
-                self.table, self.seen = _readers.read(self.path, self.step), state
+                self.table, self.seen = readers.read(self.path, self.step), state
         return self.table.arrays()
 
     def _is_jsonl(self) -> bool:
@@ -58,20 +58,20 @@ class Follower:
         if self._was_cut():
             self._begin()
         before = self.lines
-        for number, lines, cut in _jsonl.blocks(self.path, self.offset):
+        for number, lines, cut in jsonl.blocks(self.path, self.offset):
             if cut:  # still being written
                 return
-            columns = _jsonl.decode(self.path, before + number, lines, cut)
+            columns = jsonl.decode(self.path, before + number, lines, cut)
             self.lines = before + number + len(lines)
             self.offset += sum(len(line) + 1 for line in lines)
             self.last = lines[-1] + b"\n"
             if columns is None:
                 continue
             if self.step is None:
-                self.step = _readers.step_name(self.path, columns)
+                self.step = readers.step_name(self.path, columns)
             if self.step not in columns:
-                raise _jsonl.ReadError(
-                    _readers.no_column(self.path, self.step, columns, "--step NAME")
+                raise jsonl.ReadError(
+                    readers.no_column(self.path, self.step, columns, "--step NAME")
                 )
             steps = columns[self.step]
             others = {n: x for n, x in columns.items() if n not in (self.step, STEP)}
@@ -124,7 +124,7 @@ def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
     title = Text(printable(label))
     if not len(columns[STEP]):
         return Panel("nothing is recorded yet", title=title, title_align="left")
-    name = _readers.pick(columns, "norm", norm, path)
+    name = readers.pick(columns, "norm", norm, path)
     seen = norms_of(columns, name, None)
     recent = slice(-_RECENT, None)
     grid = Grid.grid(padding=(0, 2))

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _readers
-from ._drawing import Envelope, Norms, Theme, columns_of, envelope
-from ._table import STEP
+from . import readers
+from .drawing import Envelope, Norms, Theme, columns_of, envelope
+from .table import STEP
 
 
 def line(
@@ -18,6 +18,7 @@ def line(
     width: float = 1.3,
     marker: str | None = None,
 ) -> None:
+    """A line through the middles, with a band from low to high."""
     if not np.array_equal(points.low, points.high, equal_nan=True):
         band = {"color": colour, "alpha": 0.25, "lw": 0}
         ax.fill_between(points.steps, points.low, points.high, **band)
@@ -29,6 +30,7 @@ def line(
 def clipped_dots(
     ax: Any, seen: Norms, points: Envelope, limits: Envelope, colours: Theme
 ) -> None:
+    """Dots on the clipped steps, and their share in the legend."""
     if seen.clipped is None or not seen.clipped.any():
         return
     clipped_norms = np.where(seen.clipped, seen.norms, np.nan)
@@ -45,6 +47,7 @@ def clipped_dots(
 
 
 def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
+    """The usual limit as a vertical line, with a band where it varied."""
     low, middle, high = np.nanquantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
         style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
@@ -56,6 +59,7 @@ def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
 def mark_nonfinite(
     ax: Any, steps: np.ndarray, values: np.ndarray, colours: Theme
 ) -> None:
+    """Crosses at the top on the steps whose value is not finite."""
     lost = steps[~np.isfinite(values)]
     if len(lost):
         few = lost[:: -(-len(lost) // 200)]
@@ -65,17 +69,20 @@ def mark_nonfinite(
 
 
 def log_scale(ax: Any, values: np.ndarray) -> None:
+    """A logarithmic axis, where the values allow it."""
     finite = values[np.isfinite(values)]
     if len(finite) and (finite >= 0).all() and (finite > 0).any():
         ax.set_yscale("log", nonpositive="mask")
 
 
 def legend_above(ax: Any) -> None:
+    """A legend above the axes."""
     place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
     ax.legend(ncols=4, columnspacing=1.2, handlelength=1.6, **place)
 
 
 def log_norm(values: np.ndarray) -> Any:
+    """Colours on a logarithmic scale, or `None` where one value says all."""
     from matplotlib.colors import LogNorm
 
     positive = values[values > 0]
@@ -89,7 +96,7 @@ def seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:
     lines, lost = [], []
     for seed in seeds:
         columns = columns_of(seed)
-        name = column if column in columns else _readers.pick(columns, column)
+        name = column if column in columns else readers.pick(columns, column)
         values = np.asarray(columns[name], np.float64)
         recorded = ~np.isnan(values) | np.isnan(values).all()
         bad = np.flatnonzero(~np.isfinite(values))
@@ -113,6 +120,7 @@ def seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:
 
 
 def leave_out_explosions(ax: Any, lines: Sequence[np.ndarray]) -> None:
+    """Ends the axis where a run that explodes would press the others flat."""
     starts = [x[np.isfinite(x)] for x in lines]
     starts = [x for x in starts if len(x)]
     if not starts or ax.get_yscale() != "log":
@@ -124,6 +132,7 @@ def leave_out_explosions(ax: Any, lines: Sequence[np.ndarray]) -> None:
 
 
 def of_finite(reduce: Any, values: np.ndarray) -> float:
+    """A reduction of the finite values, or NaN."""
     finite = values[np.isfinite(values)]
     return float(reduce(finite)) if len(finite) else np.nan
 
@@ -137,6 +146,7 @@ def middle(scores: np.ndarray) -> float:
 def cell(
     ax: Any, column: int, row: int, value: float, image: Any, colours: Theme
 ) -> None:
+    """The number in a cell of a map, or a cross."""
     place = {"ha": "center", "va": "center", "fontsize": 9}
     if not np.isfinite(value):
         ax.text(column, row, "✕", color=colours.clipped, **place)

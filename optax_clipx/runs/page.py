@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from ._drawing import THEMES, bins, envelope, means, norms_of
-from ._escaping import for_page
-from ._suggesting import suggest_threshold
-from ._table import STEP
+from .drawing import THEMES, bins, envelope, means, norms_of
+from .escaping import for_page
+from .suggesting import suggest_threshold
+from .table import STEP
 
 _POINTS = 2000
 # Apart from each other for everyone, and from both pages.
@@ -184,7 +184,7 @@ def _histograms(go: Any, runs: Any) -> Any:
 
 
 def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
-    start = "clip_norms/"
+    start = "track_norms/"
     names = [name for name in columns if name.startswith(start)]
     if not names:
         return None

@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from . import _marks
-from ._drawing import Envelope, bins, canvas, columns_of, envelope, means, norms_of
-from ._escaping import for_picture
-from ._jsonl import ReadError
-from ._sweeping import Sweep
-from ._table import STEP
+from . import marks
+from .drawing import (
+    Envelope,
+    Sweep,
+    bins,
+    canvas,
+    columns_of,
+    envelope,
+    means,
+    norms_of,
+)
+from .escaping import for_picture
+from .jsonl import ReadError
+from .table import STEP
 
 
 def norms(
@@ -55,16 +63,16 @@ def norms(
     seen = norms_of(run, norm, limit)
     with canvas(theme, ax) as (figure, ax, colours):
         points = envelope(seen.steps, seen.norms)
-        _marks.line(ax, points, colours.norm, "norm")
+        marks.line(ax, points, colours.norm, "norm")
         if seen.limits is not None:
             limits = envelope(seen.steps, seen.limits)
             style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
             ax.plot(limits.steps, limits.middle, label="limit", zorder=4, **style)
-            _marks.clipped_dots(ax, seen, points, limits, colours)
-        _marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
-        _marks.log_scale(ax, seen.norms)
+            marks.clipped_dots(ax, seen, points, limits, colours)
+        marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
+        marks.log_scale(ax, seen.norms)
         ax.set(title="Gradient norm before clipping", xlabel="step", ylabel="norm")
-        _marks.legend_above(ax)
+        marks.legend_above(ax)
     return figure
 
 
@@ -176,7 +184,7 @@ def histogram(
             style = {"color": colours.clipped, "fill": True, "label": "clipped"}
             ax.stairs(within + above, edges, baseline=within, **style)
         if seen.limits is not None:
-            _marks.limit_line(ax, seen.limits, colours)
+            marks.limit_line(ax, seen.limits, colours)
         ax.set_xscale("log")
         title = "Norms and the limit" if known else "Norms; the limit is not recorded"
         ax.set(title=title, xlabel="norm", ylabel="share of the steps")
@@ -195,10 +203,11 @@ def heatmap(
     """Draws the norm of each layer over the steps, as colours.
 
     Args:
-        run: as for :func:`norms`; with columns such as ``"clip_norms/layers/0/kernel"``
-            that :func:`optax_clipx.watch` records.
-        prefix: what the layers' columns begin with, if not ``"clip_norms/"``; for
-            update-to-parameter ratios ``"clip_ratios/"``.
+        run: as for :func:`norms`; with columns such as
+            ``"track_norms/layers/0/kernel"`` that :func:`optax_clipx.track_norms`
+            records.
+        prefix: what the layers' columns begin with, if not ``"track_norms/"``; for
+            update-to-parameter ratios ``"track_ratios/"``.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
@@ -211,7 +220,7 @@ def heatmap(
 
     Example:
         >>> from optax_clipx import plotting
-        >>> run = {"clip_norms/a": [1.0, 2.0], "clip_norms/b": [0.1, 0.2]}
+        >>> run = {"track_norms/a": [1.0, 2.0], "track_norms/b": [0.1, 0.2]}
         >>> len(plotting.heatmap(run).axes[0].get_yticklabels())
         2
 
@@ -220,12 +229,12 @@ def heatmap(
         neural networks, 2010: gradients layer by layer.
     """
     columns = columns_of(run)
-    start = "clip_norms/" if prefix is None else prefix
+    start = "track_norms/" if prefix is None else prefix
     names = [name for name in columns if name.startswith(start)]
     if not names:
         raise ReadError(
             f"There are no columns that begin with {start!r}. Record them with"
-            " optax_clipx.watch, or pass prefix=."
+            " optax_clipx.track_norms, or pass prefix=."
         )
     steps = columns[STEP]
     size = (8.0, min(10.0, 1.4 + 0.27 * len(names)))
@@ -235,7 +244,7 @@ def heatmap(
         positive = table[np.isfinite(table) & (table > 0)]
         image = ax.imshow(
             np.where(table > 0, table, np.nan),
-            norm=_marks.log_norm(positive),
+            norm=marks.log_norm(positive),
             cmap="cividis",
             aspect="auto",
             interpolation="nearest",
@@ -292,20 +301,20 @@ def compare(
         for index, (label, given) in enumerate(runs.items()):
             seeds = list(given) if isinstance(given, list | tuple) else [given]
             colour = colours.lines[index % len(colours.lines)]
-            band, lost = _marks.seed_band(seeds, column)
+            band, lost = marks.seed_band(seeds, column)
             shown = for_picture(label)
             shown += f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
-            _marks.line(ax, band, colour, shown, width=1.8)
+            marks.line(ax, band, colour, shown, width=1.8)
             everything.append(band.middle)
             if len(lost):
                 ax.plot(lost, [0.97] * len(lost), "x", color=colour, mew=2, clip_on=0,
                         transform=ax.get_xaxis_transform())  # fmt: skip
-        _marks.log_scale(ax, np.concatenate(everything))
+        marks.log_scale(ax, np.concatenate(everything))
         # A run that explodes must not press the others flat.
-        _marks.leave_out_explosions(ax, everything)
+        marks.leave_out_explosions(ax, everything)
         name = for_picture(column)
         ax.set(title=f"{name}, run by run", xlabel="step", ylabel=name)
-        _marks.legend_above(ax)
+        marks.legend_above(ax)
     return figure
 
 
@@ -341,12 +350,12 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
             shown = np.where(np.isfinite(scores), scores, np.nan)
             band = Envelope(
                 np.array(found.limits),
-                np.array([_marks.of_finite(np.min, s) for s in shown]),
-                np.array([_marks.middle(s) for s in shown]),
-                np.array([_marks.of_finite(np.max, s) for s in shown]),
+                np.array([marks.of_finite(np.min, s) for s in shown]),
+                np.array([marks.middle(s) for s in shown]),
+                np.array([marks.of_finite(np.max, s) for s in shown]),
             )
             name = "score" if rate is None else f"learning rate {rate:g}"
-            _marks.line(ax, band, colour, name, width=1.8, marker="o")
+            marks.line(ax, band, colour, name, width=1.8, marker="o")
             failed = band.steps[~np.isfinite(band.middle)]
             if len(failed):
                 ax.plot(failed, [0.03] * len(failed), "x", color=colours.clipped, mew=2,
@@ -358,9 +367,9 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.set_xticks(ticks, [f"{limit:.3g}" for limit in ticks])
         ax.minorticks_off()
         if not found.higher_is_better:
-            _marks.log_scale(ax, found.scores)
+            marks.log_scale(ax, found.scores)
         ax.set(title="Score with each limit", xlabel="limit", ylabel="score")
-        _marks.legend_above(ax)
+        marks.legend_above(ax)
     return figure
 
 
@@ -392,21 +401,21 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         Pascanu et al., 2013, arXiv 1211.5063: clipping makes larger learning rates
         possible.
     """
-    middle = np.array([[_marks.middle(s) for s in row] for row in found.scores]).T
+    middle = np.array([[marks.middle(s) for s in row] for row in found.scores]).T
     with canvas(theme, ax, (8.0, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
         best_is_dark = not found.higher_is_better
         positive = middle[np.isfinite(middle)]
         logarithmic = bool((positive > 0).all()) and best_is_dark
         image = ax.imshow(
             middle,
-            norm=_marks.log_norm(positive) if logarithmic else None,
+            norm=marks.log_norm(positive) if logarithmic else None,
             cmap="cividis_r" if best_is_dark else "cividis",
             aspect="auto",
             origin="lower",
         )
         for row, line in enumerate(middle):
             for column, value in enumerate(line):
-                _marks.cell(ax, column, row, value, image, colours)
+                marks.cell(ax, column, row, value, image, colours)
         at = found.limits.index(found.best)
         rate = found.learning_rates.index(found.best_learning_rate)
         frame = {"color": colours.clipped, "lw": 3}
@@ -457,7 +466,7 @@ def overview(
     """
     columns = columns_of(run)
     limited = norms_of(columns, norm, limit).clipped is not None
-    layers = [name for name in columns if name.startswith("clip_norms/")]
+    layers = [name for name in columns if name.startswith("track_norms/")]
     rows = [["norms", "norms"], ["rate" if limited else "histogram", "histogram"]]
     heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])
     with canvas(theme, size=(8.4, sum(heights))) as (figure, first, _):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _jsonl
-from ._jsonl import ReadError
-from ._table import STEP, Columns, Table
+from . import jsonl
+from .jsonl import ReadError
+from .table import STEP, Columns, Table
 
 # What others call the step, in lower case; the first that is there is taken.
 _STEP_NAMES = (
@@ -134,8 +134,8 @@ def _checked(path: Path, blocks: Iterable[Columns], step: str | None) -> Table:
 
 
 def _of_jsonl(path: Path) -> Iterable[Columns]:
-    for number, lines, cut in _jsonl.blocks(path):
-        columns = _jsonl.decode(path, number, lines, cut)
+    for number, lines, cut in jsonl.blocks(path):
+        columns = jsonl.decode(path, number, lines, cut)
         if columns is not None:
             yield columns
         elif cut:
@@ -189,7 +189,7 @@ def _csv_rows(path: Path, rows: Any, header: list[str]) -> Iterable[Columns]:
         columns = zip(*[row for _, row in numbered], strict=True)
         found = {}
         for name, cells in zip(header, columns, strict=True):
-            numbers = _jsonl.to_numbers(path, name, list(cells), where)
+            numbers = jsonl.to_numbers(path, name, list(cells), where)
             if numbers is not None:
                 found[name] = numbers
         yield found
@@ -256,6 +256,7 @@ def _only_run(path: Path) -> None:
 
 
 def step_name(path: Path, columns: Columns) -> str:
+    """The column with the steps, as others call it."""
     by_lower = {name.lower(): name for name in reversed(columns)}
     for name in _STEP_NAMES:
         if name in by_lower:
@@ -264,6 +265,7 @@ def step_name(path: Path, columns: Columns) -> str:
 
 
 def no_column(path: Any, what: str, columns: Iterable[str], mend: str) -> str:
+    """The message for a column that is not there."""
     names = ", ".join(repr(name) for name in columns) or "none"
     return f"{path}: there is no column {what!r}. The columns are: {names}. Use {mend}."
 
@@ -301,3 +303,15 @@ def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:
         return None
     limits = np.asarray(columns[name], np.float64)
     return limits if np.isfinite(limits).any() else None
+
+
+def columns_of_run(run: Any) -> Columns:
+    """The columns of a history, or of a recorded run by its path."""
+    if isinstance(run, str) or hasattr(run, "__fspath__"):
+        return read(run).arrays()
+    if hasattr(run, "columns") and hasattr(run, "steps"):
+        return dict(run.columns)
+    raise TypeError(
+        "Expected a History, the path of a recorded run, or a dict of columns, got"
+        f" {type(run).__name__}."
+    )

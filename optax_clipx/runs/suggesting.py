@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _readers
-from .history import History
+from . import readers
 
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
@@ -54,7 +53,7 @@ class Suggestion(NamedTuple):
         if self.warning:
             lines.append(f"warning: {self.warning}")
         if self.rule:
-            # With a cap, a rule helps only where the norms go on to fall.
+            # With max_norm=, a rule helps only where the norms go on to fall.
             case = "if they fall further" if self.drift < 1 else "to follow the norms"
             lines.append(f"{case}: {self.rule}")
             lines.append("with no number to choose: optax_clipx.auto_clip()")
@@ -150,13 +149,13 @@ def suggest_threshold(
 
 def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
     """The norms, and the limit of each step: infinite where there was none."""
-    if isinstance(norms, str) or hasattr(norms, "__fspath__"):
-        norms = History.load(norms)
-    if isinstance(norms, History):
-        columns = norms.columns
-        name = _readers.pick(columns, "norm", None, norms.path)
+    of_run = isinstance(norms, str) or hasattr(norms, "__fspath__")
+    if of_run or hasattr(norms, "steps"):
+        columns = readers.columns_of_run(norms)
+        source = norms if of_run else norms.path
+        name = readers.pick(columns, "norm", None, source)
         norms = columns[name]
-        limit = _readers.limits_beside(columns, name) if limit is None else limit
+        limit = readers.limits_beside(columns, name) if limit is None else limit
     values = np.asarray(norms, np.float64)
     if values.ndim != 1:
         raise ValueError(
@@ -236,8 +235,8 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
 def _rule(quantile: float, value: float, drift: float) -> str:
     # Norms that fell are followed down, and never up beyond the limit: where clipping
     # is what keeps them low, a rule that follows them up lets training explode.
-    cap = f", cap={value:.4g}" if drift < 1 else ""
-    return f"optax_clipx.quantile_clip({quantile:.4g}{cap})"
+    most = f", max_norm={value:.4g}" if drift < 1 else ""
+    return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker"{most})'
 
 
 def _warning(found: Suggestion, count: int, clip_rate: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._jsonl import ReadError
+from .jsonl import ReadError
 
 _KEYS = ("limit", "learning_rate", "seed")
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods import ALL_METHODS
+from all_methods import ALL_METHODS
 
 import optax_clipx as clipx
 
@@ -39,7 +39,7 @@ PARAMS = {"layers": [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}]}
         (lambda: clipx.clip_by_group_norm({"a": -1.0}, {"w": "a"}), r"\['a'\]=-1\.0"),
         (lambda: clipx.adaptive_grad_clip(-0.1), r"clipping=-0\.1"),
         (lambda: clipx.adaptive_grad_clip(0.1, eps=-0.1), r"eps=-0\.1"),
-        (lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=0.0), r"p=0\.0"),
+        (lambda: clipx.responses.smooth(jnp.ones(1), jnp.ones(1), p=0.0), r"p=0\.0"),
     ],
 )
 def test_values_are_refused_at_construction(call, message):
@@ -57,7 +57,7 @@ def test_values_are_refused_at_construction(call, message):
         (lambda: clipx.clip_by_group_norm(1.0, {"w": "a"}), "max_norms.*1.0"),
         (lambda: clipx.clip_by(lambda x: x, 1.0), "measure"),
         (
-            lambda: clipx.clip_by(clipx.tree_norm(), 1.0, "rescale"),
+            lambda: clipx.clip_by(clipx.measures.tree_norm(), 1.0, "rescale"),
             "response.*'rescale'",
         ),
         (
@@ -152,13 +152,15 @@ def test_states_of_another_kind():
 
 
 def adaptive():
-    return clipx.Threshold(lambda n: n, lambda n, s, c: (s, n))
+    return clipx.thresholds.Threshold(lambda n: n, lambda n, s, c: (s, n))
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
-@pytest.mark.parametrize("measure", [clipx.leaf_norms(), clipx.unit_norms()])
+@pytest.mark.parametrize(
+    "measure", [clipx.measures.leaf_norms(), clipx.measures.unit_norms()]
+)
 def test_a_state_of_other_leaves(measure, before, now):
-    tx = clipx.clip_by(measure, clipx.quantile(0.9))
+    tx = clipx.clip_by(measure, clipx.thresholds.quantile(0.9))
     state = tx.init([jnp.ones((2, 3))] * before)
     with pytest.raises(ValueError, match="leaves like these"):
         tx.update([jnp.ones((2, 3))] * now, state)
@@ -166,7 +168,7 @@ def test_a_state_of_other_leaves(measure, before, now):
 
 def test_an_adaptive_clipper_without_state():
     with pytest.raises(ValueError, match=r"init\(params\)"):
-        clipx.clip_by(clipx.tree_norm(), adaptive()).update(jnp.ones(2))
+        clipx.clip_by(clipx.measures.tree_norm(), adaptive()).update(jnp.ones(2))
 
 
 def test_static_arguments_under_inject_hyperparams():

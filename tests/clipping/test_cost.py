@@ -105,7 +105,7 @@ def test_nothing_of_a_leafs_size_is_held_beside_it(name):
         lambda: clipx.clip(0.1),
         lambda: clipx.clip(0.1, nonfinite="sanitize"),
         lambda: clipx.clip_by_global_norm(1.0, nonfinite="sanitize"),
-        clipx.clip_spikes,
+        clipx.clip_by_second_moment,
         lambda: clipx.mixed_clip(1.0),
         clipx.scale_by_acclip,
         clipx.scale_by_stable_adam,
@@ -171,7 +171,10 @@ def test_small_leaves_are_summed_in_few_loops(scope):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_narrow_leaf_is_not_stored_wide(dtype, scope, shape):
     """Beside a float64 leaf a float32 one is narrow as well."""
-    measure = {"tree": clipx.tree_norm(), "unit": clipx.unit_norms(axis=0)}[scope]
+    measure = {
+        "tree": clipx.measures.tree_norm(),
+        "unit": clipx.measures.unit_norms(axis=0),
+    }[scope]
     with jax.enable_x64(dtype == "float32"):
         kinds = [jax.ShapeDtypeStruct(shape, dtype)] * 3
         if dtype == "float32":
@@ -187,7 +190,7 @@ def test_a_narrow_leaf_is_not_stored_wide(dtype, scope, shape):
 def test_few_long_rows_are_added_in_loops_and_not_reduced():
     """A reduction of such units takes XLA for CPU 30 times as long."""
     kinds = [jax.ShapeDtypeStruct((4, 2**8, 2**8), jnp.float32)]
-    step = jax.jit(lambda grads: clipx.unit_norms(axis=0)(grads))
+    step = jax.jit(lambda grads: clipx.measures.unit_norms(axis=0)(grads))
     text = step.lower(kinds).compile().as_text()
     assert "f32[1,256,256]" in text
     assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
@@ -195,7 +198,7 @@ def test_few_long_rows_are_added_in_loops_and_not_reduced():
 
 def test_few_long_rows_are_not_derived_row_by_row():
     """Each row's derivative would be padded to the size of the leaf."""
-    total = jax.grad(lambda x: jnp.sum(clipx.unit_norms(axis=0)([x])[0]))
+    total = jax.grad(lambda x: jnp.sum(clipx.measures.unit_norms(axis=0)([x])[0]))
     text = jax.jit(total).lower(jax.ShapeDtypeStruct((4, 2**16), jnp.float32)).as_text()
     assert "stablehlo.pad" not in text
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from methods import ALL_METHODS, ELEMENT_METHODS, NORM_METHODS, RELATIVE_METHODS
+from all_methods import ALL_METHODS, ELEMENT_METHODS, NORM_METHODS, RELATIVE_METHODS
 
 import optax_clipx as clipx
 

@@ -71,7 +71,7 @@ def traced(make):
 ERRORS = {
     "measure": (lambda: clipx.clip_by(1.0, 1.0), TypeError, r"tree_norm\(\), got 1\.0"),
     "response": (
-        lambda: clipx.clip_by(clipx.tree_norm(), 1.0, 2.0),
+        lambda: clipx.clip_by(clipx.measures.tree_norm(), 1.0, 2.0),
         TypeError,
         r"response to be a function, got 2\.0",
     ),
@@ -82,42 +82,43 @@ ERRORS = {
     ),
     "scope": (lambda: clipx.zclip(scope="all"), ValueError, "got scope='all'"),
     "smooth p": (
-        lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=-1.0),
+        lambda: clipx.responses.smooth(jnp.ones(1), jnp.ones(1), p=-1.0),
         ValueError,
         r"p > 0, got p=-1\.0",
     ),
-    "no rule": (lambda: clipx.minimum(), ValueError, "one rule or more"),
+    "no rule": (lambda: clipx.thresholds.minimum(), ValueError, "one rule or more"),
     "complex limit": (
-        lambda: clipx.constant(np.complex64(1j)),
+        lambda: clipx.thresholds.constant(np.complex64(1j)),
         TypeError,
         "real limit, got",
     ),
     "limits of labels": (
         lambda: stepped(
             clipx.clip_by(
-                clipx.group_norms({"w": "a", "b": "b"}), clipx.constant([1.0, 2.0])
+                clipx.measures.group_norms({"w": "a", "b": "b"}),
+                clipx.thresholds.constant([1.0, 2.0]),
             )
         ),
         TypeError,
         r"dict from label to limit, got \[1\.0, 2\.0\]",
     ),
     "warmup_limit of units": (
-        lambda: clipx.adagc(scope=clipx.unit_norms()).init(GRADS),
+        lambda: clipx.adagc(scope=clipx.measures.unit_norms()).init(GRADS),
         ValueError,
         "got units",
     ),
     "window and max_steps": (
-        lambda: clipx.quantile(0.5, window=3, max_steps=4),
+        lambda: clipx.thresholds.quantile(0.5, window=3, max_steps=4),
         ValueError,
         "both: window=3 and max_steps=4",
     ),
     "traced choice": (
-        traced(lambda x: clipx.zscore(stats=x).init(jnp.zeros(()))),
+        traced(lambda x: clipx.thresholds.zscore(stats=x).init(jnp.zeros(()))),
         TypeError,
         "stats",
     ),
     "fraction of a step": (
-        lambda: clipx.zscore(warmup_steps=1.5),
+        lambda: clipx.thresholds.zscore(warmup_steps=1.5),
         ValueError,
         r"whole number, got warmup_steps=1\.5",
     ),
@@ -137,12 +138,12 @@ ERRORS = {
         r"0 <= b1 < 1, got b1=1\.0",
     ),
     "mixed_clip adapts": (
-        lambda: clipx.mixed_clip(clipx.zscore()),
+        lambda: clipx.mixed_clip(clipx.thresholds.zscore()),
         ValueError,
         "a rule that adapts",
     ),
     "spectral rule adapts": (
-        lambda: clipx.clip_by_spectral_norm(clipx.zscore()),
+        lambda: clipx.clip_by_spectral_norm(clipx.thresholds.zscore()),
         ValueError,
         "a rule that adapts",
     ),
@@ -152,7 +153,9 @@ ERRORS = {
         "optax transformation, got 3",
     ),
     "skip_spikes by parameters": (
-        lambda: clipx.skip_spikes(optax.sgd(1.0), clipx.relative_to_params(0.1)),
+        lambda: clipx.skip_spikes(
+            optax.sgd(1.0), threshold=clipx.thresholds.relative_to_params(0.1)
+        ),
         ValueError,
         "does not depend on the parameters",
     ),
@@ -161,7 +164,7 @@ ERRORS = {
         TypeError,
         "optax transformation, got 3",
     ),
-    "watch of what": (lambda: clipx.watch(3), TypeError, "transformation, got 3"),
+    "watch of what": (lambda: clipx.track_norms(3), TypeError, "transformation, got 3"),
     "error_feedback of what": (
         lambda: clipx.error_feedback(3),
         TypeError,
@@ -188,7 +191,9 @@ ERRORS = {
         "got 3",
     ),
     "units of examples": (
-        lambda: per_example.clipped_grad(loss, 1.0, measure=clipx.unit_norms()),
+        lambda: per_example.clipped_grad(
+            loss, 1.0, measure=clipx.measures.unit_norms()
+        ),
         ValueError,
         r"leaf_norms\(\) or group_norms",
     ),
@@ -219,7 +224,7 @@ ERRORS = {
     ),
     "no limit of a group": (
         lambda: per_example.clipped_grad(
-            loss, {"a": 1.0}, measure=clipx.group_norms({"w": "a", "b": "b"})
+            loss, {"a": 1.0}, measure=clipx.measures.group_norms({"w": "a", "b": "b"})
         )(GRADS, jnp.ones((2, 2))),
         ValueError,
         r"max_norm for \['b'\]",
@@ -274,7 +279,7 @@ def test_a_stack_may_have_leaves_without_units():
     assert rule(("w",), leaf(3, 2)) is None
 
 
-@pytest.mark.parametrize("tx", [clipx.skip_spikes, clipx.watch])
+@pytest.mark.parametrize("tx", [clipx.skip_spikes, clipx.track_norms])
 def test_a_tree_without_arrays_passes_through_wrappers(tx):
     updates, _ = stepped(tx(optax.sgd(1.0)), {})
     assert updates == {}
@@ -287,8 +292,12 @@ def test_functions_of_a_tree_without_arrays():
 
 
 def test_one_limit_of_a_user_rule_stands_for_all_groups():
-    rule = clipx.Threshold(lambda norms: (), lambda norms, state, context: (2.0, ()))
-    updates, _ = stepped(clipx.clip_by(clipx.leaf_norms(), clipx.minimum(rule, 9.0)))
+    rule = clipx.thresholds.Threshold(
+        lambda norms: (), lambda norms, state, context: (2.0, ())
+    )
+    updates, _ = stepped(
+        clipx.clip_by(clipx.measures.leaf_norms(), clipx.thresholds.minimum(rule, 9.0))
+    )
     assert jnp.linalg.norm(updates["w"]) == pytest.approx(2.0)
 
 
@@ -296,8 +305,8 @@ def test_limits_of_a_user_rule_for_each_leaf():
     def update(norms, state, context):
         return {"w": 2.5, "b": 0.5}, state
 
-    rule = clipx.Threshold(lambda norms: (), update)
-    for measure in (clipx.leaf_norms(), clipx.unit_norms(axis=0)):
+    rule = clipx.thresholds.Threshold(lambda norms: (), update)
+    for measure in (clipx.measures.leaf_norms(), clipx.measures.unit_norms(axis=0)):
         updates, _ = stepped(clipx.clip_by(measure, rule))
         np.testing.assert_allclose(updates["w"], [1.5, 2.0], rtol=1e-6)
         np.testing.assert_allclose(updates["b"], [0.5], rtol=1e-6)
@@ -442,7 +451,7 @@ def test_a_run_that_begins_again_in_a_later_block_of_its_file(
     steps = [*range(40), *range(30, 60)]
     lines = (f'{{"step": {i}, "norm": {i + 1}}}' for i in steps)
     path.write_text("".join(f"{line:24}\n" for line in lines))
-    monkeypatch.setattr("optax_clipx._jsonl._BLOCK", block)
+    monkeypatch.setattr("optax_clipx.runs.jsonl._BLOCK", block)
     with pytest.warns(UserWarning, match="again"):
         history = clipx.History.load(path)
     assert history.steps.tolist() == list(range(60))
@@ -483,13 +492,15 @@ def test_a_sweep_whose_scores_are_better_when_higher(tmp_path):
 
 def test_a_pair_of_functions_is_a_rule():
     pair = (lambda norms: (), lambda norms, state, context: (norms * 0 + 2.5, state))
-    updates, _ = stepped(clipx.clip_by(clipx.tree_norm(), pair))
+    updates, _ = stepped(clipx.clip_by(clipx.measures.tree_norm(), pair))
     assert float(optax.tree.norm(updates)) == pytest.approx(2.5)
 
 
 def test_bands_may_be_schedules():
-    rule = clipx.group_band(lambda step: 0.5, lambda step: 2.0)
-    updates, _ = stepped(clipx.clip_by(clipx.leaf_norms(), rule, clipx.normalize))
+    rule = clipx.thresholds.group_band(lambda step: 0.5, lambda step: 2.0)
+    updates, _ = stepped(
+        clipx.clip_by(clipx.measures.leaf_norms(), rule, clipx.responses.normalize)
+    )
     np.testing.assert_allclose(updates["w"], GRADS["w"], rtol=1e-6)
 
 
@@ -542,7 +553,7 @@ def test_bfloat16_inside_of_a_compiled_function_is_found():
         narrow = params["w"].astype(jnp.bfloat16) * x.astype(jnp.bfloat16)
         return jnp.sum(narrow.astype(jnp.float32))
 
-    from optax_clipx._clipped_grad import _is_narrow
+    from optax_clipx.per_example._sums import _is_narrow
 
     params = {"w": jnp.ones(2)}
     assert _is_narrow(lambda x: narrow_loss(params, x), jnp.ones(2))
@@ -556,10 +567,10 @@ def test_root_mean_squares_of_examples():
     def linear(params, x):
         return jnp.sum(params["w"] * x["w"]) + jnp.sum(params["b"] * x["b"])
 
-    groups = clipx.group_norms(lambda path, leaf: path[0], ord="rms")
+    groups = clipx.measures.group_norms(lambda path, leaf: path[0], ord="rms")
     for measure, size, limit in (
         (groups, 2, 0.5 / np.sqrt(2)),  # each group has an equal share
-        (clipx.tree_norm(ord="rms"), 4, 0.5),
+        (clipx.measures.tree_norm(ord="rms"), 4, 0.5),
     ):
         sums, _ = per_example.clipped_grad(linear, 0.5, measure=measure)(params, batch)
         rms = jnp.sqrt(jnp.sum(sums["w"] ** 2) / size)
@@ -567,15 +578,19 @@ def test_root_mean_squares_of_examples():
 
 
 def test_a_limit_for_each_leaf_of_a_user_rule_on_the_whole_tree():
-    rule = clipx.Threshold(lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 2.5}, s))
-    updates, _ = stepped(clipx.clip_by(clipx.tree_norm(), rule))
+    rule = clipx.thresholds.Threshold(
+        lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 2.5}, s)
+    )
+    updates, _ = stepped(clipx.clip_by(clipx.measures.tree_norm(), rule))
     norm = jnp.sqrt(jnp.sum(updates["w"] ** 2) + jnp.sum(updates["b"] ** 2))
     assert norm == pytest.approx(2.5)
 
 
 def test_limits_for_each_leaf_of_units_on_auto_axes():
-    rule = clipx.Threshold(lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 0.5}, s))
-    tx = clipx.clip_by(clipx.unit_norms(axis=0), rule)
+    rule = clipx.thresholds.Threshold(
+        lambda n: (), lambda n, s, c: ({"w": 2.5, "b": 0.5}, s)
+    )
+    tx = clipx.clip_by(clipx.measures.unit_norms(axis=0), rule)
     with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))):
         updates = jax.jit(lambda g: tx.update(g, tx.init(g))[0])(GRADS)
     np.testing.assert_allclose(updates["w"], [1.5, 2.0], rtol=1e-6)
@@ -616,7 +631,7 @@ def test_whole_numbers_among_parameters_have_no_gradients():
 
 
 def test_a_followed_run_with_an_empty_line_and_one_without_steps(run):
-    from optax_clipx._live import Follower
+    from optax_clipx.runs.live import Follower
 
     follower = Follower(run)
     assert len(follower.look()["step"]) == 50
@@ -648,7 +663,7 @@ def test_pictures_of_a_run_that_says_nothing_of_clipping():
 
 
 def test_a_heatmap_of_one_value():
-    history = {f"clip_norms/{name}": np.full(9, 2.0) for name in "ab"}
+    history = {f"track_norms/{name}": np.full(9, 2.0) for name in "ab"}
     figure = clipx.plotting.heatmap({"step": np.arange(9)} | history)
     assert figure is not None
 
@@ -693,7 +708,7 @@ def test_moments_of_shards_must_be_told():
     grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(2)}
 
     def step(grads, **options):
-        tx = clipx.clip_spikes(**options)
+        tx = clipx.clip_by_second_moment(**options)
         return tx.update(grads, tx.init(grads))[0]
 
     with pytest.raises(ValueError, match="axis_name="):
@@ -732,7 +747,9 @@ def test_the_loss_of_all_devices(check, axis_name):
 def test_units_that_a_named_axis_has_whole(by_type):
     specs = {"w": P(None, None), "bias": P()}
     tx = clipx.clip_by(
-        clipx.unit_norms(axis=lambda path, leaf: (0,) if leaf.ndim == 2 else ()),
+        clipx.measures.unit_norms(
+            axis=lambda path, leaf: (0,) if leaf.ndim == 2 else ()
+        ),
         1.0,
         specs=specs,
     )
@@ -764,7 +781,7 @@ def test_arrays_that_a_compiled_function_closes_over():
 
 
 def test_metrics_of_as_many_entries_as_devices_on_each_device():
-    from optax_clipx._metrics import _is_replicated
+    from optax_clipx._clipping.metrics import _is_replicated
 
     mesh = jax.make_mesh((2,), ("x",))
     whole = jax.device_put(jnp.ones(2), jax.NamedSharding(mesh, P()))

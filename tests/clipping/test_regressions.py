@@ -16,8 +16,12 @@ import optax_clipx as clipx
 @pytest.mark.parametrize(
     ("size", "limit"), [(1e25, 1.0), (1e-21, 1e-22), (1e-25, 1e-26), (1e30, 1e-5)]
 )
-@pytest.mark.parametrize("response", [clipx.rescale, clipx.normalize])
-@pytest.mark.parametrize("measure", [clipx.tree_norm(), clipx.leaf_norms()])
+@pytest.mark.parametrize(
+    "response", [clipx.responses.rescale, clipx.responses.normalize]
+)
+@pytest.mark.parametrize(
+    "measure", [clipx.measures.tree_norm(), clipx.measures.leaf_norms()]
+)
 def test_the_derivative_of_a_quotient_does_not_square_the_norm(
     size, limit, response, measure
 ):
@@ -31,9 +35,9 @@ def test_the_derivative_of_a_quotient_does_not_square_the_norm(
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6 * abs(want).max())
 
 
-@pytest.mark.parametrize("make", [clipx.rescale, clipx.smooth])
+@pytest.mark.parametrize("make", [clipx.responses.rescale, clipx.responses.smooth])
 def test_a_limit_of_zero_and_a_tiny_norm_have_a_finite_gradient(make):
-    clipper = clipx.clip_by(clipx.tree_norm(), 0.0, make)
+    clipper = clipx.clip_by(clipx.measures.tree_norm(), 0.0, make)
     found = jax.grad(lambda v: jnp.sum(clipper.update(v)[0]))(jnp.full((2,), 2e-30))
     assert np.all(np.isfinite(found))
 
@@ -49,14 +53,14 @@ def test_parameters_that_are_not_finite():
 
 
 def test_single_entries_far_above_their_limit():
-    for response in (clipx.rescale, clipx.smooth):
-        clipper = clipx.clip_by(clipx.magnitudes(), 1e-10, response)
+    for response in (clipx.responses.rescale, clipx.responses.smooth):
+        clipper = clipx.clip_by(clipx.measures.magnitudes(), 1e-10, response)
         x = jnp.array([1e37 + 0j, 1e-3 + 0j], jnp.complex64)
         np.testing.assert_allclose(np.abs(clipper.update(x)[0]), 1e-10, rtol=1e-5)
 
 
 def test_normalizing_a_tiny_norm_stays_finite():
-    clipper = clipx.clip_by(clipx.tree_norm(), 1e3, clipx.normalize)
+    clipper = clipx.clip_by(clipx.measures.tree_norm(), 1e3, clipx.responses.normalize)
     clipped, _ = clipper.update(jnp.array([2e-38, 0.0]))
     assert np.all(np.isfinite(clipped))
     assert float(clipped[0]) > 0
@@ -82,10 +86,10 @@ def test_a_negative_norm_from_elsewhere():
 
 
 def test_adaptive_rules_for_single_entries_are_refused():
-    rule = clipx.Threshold(lambda n: n, lambda n, s, c: (s, n))
-    for threshold in (rule, clipx.relative_to_params(0.1)):
+    rule = clipx.thresholds.Threshold(lambda n: n, lambda n, s, c: (s, n))
+    for threshold in (rule, clipx.thresholds.relative_to_params(0.1)):
         with pytest.raises(ValueError, match="adaptive rule"):
-            clipx.clip_by(clipx.magnitudes(), threshold)
+            clipx.clip_by(clipx.measures.magnitudes(), threshold)
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -177,12 +181,16 @@ def test_numpy_numbers_as_order():
     assert float(clipx.functional.global_norm(x, ord=np.int64(1))) == 7
 
 
-@pytest.mark.parametrize("response", [clipx.rescale, clipx.smooth, clipx.drop])
+@pytest.mark.parametrize(
+    "response", [clipx.responses.rescale, clipx.responses.smooth, clipx.responses.drop]
+)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_unusable_traced_limits_of_single_entries(response, dtype):
     @jax.jit
     def step(limit, updates):
-        return clipx.clip_by(clipx.magnitudes(), limit, response).update(updates)[0]
+        return clipx.clip_by(clipx.measures.magnitudes(), limit, response).update(
+            updates
+        )[0]
 
     for limit in (-1.0, np.nan):
         clipped = step(jnp.float32(limit), jnp.array([0.5, 2.0], dtype))

@@ -19,17 +19,19 @@ WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 LIMIT = 0.7
 ORDERS = {"1": 1, "2": 2, "3": 3, "inf": np.inf, "rms": "rms"}
 SCOPES = {
-    "tree": clipx.tree_norm,
-    "leaf": clipx.leaf_norms,
-    "group": functools.partial(clipx.group_norms, lambda path, leaf: path[0] < "c"),
-    "unit": lambda ord: clipx.unit_norms(ord),
-    "stacked": lambda ord: clipx.leaf_norms(ord, batch_axes=1),
+    "tree": clipx.measures.tree_norm,
+    "leaf": clipx.measures.leaf_norms,
+    "group": functools.partial(
+        clipx.measures.group_norms, lambda path, leaf: path[0] < "c"
+    ),
+    "unit": lambda ord: clipx.measures.unit_norms(ord),
+    "stacked": lambda ord: clipx.measures.leaf_norms(ord, batch_axes=1),
 }
 MEASURES = {
     f"{scope}_{order}": make(ord=ord)
     for scope, make in SCOPES.items()
     for order, ord in ORDERS.items()
-} | {"element": clipx.magnitudes()}
+} | {"element": clipx.measures.magnitudes()}
 METHODS = {
     name: functools.partial(clipx.clip_by, measure, LIMIT)
     for name, measure in MEASURES.items()

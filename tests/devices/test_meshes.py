@@ -25,16 +25,16 @@ SPECS = {
     "replicated": P(),
 }
 MEASURES = {
-    "tree": clipx.tree_norm(),
-    "tree_1": clipx.tree_norm(1),
-    "tree_3": clipx.tree_norm(3),
-    "tree_inf": clipx.tree_norm(np.inf),
-    "tree_rms": clipx.tree_norm("rms"),
-    "leaf": clipx.leaf_norms(),
-    "leaf_rms": clipx.leaf_norms("rms"),
-    "group": clipx.group_norms(lambda path, leaf: path[0][:1]),
-    "unit": clipx.unit_norms(),
-    "element": clipx.magnitudes(),
+    "tree": clipx.measures.tree_norm(),
+    "tree_1": clipx.measures.tree_norm(1),
+    "tree_3": clipx.measures.tree_norm(3),
+    "tree_inf": clipx.measures.tree_norm(np.inf),
+    "tree_rms": clipx.measures.tree_norm("rms"),
+    "leaf": clipx.measures.leaf_norms(),
+    "leaf_rms": clipx.measures.leaf_norms("rms"),
+    "group": clipx.measures.group_norms(lambda path, leaf: path[0][:1]),
+    "unit": clipx.measures.unit_norms(),
+    "element": clipx.measures.magnitudes(),
 }
 every_measure = pytest.mark.parametrize(
     "measure", MEASURES.values(), ids=MEASURES.keys()
@@ -86,7 +86,7 @@ def test_eager_explicit(measure):
 
 def test_units_in_manual_code_need_specs():
     step = jax.shard_map(
-        clipx.clip_by(clipx.unit_norms(), 0.7).update,
+        clipx.clip_by(clipx.measures.unit_norms(), 0.7).update,
         mesh=mesh(AxisType.Auto),
         in_specs=(SPECS,),
         out_specs=(SPECS, P()),
@@ -331,9 +331,9 @@ def test_vmap_over_explicit_axes(scope, spec, context):
     values = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
     clipper = clipx.clip_by(
         {
-            "tree": clipx.tree_norm,
-            "unit": clipx.unit_norms,
-            "element": clipx.magnitudes,
+            "tree": clipx.measures.tree_norm,
+            "unit": clipx.measures.unit_norms,
+            "element": clipx.measures.magnitudes,
         }[scope](),
         0.7,
     )
@@ -495,7 +495,7 @@ def test_a_misspelled_axis_is_an_error_in_manual_code(said):
 def test_gradients_of_models_along_an_explicit_axis():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((8, 3, 4)), NamedSharding(mesh, P("data")))
-    norm = clipx.tree_norm()
+    norm = clipx.measures.tree_norm()
     with jax.set_mesh(mesh):
         found = jax.jit(jax.vmap(jax.grad(lambda x: norm([x, 2 * x]))))(x)
     # The norm of both is the root of 5 times that of one, which is the root of 12.

@@ -9,23 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from all_methods import ADAPTIVE as METHODS, STATELESS
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from methods import ADAPTIVE as METHODS, STATELESS
 
 import optax_clipx as clipx
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 INPUTS = np.load(GOLDEN / "inputs.npz")
 partial = functools.partial
 
 # The slow ones differ from others in what test_adaptive_rules.py has already.
 SLOW = {
     "zclip_mean",
-    "autoclip_all",
+    "quantile_clip_all",
     "adagc_tree",
-    "quantile_clip_window",
-    "norm_growth_limit_group",
+    "quantile_clip_middle",
+    "norm_growth_group",
 }
 every_method = pytest.mark.parametrize(
     "make",
@@ -74,7 +74,7 @@ TRACES = {
         {"mean": lambda s: s[0].mean, "var": lambda s: s[0].sd ** 2},
     ),
     **{
-        f"autoclip_p{p}": (partial(clipx.autoclip, float(p), max_steps=80), {})
+        f"autoclip_p{p}": (partial(clipx.quantile_clip, p / 100, max_steps=80), {})
         for p in (10, 50, 90)
     },
     **{
@@ -313,12 +313,11 @@ def test_on_a_mesh_it_is_the_same(make, way):
     "name",
     [
         "zclip",
-        "autoclip",
         "adagc",
         "olmo_ratio_clip",
         "log_zscore_clip",
         "quantile_clip",
-        "norm_growth_limit",
+        "norm_growth_clip",
         "historical_update_clip",
         "smooth_clip",
         "normalize_by_norm",
@@ -347,21 +346,29 @@ def test_every_number_may_be_injected(name):
         (lambda: clipx.zclip(decay=1.5), r"0 <= decay <= 1, got decay=1\.5"),
         (lambda: clipx.zclip(z_threshold=-1), r"z_threshold=-1"),
         (lambda: clipx.zclip(scope="layer"), r"'tree', 'leaf'.*'layer'"),
-        (lambda: clipx.zclip(cap=-1.0), r"cap >= 0, got cap=-1\.0"),
+        (lambda: clipx.adagc(max_norm=-1.0), r"max_norm >= 0, got max_norm=-1\.0"),
         (lambda: clipx.zclip(warmup_steps=2.5), r"warmup_steps=2\.5"),
-        (lambda: clipx.autoclip(101), r"percentile=101"),
-        (lambda: clipx.autoclip(window=3, max_steps=3), r"window=3 and max_steps=3"),
-        (lambda: clipx.autoclip(window=0), r"window=0"),
+        (lambda: clipx.quantile_clip(1.01), r"1\.01"),
+        (lambda: clipx.quantile_clip(estimator="p2"), r"estimator.*'p2'"),
+        (
+            lambda: clipx.quantile_clip(estimator="tracker", window=3),
+            r"estimator='tracker', got window=3",
+        ),
+        (
+            lambda: clipx.quantile_clip(window=3, max_steps=3),
+            r"window=3 and max_steps=3",
+        ),
+        (lambda: clipx.quantile_clip(window=0), r"window=0"),
         (lambda: clipx.adagc(0.9), r"ratio=0\.9"),
         (lambda: clipx.adagc(init="max"), r"init.*'max'"),
         (lambda: clipx.adagc(stats="all"), r"stats.*'all'"),
         (lambda: clipx.adagc(patience=0), r"patience=0"),
-        (lambda: clipx.group_band(0.5, 0.9), r"high.*0\.9"),
-        (lambda: clipx.warmup(1.0, then=2.0, steps=-1), r"steps=-1"),
-        (lambda: clipx.minimum(), "one rule or more"),
+        (lambda: clipx.thresholds.group_band(0.5, 0.9), r"high.*0\.9"),
+        (lambda: clipx.thresholds.warmup(1.0, then=2.0, steps=-1), r"steps=-1"),
+        (lambda: clipx.thresholds.minimum(), "one rule or more"),
         (lambda: clipx.smooth_clip(1.0, p=-1.0), r"p=-1\.0"),
         (
-            lambda: clipx.adagc(scope=clipx.unit_norms()).init(tree(1.0)),
+            lambda: clipx.adagc(scope=clipx.measures.unit_norms()).init(tree(1.0)),
             "got units",
         ),
     ],
@@ -374,7 +381,7 @@ def test_bad_arguments(call, message):
 @pytest.mark.parametrize("name", ["window", "max_steps"])
 def test_sizes_are_static(name):
     with pytest.raises(TypeError, match=f"static_args='{name}'"):
-        optax.inject_hyperparams(clipx.autoclip)(**{name: 5}).init(tree(1.0))
+        optax.inject_hyperparams(clipx.quantile_clip)(**{name: 5}).init(tree(1.0))
 
 
 @pytest.mark.parametrize("make", STATELESS.values(), ids=STATELESS.keys())

@@ -73,7 +73,9 @@ def train(factor, of_its_own=True):
         grads = gradients(params, x, factor)
         updates, state = tx.update(grads, state)
         scale = clipx.metrics(state)["clip/scale"]
-        direction = jax.tree.map(lambda u: u / clipx.tree_norm()(updates), updates)
+        direction = jax.tree.map(
+            lambda u: u / clipx.measures.tree_norm()(updates), updates
+        )
         if of_its_own:
             # The optimizer's own dependence on the unit of the loss is divided out.
             steps = jax.tree.map(lambda u: u / factor, updates)
@@ -176,7 +178,7 @@ def test_what_is_not_finite_or_zero_leaves_no_trace():
 
 
 def test_it_takes_no_number():
-    for make in (clipx.auto_clip, clipx.auto_threshold):
+    for make in (clipx.auto_clip, clipx.thresholds.auto):
         with pytest.raises(TypeError, match="positional arguments"):
             make(1.0)
     with pytest.raises(ValueError, match="scope='layer'"):

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from methods import EVERY
+from all_methods import EVERY
 
 import optax_clipx as clipx
 
 KINDS = (
     optax.GradientTransformationExtraArgs,
     optax.GradientTransformation,
-    clipx.Threshold,
-    clipx.Measure,
+    clipx.thresholds.Threshold,
+    clipx.measures.Measure,
 )
 
 

@@ -146,14 +146,14 @@ def test_value_with_bounds_for_each_leaf_and_a_schedule():
 
 
 RESPONSES = {
-    "rescale": (clipx.rescale, lambda n, t: min(1, t / n)),
-    "normalize": (clipx.normalize, lambda n, t: t / n),
-    "smooth": (clipx.smooth, lambda n, t: 1 / (1 + n / t)),
+    "rescale": (clipx.responses.rescale, lambda n, t: min(1, t / n)),
+    "normalize": (clipx.responses.normalize, lambda n, t: t / n),
+    "smooth": (clipx.responses.smooth, lambda n, t: 1 / (1 + n / t)),
     "smooth_2": (
-        lambda n, t: clipx.smooth(n, t, p=2.0),
+        lambda n, t: clipx.responses.smooth(n, t, p=2.0),
         lambda n, t: 1 / np.sqrt(1 + (n / t) ** 2),
     ),
-    "drop": (clipx.drop, lambda n, t: float(n <= t)),
+    "drop": (clipx.responses.drop, lambda n, t: float(n <= t)),
 }
 
 
@@ -163,7 +163,9 @@ RESPONSES = {
 def test_responses(name, limit, size):
     response, formula = RESPONSES[name]
     grads = tree(scale=size)
-    clipped, state = clipx.clip_by(clipx.tree_norm(), limit, response).update(grads)
+    clipped, state = clipx.clip_by(clipx.measures.tree_norm(), limit, response).update(
+        grads
+    )
     norm = float(reference.norm(list(grads.values())))
     scale = formula(norm, limit)
     for key, grad in grads.items():
@@ -172,10 +174,13 @@ def test_responses(name, limit, size):
     np.testing.assert_allclose(state.metrics.clipped_norm, norm * scale, rtol=2e-6)
 
 
-@pytest.mark.parametrize("response", [clipx.normalize, clipx.smooth, clipx.drop])
+@pytest.mark.parametrize(
+    "response",
+    [clipx.responses.normalize, clipx.responses.smooth, clipx.responses.drop],
+)
 def test_responses_of_single_entries(response):
     grads = tree()
-    clipped, _ = clipx.clip_by(clipx.magnitudes(), 0.5, response).update(grads)
+    clipped, _ = clipx.clip_by(clipx.measures.magnitudes(), 0.5, response).update(grads)
     for name, grad in grads.items():
         n = np.abs(np.asarray(grad))
         want = grad * response(jnp.asarray(n), jnp.full(n.shape, 0.5))
@@ -236,8 +241,10 @@ def test_a_norm_computed_elsewhere():
 
 def test_relative_to_params_for_whole_leaves():
     grads, params = {"w": jnp.array([30.0, 40.0])}, {"w": jnp.array([6.0, 8.0])}
-    rule = clipx.relative_to_params(optax.linear_schedule(0.5, 1.0, 1), eps=1e-3)
-    for measure in (clipx.tree_norm(), clipx.leaf_norms()):
+    rule = clipx.thresholds.relative_to_params(
+        optax.linear_schedule(0.5, 1.0, 1), eps=1e-3
+    )
+    for measure in (clipx.measures.tree_norm(), clipx.measures.leaf_norms()):
         clipper = clipx.clip_by(measure, rule)
         state = clipper.init(params)
         for limit in (5.0, 10.0):
@@ -287,8 +294,10 @@ def test_norm_functions():
 
 def test_measures_are_functions_of_a_pytree():
     grads = tree()
-    assert float(clipx.tree_norm()(grads)) == float(clipx.functional.global_norm(grads))
-    magnitudes = clipx.magnitudes()(grads)
+    assert float(clipx.measures.tree_norm()(grads)) == float(
+        clipx.functional.global_norm(grads)
+    )
+    magnitudes = clipx.measures.magnitudes()(grads)
     np.testing.assert_array_equal(magnitudes["dense"], np.abs(grads["dense"]))
-    stacked = clipx.leaf_norms(batch_axes=0)({"w": grads["dense"]})
+    stacked = clipx.measures.leaf_norms(batch_axes=0)({"w": grads["dense"]})
     assert stacked["w"].shape == (5, 1)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from all_methods import MOMENTS as EVERY
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from methods import MOMENTS as EVERY
 
 import optax_clipx as clipx
-from optax_clipx import _reductions as reductions
+from optax_clipx._reductions import norms as reductions
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 INPUTS = np.load(GOLDEN / "inputs.npz")
 partial = functools.partial
 
@@ -47,10 +47,12 @@ TRACES = {
         clipx.mixed_clip(2.0, nu=1.0, decay=0.9), sgd(0.1)
     ),
     "zhang2020_momclip": lambda: optax.chain(
-        clipx.mixed_clip(2.0, nu=1.0, decay=0.9, response=clipx.smooth), sgd(0.1)
+        clipx.mixed_clip(2.0, nu=1.0, decay=0.9, response=clipx.responses.smooth),
+        sgd(0.1),
     ),
     "zhang2020_mixclip": lambda: optax.chain(
-        clipx.mixed_clip(2.0, nu=0.7, decay=0.9, response=clipx.smooth), sgd(0.1)
+        clipx.mixed_clip(2.0, nu=0.7, decay=0.9, response=clipx.responses.smooth),
+        sgd(0.1),
     ),
     "zhang2020_nsgd": lambda: optax.chain(
         clipx.normalized_momentum(0.9, eps=1e-6), sgd(0.1)
@@ -74,7 +76,7 @@ def test_trace_of_the_reference(name):
 
 def test_trace_of_spam():
     """The reference counts its grace from 1, and adds eps before debiasing."""
-    found = run(clipx.clip_spikes(50.0, warmup_steps=4))
+    found = run(clipx.clip_by_second_moment(50.0, warmup_steps=4))
     golden = np.load(GOLDEN / "spam_update_theta50.npz")
     for i in range(3):
         m, v = 0.0, 0.0
@@ -88,7 +90,9 @@ def test_trace_of_spam():
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam promotes its count
 def test_spam_clips_in_the_trace_and_follows_adam_s_second_moment():
-    tx = optax.chain(clipx.clip_spikes(50.0, warmup_steps=4), optax.scale_by_adam())
+    tx = optax.chain(
+        clipx.clip_by_second_moment(50.0, warmup_steps=4), optax.scale_by_adam()
+    )
     grads = [jnp.asarray(INPUTS[f"g{i}"]) for i in range(3)]
     state = tx.init([g[0] for g in grads])
     update = jax.jit(tx.update)
@@ -101,7 +105,7 @@ def test_spam_clips_in_the_trace_and_follows_adam_s_second_moment():
 
 def test_an_entry_that_was_always_zero_is_not_killed():
     """In the published rule it is clipped to zero for ever."""
-    clipper = clipx.clip_spikes(warmup_steps=0)
+    clipper = clipx.clip_by_second_moment(warmup_steps=0)
     state = clipper.init(jnp.zeros(2))
     for _ in range(5):
         _, state = clipper.update(jnp.array([1.0, 0.0]), state)
@@ -113,7 +117,9 @@ def test_an_entry_that_was_always_zero_is_not_killed():
 
 @jax.numpy_dtype_promotion("standard")
 def test_spam_as_a_whole_resets_and_warms_up():
-    inner = optax.chain(clipx.clip_spikes(warmup_steps=2), optax.scale_by_adam())
+    inner = optax.chain(
+        clipx.clip_by_second_moment(warmup_steps=2), optax.scale_by_adam()
+    )
     tx = clipx.reset_moments(inner, every=3, warmup=2)
     params = jnp.zeros(2)
     state = tx.init(params)
@@ -312,24 +318,27 @@ def test_nothing_to_clip_and_complex(make):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: clipx.clip_spikes(-1.0), "theta=-1.0"),
-        (lambda: clipx.clip_spikes(decay=1.5), "decay=1.5"),
-        (lambda: clipx.clip_spikes(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: clipx.clip_by_second_moment(-1.0), "theta=-1.0"),
+        (lambda: clipx.clip_by_second_moment(decay=1.5), "decay=1.5"),
+        (lambda: clipx.clip_by_second_moment(warmup_steps=-1), "warmup_steps=-1"),
         (lambda: clipx.scale_by_acclip(b1=-0.1), "b1=-0.1"),
         (lambda: clipx.scale_by_acclip(alpha=0.5), "alpha=0.5"),
         (lambda: clipx.mixed_clip(-1.0), "max_norm=-1.0"),
         (lambda: clipx.mixed_clip(1.0, nu=2.0), "nu=2.0"),
-        (lambda: clipx.mixed_clip(clipx.quantile(0.5)), "a rule that adapts"),
+        (
+            lambda: clipx.mixed_clip(clipx.thresholds.quantile(0.5)),
+            "a rule that adapts",
+        ),
         (lambda: clipx.stabilize_norm(b3=2.0), "b3=2.0"),
         (lambda: clipx.scale_by_stable_adam(eps=-1.0), "eps=-1.0"),
         (lambda: clipx.normalized_momentum(2.0), "decay=2.0"),
         (lambda: clipx.stabilize_norm(b1=1.0), "b1=1.0"),
-        (lambda: clipx.clip_spikes(0.0), "theta > 0"),
+        (lambda: clipx.clip_by_second_moment(0.0), "theta > 0"),
         (lambda: clipx.clip_by_spectral_norm(-1.0), "max_norm=-1.0"),
         (lambda: clipx.clip_by_spectral_norm(1.0, form="firm"), "'firm'"),
         (lambda: clipx.clip_by_spectral_norm(1.0, method="qr"), "'qr'"),
         (lambda: clipx.clip_by_spectral_norm(1.0, steps=0), "steps=0"),
-        (lambda: clipx.clip_by_spectral_norm(clipx.quantile(0.5)), "adapts"),
+        (lambda: clipx.clip_by_spectral_norm(clipx.thresholds.quantile(0.5)), "adapts"),
     ],
 )
 def test_bad_arguments(make, named):
@@ -339,7 +348,7 @@ def test_bad_arguments(make, named):
 
 def test_hyperparameters_may_be_traced():
     for make, kwargs in (
-        (clipx.clip_spikes, {"theta": 4.0, "decay": 0.9, "warmup_steps": 1}),
+        (clipx.clip_by_second_moment, {"theta": 4.0, "decay": 0.9, "warmup_steps": 1}),
         (clipx.scale_by_acclip, {"b1": 0.5, "b2": 0.9}),
         (clipx.mixed_clip, {"max_norm": 0.5, "nu": 0.5, "decay": 0.9}),
         (clipx.stabilize_norm, {"b1": 0.5, "b2": 0.5, "b3": 0.9, "eps": 1e-8}),
@@ -399,7 +408,7 @@ def test_an_unusable_limit_comes_first_in_a_mixture():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: clipx.clip_spikes(warmup_steps=0),
+        lambda: clipx.clip_by_second_moment(warmup_steps=0),
         clipx.scale_by_stable_adam,
         lambda: clipx.scale_by_acclip(alpha=1.5),
         clipx.stabilize_norm,
@@ -421,7 +430,7 @@ def test_derivatives_at_zero_entries_are_finite(make):
         partial(clipx.scale_by_acclip, b1=0.5, b2=0.5),
         clipx.scale_by_stable_adam,
         partial(clipx.mixed_clip, 1.0, nu=0.5),
-        partial(clipx.clip_spikes, 4.0, warmup_steps=0),
+        partial(clipx.clip_by_second_moment, 4.0, warmup_steps=0),
     ],
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -436,7 +445,7 @@ def test_sanitized_updates_go_on_where_the_moments_stay(make, bad):
 
 
 def test_a_spike_is_clipped_where_the_root_underflows():
-    tx = clipx.clip_spikes(0.5, decay=0.5, warmup_steps=0)
+    tx = clipx.clip_by_second_moment(0.5, decay=0.5, warmup_steps=0)
     state = tx.init(jnp.zeros(2))._replace(rule=[jnp.full((2,), 1.3e-38)])
     clipped, _ = tx.update(jnp.ones(2), state)
     assert float(jnp.max(clipped)) < 1e-37
@@ -445,7 +454,7 @@ def test_a_spike_is_clipped_where_the_root_underflows():
 @jax.numpy_dtype_promotion("standard")
 def test_injected_numbers_are_traced_once():
     """Outside of jit each step makes a transformation anew."""
-    tx = optax.inject_hyperparams(clipx.clip_spikes)(theta=50.0)
+    tx = optax.inject_hyperparams(clipx.clip_by_second_moment)(theta=50.0)
     grads = [jnp.ones((7, 5)), jnp.ones(3)]
     state = tx.init(grads)
     sizes = []
@@ -459,7 +468,7 @@ def test_injected_numbers_are_traced_once():
     ("tx", "leaves"),
     [
         (clipx.clip(0.5), 8),
-        (clipx.clip_spikes(), 6),
+        (clipx.clip_by_second_moment(), 6),
         (clipx.scale_by_stable_adam(), 20),
     ],
 )
@@ -475,7 +484,7 @@ def test_derivatives_of_large_leaves_keep_nothing_of_each_part(tx, leaves):
 
 
 def test_leaves_whose_entries_int32_cannot_count():
-    for tx in (clipx.clip(0.5), clipx.clip_spikes()):
+    for tx in (clipx.clip(0.5), clipx.clip_by_second_moment()):
         huge = jax.ShapeDtypeStruct((2**15 + 1, 2**16), jnp.bfloat16)
         state = jax.eval_shape(tx.init, huge)
         assert jax.eval_shape(tx.update, huge, state)[0].shape == huge.shape

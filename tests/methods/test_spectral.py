@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_clipx as clipx
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "spectral.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "spectral.npz")
 EXACT = 1e-5
 
 

@@ -71,13 +71,13 @@ def assert_close(found, want, rtol=1e-6):
 
 
 RESPONSES = {
-    "rescale": (clipx.rescale, lambda n: min(1, 0.5 / n)),
+    "rescale": (clipx.responses.rescale, lambda n: min(1, 0.5 / n)),
     "auto-s": (
-        functools.partial(clipx.normalize, eps=0.01),
+        functools.partial(clipx.responses.normalize, eps=0.01),
         lambda n: 0.5 / (n + 0.01),
     ),
     "dp-psac": (psac, lambda n: 0.5 / (n + 0.1 / (n + 0.1))),
-    "drop": (clipx.drop, lambda n: float(n <= 0.5)),
+    "drop": (clipx.responses.drop, lambda n: float(n <= 0.5)),
 }
 
 
@@ -307,7 +307,9 @@ def test_parameters_that_pass_through():
 @pytest.mark.parametrize("mode", [{}, {"microbatch_size": 4, "two_pass": True}])
 def test_leaves_share_the_limit(shares, mode):
     args = problem(broken=[(2, np.nan)])
-    grads, found = plain(0.5, measure=clipx.leaf_norms(), shares=shares, **mode)(*args)
+    grads, found = plain(
+        0.5, measure=clipx.measures.leaf_norms(), shares=shares, **mode
+    )(*args)
     sizes = {"a": 40, "b": 16}
     each = gradients(*args)
     for key, size in sizes.items():
@@ -320,7 +322,7 @@ def test_leaves_share_the_limit(shares, mode):
         assert found.norms[key].shape == (12,)
         norms = np.array([float(reference.norm([g])) for g in each[key]])
         assert float(found.clipped[key]) == pytest.approx(np.mean(~(norms <= limit)))
-    alone, _ = plain(0.5, measure=clipx.leaf_norms(), shares=shares)(
+    alone, _ = plain(0.5, measure=clipx.measures.leaf_norms(), shares=shares)(
         args[0], args[1][:1], args[2][:1]
     )
     assert float(reference.norm(alone.values())) <= 0.5 * (1 + 1e-6)
@@ -333,14 +335,14 @@ def test_groups_with_limits_of_their_own():
         loss,
         {"body": 0.25, "head": jnp.float32(0.75)},
         batch_argnums=(1, 2),
-        measure=clipx.group_norms(labels),
+        measure=clipx.measures.group_norms(labels),
     )
     grads, found = jax.jit(run)(*args)
     by_leaf = clipped_grad(
         loss,
         {"a": 0.25, "b": 0.75},
         batch_argnums=(1, 2),
-        measure=clipx.leaf_norms(),
+        measure=clipx.measures.leaf_norms(),
     )
     want, other = by_leaf(*args)
     assert_close(grads, {k: np.asarray(v) for k, v in want.items()}, 5e-6)
@@ -721,7 +723,7 @@ def test_the_bound_holds_where_that_of_jax_privacy_does_not():
         ({"max_norm": "1"}, TypeError, "'1'"),
         ({"max_norm": {"a": 1.0, "b": 1.0}}, ValueError, "leaf_norms"),
         ({"fun": 3}, TypeError, "fun.*3"),
-        ({"measure": clipx.unit_norms()}, ValueError, "group_norms"),
+        ({"measure": clipx.measures.unit_norms()}, ValueError, "group_norms"),
         ({"measure": "tree"}, TypeError, "'tree'"),
         ({"argnums": 1}, ValueError, "argnums=1"),
         ({"batch_argnums": ()}, ValueError, r"batch_argnums=\(\)"),

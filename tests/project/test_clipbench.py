@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks" / "clipbench"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "clipbench"
 sys.path.insert(0, str(FOLDER.parent))
 
 from clipbench import report, tasks  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 
 import optax_clipx as clipx
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "coming_from.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "coming_from.md"
 RNG = np.random.default_rng(0)
 GRADS = {
     "kernel": RNG.normal(size=(5, 3)).astype(np.float32),

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from all_methods import ALL_METHODS
 from jax import lax
-from methods import ALL_METHODS
 
 import optax_clipx as clipx
 

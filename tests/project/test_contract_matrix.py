@@ -10,10 +10,10 @@ import itertools
 import jax
 import optax
 import pytest
+from all_methods import EVERY
 from contract_frameworks import FRAMEWORKS
 from contract_jax import JAX
 from contract_optax import OPTAX
-from methods import EVERY
 
 CONTEXTS = {**FRAMEWORKS, **OPTAX, **JAX}
 # Where optax or a framework fails alone: what it says.

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 CORE = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 
 
@@ -82,7 +82,7 @@ import numpy as np
 from optax_clipx import plotting
 from optax_clipx.__main__ import main
 
-run = {"loss": [3.0, 2.0], "clip/norm": [1.0, 3.0], "clip_norms/a": [1.0, 2.0]}
+run = {"loss": [3.0, 2.0], "clip/norm": [1.0, 3.0], "track_norms/a": [1.0, 2.0]}
 history = clipx.History()
 history.append(range(2), {k: np.array(x) for k, x in run.items()})
 history.save("run.jsonl")

@@ -31,7 +31,7 @@ WITHOUT = {
         "Measure",
         "ClipState",
         "SkipState",
-        "WatchState",
+        "TrackState",
         "Suggestion",
         "Sweep",
     )

@@ -9,7 +9,7 @@ import sys
 import optax
 import pytest
 
-PLUGIN = pathlib.Path(__file__).parent / "optax_suite"
+PLUGIN = pathlib.Path(__file__).parents[1] / "optax_suite"
 SUITES = {
     "transforms/_clipping_test.py": (7, ["clip", "adaptive_grad_clip"]),
     "_src/float64_test.py": (20, ["clip", "clip_by_global_norm"]),

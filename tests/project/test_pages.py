@@ -7,7 +7,7 @@ import jax
 import pytest
 from test_docstrings import NAMES
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 INDEX = ROOT / "docs/methods/index.md"
 PAGES = {  # what each prints
     "README.md": r"92\.73618",
@@ -19,7 +19,7 @@ PAGES = {  # what each prints
     "docs/adaptive.md": r"2449 came down to 2\.69\n1",
     "docs/backward.md": r"2184\d\.\d*\n(3\.0|2\.999999\d)$",
     "docs/per_example.md": r"1 64\n1\.0\n\(10,\)",
-    "docs/monitoring.md": r"clip_ratios/kernel: ",
+    "docs/monitoring.md": r"track_ratios/kernel: ",
     "docs/checkpoints.md": r"60 100 100\nTrue\nTrue\n101 P.*'data'.*\n"
     r"\['metrics', .*'inner/0',",
     "docs/frameworks.md": r"\d+ -> 1\.00\n\['clip/clipped', 'clip/clipped_norm'\]\n"

@@ -11,7 +11,7 @@ import jax
 import pytest
 import typed_client
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLIENT = ROOT / "tests" / "typed_client.py"
 CHECKERS = {
     # What mypy says of the package itself is asked by the project's own settings.
@@ -26,7 +26,7 @@ import optax_clipx as clipx
 clipx.clip_by_global_norm()
 clipx.zclip(2.5, warmup=3)
 clipx.clip_by("tree", 1.0)
-clipx.clip_by(clipx.tree_norm(), 1.0, "rescale")
+clipx.clip_by(clipx.measures.tree_norm(), 1.0, "rescale")
 clipx.clip(1.0, metrics="yes")
 clipx.History(3)
 clipx.History().append(1)

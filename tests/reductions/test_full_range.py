@@ -125,11 +125,13 @@ def test_sums_of_many_entries_keep_their_precision():
 def test_every_scope_at_the_ends_of_the_range(value, limit):
     tree = {"w": jnp.full((2, 3), value), "b": jnp.full((4,), value)}
     measures = [
-        clipx.tree_norm(),
-        clipx.leaf_norms(),
-        clipx.unit_norms(),
-        clipx.leaf_norms(batch_axes=lambda path, leaf: 0 if leaf.ndim > 1 else None),
-        clipx.group_norms({"w": "a", "b": "b"}),
+        clipx.measures.tree_norm(),
+        clipx.measures.leaf_norms(),
+        clipx.measures.unit_norms(),
+        clipx.measures.leaf_norms(
+            batch_axes=lambda path, leaf: 0 if leaf.ndim > 1 else None
+        ),
+        clipx.measures.group_norms({"w": "a", "b": "b"}),
     ]
     for measure in measures:
         clipped, state = clipx.clip_by(measure, limit).update(tree)
@@ -170,13 +172,13 @@ def test_three_sums_side_by_side():
         whole = float(reference.norm(tree))
         each = [float(reference.norm([x])) for x in tree]
         for measure, want in (
-            (clipx.tree_norm(), whole),
-            (clipx.leaf_norms(), each),
-            (clipx.group_norms(lambda path, leaf: path[0]), each),
+            (clipx.measures.tree_norm(), whole),
+            (clipx.measures.leaf_norms(), each),
+            (clipx.measures.group_norms(lambda path, leaf: path[0]), each),
         ):
             found = jax.tree.leaves(measure(tree))
             np.testing.assert_allclose(found, np.ravel(want), rtol=1e-6)
-        of_columns = clipx.unit_norms(axis=0)(tree)[0][0]
+        of_columns = clipx.measures.unit_norms(axis=0)(tree)[0][0]
         columns = [float(reference.norm([column])) for column in tree[0].T]
         np.testing.assert_allclose(of_columns, columns, rtol=1e-6)
         slopes = jax.grad(clipx.functional.global_norm)(tree)
@@ -188,7 +190,9 @@ def test_three_sums_side_by_side():
         assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
 
 
-@pytest.mark.parametrize("measure", [clipx.tree_norm, clipx.leaf_norms])
+@pytest.mark.parametrize(
+    "measure", [clipx.measures.tree_norm, clipx.measures.leaf_norms]
+)
 def test_small_leaves_of_equal_entries(measure):
     """Entry by entry, XLA sums to norms off by 1.4e-5, and clipped ones too large."""
     shapes = [(16, 16), (31, 31), (32, 32), (3, 3, 16, 16), (2,) * 12, (2,) * 13]

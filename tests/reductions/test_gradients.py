@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods import ALL_METHODS, ELEMENT_METHODS
+from all_methods import ALL_METHODS, ELEMENT_METHODS
 
 import optax_clipx as clipx
 

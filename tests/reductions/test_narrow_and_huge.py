@@ -37,7 +37,7 @@ def test_parameters_cut_over_the_examples_axis_are_refused():
         step(jnp.zeros(4), jnp.ones((8, 4)))
 
 
-@pytest.mark.parametrize("make", [clipx.clip_spikes, clipx.scale_by_acclip])
+@pytest.mark.parametrize("make", [clipx.clip_by_second_moment, clipx.scale_by_acclip])
 def test_moments_in_blind_code_must_be_told(make):
     """A NaN in one device's shard has to stop the moments on all devices."""
 
@@ -107,7 +107,7 @@ def test_rounding_to_a_narrow_dtype_is_no_clipping(dtype):
 
 
 def test_the_derivative_at_zero_through_watch():
-    tx = clipx.watch(clipx.clip_by_global_norm(1.0))
+    tx = clipx.track_norms(clipx.clip_by_global_norm(1.0))
 
     def total(x):
         return jnp.sum(tx.update({"a": x}, tx.init({"a": x}))[0]["a"])
@@ -151,7 +151,7 @@ def test_zero_means_zero_whatever_the_response_makes_of_infinity():
     def response(norm, limit):
         return jnp.where(norm > limit, norm * limit / (norm * norm), 1)
 
-    tx = clipx.clip_by(clipx.tree_norm(), 1.0, response, nonfinite="zero")
+    tx = clipx.clip_by(clipx.measures.tree_norm(), 1.0, response, nonfinite="zero")
     grads = {"a": jnp.array([np.inf, 1.0]), "b": jnp.ones(2)}
     found, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_array_equal(found["a"], np.zeros(2))

@@ -156,5 +156,5 @@ def test_a_negative_limit_does_not_reverse_the_gradient():
 def test_float16_zeros_in_normalizers():
     """n + 1e-8 is 0 in float16, and 0 / 0 is NaN."""
     tree = [jnp.zeros(3, jnp.float16)]
-    clipper = clipx.clip_by(clipx.tree_norm(), 1.0, clipx.normalize)
+    clipper = clipx.clip_by(clipx.measures.tree_norm(), 1.0, clipx.responses.normalize)
     np.testing.assert_array_equal(clipper.update(tree)[0][0], 0)

@@ -46,7 +46,7 @@ def record(folder):
     for name, count in (("short", 300), ("long", 50_000)):
         norms = rng.lognormal(size=count)
         columns = {"clip/norm": norms, "clip/threshold": np.full(count, 2.0)}
-        columns |= {f"clip_norms/{i}": rng.lognormal(size=count) for i in range(3)}
+        columns |= {f"track_norms/{i}": rng.lognormal(size=count) for i in range(3)}
         history = clipx.History()
         history.append(range(count), columns)
         history.save(folder / f"{name}.jsonl")

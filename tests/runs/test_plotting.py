@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx import __main__ as command_line, _drawing, plotting
+from optax_clipx import __main__ as command_line, plotting
+from optax_clipx.runs import drawing
 
 LAYERS = [f"layers/{i}/{name}" for i in range(3) for name in ("kernel", "bias")]
 
@@ -27,7 +28,7 @@ def run_of(count=300, limit=1.0, seed=0, layers=True):
         "clip/clipped": (norms > limit).astype(float),
     }
     if layers:
-        columns |= {f"clip_norms/{n}": rng.lognormal(size=count) for n in LAYERS}
+        columns |= {f"track_norms/{n}": rng.lognormal(size=count) for n in LAYERS}
     return columns
 
 
@@ -93,7 +94,7 @@ def test_colours_differ_for_everyone():
 
     protan = [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]
     deutan = [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]
-    for theme in _drawing.THEMES.values():
+    for theme in drawing.THEMES.values():
         for pair in [(theme.norm, theme.clipped), theme.lines[:2]]:
             for seen in (np.eye(3), np.array(protan), np.array(deutan)):
                 a, b = (seen @ np.array(to_rgb(c)) ** 2.2 for c in pair)
@@ -123,13 +124,13 @@ def test_norms_show_limit_and_clipped_steps():
 def test_long_runs_keep_their_extremes():
     values = np.ones(10**5)
     values[[4_321, 77_777]] = 1e6, 1e-6
-    shown = _drawing.envelope(np.arange(10**5), values)
+    shown = drawing.envelope(np.arange(10**5), values)
     assert len(shown.steps) <= 1000
     assert shown.high.max() == 1e6
     assert shown.low.min() == 1e-6
     assert set(shown.middle) == {1.0}
     gap = np.where(np.arange(10**5) < 50_000, np.nan, 1.0)
-    assert np.isnan(_drawing.envelope(np.arange(10**5), gap).middle).sum() == 500
+    assert np.isnan(drawing.envelope(np.arange(10**5), gap).middle).sum() == 500
 
 
 def test_seeds_become_median_and_range():
@@ -167,7 +168,7 @@ def test_a_map_marks_the_best_and_crosses_out_what_failed():
         (lambda: plotting.norms(run_of(), theme="blue"), "'light' or 'dark'"),
         (lambda: plotting.clip_rate({"norm": [1.0]}), "Pass limit="),
         (lambda: plotting.histogram({"norm": [np.nan]}), "no positive finite norm"),
-        (lambda: plotting.heatmap({"norm": [1.0]}), "optax_clipx.watch"),
+        (lambda: plotting.heatmap({"norm": [1.0]}), "optax_clipx.track_norms"),
         (lambda: plotting.compare({}), "no runs"),
         (lambda: plotting.compare({"a": {"x": [1.0]}}), "no column 'loss'"),
     ],
@@ -246,7 +247,7 @@ def test_watch(run, capsys):
 
 def test_watch_follows_a_file_that_grows(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    from optax_clipx._live import Follower, sparkline
+    from optax_clipx.runs.live import Follower, sparkline
 
     path = tmp_path / "run.jsonl"
     history = clipx.History(path)

@@ -16,7 +16,7 @@ import pytest
 
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line, plotting
-from optax_clipx._escaping import printable
+from optax_clipx.runs.escaping import printable
 
 SOURCES = sorted(Path(clipx.__file__).parent.rglob("*.py"))
 
@@ -175,14 +175,14 @@ def odd_run():
     return {
         "clip/norm": np.array([1.0, 3.0, 2.0]),
         f"{ODD}/loss": np.array([3.0, 2.0, 1.0]),
-        f"clip_norms/{ODD}": np.array([1.0, 3.0, 2.0]),
-        "clip_norms/b": np.array([1.0, 3.0, 2.0]),
+        f"track_norms/{ODD}": np.array([1.0, 3.0, 2.0]),
+        "track_norms/b": np.array([1.0, 3.0, 2.0]),
     }
 
 
 def test_names_are_escaped_on_the_page():
     pytest.importorskip("plotly")
-    from optax_clipx._html import page
+    from optax_clipx.runs.page import page
 
     columns = {"step": np.arange(3), **odd_run()}
     text = page({ODD: (columns, "clip/norm"), "b": (columns, "clip/norm")}, 2.5)
@@ -257,7 +257,8 @@ OFFLINE = """
     import optax_clipx as clipx
     from optax_clipx.__main__ import main
 
-    clipper = clipx.watch(optax.chain(clipx.clip_by_global_norm(1.0), optax.adam(0.1)))
+    inner = optax.chain(clipx.clip_by_global_norm(1.0), optax.adam(0.1))
+    clipper = clipx.track_norms(inner)
     params = {"w": jnp.ones(3)}
     state = clipper.init(params)
     with clipx.History("run.jsonl") as history:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parent.parent / "docs" / "monitoring.md"
+PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 BEFORE = """
 import json
 import jax, jax.numpy as jnp

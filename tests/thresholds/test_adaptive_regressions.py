@@ -14,7 +14,9 @@ import optax_clipx as clipx
 def run(rule, norms):
     state, limits = rule.init(jnp.float32(0)), []
     for norm in norms:
-        limit, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        limit, state = rule.update(
+            jnp.float32(norm), state, clipx.thresholds.Context(0)
+        )
         limits.append(float(limit))
     return limits, state
 
@@ -75,7 +77,7 @@ def test_losses_around_zero_keep_their_deviation():
 
 @pytest.mark.parametrize("options", [{"window": 32}, {}])
 def test_a_level_beyond_any_ratio_is_accepted(options):
-    rule = clipx.zscore(patience=2, **options)
+    rule = clipx.thresholds.zscore(patience=2, **options)
     usual = [1e-30 * (1 + 0.1 * (-1) ** i) for i in range(40)]
     limits, state = run(rule, [*usual, *[1e30] * 10])
     chex.assert_tree_all_finite(state)
@@ -96,7 +98,7 @@ def test_error_feedback_does_not_take_the_norm_of_something_else():
 
 def test_float64_norms_are_within_what_they_have_made():
     with jax.enable_x64(True):
-        clipper = clipx.autoclip(100.0, window=10)
+        clipper = clipx.quantile_clip(1, window=10)
         state = clipper.init(jnp.zeros(1))
         for norm in np.linspace(0.1, 0.2, 20):
             _, state = clipper.update(jnp.array([norm]), state)
@@ -106,8 +108,8 @@ def test_float64_norms_are_within_what_they_have_made():
 def test_warmup_with_units_on_explicit_axes():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x", "y")))
-    rule = clipx.warmup(1.0, then=clipx.zscore(), steps=1)
-    tx = clipx.clip_by(clipx.unit_norms(), rule)
+    rule = clipx.thresholds.warmup(1.0, then=clipx.thresholds.zscore(), steps=1)
+    tx = clipx.clip_by(clipx.measures.unit_norms(), rule)
     clipped, _ = jax.jit(tx.update)(w, tx.init(w), w)
     assert clipped.sharding.spec == P("x", "y")
 
@@ -124,11 +126,14 @@ def test_no_limit_and_a_norm_of_zero():
     grads = {"a": jnp.zeros(2), "b": jnp.ones(2)}
     inf = float("inf")
     for rule, response in (
-        (clipx.group_band(0.5, inf), clipx.normalize),
-        (clipx.ema_ratio(inf), clipx.rescale),
-        (clipx.scaled(clipx.zscore(), 0.0), clipx.rescale),
+        (clipx.thresholds.group_band(0.5, inf), clipx.responses.normalize),
+        (clipx.thresholds.ema_ratio(inf), clipx.responses.rescale),
+        (
+            clipx.thresholds.scaled(clipx.thresholds.zscore(), 0.0),
+            clipx.responses.rescale,
+        ),
     ):
-        tx = clipx.clip_by(clipx.leaf_norms(), rule, response)
+        tx = clipx.clip_by(clipx.measures.leaf_norms(), rule, response)
         state = tx.init(grads)
         for _ in range(3):
             clipped, state = tx.update(grads, state)
@@ -152,7 +157,7 @@ def test_reset_moments_is_traced_once_and_passes_float0():
 def test_an_unusable_limit_is_loud_under_infinite_gradients():
     @jax.jit
     def step(limit, grads):
-        tx = clipx.skip_spikes(optax.sgd(1.0), limit)
+        tx = clipx.skip_spikes(optax.sgd(1.0), threshold=limit)
         return tx.update(grads, tx.init(grads), grads)[0]
 
     for value in (1.0, np.inf):
@@ -164,11 +169,14 @@ def test_an_unusable_limit_is_loud_under_infinite_gradients():
     [
         (lambda: clipx.skip_spikes(optax.sgd(1.0), patience=None), "patience=None"),
         (lambda: clipx.reset_moments(optax.sgd(1.0), every=None), "every=None"),
-        (lambda: clipx.warmup(1.0, then=2.0, steps=None), "steps=None"),
-        (lambda: clipx.zscore(warmup_steps="a"), "warmup_steps='a'"),
-        (lambda: clipx.quantile([0.1]), r"q to be a number"),
-        (lambda: clipx.quantile(0.5, window=2.0), r"window=2\.0"),
-        (lambda: clipx.skip_spikes(optax.sgd(1.0), optax.adam(1.0)), "transformation"),
+        (lambda: clipx.thresholds.warmup(1.0, then=2.0, steps=None), "steps=None"),
+        (lambda: clipx.thresholds.zscore(warmup_steps="a"), "warmup_steps='a'"),
+        (lambda: clipx.thresholds.quantile([0.1]), r"q to be a number"),
+        (lambda: clipx.thresholds.quantile(0.5, window=2.0), r"window=2\.0"),
+        (
+            lambda: clipx.skip_spikes(optax.sgd(1.0), threshold=optax.adam(1.0)),
+            "transformation",
+        ),
     ],
 )
 def test_messages_name_the_value(call, message):
@@ -178,7 +186,7 @@ def test_messages_name_the_value(call, message):
 
 def test_a_factor_above_one_does_not_ratchet():
     """What enters is never more than the norm itself."""
-    rule = clipx.zscore(target="reciprocal", clip_factor=3.0, warmup_steps=5)
+    rule = clipx.thresholds.zscore(target="reciprocal", clip_factor=3.0, warmup_steps=5)
     rng = np.random.default_rng(0)
     norms = 1 + 0.1 * rng.normal(size=400)
     norms[::20] = 4.0
@@ -189,7 +197,7 @@ def test_a_factor_above_one_does_not_ratchet():
 def test_a_nan_among_float64_is_no_unusable_limit():
     """The limit became NaN with the norm, and so did the updates under any policy."""
     with jax.enable_x64(True):
-        clipper = clipx.autoclip(nonfinite="zero")
+        clipper = clipx.quantile_clip(nonfinite="zero")
         update = jax.jit(clipper.update)
         grads = jnp.ones(3, jnp.float64)
         _, state = update(grads, clipper.init(grads))

@@ -14,39 +14,39 @@ from jax import lax
 
 import optax_clipx as clipx
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 RULES = {
-    "zscore": (clipx.zscore(), ref.zscore_ema),
+    "zscore": (clipx.thresholds.zscore(), ref.zscore_ema),
     "zscore_mean": (
-        clipx.zscore(target="mean"),
+        clipx.thresholds.zscore(target="mean"),
         partial(ref.zscore_ema, target="mean"),
     ),
     "zscore_reciprocal": (
-        clipx.zscore(2.0, target="reciprocal", clip_factor=0.8, decay=0.9),
+        clipx.thresholds.zscore(2.0, target="reciprocal", clip_factor=0.8, decay=0.9),
         partial(ref.zscore_ema, 2.0, target="reciprocal", factor=0.8, decay=0.9),
     ),
     "zscore_raw": (
-        clipx.zscore(stats="raw"),
+        clipx.thresholds.zscore(stats="raw"),
         partial(ref.zscore_ema, stats="raw", patience=None),
     ),
     "zscore_skip": (
-        clipx.zscore(stats="skip", patience=5),
+        clipx.thresholds.zscore(stats="skip", patience=5),
         partial(ref.zscore_ema, stats="skip", patience=5),
     ),
     "zscore_patient": (
-        clipx.zscore(warmup_steps=5, patience=3),
+        clipx.thresholds.zscore(warmup_steps=5, patience=3),
         partial(ref.zscore_ema, warmup=5, patience=3),
     ),
     "window": (
-        clipx.zscore(3.0, window=16, warmup_steps=8, stats="raw"),
+        clipx.thresholds.zscore(3.0, window=16, warmup_steps=8, stats="raw"),
         ref.zscore_window,
     ),
     "window_clipped": (
-        clipx.zscore(3.0, window=7, warmup_steps=4),
+        clipx.thresholds.zscore(3.0, window=7, warmup_steps=4),
         partial(ref.zscore_window, window=7, warmup=4, stats="clipped"),
     ),
     "log_zscore": (
-        clipx.zscore(
+        clipx.thresholds.zscore(
             2.0,
             decay=0.95,
             warmup_steps=0,
@@ -57,37 +57,44 @@ RULES = {
         ),
         ref.log_zscore,
     ),
-    "quantile_all": (clipx.quantile(0.1, max_steps=100), ref.percentile),
-    "quantile_window": (clipx.quantile(0.9, window=9), partial(ref.percentile, 0.9, 9)),
-    "tracker": (clipx.quantile_tracker(0.9), ref.tracker),
-    "auto": (clipx.auto_threshold(), ref.auto),
-    "ema_ratio": (clipx.ema_ratio(1.04), ref.ema_ratio),
+    "quantile_all": (clipx.thresholds.quantile(0.1, max_steps=100), ref.percentile),
+    "quantile_window": (
+        clipx.thresholds.quantile(0.9, window=9),
+        partial(ref.percentile, 0.9, 9),
+    ),
+    "tracker": (clipx.thresholds.quantile_tracker(0.9), ref.tracker),
+    "auto": (clipx.thresholds.auto(), ref.auto),
+    "ema_ratio": (clipx.thresholds.ema_ratio(1.04), ref.ema_ratio),
     "ema_ratio_min": (
-        clipx.ema_ratio(1.1, decay=0.9, warmup_steps=6, warmup_limit=2.0, init="min"),
+        clipx.thresholds.ema_ratio(
+            1.1, decay=0.9, warmup_steps=6, warmup_limit=2.0, init="min"
+        ),
         partial(ref.ema_ratio, 1.1, 0.9, 6, 2.0, "min"),
     ),
     "ema_ratio_mean": (
-        clipx.ema_ratio(1.1, warmup_steps=6, init="mean", floor=0.7, stats="raw"),
+        clipx.thresholds.ema_ratio(
+            1.1, warmup_steps=6, init="mean", floor=0.7, stats="raw"
+        ),
         partial(ref.ema_ratio, 1.1, warmup=6, init="mean", floor=0.7, stats="raw"),
     ),
     "ema_ratio_skip": (
-        clipx.ema_ratio(1.5, stats="skip", patience=4),
+        clipx.thresholds.ema_ratio(1.5, stats="skip", patience=4),
         partial(ref.ema_ratio, 1.5, stats="skip", patience=4),
     ),
     "ema_ratio_olmo": (
-        clipx.ema_ratio(1.5, warmup_steps=1),
+        clipx.thresholds.ema_ratio(1.5, warmup_steps=1),
         partial(ref.ema_ratio, 1.5, warmup=1),
     ),
-    "growth": (clipx.norm_growth(), ref.growth),
+    "growth": (clipx.thresholds.norm_growth(), ref.growth),
     "growth_floor": (
-        clipx.norm_growth(1.2, floor=0.5, patience=6),
+        clipx.thresholds.norm_growth(1.2, floor=0.5, patience=6),
         partial(ref.growth, 1.2, 0.5, patience=6),
     ),
     "growth_raw": (
-        clipx.norm_growth(1.2, stats="raw"),
+        clipx.thresholds.norm_growth(1.2, stats="raw"),
         partial(ref.growth, 1.2, stats="raw"),
     ),
-    "band": (clipx.group_band(0.5, 2.0), ref.band),
+    "band": (clipx.thresholds.group_band(0.5, 2.0), ref.band),
 }
 
 
@@ -96,7 +103,7 @@ def runner(name):
     rule, _ = RULES[name]
 
     def step(state, norm):
-        limit, state = rule.update(norm, state, clipx.Context(0))
+        limit, state = rule.update(norm, state, clipx.thresholds.Context(0))
         return state, limit
 
     @jax.jit

@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx import (
-    _arithmetic as arithmetic,
-    _leaf_sums as leaf_sums,
-    _reductions as reductions,
-)
-from optax_clipx._thresholds import _base as base, _quantile
-from optax_clipx._whole_norm import whole_norm
+from optax_clipx._reductions import leaf_sums, norms as reductions
+from optax_clipx._reductions.whole_norm import whole_norm
+from optax_clipx._thresholds import base, quantile as _quantile
+from optax_clipx._trees import arithmetic
 
 pytestmark = pytest.mark.sampled
 LARGEST = float(np.finfo(np.float32).max)
@@ -30,7 +27,7 @@ def trace(rule, norms, step=0):
 
     def one(carry, norm):
         number, state = carry
-        limit, state = rule.update(norm, state, clipx.Context(number))
+        limit, state = rule.update(norm, state, clipx.thresholds.Context(number))
         return (number + 1, state), limit
 
     norms = jnp.asarray(norms, jnp.float32)
@@ -71,7 +68,7 @@ def test_a_second_pass_stands_behind_a_branch_also_on_a_mesh():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         leaf = jax.device_put(jnp.ones((16, 3)), jax.P("x"))
-        program = jax.jit(clipx.tree_norm()).lower(leaf).compile()
+        program = jax.jit(clipx.measures.tree_norm()).lower(leaf).compile()
     assert " conditional(" in program.as_text()
 
 
@@ -97,10 +94,10 @@ def test_norms_of_many_small_leaves_of_mixed_sizes(dtype, ord):
     expected = [
         np.linalg.norm(np.ravel(np.asarray(x, np.complex128)), ord) for x in leaves
     ]
-    close(jax.jit(clipx.leaf_norms(ord=ord))(leaves), expected)
+    close(jax.jit(clipx.measures.leaf_norms(ord=ord))(leaves), expected)
     whole = np.linalg.norm(expected, ord)
-    close(jax.jit(clipx.tree_norm(ord=ord))(leaves), whole)
-    groups = clipx.group_norms(lambda path, _: int(path[0]) % 3, ord=ord)
+    close(jax.jit(clipx.measures.tree_norm(ord=ord))(leaves), whole)
+    groups = clipx.measures.group_norms(lambda path, _: int(path[0]) % 3, ord=ord)
     for label, norm in jax.jit(groups)(leaves).items():
         close(norm, np.linalg.norm(expected[label::3], ord))
 
@@ -114,7 +111,10 @@ def test_norms_of_all_orders_at_all_sizes(ord, size):
         expected = np.sqrt(np.mean(flat**2))
     else:
         expected = np.linalg.norm(flat / max(size, 1e-38), ord) * size
-    for measure in (clipx.tree_norm(ord=ord), clipx.leaf_norms(ord=ord)):
+    for measure in (
+        clipx.measures.tree_norm(ord=ord),
+        clipx.measures.leaf_norms(ord=ord),
+    ):
         clipper = clipx.clip_by(measure, jnp.inf)
         _, state = clipper.update(leaves, clipper.init(leaves))
         close(state.metrics.norm, expected, rtol=2e-6)
@@ -180,14 +180,18 @@ def test_derivatives_of_roots_and_powers_at_zero():
 def test_responses_by_hand():
     norms = jnp.array([0.0, 1.0, 2.0, 4.0, 1.0, 0.0])
     limits = jnp.array([2.0, 2.0, 2.0, 2.0, jnp.inf, 0.0])
-    close(clipx.rescale(norms, limits), [1, 1, 1, 0.5, 1, 1])
-    close(clipx.normalize(norms, limits), [1, 2, 1, 0.5, 1, 1])
-    close(clipx.drop(norms, limits), [1, 1, 1, 0, 1, 1])
-    close(clipx.smooth(norms, limits), [1, 2 / 3, 0.5, 1 / 3, 1, 1])
-    bent = clipx.smooth(jnp.array([3.0, 4.0]), jnp.array([4.0, 3.0]), p=2.0)
+    close(clipx.responses.rescale(norms, limits), [1, 1, 1, 0.5, 1, 1])
+    close(clipx.responses.normalize(norms, limits), [1, 2, 1, 0.5, 1, 1])
+    close(clipx.responses.drop(norms, limits), [1, 1, 1, 0, 1, 1])
+    close(clipx.responses.smooth(norms, limits), [1, 2 / 3, 0.5, 1 / 3, 1, 1])
+    bent = clipx.responses.smooth(jnp.array([3.0, 4.0]), jnp.array([4.0, 3.0]), p=2.0)
     close(bent, [0.8, 0.6])
-    close(jax.grad(lambda n: clipx.rescale(n, jnp.float32(2.0)) * n)(4.0), 0.0)
-    close(jax.grad(lambda n: clipx.smooth(n, jnp.float32(2.0)) * n)(4.0), 1 / 9)
+    close(
+        jax.grad(lambda n: clipx.responses.rescale(n, jnp.float32(2.0)) * n)(4.0), 0.0
+    )
+    close(
+        jax.grad(lambda n: clipx.responses.smooth(n, jnp.float32(2.0)) * n)(4.0), 1 / 9
+    )
 
 
 # Rules
@@ -197,22 +201,22 @@ def test_quantiles_of_a_sketch():
     rng = np.random.default_rng(0)
     norms = np.exp(rng.normal(size=200) * 8)  # over 20 decades
     for q in (0.1, 0.5, 0.9):
-        limits = trace(clipx.quantile(q), norms)
+        limits = trace(clipx.thresholds.quantile(q), norms)
         ordered = [np.sort(norms[: i + 1]) for i in range(200)]
         exact = [x[max(0, int(np.ceil(q * len(x) - 1e-6)) - 1)] for x in ordered]
         assert np.abs(np.log(limits / exact)).max() < 0.029
 
 
 def test_the_least_of_all_norms():
-    limits = trace(clipx.quantile(0.0), [4.0, 1.0, 3.0])
+    limits = trace(clipx.thresholds.quantile(0.0), [4.0, 1.0, 3.0])
     assert np.abs(np.log(limits / [4.0, 1.0, 1.0])).max() < 0.029
 
 
 def test_the_sketch_counts_what_lies_beyond():
-    rule = clipx.quantile(0.5)
+    rule = clipx.thresholds.quantile(0.5)
     state = rule.init(jnp.float32(0))
     for norm, beyond in ((1e-13, 1), (1.0, 1), (1e13, 2), (1.01e-12, 2), (0.99e12, 2)):
-        _, state = rule.update(jnp.float32(norm), state, clipx.Context(0))
+        _, state = rule.update(jnp.float32(norm), state, clipx.thresholds.Context(0))
         assert state.saturated == beyond
     assert state.counts.shape == (999,)
     assert state.counts[0] == 2
@@ -221,28 +225,33 @@ def test_the_sketch_counts_what_lies_beyond():
 
 
 def test_the_sketch_halves_full_counts():
-    rule = clipx.quantile(0.5)
+    rule = clipx.thresholds.quantile(0.5)
     state = rule.init(jnp.float32(0))
     full = jnp.iinfo(jnp.int32).max // _quantile._BINS
     state = state._replace(counts=state.counts.at[500].set(full))
-    _, state = rule.update(jnp.float32(1e3), state, clipx.Context(0))
+    _, state = rule.update(jnp.float32(1e3), state, clipx.thresholds.Context(0))
     assert state.counts[500] == full // 2
 
 
 def test_tracked_quantiles():
-    limits = trace(clipx.quantile_tracker(0.75, learning_rate=0.2), [2, 1, 9, 9, 1])
+    limits = trace(
+        clipx.thresholds.quantile_tracker(0.75, learning_rate=0.2), [2, 1, 9, 9, 1]
+    )
     steps = np.cumsum([0, -0.05, -0.05, 0.15, 0.15])
     close(limits, 2 * np.exp(steps))
 
 
 def test_quantiles_of_windows():
-    close(trace(clipx.quantile(0.25, window=3), [4, 1, 3, 9]), [4, 1.75, 2.0, 2.0])
-    close(trace(clipx.quantile(0.5, max_steps=9), [4, 1, 3]), [4, 2.5, 3])
+    close(
+        trace(clipx.thresholds.quantile(0.25, window=3), [4, 1, 3, 9]),
+        [4, 1.75, 2.0, 2.0],
+    )
+    close(trace(clipx.thresholds.quantile(0.5, max_steps=9), [4, 1, 3]), [4, 2.5, 3])
 
 
 @pytest.mark.parametrize("init", ["first", "min", "mean"])
 def test_averages_with_a_warmup(init):
-    rule = clipx.ema_ratio(
+    rule = clipx.thresholds.ema_ratio(
         1.5, decay=0.5, warmup_steps=3, warmup_limit=4.0, init=init, floor=0.1
     )
     limits = trace(rule, [8, 2, 3, 6, 6])
@@ -254,40 +263,47 @@ def test_averages_with_a_warmup(init):
 
 @pytest.mark.parametrize("stats", ["raw", "clipped", "skip"])
 def test_averages_without_a_warmup(stats):
-    limits = trace(clipx.ema_ratio(2.0, decay=0.75, stats=stats), [1, 1, 9, 1])
+    limits = trace(
+        clipx.thresholds.ema_ratio(2.0, decay=0.75, stats=stats), [1, 1, 9, 1]
+    )
     last = {"raw": 3.0, "clipped": 1.25, "skip": 1.0}[stats]
     close(limits, [2, 2, 2, 2 * last])
 
 
 def test_averages_with_patience_and_floor():
-    rule = clipx.ema_ratio(2.0, decay=0.5, floor=1.0, patience=2, stats="skip")
+    rule = clipx.thresholds.ema_ratio(
+        2.0, decay=0.5, floor=1.0, patience=2, stats="skip"
+    )
     close(trace(rule, [0.1, 9, 9, 9, 1]), [2, 2, np.inf, 18, 18])
-    close(trace(clipx.ema_ratio(2.0, decay=0.5), [0.1, 0.1]), [0.2, 0.2])
+    close(trace(clipx.thresholds.ema_ratio(2.0, decay=0.5), [0.1, 0.1]), [0.2, 0.2])
 
 
 def test_the_growth_of_norms():
     close(
-        trace(clipx.norm_growth(1.5), [1, 9, 9, 1, 9]), [np.inf, 1.5, 2.25, 3.375, 1.5]
+        trace(clipx.thresholds.norm_growth(1.5), [1, 9, 9, 1, 9]),
+        [np.inf, 1.5, 2.25, 3.375, 1.5],
     )
-    floored = clipx.norm_growth(1.5, floor=2.0, patience=2)
+    floored = clipx.thresholds.norm_growth(1.5, floor=2.0, patience=2)
     close(trace(floored, [1, 9, 9, 9]), [np.inf, 3, np.inf, 13.5])
 
 
 def test_bands():
-    rule = clipx.group_band(0.5, 2.0, decay=0.9)
+    rule = clipx.thresholds.group_band(0.5, 2.0, decay=0.9)
     close(trace(rule, [1, 9, 0.1]), [1, 3.6, 0.5 * (0.9 * 1.8 + 0.01)])
-    floored = clipx.group_band(0.5, 2.0, decay=0.9, floor=1.5)
+    floored = clipx.thresholds.group_band(0.5, 2.0, decay=0.9, floor=1.5)
     close(trace(floored, [1, 1])[1], 1.5)
-    scheduled = clipx.group_band(lambda step: 0.5, lambda step: 2.0, decay=0.9)
+    scheduled = clipx.thresholds.group_band(
+        lambda step: 0.5, lambda step: 2.0, decay=0.9
+    )
     close(trace(scheduled, [1, 9]), [1, 3.6])
     assert scheduled.uses_step
     assert not rule.uses_step
-    patient = clipx.group_band(0.5, 2.0, decay=0.9, patience=2)
+    patient = clipx.thresholds.group_band(0.5, 2.0, decay=0.9, patience=2)
     close(trace(patient, [1, 90, 90]), [1, 19.8, 90])
 
 
 def test_deviations():
-    rule = clipx.zscore(2.0, warmup_steps=2, decay=0.5, target="threshold")
+    rule = clipx.thresholds.zscore(2.0, warmup_steps=2, decay=0.5, target="threshold")
     limits = trace(rule, [1, 3, 3, 9, 2])
     mean, sd = 2.0, 1.0
     expected = [np.inf, np.inf, mean + 2 * sd]
@@ -302,43 +318,49 @@ def test_deviations():
 
 
 def test_least_limits_and_multiples():
-    both = clipx.minimum(clipx.quantile(0.5, window=1), 3.0)
+    both = clipx.thresholds.minimum(clipx.thresholds.quantile(0.5, window=1), 3.0)
     close(trace(both, [2, 5]), [2, 3])
-    close(trace(clipx.scaled(clipx.quantile(0.5, window=1), 0.5), [2, 5]), [1, 2.5])
-    assert trace(clipx.scaled(jnp.inf, 0.0), [2])[0] == np.inf
+    close(
+        trace(
+            clipx.thresholds.scaled(clipx.thresholds.quantile(0.5, window=1), 0.5),
+            [2, 5],
+        ),
+        [1, 2.5],
+    )
+    assert trace(clipx.thresholds.scaled(jnp.inf, 0.0), [2])[0] == np.inf
 
 
 def test_warming_up():
-    rule = clipx.warmup(1.0, then=2.0, steps=2)
+    rule = clipx.thresholds.warmup(1.0, then=2.0, steps=2)
     close(trace(rule, [5, 5, 5]), [1, 1, 2])
-    close(trace(clipx.warmup(1.0, then=2.0, steps=0), [5]), [2])
+    close(trace(clipx.thresholds.warmup(1.0, then=2.0, steps=0), [5]), [2])
     assert rule.uses_step
 
 
 def test_a_pair_of_functions():
-    rule = clipx.minimum((lambda n: (), lambda n, s, c: (n / 2, s)), 9.0)
+    rule = clipx.thresholds.minimum((lambda n: (), lambda n, s, c: (n / 2, s)), 9.0)
     close(trace(rule, [4]), [2])
 
 
 def test_relative_limits():
-    rule = clipx.relative_to_params(0.1, eps=0.5)
+    rule = clipx.thresholds.relative_to_params(0.1, eps=0.5)
     limits, _ = rule.update(
-        jnp.float32(9.0), (), clipx.Context(0, params_norms=jnp.float32(0.2))
+        jnp.float32(9.0), (), clipx.thresholds.Context(0, params_norms=jnp.float32(0.2))
     )
     close(limits, 0.05)
 
 
 def test_rules_that_need_no_step():
     for rule in (
-        clipx.quantile(0.5),
-        clipx.quantile_tracker(0.5),
-        clipx.ema_ratio(2.0),
-        clipx.norm_growth(),
-        clipx.zscore(),
-        clipx.constant(1.0),
+        clipx.thresholds.quantile(0.5),
+        clipx.thresholds.quantile_tracker(0.5),
+        clipx.thresholds.ema_ratio(2.0),
+        clipx.thresholds.norm_growth(),
+        clipx.thresholds.zscore(),
+        clipx.thresholds.constant(1.0),
     ):
         assert not rule.uses_step
-    assert clipx.constant(lambda step: 1.0).uses_step
+    assert clipx.thresholds.constant(lambda step: 1.0).uses_step
 
 
 @pytest.mark.parametrize(
@@ -352,32 +374,40 @@ def test_rules_that_need_no_step():
         (lambda: base.check_decay(1.5, "decay"), "<= 1"),
         (lambda: base.check_decay(-0.5, "decay"), "Expected 0 <="),
         (lambda: base.check_static_count(1, "size", 2), "size >= 2"),
-        (lambda: clipx.group_band(-0.5, 2.0), "low"),
-        (lambda: clipx.group_band(1.5, 2.0), "low"),
-        (lambda: clipx.group_band(0.5, 0.9), "high"),
-        (lambda: clipx.group_band(0.5, 2.0, decay=-0.5), "decay"),
-        (lambda: clipx.group_band(0.5, 2.0, floor=-0.5), "floor"),
-        (lambda: clipx.ema_ratio(0.9), "ratio"),
-        (lambda: clipx.ema_ratio(2.0, decay=-0.5), "decay"),
-        (lambda: clipx.ema_ratio(2.0, floor=-0.5), "floor"),
-        (lambda: clipx.ema_ratio(2.0, warmup_limit=-0.5), "warmup_limit"),
-        (lambda: clipx.ema_ratio(2.0, warmup_steps=-1), "warmup_steps"),
-        (lambda: clipx.norm_growth(0.9), "ratio"),
-        (lambda: clipx.norm_growth(floor=-0.5), "floor"),
-        (lambda: clipx.quantile(-0.5), "q"),
-        (lambda: clipx.quantile_tracker(-0.5), "q"),
-        (lambda: clipx.quantile_tracker(0.5, learning_rate=-0.5), "learning_rate"),
-        (lambda: clipx.zscore(-0.5), "z_threshold"),
-        (lambda: clipx.zscore(decay=-0.5), "decay"),
-        (lambda: clipx.zscore(warmup_steps=-1), "warmup_steps"),
-        (lambda: clipx.zscore(window=1), "window"),
-        (lambda: clipx.zscore(clip_factor=-0.5), "clip_factor"),
-        (lambda: clipx.zscore(min_relative_sd=-0.5), "min_relative_sd"),
-        (lambda: clipx.warmup(1.0, then=2.0, steps=-1), "steps"),
-        (lambda: clipx.scaled(1.0, -0.5), "factor"),
-        (lambda: clipx.constant(-0.5), "max_norm|limit"),
-        (lambda: clipx.smooth(jnp.ones(1), jnp.ones(1), p=0.0), "p > 0"),
-        (lambda: clipx.ema_ratio(2.0, warmup_limit=1.0).init((jnp.zeros(1),)), "units"),
+        (lambda: clipx.thresholds.group_band(-0.5, 2.0), "low"),
+        (lambda: clipx.thresholds.group_band(1.5, 2.0), "low"),
+        (lambda: clipx.thresholds.group_band(0.5, 0.9), "high"),
+        (lambda: clipx.thresholds.group_band(0.5, 2.0, decay=-0.5), "decay"),
+        (lambda: clipx.thresholds.group_band(0.5, 2.0, floor=-0.5), "floor"),
+        (lambda: clipx.thresholds.ema_ratio(0.9), "ratio"),
+        (lambda: clipx.thresholds.ema_ratio(2.0, decay=-0.5), "decay"),
+        (lambda: clipx.thresholds.ema_ratio(2.0, floor=-0.5), "floor"),
+        (lambda: clipx.thresholds.ema_ratio(2.0, warmup_limit=-0.5), "warmup_limit"),
+        (lambda: clipx.thresholds.ema_ratio(2.0, warmup_steps=-1), "warmup_steps"),
+        (lambda: clipx.thresholds.norm_growth(0.9), "ratio"),
+        (lambda: clipx.thresholds.norm_growth(floor=-0.5), "floor"),
+        (lambda: clipx.thresholds.quantile(-0.5), "q"),
+        (lambda: clipx.thresholds.quantile_tracker(-0.5), "q"),
+        (
+            lambda: clipx.thresholds.quantile_tracker(0.5, learning_rate=-0.5),
+            "learning_rate",
+        ),
+        (lambda: clipx.thresholds.zscore(-0.5), "z_threshold"),
+        (lambda: clipx.thresholds.zscore(decay=-0.5), "decay"),
+        (lambda: clipx.thresholds.zscore(warmup_steps=-1), "warmup_steps"),
+        (lambda: clipx.thresholds.zscore(window=1), "window"),
+        (lambda: clipx.thresholds.zscore(clip_factor=-0.5), "clip_factor"),
+        (lambda: clipx.thresholds.zscore(min_relative_sd=-0.5), "min_relative_sd"),
+        (lambda: clipx.thresholds.warmup(1.0, then=2.0, steps=-1), "steps"),
+        (lambda: clipx.thresholds.scaled(1.0, -0.5), "factor"),
+        (lambda: clipx.thresholds.constant(-0.5), "max_norm|limit"),
+        (lambda: clipx.responses.smooth(jnp.ones(1), jnp.ones(1), p=0.0), "p > 0"),
+        (
+            lambda: clipx.thresholds.ema_ratio(2.0, warmup_limit=1.0).init(
+                (jnp.zeros(1),)
+            ),
+            "units",
+        ),
     ],
 )
 def test_what_is_refused(make, message):
@@ -390,22 +420,24 @@ def test_what_is_just_allowed():
         lambda: base.check_count(1, "n"),
         lambda: base.check_count(2.0, "n"),
         lambda: base.check_decay(0, "decay"),
-        lambda: clipx.group_band(0, 1, decay=0, floor=0),
-        lambda: clipx.group_band(1, 1, decay=1),
-        lambda: clipx.ema_ratio(1, decay=0, warmup_limit=0, warmup_steps=0),
-        lambda: clipx.norm_growth(1, floor=0),
-        lambda: clipx.quantile(0),
-        lambda: clipx.quantile(1),
-        lambda: clipx.quantile_tracker(1, learning_rate=0),
-        lambda: clipx.zscore(0, decay=0, warmup_steps=0, min_relative_sd=0),
-        lambda: clipx.zscore(decay=1, window=2, clip_factor=0),
-        lambda: clipx.scaled(1.0, 0),
+        lambda: clipx.thresholds.group_band(0, 1, decay=0, floor=0),
+        lambda: clipx.thresholds.group_band(1, 1, decay=1),
+        lambda: clipx.thresholds.ema_ratio(1, decay=0, warmup_limit=0, warmup_steps=0),
+        lambda: clipx.thresholds.norm_growth(1, floor=0),
+        lambda: clipx.thresholds.quantile(0),
+        lambda: clipx.thresholds.quantile(1),
+        lambda: clipx.thresholds.quantile_tracker(1, learning_rate=0),
+        lambda: clipx.thresholds.zscore(0, decay=0, warmup_steps=0, min_relative_sd=0),
+        lambda: clipx.thresholds.zscore(decay=1, window=2, clip_factor=0),
+        lambda: clipx.thresholds.scaled(1.0, 0),
     ):
         make()
 
 
 def test_a_new_level_leaves_the_deviation_of_logarithms_as_it_was():
-    rule = clipx.zscore(3.0, space="log", stats="skip", patience=3, warmup_steps=4)
+    rule = clipx.thresholds.zscore(
+        3.0, space="log", stats="skip", patience=3, warmup_steps=4
+    )
     limits = trace(rule, [1.0, 1.2, 0.9, 1.1, 50.0, 51.0, 49.0, 50.0])
     sd = np.std(np.log([1.0, 1.2, 0.9, 1.1]))
     assert np.isposinf(limits[6])
@@ -415,7 +447,7 @@ def test_a_new_level_leaves_the_deviation_of_logarithms_as_it_was():
 def test_a_factor_of_the_reciprocal_target_in_logarithms():
     usual = [1.0, 1.2, 0.9, 1.1]
     mean, sd = np.mean(np.log(usual)), np.std(np.log(usual))
-    rule = clipx.zscore(
+    rule = clipx.thresholds.zscore(
         2.0, space="log", target="reciprocal", clip_factor=0.5, warmup_steps=4
     )
     z = (np.log(50.0) - mean) / sd
@@ -433,11 +465,11 @@ def test_defaults():
     given = {
         (rule.__name__, name): p.default
         for rule in (
-            clipx.zscore,
-            clipx.ema_ratio,
-            clipx.norm_growth,
-            clipx.group_band,
-            clipx.quantile_tracker,
+            clipx.thresholds.zscore,
+            clipx.thresholds.ema_ratio,
+            clipx.thresholds.norm_growth,
+            clipx.thresholds.group_band,
+            clipx.thresholds.quantile_tracker,
         )
         for name, p in inspect.signature(rule).parameters.items()
         if p.default is not inspect.Parameter.empty and p.default is not None

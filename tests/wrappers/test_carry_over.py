@@ -43,7 +43,7 @@ ADDED = {
         optax.chain(
             zclip,
             optax.scale_by_adam(),
-            clipx.autoclip(),
+            clipx.quantile_clip(),
             optax.scale_by_schedule(lambda i: 0.1),
         ),
         ["0", "2"],
@@ -111,7 +111,7 @@ def test_the_new_optimizer_goes_on_with_it():
 LOST = {
     "a_rule": (
         optax.chain(zclip, adam),
-        optax.chain(clipx.autoclip(), adam),
+        optax.chain(clipx.quantile_clip(), adam),
         ["0/rule"],
     ),
     "a_clipper": (optax.chain(zclip, adam), adam, ["0"]),
@@ -126,8 +126,8 @@ LOST = {
         ["b"],
     ),
     "a_shape": (
-        optax.chain(clipx.autoclip(window=4), adam),
-        optax.chain(clipx.autoclip(window=8), adam),
+        optax.chain(clipx.quantile_clip(window=4), adam),
+        optax.chain(clipx.quantile_clip(window=8), adam),
         ["0/rule/history"],
     ),
     "a_dtype": (

@@ -25,15 +25,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from stateful import STATEFUL
 
 import optax_clipx as clipx
-from optax_clipx._leaves import path_of
+from optax_clipx._trees.leaves import path_of
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RELEASES = sorted(
     (HERE / "fixtures" / "states").iterdir(),
     key=lambda path: [int(number) for number in path.name.split(".")],
 )
 # One for each kind of state; the others are in the slow run.
-USUAL = ("autoclip window", "quantile_clip units", "skip_spikes")
+USUAL = ("quantile_clip window", "tracked quantile units", "skip_spikes")
 by_release = pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 
 
@@ -138,7 +138,7 @@ def test_states_of_releases_go_on_as_they_did(release, name):
     before = load(release, f"{name}: state", tx.init(params))
     updates, after = jax.jit(tx.update)(grads, before, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    if name == "clip_spikes":  # which now tells by the sign what was clipped
+    if name == "clip_by_second_moment":  # which now tells by the sign what was clipped
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True)
         for root, (update, grad) in zip(after.rule, pairs, strict=True):
             np.testing.assert_array_equal(jnp.signbit(root), update != grad)
@@ -234,10 +234,10 @@ def mesh_of(count, kind):
     [
         pytest.param(kind, names, marks=marks, id=f"{kind.name}-{names[0]}")
         for kind, names, marks in (
-            (AxisType.Auto, ("error_feedback", "autoclip window"), ()),
-            (AxisType.Auto, ("watch", "adagc"), pytest.mark.slow),
-            (AxisType.Explicit, ("clip_spikes", "zclip"), pytest.mark.slow),
-            (AxisType.Explicit, ("quantile_clip units",), pytest.mark.slow),
+            (AxisType.Auto, ("error_feedback", "quantile_clip window"), ()),
+            (AxisType.Auto, ("track_norms", "adagc"), pytest.mark.slow),
+            (AxisType.Explicit, ("clip_by_second_moment", "zclip"), pytest.mark.slow),
+            (AxisType.Explicit, ("tracked quantile units",), pytest.mark.slow),
         )
     ],
 )
@@ -256,7 +256,7 @@ def test_onto_another_mesh(kind, names, tmp_path):
     saved = jax.tree.map(
         lambda x, t: jax.device_put(x, t.sharding), alone, target(eight)
     )
-    if names[0] in ("error_feedback", "clip_spikes"):
+    if names[0] in ("error_feedback", "clip_by_second_moment"):
         shardings = [leaf.sharding for leaf in jax.tree.leaves(saved)]
         assert not all(sharding.is_fully_replicated for sharding in shardings)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -14,9 +14,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_clipx as clipx
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
-QUICK = clipx.zscore(6.0, window=16, warmup_steps=4, stats="skip", patience=5)
+QUICK = clipx.thresholds.zscore(
+    6.0, window=16, warmup_steps=4, stats="skip", patience=5
+)
 
 
 def grads(norm, seed=0):
@@ -53,7 +55,7 @@ REASONS = {"nan": 1, "inf": 1, "spike": 2, "loss_nan": 3, "loss_spike": 4}
 @pytest.mark.parametrize("jitted", [True, False])
 def test_a_skipped_step_leaves_the_inner_state_bit_for_bit(bad, jitted):
     inner = optax.chain(clipx.clip_by_global_norm(0.5), optax.adamw(0.1))
-    tx = clipx.skip_spikes(inner, QUICK, loss_threshold=QUICK)
+    tx = clipx.skip_spikes(inner, threshold=QUICK, loss_threshold=QUICK)
     with jax.numpy_dtype_promotion("standard"):
         state = usual(tx, loss=jnp.float32(2.0))
         case = BAD[bad]
@@ -83,7 +85,7 @@ def test_a_skipped_step_leaves_the_inner_state_bit_for_bit(bad, jitted):
 
 
 def test_the_next_usual_step_goes_on_as_if_nothing_had_been():
-    tx = clipx.skip_spikes(optax.adam(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.adam(0.1), threshold=QUICK)
     with jax.numpy_dtype_promotion("standard"):
         state = usual(tx)
         want, want_state = tx.update(grads(1.0, 99), state, PARAMS)
@@ -98,7 +100,7 @@ def test_the_next_usual_step_goes_on_as_if_nothing_had_been():
 
 def test_one_nan_does_not_fill_the_window():
     """OLMo-core, Levanter, MaxText: after one NaN the next W steps are skipped."""
-    tx = clipx.skip_spikes(optax.sgd(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(0.1), threshold=QUICK)
     state = usual(tx, loss=jnp.float32(1.0))
     _, state = tx.update(grads(np.nan), state, PARAMS, loss=jnp.float32(np.nan))
     for i in range(20):
@@ -117,7 +119,7 @@ def test_nan_in_the_warm_up_is_not_applied():
 def test_the_raw_norm_is_judged_and_not_the_clipped_one():
     """MaxText's test is fed the clipped norm: a spike of 1000 goes unseen."""
     inner = optax.chain(clipx.clip_by_global_norm(1.0), optax.sgd(0.1))
-    tx = clipx.skip_spikes(inner, QUICK)
+    tx = clipx.skip_spikes(inner, threshold=QUICK)
     _, state = tx.update(grads(1000.0), usual(tx), PARAMS)
     assert state.reason == 2
 
@@ -125,7 +127,7 @@ def test_the_raw_norm_is_judged_and_not_the_clipped_one():
 @pytest.mark.parametrize("factor", [30.0, 1e4])
 def test_a_new_level_is_accepted_after_patience(factor):
     """axlearn refuses it for ever."""
-    tx = clipx.skip_spikes(optax.sgd(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(0.1), threshold=QUICK)
     state = usual(tx)
     skipped = []
     for i in range(20):
@@ -136,7 +138,7 @@ def test_a_new_level_is_accepted_after_patience(factor):
 
 def test_two_equal_spikes_are_both_skipped():
     """Rules whose window takes the spike in do not see the second one."""
-    tx = clipx.skip_spikes(optax.sgd(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(0.1), threshold=QUICK)
     state = usual(tx)
     for norm, expected in ((50.0, True), (1.0, False), (1.0, False), (50.0, True)):
         _, state = tx.update(grads(norm), state, PARAMS)
@@ -145,7 +147,7 @@ def test_two_equal_spikes_are_both_skipped():
 
 def test_what_is_not_finite_is_never_accepted():
     """apply_if_finite gives up after a number of them, and applies one."""
-    tx = clipx.skip_spikes(optax.sgd(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(0.1), threshold=QUICK)
     state = usual(tx)
     for i in range(40):
         updates, state = tx.update(grads(np.nan), state, PARAMS)
@@ -173,8 +175,8 @@ def test_trace_of_the_reference(name):
         want = golden["factor"] == 0
     else:
         want = golden["skipped"].astype(bool)
-    rule = clipx.zscore(6.0, window=16, warmup_steps=8, stats="raw")
-    tx = clipx.skip_spikes(optax.sgd(0.1), np.inf, loss_threshold=rule)
+    rule = clipx.thresholds.zscore(6.0, window=16, warmup_steps=8, stats="raw")
+    tx = clipx.skip_spikes(optax.sgd(0.1), threshold=np.inf, loss_threshold=rule)
     values = [jnp.asarray(inputs[f"g{i}"]) for i in range(3)]
     params = [v[0] for v in values]
 
@@ -194,7 +196,7 @@ def test_all_devices_skip_or_none(bad, way):
     """Decided by each shard: one device skips, seven step."""
     kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    tx = clipx.skip_spikes(optax.sgd(1.0), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(1.0), threshold=QUICK)
     update = tx.update
     if way == "shard_map":
         update = jax.shard_map(
@@ -223,7 +225,7 @@ def test_all_devices_skip_or_none(bad, way):
 
 def test_losses_of_shards_decide_together():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tx = clipx.skip_spikes(optax.sgd(1.0), QUICK)
+    tx = clipx.skip_spikes(optax.sgd(1.0), threshold=QUICK)
 
     def step(g, state, losses):
         return tx.update(g, state, loss=losses[0])
@@ -244,7 +246,7 @@ def test_losses_of_shards_decide_together():
 
 
 def test_in_scan_with_donation_and_in_a_train_state():
-    tx = clipx.skip_spikes(optax.adam(0.1), QUICK)
+    tx = clipx.skip_spikes(optax.adam(0.1), threshold=QUICK)
     with jax.numpy_dtype_promotion("standard"):
         stacked = jax.tree.map(
             lambda *x: jnp.stack(x), *[grads(n, i) for i, n in enumerate([1, 1, 1e9])]

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_clipx as clipx
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import hlo
 
 PARAMS = {
@@ -41,7 +41,7 @@ def chain(limit=0.5):
 
 @pytest.mark.parametrize("jitted", [False, True])
 def test_norms_and_ratios_are_those_of_numpy(jitted):
-    tx = clipx.watch(chain(), ratios=True)
+    tx = clipx.track_norms(chain(), ratios=True)
     grads, state = grads_like(PARAMS), tx.init(PARAMS)
     update = jax.jit(tx.update) if jitted else tx.update
     updates, state = update(grads, state, PARAMS)
@@ -56,17 +56,17 @@ def test_norms_and_ratios_are_those_of_numpy(jitted):
         for key in path:
             grad, param, update_ = grad[key], param[key], update_[key]
         norm = np.linalg.norm(np.ravel(grad))
-        np.testing.assert_allclose(read[f"clip_norms/{name}"], norm, rtol=1e-6)
+        np.testing.assert_allclose(read[f"track_norms/{name}"], norm, rtol=1e-6)
         ratio = np.linalg.norm(np.ravel(update_)) / np.linalg.norm(np.ravel(param))
-        np.testing.assert_allclose(read[f"clip_ratios/{name}"], ratio, rtol=1e-6)
-    assert np.isposinf(read["clip_ratios/a/bias"])  # from zero to something
+        np.testing.assert_allclose(read[f"track_ratios/{name}"], ratio, rtol=1e-6)
+    assert np.isposinf(read["track_ratios/a/bias"])  # from zero to something
     total = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(read["clip/norm"], total, rtol=1e-6)
-    assert int(read["clip/vanishing"]) == int(read["clip/exploding"]) == 0
+    assert int(read["track/vanishing"]) == int(read["track/exploding"]) == 0
 
 
 def test_the_state_keeps_its_structure_and_scans():
-    tx = clipx.watch(chain(), ratios=True)
+    tx = clipx.track_norms(chain(), ratios=True)
     state = tx.init(PARAMS)
     _, after = tx.update(grads_like(PARAMS), state, PARAMS)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype,
@@ -81,32 +81,32 @@ def test_the_state_keeps_its_structure_and_scans():
     _, stacked = jax.lax.scan(step, state, jnp.arange(1.0, 4.0))
     history = clipx.History()
     history.append(range(3), stacked)
-    norms = history["clip_norms/b"]
+    norms = history["track_norms/b"]
     np.testing.assert_allclose(norms[1:] / norms[0], [2, 3], rtol=1e-6)
 
 
 def test_groups():
-    tx = clipx.watch(chain(), labels=lambda path, leaf: path[0])
+    tx = clipx.track_norms(chain(), labels=lambda path, leaf: path[0])
     grads = grads_like(PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     read = clipx.metrics(state)
     want = clipx.functional.group_norms(grads, lambda path, leaf: path[0])
     assert {n for n in read if n.startswith("clip_norms")} == {
-        "clip_norms/a",
-        "clip_norms/b",
+        "track_norms/a",
+        "track_norms/b",
     }
-    np.testing.assert_allclose(read["clip_norms/a"], want["a"], rtol=1e-6)
+    np.testing.assert_allclose(read["track_norms/a"], want["a"], rtol=1e-6)
 
 
 def test_vanishing_and_exploding_leaves_are_counted():
     grads = {f"leaf{i}": jnp.full((10 * (i + 1),), 1.0) for i in range(5)}
-    tx = clipx.watch(optax.identity(), vanishing=1e-3, exploding=1e3)
+    tx = clipx.track_norms(optax.identity(), vanishing=1e-3, exploding=1e3)
     state = tx.init(grads)
 
     def counts(**changed):
         _, after = tx.update({**grads, **changed}, state)
         read = clipx.metrics(after)
-        return int(read["clip/vanishing"]), int(read["clip/exploding"])
+        return int(read["track/vanishing"]), int(read["track/exploding"])
 
     assert counts() == (0, 0)
     assert counts(leaf0=jnp.full((10,), 0.9e-3)) == (1, 0)
@@ -120,7 +120,7 @@ def test_vanishing_and_exploding_leaves_are_counted():
 @pytest.mark.parametrize("other", [1e-30, 1.0, 1e30])
 def test_the_clipper_inside_gets_the_whole_norm_at_any_magnitude(scale, other):
     grads = {"a": jnp.full(40, scale), "b": jnp.full(7, other), "z": jnp.zeros(3)}
-    tx = clipx.watch(clipx.clip_by_global_norm(1e-20))
+    tx = clipx.track_norms(clipx.clip_by_global_norm(1e-20))
     clipped, state = jax.jit(tx.update)(grads, tx.init(grads))
     want = np.sqrt(40 * np.float64(np.float32(scale)) ** 2
                    + 7 * np.float64(np.float32(other)) ** 2)  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_clipper_inside_gets_the_whole_norm_at_any_magnitude(scale, other):
 def test_nonfinite_gradients_reach_the_policy_inside():
     for bad in (jnp.inf, jnp.nan):
         grads = {"a": jnp.array([1.0, bad]), "b": jnp.ones(2)}
-        tx = clipx.watch(clipx.clip_by_global_norm(1.0, nonfinite="zero"))
+        tx = clipx.track_norms(clipx.clip_by_global_norm(1.0, nonfinite="zero"))
         clipped, state = tx.update(grads, tx.init(grads))
         assert not np.any(clipped["b"])
         assert int(clipx.metrics(state)["clip/num_nonfinite"]) == 1
@@ -146,7 +146,7 @@ def test_on_a_mesh_as_on_one_device(explicit):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     grads = {"w": jnp.arange(1.0, 33.0).reshape(8, 4), "b": jnp.arange(1.0, 5.0)}
     params = jax.tree.map(lambda g: 2 * g, grads)
-    tx = clipx.watch(chain(), ratios=True)
+    tx = clipx.track_norms(chain(), ratios=True)
     _, state = tx.update(grads, tx.init(params), params)
     want = clipx.metrics(state)
     with jax.set_mesh(mesh):
@@ -161,8 +161,8 @@ def test_on_a_mesh_as_on_one_device(explicit):
         state = jax.jit(tx.init)(params)
         _, state = jax.jit(tx.update)(grads, state, params)
         found = clipx.metrics(state)
-        text = jax.jit(clipx.watch(chain()).update).lower(
-            grads, clipx.watch(chain()).init(params), params
+        text = jax.jit(clipx.track_norms(chain()).update).lower(
+            grads, clipx.track_norms(chain()).init(params), params
         ).compile().as_text()  # fmt: skip
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
@@ -175,7 +175,7 @@ def test_inside_shard_map_blind_types_need_specs():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     grads = {"w": jnp.arange(1.0, 33.0).reshape(8, 4), "b": jnp.arange(1.0, 5.0)}
     specs = {"w": P("x"), "b": P()}
-    tx = clipx.watch(clipx.clip_by_global_norm(1.0, specs=specs), specs=specs)
+    tx = clipx.track_norms(clipx.clip_by_global_norm(1.0, specs=specs), specs=specs)
 
     def step(grads):
         _, state = tx.update(grads, tx.init(grads))
@@ -187,8 +187,8 @@ def test_inside_shard_map_blind_types_need_specs():
         )
     )(grads)
     norm = np.linalg.norm(np.arange(1.0, 33.0))
-    np.testing.assert_allclose(found["clip_norms/w"], norm, rtol=1e-6)
-    blind = clipx.watch(clipx.clip_by_global_norm(1.0, specs=specs))
+    np.testing.assert_allclose(found["track_norms/w"], norm, rtol=1e-6)
+    blind = clipx.track_norms(clipx.clip_by_global_norm(1.0, specs=specs))
     with pytest.raises(ValueError, match="specs="):
         jax.jit(
             jax.shard_map(
@@ -202,7 +202,9 @@ def test_in_an_nnx_optimizer():
     model = nnx.Sequential(
         nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1))
     )
-    optimizer = nnx.Optimizer(model, clipx.watch(chain(), ratios=True), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, clipx.track_norms(chain(), ratios=True), wrt=nnx.Param
+    )
 
     @nnx.jit
     def step(model, optimizer):
@@ -212,23 +214,23 @@ def test_in_an_nnx_optimizer():
 
     for _ in range(2):
         read = step(model, optimizer)
-    names = {n for n in read if n.startswith("clip_norms/")}
-    assert "clip_norms/layers/0/kernel" in names
+    names = {n for n in read if n.startswith("track_norms/")}
+    assert "track_norms/layers/0/kernel" in names
     assert len(names) == 4
     assert all(float(read[n]) > 0 for n in names)
 
 
 def test_bad_input():
     with pytest.raises(TypeError):  # beartype is first, with words of its own
-        clipx.watch(1.0)
-    state = clipx.watch(optax.identity()).init(PARAMS)
+        clipx.track_norms(1.0)
+    state = clipx.track_norms(optax.identity()).init(PARAMS)
     with pytest.raises(ValueError, match="watch alone"):
         clipx.check(state)
     with pytest.raises(ValueError, match="vanishing=2"):
-        clipx.watch(chain(), vanishing=2, exploding=1)
+        clipx.track_norms(chain(), vanishing=2, exploding=1)
     with pytest.raises(ValueError, match="a/b"):
-        clipx.watch(chain()).init({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
-    tx = clipx.watch(clipx.clip_by_global_norm(1.0), ratios=True)
+        clipx.track_norms(chain()).init({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
+    tx = clipx.track_norms(clipx.clip_by_global_norm(1.0), ratios=True)
     with pytest.raises(ValueError, match="params"):
         tx.update(PARAMS, tx.init(PARAMS))
 
@@ -262,7 +264,7 @@ def test_metrics_cost_no_pass_over_the_gradients(watched):
         return optax.chain(clipper, optax.adam(1e-3))
 
     without = compiled(make(False), lambda state: ())
-    tx = clipx.watch(make(True)) if watched else make(True)
+    tx = clipx.track_norms(make(True)) if watched else make(True)
     with_metrics = compiled(tx, clipx.metrics)
     assert full_size(without) >= 8  # a pass of Adam for each leaf, at the least
     assert full_size(with_metrics) == full_size(without)
@@ -274,11 +276,11 @@ def test_metrics_cost_no_pass_over_the_gradients(watched):
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda tx: clipx.watch(clipx.skip_spikes(tx)),
-        lambda tx: clipx.skip_spikes(clipx.watch(tx)),
-        lambda tx: optax.MultiSteps(clipx.watch(tx), 1).gradient_transformation(),
-        lambda tx: optax.masked(clipx.watch(tx), {"a": True, "b": True}),
-        lambda tx: optax.apply_if_finite(clipx.watch(tx), 3),
+        lambda tx: clipx.track_norms(clipx.skip_spikes(tx)),
+        lambda tx: clipx.skip_spikes(clipx.track_norms(tx)),
+        lambda tx: optax.MultiSteps(clipx.track_norms(tx), 1).gradient_transformation(),
+        lambda tx: optax.masked(clipx.track_norms(tx), {"a": True, "b": True}),
+        lambda tx: optax.apply_if_finite(clipx.track_norms(tx), 3),
     ],
 )
 def test_inside_and_around_wrappers(wrap):
@@ -293,16 +295,17 @@ def test_inside_and_around_wrappers(wrap):
         rtol=1e-6,
     )
     norm = np.linalg.norm(np.ravel(grads["b"]))
-    np.testing.assert_allclose(read["clip_norms/b"], norm, rtol=1e-6)
+    np.testing.assert_allclose(read["track_norms/b"], norm, rtol=1e-6)
 
 
 def test_two_watchers_are_told_apart():
     tx = optax.named_chain(
-        ("first", clipx.watch(optax.scale(2.0))), ("last", clipx.watch(chain()))
+        ("first", clipx.track_norms(optax.scale(2.0))),
+        ("last", clipx.track_norms(chain())),
     )
     grads = grads_like(PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     read = clipx.metrics(state)
-    first, last = read["clip_norms/first/b"], read["clip_norms/last/b"]
+    first, last = read["track_norms/first/b"], read["track_norms/last/b"]
     np.testing.assert_allclose(last / first, 2.0, rtol=1e-6)
     assert "clip/first/vanishing" in read

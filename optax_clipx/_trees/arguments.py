@@ -1,0 +1,122 @@
+"""Checks of arguments: errors that name the value and what was expected."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Refuses what is none of some strings."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    if value not in choices:
+        raise ValueError(
+            f"Expected {name} to be one of {tuple(choices)}, got {value!r}."
+        )
+
+
+def check_count(value: Any, name: str, least: int = 1) -> None:
+    """Refuses what is no count of steps; a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not _is_number(value):
+        raise TypeError(f"Expected {name} to be a whole number, got {name}={value!r}.")
+    if jnp.ndim(value) != 0 or value % 1 != 0:
+        raise ValueError(f"Expected {name} to be a whole number, got {name}={value!r}.")
+    if value < least:
+        raise ValueError(f"Expected {name} >= {least}, got {name}={value!r}.")
+
+
+def check_static_count(value: Any, name: str, least: int = 1) -> None:
+    """Refuses what cannot be the size of an array."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    check_count(value, name, least)
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"Expected {name} to be an int, got {name}={value!r}.")
+
+
+def check_static_number(value: Any, name: str) -> None:
+    """Refuses what is no Python number."""
+    if isinstance(value, jax.Array):
+        raise TypeError(static(name, value))
+    if not _is_number(value) or isinstance(value, np.ndarray):
+        raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
+
+
+def check_decay(value: Any, name: str) -> None:
+    """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter."""
+    check_between(value, name, 0, 1)
+    if not isinstance(value, jax.core.Tracer) and value == 1:
+        raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.")
+
+
+def check_between(value: Any, name: str, low: int, high: int | float) -> None:
+    """Refuses a number outside of an interval; a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not _is_number(value) or jnp.ndim(value) != 0:
+        raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    return number and not isinstance(value, bool)
+
+
+def static(name: str, value: Any) -> str:
+    """The message for an argument that may not be an array."""
+    return (
+        f"Expected a static {name}, got the array {value}. Under"
+        f" optax.inject_hyperparams pass static_args={name!r}."
+    )
+
+
+def is_limit(value: Any) -> bool:
+    """Whether this is one limit: a number, an array or a schedule."""
+    return callable(value) or isinstance(
+        value, int | float | np.ndarray | np.generic | jax.Array
+    )
+
+
+def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
+    """Refuses at construction what cannot be a limit."""
+    if callable(value):
+        return
+    check_number(value, name)
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.isnan(value):
+        raise ValueError(f"Expected {name} to be a number, got {name}={value}.")
+    if not signed and value < 0:
+        raise ValueError(f"Expected {name} >= 0, got {name}={value}.")
+
+
+def check_eps(value: Any) -> None:
+    """Refuses what cannot be added to a norm."""
+    if callable(value):
+        raise TypeError(
+            f"Expected eps to be a number or a scalar array, got {value!r}."
+        )
+    check_limit(value, "eps")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses what is no real scalar."""
+    if isinstance(value, bool) or not is_limit(value):
+        raise TypeError(
+            f"Expected {name} to be a number, a scalar array or an optax schedule, got"
+            f" {value!r}."
+        )
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"Expected a real {name}, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"Expected a scalar {name}, got an array of shape {np.shape(value)}. For a"
+            " limit for each leaf pass a pytree prefix of the updates."
+        )

@@ -1,0 +1,102 @@
+"""`reset_moments`: moments that start anew at an interval."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._devices import mesh
+from .._trees.arguments import check_count
+from .._trees.leaves import flatten
+from .skip_spikes import _checked, _select
+
+
+class ResetState(NamedTuple):
+    """How many steps there have been, and the optimizer inside."""
+
+    steps: jax.Array
+    inner: Any
+
+
+def reset_moments(
+    inner: optax.GradientTransformation, every: Any = 500, *, warmup: Any = 150
+) -> optax.GradientTransformationExtraArgs:
+    r"""Starts an optimizer's state afresh every so many steps, and warms up after.
+
+    .. math:: u \leftarrow u \cdot \tfrac12 \bigl(1 - \cos(\pi \min(k, w) / w)\bigr)
+
+    where :math:`k = 1, 2, \ldots` counts the steps since a reset and :math:`w` is
+    ``warmup``; before the first reset updates are not scaled. The whole state of
+    ``inner`` becomes what ``init`` gives for the parameters of the moment, its step
+    count included: put schedules of the learning rate outside, as in
+    ``optax.chain(reset_moments(optax.scale_by_adam()), optax.scale_by_schedule(...))``.
+
+    Args:
+        inner: the optimizer whose moments a spike may have spoiled.
+        every: how many steps there are from reset to reset.
+        warmup: over how many steps the updates come back; 0 for none.
+
+    Returns:
+        A transformation, which needs ``params`` in ``update``.
+
+    Raises:
+        ValueError: if a count is out of range, and from ``update`` without ``params``.
+        TypeError: if ``inner`` is no transformation, or keeps something else than
+            arrays in its state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_clipx as clipx
+        >>> tx = clipx.reset_moments(optax.trace(0.5), every=2, warmup=0)
+        >>> params = jnp.zeros(1)
+        >>> state = tx.init(params)
+        >>> for _ in range(4):
+        ...     updates, state = tx.update(jnp.ones(1), state, params)
+        ...     print(updates)
+        [1.]
+        [1.5]
+        [1.]
+        [1.5]
+
+    References:
+        Huang et al., SPAM: Spike-aware Adam with momentum reset for stable LLM
+        training, 2025, arXiv 2501.06842.
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
+    check_count(every, "every")
+    check_count(warmup, "warmup", 0)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> ResetState:
+        with mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
+            return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
+
+    def update_fn(
+        updates: Any, state: ResetState, params: Any = None, **extra: Any
+    ) -> tuple[Any, ResetState]:
+        if params is None:
+            raise ValueError(
+                "Expected params, got None: a reset makes the state anew from them."
+                " Call update(updates, state, params)."
+            )
+        interval = jnp.asarray(every, jnp.int32)
+        reset = (state.steps > 0) & (state.steps % interval == 0)
+        before = _select(reset, inner.init(params), state.inner)
+        updates, after = wrapped.update(updates, before, params, **extra)
+        length = jnp.asarray(warmup, jnp.int32).astype(jnp.float32)
+        since = (state.steps % interval + 1).astype(jnp.float32)
+        done = jnp.where(length > 0, since / jnp.maximum(length, 1), 1)
+        scale = 0.5 * (1 - jnp.cos(jnp.pi * jnp.minimum(done, 1)))
+        scale = jnp.where(state.steps < interval, 1, scale)
+        leaves = flatten(updates)
+        scaled = [u * scale.astype(u.dtype) for u in leaves.arrays]
+        updates = leaves.rebuild(scaled)
+        # The count runs on to know the place, and never overflows.
+        steps = state.steps + 1
+        steps = jnp.where(steps >= 2 * interval, interval, steps)
+        return updates, ResetState(steps, after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,15 @@
+"""Responses: the factor by which updates above their threshold are multiplied."""
+
+from ._clipping.responses import (
+    drop as drop,
+    normalize as normalize,
+    rescale as rescale,
+    smooth as smooth,
+)
+
+__all__ = [
+    "drop",
+    "normalize",
+    "rescale",
+    "smooth",
+]
