@@ -247,7 +247,8 @@ def clipped_grad(
                 axes=axes,
                 dtype=wide,
             )
-            sums, counts, norms, aux = clipped.sums(mask, two_pass)
+            # An empty batch needs no second pass, and has no first example.
+            sums, counts, norms, aux = clipped.sums(mask, two_pass and size > 0)
             count = jnp.maximum(counts.number, 1).astype(wide)
             divisor = count if batch_size is None else jnp.asarray(batch_size, wide)
             usable = jnp.all(limits >= 0)
@@ -274,6 +275,8 @@ def _clipped_sums(
 ) -> tuple[Any, Any]:
     """Sums of clipped gradients that are at hand, and the numbers of clipped ones."""
     leaves = flatten(grads)
+    if not leaves.arrays:
+        return _sums_of_none(grads, measure, max_norm)
     one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves.arrays]
     of_one = measure.groups(leaves)
     assert isinstance(of_one, ScalarGroups)
@@ -303,6 +306,16 @@ def _clipped_sums(
     return summed, unpacked(over, measure, leaves)
 
 
+def _sums_of_none(grads: Any, measure: Measure, max_norm: Any) -> tuple[Any, Any]:
+    """The sums over an empty batch, and the numbers of its clipped examples."""
+    usable = jnp.asarray(max_norm) >= 0
+    sums = jax.tree.map(lambda x: jnp.where(usable, jnp.sum(x, axis=0), jnp.nan), grads)
+    sums = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, grads)
+    none = jnp.zeros((), jnp.int32)
+    each = measure.scope == "leaf"
+    return sums, jax.tree.map(lambda x: none, grads) if each else none
+
+
 def _floating(leaf: Any) -> Any:
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.asarray(leaf).astype(jnp.float32)
@@ -311,9 +324,11 @@ def _floating(leaf: Any) -> Any:
 
 def _check_batch(grads: Any) -> None:
     leaves = flatten(grads)
-    shapes = [leaf.shape for leaf in leaves.arrays]
+    # Of an empty batch all leaves are empty.
+    shapes = [jnp.shape(leaf) for leaf in leaves.arrays or leaves.everything]
     if not shapes or any(not s or s[0] != shapes[0][0] for s in shapes):
+        given = jax.tree.map(jnp.shape, grads)
         raise ValueError(
             "Expected arrays with the examples along axis 0, as many in each, got"
-            f" shapes {dict(zip(map('/'.join, leaves.paths), shapes, strict=True))}."
+            f" shapes {given}."
         )
