@@ -219,16 +219,25 @@ ALSO = {
     "norm_growth": ("leaf_norms",),
     "norm_growth_group": ("group_norms",),
     "warmup_minimum_scaled": ("minimum", "scaled", "quantile"),
-    "auto_clip": ("auto_threshold",),
+    "auto_clip": ("auto",),
     "adagc": ("ema_ratio",),
+    "tracked_quantile": ("quantile_clip", "quantile_tracker"),
     "skip_spikes_zscore": ("zscore",),
+}
+
+
+PUBLIC = {
+    name: value
+    for module in (clipx, clipx.measures, clipx.thresholds, clipx.responses)
+    for name, value in vars(module).items()
+    if name in module.__all__
 }
 
 
 def _method(name, make):
     words = name.split("_")
     public = ["_".join(words[:i]) for i in range(len(words), 0, -1)]
-    longest = [n for n in public if hasattr(clipx, n)][:1]
+    longest = [n for n in public if n in PUBLIC][:1]
     return Method(
         make,
         frozenset([*longest, *ALSO.get(name, ())]),

@@ -51,8 +51,8 @@ STATEFUL = {
     "adagc tree": clipx.adagc(warmup_steps=3, scope="tree"),
     "olmo_ratio_clip": clipx.olmo_ratio_clip(1.1),
     "log_zscore_clip": clipx.log_zscore_clip(),
-    "tracked quantile": clipx.quantile_clip(0.9, estimator="tracker"),
-    "tracked quantile units": clipx.quantile_clip(
+    "quantile_clip tracked": clipx.quantile_clip(0.9, estimator="tracker"),
+    "quantile_clip tracked units": clipx.quantile_clip(
         0.9, estimator="tracker", scope=clipx.measures.unit_norms()
     ),
     "norm_growth_clip": clipx.norm_growth_clip(),

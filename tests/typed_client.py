@@ -68,7 +68,7 @@ CLIPPERS: dict[str, Clipper] = {
     "adagc": clipx.adagc(1.05, scope="tree"),
     "olmo_ratio_clip": clipx.olmo_ratio_clip(2.0),
     "log_zscore_clip": clipx.log_zscore_clip(),
-    "tracked quantile": clipx.quantile_clip(0.9, estimator="tracker"),
+    "quantile_clip tracked": clipx.quantile_clip(0.9, estimator="tracker"),
     "norm_growth_clip": clipx.norm_growth_clip(),
     "smooth_clip": clipx.smooth_clip(1.0),
     "normalize_by_norm": clipx.normalize_by_norm(),

@@ -12,29 +12,40 @@ import optax_clipx as clipx
 SECTIONS = ("Raises:", "Example:", "References:")
 
 
+MODULES = (
+    *(clipx.measures, clipx.thresholds, clipx.responses, clipx.functional),
+    *(clipx.backward, clipx.units, clipx.per_example, clipx.plotting),
+)
+
+
 def public():
-    modules = ("backward", "functional", "per_example", "plotting", "units")
-    for module in (clipx, *(getattr(clipx, name) for name in modules)):
-        for name, value in vars(module).items():
-            ours = getattr(value, "__module__", "").startswith("optax_clipx")
-            if name.startswith("_") or isinstance(value, types.ModuleType) or not ours:
-                continue
-            if module is not clipx and value.__module__ != module.__name__:
+    for module in (clipx, *MODULES):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, types.ModuleType) or name.startswith("__"):
                 continue
             yield f"{module.__name__}.{name}", value
 
 
+@pytest.mark.parametrize("module", [clipx, *MODULES, clipx.history])
+def test_dir_shows_what_is_public(module):
+    shown = {name for name in dir(module) if not name.startswith("__")}
+    assert shown == {name for name in module.__all__ if not name.startswith("__")}
+
+
 NAMES = dict(public())
 WITHOUT = {
-    f"optax_clipx.{name}"
-    for name in (
-        "Measure",
-        "ClipState",
-        "SkipState",
-        "TrackState",
-        "Suggestion",
-        "Sweep",
-    )
+    "optax_clipx.measures.Measure",
+    *(
+        f"optax_clipx.{name}"
+        for name in (
+            "ClipState",
+            "SkipState",
+            "TrackState",
+            "Suggestion",
+            "Sweep",
+        )
+    ),
 }
 
 

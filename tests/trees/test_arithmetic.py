@@ -15,8 +15,8 @@ import pytest
 import optax_clipx as clipx
 from optax_clipx._reductions import leaf_sums, norms as reductions
 from optax_clipx._reductions.whole_norm import whole_norm
-from optax_clipx._thresholds import base, quantile as _quantile
-from optax_clipx._trees import arithmetic
+from optax_clipx._thresholds import quantile as _quantile
+from optax_clipx._trees import arguments, arithmetic
 
 pytestmark = pytest.mark.sampled
 LARGEST = float(np.finfo(np.float32).max)
@@ -366,14 +366,14 @@ def test_rules_that_need_no_step():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: base.check_count(2.5, "n"), "whole number"),
-        (lambda: base.check_count(-1, "n"), "n >= 1"),
-        (lambda: base.check_count(0, "n"), "n >= 1"),
-        (lambda: base.check_count(-1, "n", 0), "n >= 0"),
-        (lambda: base.check_decay(1, "decay"), "decay < 1"),
-        (lambda: base.check_decay(1.5, "decay"), "<= 1"),
-        (lambda: base.check_decay(-0.5, "decay"), "Expected 0 <="),
-        (lambda: base.check_static_count(1, "size", 2), "size >= 2"),
+        (lambda: arguments.check_count(2.5, "n"), "whole number"),
+        (lambda: arguments.check_count(-1, "n"), "n >= 1"),
+        (lambda: arguments.check_count(0, "n"), "n >= 1"),
+        (lambda: arguments.check_count(-1, "n", 0), "n >= 0"),
+        (lambda: arguments.check_decay(1, "decay"), "decay < 1"),
+        (lambda: arguments.check_decay(1.5, "decay"), "<= 1"),
+        (lambda: arguments.check_decay(-0.5, "decay"), "Expected 0 <="),
+        (lambda: arguments.check_static_count(1, "size", 2), "size >= 2"),
         (lambda: clipx.thresholds.group_band(-0.5, 2.0), "low"),
         (lambda: clipx.thresholds.group_band(1.5, 2.0), "low"),
         (lambda: clipx.thresholds.group_band(0.5, 0.9), "high"),
@@ -417,9 +417,9 @@ def test_what_is_refused(make, message):
 
 def test_what_is_just_allowed():
     for make in (
-        lambda: base.check_count(1, "n"),
-        lambda: base.check_count(2.0, "n"),
-        lambda: base.check_decay(0, "decay"),
+        lambda: arguments.check_count(1, "n"),
+        lambda: arguments.check_count(2.0, "n"),
+        lambda: arguments.check_decay(0, "decay"),
         lambda: clipx.thresholds.group_band(0, 1, decay=0, floor=0),
         lambda: clipx.thresholds.group_band(1, 1, decay=1),
         lambda: clipx.thresholds.ema_ratio(1, decay=0, warmup_limit=0, warmup_steps=0),
@@ -456,7 +456,9 @@ def test_a_factor_of_the_reciprocal_target_in_logarithms():
 
 @pytest.mark.parametrize("name", ["zscore", "ema_ratio", "quantile", "norm_growth"])
 def test_numbers_are_given_by_name(name):
-    first, *others = inspect.signature(getattr(clipx, name)).parameters.values()
+    first, *others = inspect.signature(
+        getattr(clipx.thresholds, name)
+    ).parameters.values()
     assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert {p.kind for p in others} == {inspect.Parameter.KEYWORD_ONLY}
 

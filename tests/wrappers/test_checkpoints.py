@@ -33,7 +33,7 @@ RELEASES = sorted(
     key=lambda path: [int(number) for number in path.name.split(".")],
 )
 # One for each kind of state; the others are in the slow run.
-USUAL = ("quantile_clip window", "tracked quantile units", "skip_spikes")
+USUAL = ("quantile_clip window", "quantile_clip tracked units", "skip_spikes")
 by_release = pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 
 
@@ -237,7 +237,7 @@ def mesh_of(count, kind):
             (AxisType.Auto, ("error_feedback", "quantile_clip window"), ()),
             (AxisType.Auto, ("track_norms", "adagc"), pytest.mark.slow),
             (AxisType.Explicit, ("clip_by_second_moment", "zclip"), pytest.mark.slow),
-            (AxisType.Explicit, ("tracked quantile units",), pytest.mark.slow),
+            (AxisType.Explicit, ("quantile_clip tracked units",), pytest.mark.slow),
         )
     ],
 )

@@ -91,7 +91,7 @@ def test_groups():
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     read = clipx.metrics(state)
     want = clipx.functional.group_norms(grads, lambda path, leaf: path[0])
-    assert {n for n in read if n.startswith("clip_norms")} == {
+    assert {n for n in read if n.startswith("track_norms")} == {
         "track_norms/a",
         "track_norms/b",
     }
@@ -224,7 +224,7 @@ def test_bad_input():
     with pytest.raises(TypeError):  # beartype is first, with words of its own
         clipx.track_norms(1.0)
     state = clipx.track_norms(optax.identity()).init(PARAMS)
-    with pytest.raises(ValueError, match="watch alone"):
+    with pytest.raises(ValueError, match="track_norms alone"):
         clipx.check(state)
     with pytest.raises(ValueError, match="vanishing=2"):
         clipx.track_norms(chain(), vanishing=2, exploding=1)
@@ -308,4 +308,4 @@ def test_two_watchers_are_told_apart():
     read = clipx.metrics(state)
     first, last = read["track_norms/first/b"], read["track_norms/last/b"]
     np.testing.assert_allclose(last / first, 2.0, rtol=1e-6)
-    assert "clip/first/vanishing" in read
+    assert "track/first/vanishing" in read
