@@ -1,7 +1,7 @@
 """`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from .._trees.arithmetic import accumulator
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
+from .known_norm import find_norm
 from .measures import Measure
 from .responses import rescale
 from .scaling import Response
@@ -309,16 +310,6 @@ def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(within, jnp.maximum(limit, norm), limit)
 
 
-class Measured(NamedTuple):
-    """Updates that an outer transformation has measured, and their norm."""
-
-    arrays: list[Any]
-    norms: Norms
-
-
-MEASURED = "optax_clipx_measured"  # the extra argument that carries it inwards
-
-
 def _given(
     leaves: Leaves, extra: Mapping[str, Any], measure: Measure, options: Options
 ) -> Norms | None:
@@ -327,16 +318,7 @@ def _given(
         return None
     if extra.get(options.norm_arg) is not None:
         return _checked_norm(extra[options.norm_arg], accumulator(leaves.arrays))
-    measured = extra.get(MEASURED)
-    # Only if nothing stands in between: then these are the very same arrays.
-    if (
-        measured is None
-        or measure.ord != 2
-        or len(measured.arrays) != len(leaves.arrays)
-    ):
-        return None
-    same = zip(measured.arrays, leaves.arrays, strict=True)
-    return measured.norms if all(a is b for a, b in same) else None
+    return find_norm(leaves.arrays) if measure.ord == 2 else None
 
 
 def _checked_norm(norm: Any, dtype: Any) -> Norms:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from .._clipping.clip_by import MEASURED
 from .._clipping.metrics import nonfinite_flags
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import flatten
@@ -81,7 +80,6 @@ def error_feedback(
                 f" {len(leaves.arrays)}. Leave frozen ones out with optax.masked."
             )
         # A norm that was computed elsewhere is not that of what is clipped here.
-        extra.pop(MEASURED, None)
         extra.pop("norm", None)
         whole = [
             x.astype(e.dtype) + e

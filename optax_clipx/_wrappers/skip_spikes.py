@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from .._clipping import metrics
-from .._clipping.clip_by import MEASURED, Measured, clip_norms
+from .._clipping.clip_by import clip_norms
+from .._clipping.known_norm import known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
 from .._clipping.responses import drop
@@ -194,12 +195,10 @@ def skip_spikes(
             # A clipper that comes first inside need not measure the same again.
             known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), found.norms)
             known = known._replace(factor=jnp.where(skipped, 1, found.norms.factor))
-        inner_updates, after = wrapped.update(
-            leaves.rebuild(feed),
-            state.inner,
-            params,
-            **{**extra, MEASURED: Measured(feed, known)},
-        )
+        with known_norm(feed, known):
+            inner_updates, after = wrapped.update(
+                leaves.rebuild(feed), state.inner, params, **extra
+            )
         with mesh.mesh_of(leaves.arrays):
             inner_updates = _select(
                 keep, optax.tree.zeros_like(inner_updates), inner_updates

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._clipping.clip_by import MEASURED, Measured, params_like
+from .._clipping.clip_by import params_like
+from .._clipping.known_norm import known_norm
 from .._clipping.measures import Measure, group_norms, leaf_norms
 from .._clipping.metrics import TrackState, to_float32
 from .._devices import mesh
@@ -111,10 +112,9 @@ def track_norms(
                 [leaves.arrays], groups, 2.0, leaves.paths, axis_name, specs
             )
             few, many = _far(found.value, np.asarray(sizes), vanishing, exploding)
-        known = Measured(leaves.arrays, _together(found))
-        updates, after = wrapped.update(
-            updates, state.inner, params, **{**extra, MEASURED: known}
-        )
+            whole = _together(found)
+        with known_norm(leaves.arrays, whole):
+            updates, after = wrapped.update(updates, state.inner, params, **extra)
         names = _names(measure, leaves)
         with mesh.mesh_of(leaves.arrays):
             share = None

@@ -1,0 +1,38 @@
+"""Norms that an outer transformation has measured, for a clipper first inside."""
+
+# They travel beside the call, not as an extra argument of it, which optimizers such as
+# optax.lbfgs refuse.
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from .._reductions.norms import Norms
+
+
+class _Known(NamedTuple):
+    arrays: list[Any]
+    norms: Norms
+
+
+_KNOWN: ContextVar[_Known | None] = ContextVar("optax_clipx_known_norm", default=None)
+
+
+@contextlib.contextmanager
+def known_norm(arrays: list[Any], norms: Norms) -> Iterator[None]:
+    """While it lasts, the 2-norm of these very arrays need not be measured again."""
+    token = _KNOWN.set(_Known(arrays, norms))
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def find_norm(arrays: list[Any]) -> Norms | None:
+    """Their 2-norm, if it is known: the same objects, so nothing stands in between."""
+    known = _KNOWN.get()
+    if known is None or len(known.arrays) != len(arrays):
+        return None
+    same = zip(known.arrays, arrays, strict=True)
+    return known.norms if all(a is b for a, b in same) else None
