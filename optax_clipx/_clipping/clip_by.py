@@ -60,8 +60,9 @@ def clip_by(
             :func:`responses.drop`, or any function from norms and limits to scales; far
             above the limit they must fall as limit over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
-            zero, ``"raise"`` is a FloatingPointError, ``"sanitize"`` turns NaN into 0
-            and infinities into the largest finite number, then clips.
+            zero, ``"raise"`` raises an error that names the leaves (see Raises),
+            ``"sanitize"`` turns NaN into 0 and infinities into the largest finite
+            number, then clips.
         axis_name: in manual code whose types are blind (pmap, ``check_vma=False``) the
             mesh axes over which every leaf is sharded; ``()`` if none is.
         specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
@@ -77,7 +78,11 @@ def clip_by(
         ValueError: for a negative or NaN limit or an unknown policy, and from
             ``update`` if ``params`` or the place on the mesh is needed and missing.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
-        FloatingPointError: from ``update`` with ``nonfinite="raise"``.
+        FloatingPointError: with ``nonfinite="raise"``, from ``update`` outside of
+            ``jit``.
+        jax.errors.JaxRuntimeError: with ``nonfinite="raise"`` inside of ``jit``,
+            ``pmap`` or ``shard_map``, on one device or many, where a result of the
+            program is read; the text contains the ``FloatingPointError``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -229,7 +234,7 @@ def clip_norms(
     if bad_entries is not None:
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
-    summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
+    summary, lost, zero = by_policy(leaves, summary, options)
     scales, zeroed = scaling.settle(scales, lost, zero, groups.starts())
     flag = zeroed if options.nonfinite == "zero" else None
     clipped = scaling.apply(arrays, groups, scales, flag)

@@ -141,7 +141,7 @@ def _finish(
     summary = _summarize(leaves, low, high, act, options)
     summary = summary._replace(unusable=unusable)
     if options.nonfinite in ("zero", "raise"):
-        summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
+        summary, lost, zero = by_policy(leaves, summary, options)
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
         clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]
     return Step(clipped, summary, new)

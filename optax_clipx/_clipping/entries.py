@@ -113,7 +113,7 @@ def finish(
     leaves: Leaves, out: list[Any], summary: Summary, new: Any, options: Options
 ) -> Step:
     """The step by its policy, in the dtypes of the updates."""
-    summary, lost, zero = by_policy(leaves, summary, options.nonfinite)
+    summary, lost, zero = by_policy(leaves, summary, options)
     out = [u.astype(x.dtype) for u, x in zip(out, leaves.arrays, strict=True)]
     out = [jnp.where(lost, jnp.nan, x) for x in out]
     out = [jnp.where(zero, jnp.zeros_like(x), x) for x in out]

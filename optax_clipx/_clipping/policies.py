@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._devices.mesh import axes_to_sum, max_over, placements
 from .._reductions.norms import Indicators
 from .._trees.leaves import Leaves, Path, show
 
@@ -31,31 +32,32 @@ def where_nonfinite(arrays: Sequence[Any]) -> Indicators:
     return Indicators([(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays])
 
 
-def raise_if_nonfinite(leaves: Leaves, nonfinite: jax.Array) -> jax.Array:
-    """The flag again, after an error on the host if it is set.
+def raise_if_nonfinite(
+    leaves: Leaves, nonfinite: jax.Array, axis_name: Any, specs: Any
+) -> None:
+    """An error on the host if the flag is set.
 
     Outside of a trace the error comes here. Inside, a callback on the host raises it,
     and it is seen when a result of the step is read.
     """
     paths = leaves.paths
+    flags = [jnp.any(~jnp.isfinite(x)) for x in leaves.arrays]
     if not isinstance(nonfinite, jax.core.Tracer):
         if bool(nonfinite):
-            _raise(paths, [bool(jnp.any(~jnp.isfinite(x))) for x in leaves.arrays])
-        return nonfinite
+            _raise(paths, list(map(bool, flags)))
+        return
 
-    def on_host(nonfinite: Any, flags: Any) -> Any:
+    def on_host(nonfinite: Any, flags: Any) -> None:
         if np.any(nonfinite):
             _raise(paths, np.asarray(flags).tolist())
-        return np.asarray(nonfinite)
 
-    flags = jnp.stack([jnp.any(~jnp.isfinite(x)) for x in leaves.arrays])
-    return jax.pure_callback(
-        on_host,
-        jax.ShapeDtypeStruct((), jnp.bool_),
-        jax.lax.stop_gradient(nonfinite),
-        jax.lax.stop_gradient(flags),
-        vmap_method="sequential",
-    )
+    # Every device has to fail: were it one alone, the others would wait for it at the
+    # next collective and the process would be aborted. So each device calls its host
+    # (partitioned=True), and each has the flags of all.
+    places = placements(leaves.arrays, paths, axis_name, specs)
+    axes = axes_to_sum(leaves.arrays, places)
+    everywhere = max_over(jnp.stack(flags).astype(jnp.int32), axes)
+    jax.debug.callback(on_host, nonfinite, everywhere, partitioned=True)
 
 
 def _raise(paths: list[Path], flags: list[bool]) -> None:

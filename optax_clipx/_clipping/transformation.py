@@ -92,16 +92,16 @@ def transformation(
 
 
 def by_policy(
-    leaves: Leaves, summary: Summary, policy: str
+    leaves: Leaves, summary: Summary, options: Options
 ) -> tuple[Summary, jax.Array, jax.Array]:
     """The summary, whether every leaf becomes NaN, and whether zero.
 
     First match wins: an unusable limit, then entries that are not finite.
     """
-    nonfinite = summary.nonfinite
+    nonfinite, policy = summary.nonfinite, options.nonfinite
     zero = jnp.zeros_like(nonfinite)
     if policy == "raise":
-        nonfinite = policies.raise_if_nonfinite(leaves, nonfinite)
+        policies.raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
     lost = summary.unusable
     if policy in ("propagate", "raise"):
         lost = lost | nonfinite
