@@ -116,13 +116,40 @@ def columns_of(run: Any) -> Columns:
 class Sweep(Protocol):
     """What the pictures of a sweep show, as `find_threshold` returns it."""
 
-    best: float
-    best_learning_rate: float | None
-    limits: tuple[float, ...]
-    learning_rates: tuple[float | None, ...]
-    scores: np.ndarray
-    higher_is_better: bool
-    warning: str
+    @property
+    def best(self) -> float:
+        """The best limit."""
+        ...
+
+    @property
+    def best_learning_rate(self) -> float | None:
+        """Its learning rate, or `None`."""
+        ...
+
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """The limits tried, rising."""
+        ...
+
+    @property
+    def learning_rates(self) -> tuple[float | None, ...]:
+        """The learning rates tried."""
+        ...
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Limits by learning rates by seeds; NaN where training failed."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """What a good score is."""
+        ...
+
+    @property
+    def warning(self) -> str:
+        """What speaks against the result."""
+        ...
 
 
 class Norms(NamedTuple):
