@@ -49,7 +49,7 @@ def raise_if_nonfinite(
 
     def on_host(nonfinite: Any, flags: Any) -> None:
         if np.any(nonfinite):
-            _raise(paths, np.asarray(flags).tolist())
+            _raise(paths, np.asarray(flags, bool).tolist())
 
     # Every device has to fail: were it one alone, the others would wait for it at the
     # next collective and the process would be aborted. So each device calls its host
