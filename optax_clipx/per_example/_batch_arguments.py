@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._clipping.measures import Measure
+from .._devices import mesh
 from .._devices.mesh import Placement
 from .._reductions.groups import ScalarGroups
 from .._trees.arguments import check_limit, is_limit
@@ -66,15 +67,32 @@ def size_of_batch(batch: list[Any], mask: Any) -> int:
     return shapes[0][0]
 
 
-def number_of_steps(size: int, microbatch_size: int | None, two_pass: bool) -> int:
-    """The number of microbatches."""
+def number_of_steps(
+    batch: list[Any], microbatch_size: int | None, two_pass: bool
+) -> int:
+    """The number of microbatches.
+
+    Each has as many examples from every device over which Explicit axes cut the batch.
+    """
+    size = jnp.shape(batch[0])[0]
+    devices = max(mesh.cut_sizes(x)[0] for x in batch)
     if microbatch_size is None:
-        microbatch_size = 1 if two_pass else size
+        microbatch_size = devices if two_pass else size
     microbatch_size = min(microbatch_size, size)
-    if size and size % microbatch_size:
+    if size and (size % microbatch_size or microbatch_size % devices):
+        right = [k for k in range(devices, size + 1, devices) if not size % k]
+        nearest = [k for k in right if k < microbatch_size][-1:]
+        nearest += [k for k in right if k > microbatch_size][:1]
+        multiple = (
+            f" and to be a multiple of the {devices} devices that share it"
+            if devices > 1
+            else ""
+        )
         raise ValueError(
-            f"Expected microbatch_size to divide the batch of {size} examples, got"
-            f" microbatch_size={microbatch_size}. Pad the batch and pass mask=."
+            f"Expected microbatch_size to divide the batch of {size} examples"
+            f"{multiple}, got microbatch_size={microbatch_size}. The nearest sizes that"
+            f" work: {' and '.join(map(str, nearest))}. Or pad the batch and pass"
+            " mask=."
         )
     return size // microbatch_size if size else 1
 

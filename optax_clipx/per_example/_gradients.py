@@ -102,7 +102,7 @@ def clipped_grad(
     than float32 is computed, and for norms of leaves and groups, that is no option, and
     the gradients of a microbatch are weighted one by one, in as much memory.
 
-    Where a batch is sharded over a mesh, ``jit`` needs no word about it. In
+    Under ``jit`` a batch that is sharded over a mesh needs no argument. In
     ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
 
     ==================  ==================  =========================================
@@ -124,8 +124,10 @@ def clipped_grad(
             a pytree prefix, or for each label, as a dict.
         argnums: by which arguments to differentiate, as for :func:`jax.grad`.
         batch_argnums: the arguments with the examples along axis 0 of each leaf.
-        microbatch_size: how many examples are taken at a time; all, or with
-            ``two_pass`` one, if ``None``. It has to divide the size of the batch.
+        microbatch_size: how many examples are taken at a time; if ``None`` all, or with
+            ``two_pass`` one. It has to divide the size of the batch. Where Explicit
+            axes shard the batch, it has to be a multiple of the number of devices that
+            share it, and ``two_pass`` takes one example for each of them.
         has_aux: whether ``fun`` returns a pair, of the loss and something else.
         measure: :func:`optax_clipx.measures.tree_norm` for the whole example, the
             default; :func:`optax_clipx.measures.leaf_norms` or
@@ -234,7 +236,7 @@ def clipped_grad(
                 argnums=argnums,
                 args=args,
                 batch_argnums=batched,
-                steps=number_of_steps(size, microbatch_size, two_pass),
+                steps=number_of_steps(batch, microbatch_size, two_pass),
                 leaves=leaves,
                 groups=ExampleGroups(
                     of_one.ids,

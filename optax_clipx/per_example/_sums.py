@@ -271,13 +271,14 @@ def _count(flags: jax.Array) -> jax.Array:
 
 def _replaced(finite: jax.Array, x: jax.Array) -> jax.Array:
     """The examples, with the first finite one in the place of each that is not."""
-    index = jnp.argmax(finite)
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        first = x[index]
-    else:
-        here = along(jnp.arange(x.shape[0]) == index, x.ndim)
-        first = jnp.sum(jnp.where(here, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
-    return jnp.where(along(finite, x.ndim), x, first[None])
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _replaced(finite, jax.random.key_data(x))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    # Made from `finite`, as it is sharded as the examples are.
+    is_first = finite & (jnp.arange(x.shape[0]) == jnp.argmax(finite))
+    here = along(is_first, x.ndim)
+    first = jnp.sum(jnp.where(here, x, jnp.zeros_like(x)), axis=0, dtype=x.dtype)
+    return jax.vmap(jnp.where, (0, 0, None))(finite, x, first)
 
 
 def _is_narrow(fun: Callable[..., Any], batch: Any) -> bool:
