@@ -175,18 +175,20 @@ def report(run: Run, steps: int, resets: bool) -> dict[str, Any]:
     """The counts of a run, and where those of the metrics differ."""
     read = {k: np.asarray(v) for k, v in clipx.metrics(run.state).items()}
     faults = dict(zip(FAULTS[1:], run.tally.faults.tolist()[1:], strict=True))
+    # A skipper sees every step, the clipper inside of it those that are not skipped.
+    outer = "skip" if "skip/steps" in read else "clip"
     wrong = []
     for key, wanted in (
         ("steps", steps),
         ("num_nonfinite", faults["nan"] + faults["inf"]),
     ):
-        if read[f"clip/{key}"] != wanted and not resets:
-            wrong.append(f"{key} is {read[f'clip/{key}']}, not {wanted}")
+        if read[f"{outer}/{key}"] != wanted and not resets:
+            wrong.append(f"{key} is {read[f'{outer}/{key}']}, not {wanted}")
     return {
         "steps": steps,
         "faults": faults,
-        "clipped": int(read["clip/num_clipped"]),
-        "skipped": int(read.get("clip/num_skipped", 0)),
+        "clipped": int(read[f"{outer}/num_clipped"]),
+        "skipped": int(read.get("skip/num_skipped", 0)),
         "failures": int(run.tally.failures),
         "wrong_counts": wrong,
     }

@@ -62,11 +62,12 @@ def main():
             )
             _, state = update(grads, state)
             seen = clipx.metrics(state)
+            kind = "skip" if name == "skip" else "clip"
             if step in (39, 40, 50, 51):
                 print(
-                    f"{name:10} step {step}: norm {seen['clip/norm']:8.2f}"
-                    f" -> {seen['clip/clipped_norm']:5.2f}"
-                    f" (limit {seen['clip/threshold']:.2f})"
+                    f"{name:10} step {step}: norm {seen[f'{kind}/norm']:8.2f}"
+                    f" -> {seen[f'{kind}/clipped_norm']:5.2f}"
+                    f" (limit {seen[f'{kind}/threshold']:.2f})"
                 )
 
 

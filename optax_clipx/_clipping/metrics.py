@@ -1,6 +1,7 @@
 """What a clipper did: the numbers that it keeps in its state, and their reader."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -155,21 +156,34 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``,
     ``inject_hyperparams``, ``flax.nnx.Optimizer``, pmap-replicated state.
 
+    ==========================  ==================================================
+    name                        written by
+    ==========================  ==================================================
+    ``"clip/norm"``, ...        a clipper: the fields of :class:`ClipMetrics`
+    ``"skip/norm"``, ...        :func:`skip_spikes`: the same fields of the norm that
+                                came in, and ``skipped``, ``reason``,
+                                ``num_skipped``, ``consecutive_skips``
+    ``"track/..."``,            :func:`track_norms`
+    ``"track_norms/<leaf>"``,
+    ``"track_ratios/<leaf>"``
+    ==========================  ==================================================
+
+    After a skipped step ``"clip/..."`` is that of the last step that was not skipped,
+    since the clipper inside did not run; ``"skip/..."`` is always of the last step.
+
     Args:
         opt_state: the state of any optimizer with a clipper in it.
-        prefix: what the names of a clipper begin with.
+        prefix: replaces ``"clip"``; the others are then ``"<prefix>_skip"`` and
+            ``"<prefix>_track"``.
 
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. With several clippers
         each has its place in the name, the key in a ``named_chain`` or ``partition``
-        and the index in a chain: ``"clip/0/norm"``. What :func:`track_norms` measures
-        is under ``"track/..."``, ``"track_norms/dense/kernel"`` and
-        ``"track_ratios/..."``; with another prefix than ``"clip"``, under
-        ``"<prefix>_track/..."``.
+        and the index in a chain: ``"clip/0/norm"``; so do several skippers.
 
     Raises:
-        ValueError: if there is no clipper in the state, or none that keeps metrics, and
-            no :func:`track_norms`.
+        ValueError: if there is no clipper in the state, or none that keeps metrics, no
+            :func:`skip_spikes` and no :func:`track_norms`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -184,39 +198,23 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     References:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
-    found, trackers = _find(opt_state), _find(opt_state, TrackState)
-    kept = [(names, state) for names, state in found if state.metrics.norm is not None]
-    if not kept and not trackers:
-        states = opt_state if type(opt_state) is tuple else [opt_state]
-        kinds = [type(state).__name__ for state in states]
-        raise ValueError(
-            "Expected a state with an optax_clipx transform that keeps metrics, got"
-            f" {', '.join(kinds)}."
-            + (" Its clippers have metrics=False." if found else "")
-        )
-    read = {
-        "/".join((prefix, *names, field)): value
-        for names, (_, state) in zip(_short_names(kept), kept, strict=True)
-        for field, value in _plain(_fields(state)).items()
-    }
-    track = "track" if prefix == "clip" else f"{prefix}_track"
-    for names, (_, state) in zip(_short_names(trackers), trackers, strict=True):
-        fields = {
-            (track, *names, "vanishing"): state.vanishing,
-            (track, *names, "exploding"): state.exploding,
-        }
-        for kind, values in (("norms", state.norms), ("ratios", state.ratios or {})):
-            group = f"{track}_{kind}"
-            fields |= {(group, *names, leaf): x for leaf, x in values.items()}
-        read |= _plain({"/".join(name): x for name, x in fields.items()})
-    return read
+    clippers, skippers, trackers = (_find(opt_state, kind) for kind in _KINDS)
+    kept = [(keys, state) for keys, state in clippers if state.metrics.norm is not None]
+    if not (kept or skippers or trackers):
+        raise ValueError(_nothing_to_read(opt_state, bool(clippers)))
+    before = "" if prefix == "clip" else f"{prefix}_"
+    return (
+        _shown(kept, prefix, lambda state: state.metrics._asdict())
+        | _shown(skippers, f"{before}skip", _of_skipper)
+        | _shown_tracked(trackers, f"{before}track")
+    )
 
 
 def check(opt_state: Any) -> None:
     """Raises on the host if the last step met non-finite gradients.
 
     Args:
-        opt_state: the state of any optimizer with a clipper in it.
+        opt_state: the state of any optimizer with a clipper or :func:`skip_spikes`.
 
     Returns:
         Nothing, after waiting for the step that made the state.
@@ -260,36 +258,69 @@ def check(opt_state: Any) -> None:
 
 def nonfinite_flags(opt_state: Any) -> jax.Array:
     """Whether any clipper in a state met something that is not finite."""
-    flags = [s.metrics.nonfinite for _, s in _find(opt_state)]
+    found = _find(opt_state, ClipState | SkipState)
+    flags = [state.metrics.nonfinite for _, state in found]
     known = [jnp.any(flag) for flag in flags if flag is not None]
     return jnp.any(jnp.stack(known)) if known else jnp.zeros((), jnp.bool_)
 
 
-def _find(opt_state: Any, kinds: Any = ClipState | SkipState) -> list[tuple[Any, Any]]:
-    """The states of clippers and skippers, outer ones first, and the way to each."""
-    leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_ours)
+_KINDS = (ClipState, SkipState, TrackState)
+
+
+def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
+    """The states of a kind, outer ones first, and the way to each."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, _KINDS)
+    )
     found = []
     for keys, leaf in leaves:
-        if isinstance(leaf, kinds):
+        if isinstance(leaf, kind):
             found.append((keys, leaf))
         if isinstance(leaf, SkipState | TrackState):
             here = (*keys, GetAttrKey("inner"))
-            inside = _find(leaf.inner, kinds)
+            inside = _find(leaf.inner, kind)
             found += [((*here, *more), state) for more, state in inside]
     return found
 
 
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, ClipState | SkipState | TrackState)
+def _nothing_to_read(opt_state: Any, silent: bool) -> str:
+    states = opt_state if type(opt_state) is tuple else [opt_state]
+    kinds = ", ".join(type(state).__name__ for state in states)
+    return (
+        "Expected a state with an optax_clipx transform that keeps metrics, got"
+        f" {kinds}." + (" Its clippers have metrics=False." if silent else "")
+    )
 
 
-def _fields(state: Any) -> dict[str, Any]:
-    """What is shown of a state, by name."""
-    shown = dict(state.metrics._asdict())
-    if isinstance(state, SkipState):
-        names = ("skipped", "reason", "num_skipped", "consecutive_skips")
-        shown |= {name: getattr(state, name) for name in names}
-    return shown
+def _shown(
+    found: list[tuple[Any, Any]], prefix: str, fields: Callable[[Any], dict[str, Any]]
+) -> dict[str, jax.Array]:
+    """The fields of each state by their whole names."""
+    return {
+        "/".join((prefix, *names, field)): value
+        for names, (_, state) in zip(_short_names(found), found, strict=True)
+        for field, value in _plain(fields(state)).items()
+    }
+
+
+def _of_skipper(state: SkipState) -> dict[str, Any]:
+    names = ("skipped", "reason", "num_skipped", "consecutive_skips")
+    return state.metrics._asdict() | {name: getattr(state, name) for name in names}
+
+
+def _shown_tracked(found: list[tuple[Any, Any]], prefix: str) -> dict[str, jax.Array]:
+    """The same of trackers, whose leaves' names come last."""
+    read = {}
+    for names, (_, state) in zip(_short_names(found), found, strict=True):
+        fields = {
+            (prefix, *names, "vanishing"): state.vanishing,
+            (prefix, *names, "exploding"): state.exploding,
+        }
+        for kind, values in (("norms", state.norms), ("ratios", state.ratios or {})):
+            group = f"{prefix}_{kind}"
+            fields |= {(group, *names, leaf): x for leaf, x in values.items()}
+        read |= _plain({"/".join(name): x for name, x in fields.items()})
+    return read
 
 
 def _short_names(found: list[tuple[Any, Any]]) -> list[Path]:

@@ -97,9 +97,10 @@ def skip_spikes(
         norm_arg: as in :func:`clip_by`.
 
     Returns:
-        A transformation. Its :class:`SkipState` has :class:`ClipMetrics` of the norm
-        that came in; :func:`metrics` shows these, and adds ``skipped``, ``reason``,
-        ``num_skipped`` and ``consecutive_skips``.
+        A transformation. :func:`metrics` shows what it did under ``"skip/..."``: the
+        fields of :class:`ClipMetrics` of the norm that came in, and ``skipped``,
+        ``reason``, ``num_skipped`` and ``consecutive_skips``. ``"clip/..."`` is of the
+        clipper inside, and after a skipped step of the last one that was not skipped.
 
     Raises:
         TypeError: if ``inner`` is no transformation, or keeps something else than
@@ -118,7 +119,7 @@ def skip_spikes(
         >>> state = tx.init(params)
         >>> for norm in (0.9, 1.0, 1.1, 1000.0):
         ...     updates, state = tx.update(jnp.array([norm]), state, params)
-        >>> print(updates, clipx.metrics(state)["clip/num_skipped"])
+        >>> print(updates, clipx.metrics(state)["skip/num_skipped"])
         [0.] 1
 
     References:

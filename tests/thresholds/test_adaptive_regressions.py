@@ -49,7 +49,7 @@ def test_skip_spikes_inside_of_skip_spikes():
     params = jnp.ones(2)
     updates, state = tx.update(params, tx.init(params), params)
     np.testing.assert_array_equal(updates, -params)
-    assert clipx.metrics(state)["clip/steps"] == 1
+    assert clipx.metrics(state)["skip/steps"] == 1
 
 
 def test_a_window_shorter_than_the_warm_up_still_limits():

@@ -317,4 +317,4 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert killed.read_bytes() == whole.read_bytes()
     history = clipx.History.load(killed)
     assert history.steps.tolist() == list(range(steps))
-    assert history["clip/num_skipped"][-1] > 0
+    assert history["skip/num_skipped"][-1] > 0
