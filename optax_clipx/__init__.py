@@ -14,6 +14,9 @@ from . import (
     units as units,
 )
 
+# Switches for a whole program
+from ._devices.config import config as config
+
 # Clipping by value and norm
 from ._methods.fixed import (
     adaptive_grad_clip as adaptive_grad_clip,
@@ -123,6 +126,7 @@ __all__ = [
     "clip_by_second_moment",
     "clip_by_spectral_norm",
     "clip_by_value",
+    "config",
     "error_feedback",
     "excluding",
     "find_threshold",

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._trees.leaves import Path, from_prefix, show
+from .config import config
 
 Axes = tuple[str, ...]
 
@@ -66,13 +67,17 @@ def placements(
         _refuse_misspelled(names, "axis_name=")
         bound = tuple(name for name in names if _is_bound(name))
         return [Placement(bound, () if not bound else None) for _ in arrays]
-    if manual and not _has_types(manual):
+    if is_unknown(axis_name, specs):
+        blind = blind_axes()
         raise ValueError(
-            f"Cannot tell over which of the mesh axes {_quoted(manual)} the updates are"
+            f"Cannot tell over which of the mesh axes {_quoted(blind)} the updates are"
             " sharded: inside pmap, and shard_map with check_vma=False, types do not"
             " say. Pass axis_name=() if every device holds the same updates (as after"
-            f" jax.lax.pmean), axis_name={_example(manual)} if every leaf is sharded"
-            " over it, or specs= with a PartitionSpec for each leaf."
+            f" jax.lax.pmean), axis_name={_example(blind)} if every leaf is sharded"
+            " over it, or specs= with a PartitionSpec for each leaf. For a program"
+            " whose updates are always the same on every device, and whose lines"
+            ' cannot be edited, call optax_clipx.config.update("blind_axes",'
+            ' "replicated") once, before it is traced.'
         )
     return [_from_type(x, p, manual) for x, p in zip(arrays, paths, strict=True)]
 
@@ -85,10 +90,17 @@ def whole_shape(shape: tuple[int, ...], place: Placement) -> tuple[int, ...]:
 
 
 def is_unknown(axis_name: Any, specs: Any) -> bool:
-    """Whether this is manual code whose types are blind and nothing was passed."""
+    """Whether nobody says over which axes the updates are sharded."""
+    told = axis_name is not None or specs is not None
+    return not told and config.blind_axes == "error" and bool(blind_axes())
+
+
+def blind_axes() -> Axes:
+    """The manual axes of several devices, where types do not say how values lie."""
     manual = _manual_axes()
-    blind = bool(manual) and not _has_types(manual)
-    return blind and axis_name is None and specs is None
+    if not manual or _has_types(manual):
+        return ()
+    return tuple(name for name in manual if lax.axis_size(name) > 1)
 
 
 def axes_to_sum(arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:

@@ -244,7 +244,7 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
         return tuple(name for name in names if mesh._is_bound(name))
-    if mesh.is_unknown(None, None):
+    if mesh.blind_axes():
         raise ValueError(
             "Cannot tell over which mesh axes the examples are spread: inside pmap, and"
             " shard_map with check_vma=False, types do not say. Pass axis_name= with"
