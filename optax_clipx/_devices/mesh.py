@@ -242,14 +242,25 @@ def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
     traced = [x for x in found if isinstance(x, jax.core.Tracer)]
     context: Any
     if traced:
-        context = jax.sharding.use_abstract_mesh(jax.typeof(traced[0]).sharding.mesh)
+        context = _abstract_mesh(jax.typeof(traced[0]).sharding.mesh)
     elif isinstance(jnp.zeros(()), jax.core.Tracer):  # arrays closed over by a jit
         mesh = found[0].sharding.mesh
-        context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        context = _abstract_mesh(mesh.abstract_mesh)
     else:
         context = jax.set_mesh(found[0].sharding.mesh)
     with context:
         yield
+
+
+def _abstract_mesh(mesh: Any) -> Any:
+    """The context in which traced values lie on a mesh."""
+    if not hasattr(jax.sharding, "use_abstract_mesh"):  # JAX 0.7
+        raise ValueError(
+            "Cannot set the mesh of traced updates with Explicit axes on JAX"
+            f" {jax.__version__}. Set it around the program with jax.set_mesh(mesh), or"
+            " install jax>=0.8."
+        )
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _has_mesh(array: Any, auto: bool) -> bool:
@@ -290,7 +301,10 @@ def _has_types(manual: Axes) -> bool:
 
 def varying(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value varies, by its type."""
-    return frozenset(jax.typeof(value).manual_axis_type.varying)
+    kind = jax.typeof(value)
+    if hasattr(kind, "vma"):  # until JAX 0.9
+        return frozenset(kind.vma)
+    return frozenset(kind.manual_axis_type.varying)
 
 
 def vary(value: jax.Array, axes: Axes) -> jax.Array:
@@ -298,7 +312,11 @@ def vary(value: jax.Array, axes: Axes) -> jax.Array:
     if not axes or not _has_types(_manual_axes() or axes):
         return value
     missing = tuple(name for name in axes if name not in varying(value))
-    return lax.pcast(value, missing, to="varying") if missing else value
+    if not missing:
+        return value
+    if not hasattr(lax, "pcast"):  # JAX 0.7
+        return lax.pvary(value, missing)
+    return lax.pcast(value, missing, to="varying")
 
 
 def _from_type(array: Any, path: Path, manual: Axes) -> Placement:
