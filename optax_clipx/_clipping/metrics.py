@@ -1,7 +1,7 @@
 """What a clipper did: the numbers that it keeps in its state, and their reader."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,6 +168,10 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"track_ratios/<leaf>"``
     ==========================  ==================================================
 
+    A state that has lost its types is read by the names in it: nested dicts, as of
+    ``flax.serialization.to_state_dict``, and flat ones, as in ninjax:
+    ``{"opt/state/0/metrics/norm": array, ...}``.
+
     After a skipped step ``"clip/..."`` is that of the last step that was not skipped,
     since the clipper inside did not run; ``"skip/..."`` is always of the last step.
 
@@ -198,7 +202,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     References:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
-    clippers, skippers, trackers = (_find(opt_state, kind) for kind in _KINDS)
+    typed = opt_state if _find(opt_state, _KINDS) else _by_names(opt_state)
+    clippers, skippers, trackers = (_find(typed, kind) for kind in _KINDS)
     kept = [(keys, state) for keys, state in clippers if state.metrics.norm is not None]
     if not (kept or skippers or trackers):
         raise ValueError(_nothing_to_read(opt_state, bool(clippers)))
@@ -283,12 +288,61 @@ def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _by_names(tree: Any) -> Any:
+    """A tree of dicts, nested or flat, with the states that their names tell."""
+    if isinstance(tree, Mapping):
+        parts = {key: _by_names(part) for key, part in _nested(tree).items()}
+        return _state_of(parts)
+    if type(tree) in (tuple, list):
+        return type(tree)(map(_by_names, tree))
+    return tree
+
+
+def _nested(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    """One level of a dict; `a/b` and the tuple `(a, b)` name a `b` within an `a`."""
+    parts: dict[Any, Any] = {}
+    deeper: dict[Any, Any] = {}
+    for key, part in tree.items():
+        first, *rest = key if isinstance(key, tuple) else str(key).split("/")
+        if rest:
+            deeper.setdefault(first, {})["/".join(map(str, rest))] = part
+        else:
+            parts[first] = part
+    return parts | deeper
+
+
+def _state_of(parts: dict[Any, Any]) -> Any:
+    """The state whose fields these are, if they are one's."""
+    known = parts.get("metrics")
+    if isinstance(known, dict) and set(known) == set(ClipMetrics._fields):
+        parts = {**parts, "metrics": ClipMetrics(**known)}
+        kind: Any = SkipState if "skipped" in parts else ClipState
+    elif {"norms", "vanishing", "exploding"} <= set(parts):
+        kind = TrackState
+        for field in ("norms", "ratios"):
+            leaves = jax.tree_util.tree_leaves_with_path(parts.get(field))
+            named = {"/".join(path_of(keys)): leaf for keys, leaf in leaves}
+            parts = {**parts, field: named}
+    else:
+        return parts
+    return kind(**{field: parts.get(field) for field in kind._fields})
+
+
 def _nothing_to_read(opt_state: Any, silent: bool) -> str:
-    states = opt_state if type(opt_state) is tuple else [opt_state]
-    kinds = ", ".join(type(state).__name__ for state in states)
+    if isinstance(opt_state, Mapping):
+        names = [str(key) for key in opt_state]
+        more = ", ..." if len(names) > 5 else ""
+        kinds = f"a dict with {', '.join(map(repr, names[:5])) or 'nothing'}{more}"
+        advice = (
+            " Without their types states are found by names such as"
+            " 'opt/0/metrics/norm', or {'0': {'metrics': {'norm': ...}}}."
+        )
+    else:
+        states = opt_state if type(opt_state) is tuple else [opt_state]
+        kinds, advice = ", ".join(type(state).__name__ for state in states), ""
     return (
         "Expected a state with an optax_clipx transform that keeps metrics, got"
-        f" {kinds}." + (" Its clippers have metrics=False." if silent else "")
+        f" {kinds}." + (" Its clippers have metrics=False." if silent else advice)
     )
 
 
@@ -310,7 +364,7 @@ def _of_skipper(state: SkipState) -> dict[str, Any]:
 
 def _shown_tracked(found: list[tuple[Any, Any]], prefix: str) -> dict[str, jax.Array]:
     """The same of trackers, whose leaves' names come last."""
-    read = {}
+    read: dict[str, jax.Array] = {}
     for names, (_, state) in zip(_short_names(found), found, strict=True):
         fields = {
             (prefix, *names, "vanishing"): state.vanishing,

@@ -112,3 +112,8 @@ def test_nothing_is_remembered_after_an_update():
     infinity = clipx.clip_by_global_norm(1.0, ord=jnp.inf)
     _, state = infinity.update(PARAMS, infinity.init(PARAMS))
     assert state.metrics.norm == 4.0
+
+
+def test_the_number_of_apply_if_finite_is_refused():
+    with pytest.raises(TypeError, match="positional argument"):
+        clipx.skip_spikes(optax.sgd(0.1), 5)
