@@ -140,13 +140,26 @@ def program_of(
         .trace(shapes, clip, state, shapes)
         .lower(lowering_platforms=("cuda",))
     )
-    with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder}
-        program = lowered.compile(compiler_options=compiler_options | dump)
-        counts = launches(pathlib.Path(folder))
+    program, counts = compiled(lowered, compiler_options)
     text = program.as_text()
     moved = hlo.traffic(text) / sum(4 * np.prod(x.shape) for x in shapes)
     return program, counts | {"passes": float(moved)}
+
+
+def compiled(lowered: Any, compiler_options: dict[str, Any]) -> Any:
+    """The compiled program, and what it asks of the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder}
+        program = lowered.compile(compiler_options=compiler_options | dump)
+        return program, launches(pathlib.Path(folder))
+
+
+def h100() -> SingleDeviceSharding:
+    """The place of arrays on an H100 that need not be there."""
+    (device,) = topologies.get_topology_desc(
+        "h100", "cuda", target_config=H100, topology="1x1x1"
+    ).devices
+    return SingleDeviceSharding(device)
 
 
 def launches(dump: pathlib.Path) -> dict[str, int]:
@@ -171,10 +184,7 @@ def launches(dump: pathlib.Path) -> dict[str, int]:
 
 def ahead(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The kernels of every program, compiled for an H100 that need not be there."""
-    (device,) = topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100, topology="1x1x1"
-    ).devices
-    place = SingleDeviceSharding(device)
+    place = h100()
     jobs = [
         (layout, shapes, adam, name)
         for layout, shapes in layouts(options.leaves).items()
