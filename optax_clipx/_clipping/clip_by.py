@@ -122,9 +122,9 @@ def clip_by(
         )
 
     def init_rule(leaves: Leaves) -> Any:
-        return rule.init(
-            _no_norms(measure.groups(leaves, axis_name, specs), leaves, measure)
-        )
+        groups = measure.groups(leaves, axis_name, specs)
+        state = rule.init(_no_norms(groups, leaves, measure))
+        return state if leaves.arrays else _without_units(state)
 
     return transformation(init_rule, step, rule, options)
 
@@ -366,6 +366,19 @@ def _no_norms(groups: Groups, leaves: Leaves, measure: Measure) -> Packed:
     return tuple(
         _no_unit_norms(leaf, axes)
         for leaf, axes in zip(leaves.arrays, groups.axes, strict=True)
+    )
+
+
+def _without_units(state: Any) -> Any:
+    """What a rule remembers where there are no leaves, an array for each empty tuple.
+
+    optax.tree.map_params calls `init` without leaves, to see where the parameters are
+    in a state. An array is a prefix of a tuple with any number of units in it.
+    """
+    return jax.tree.map(
+        lambda x: jnp.zeros((0,), jnp.float32) if type(x) is tuple else x,
+        state,
+        is_leaf=lambda x: type(x) is tuple and not x,
     )
 
 

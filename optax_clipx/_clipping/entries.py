@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Indicators, norms
 from .._thresholds.base import stateless
 from .._trees.arithmetic import accumulator, at_least_float32, safe_sqrt
-from .._trees.leaves import Leaves, show
+from .._trees.leaves import Leaves, flatten, show
 from . import policies
+from .metrics import count as advanced
 from .summary import Summary
 from .transformation import Options, Step, by_policy, transformation
 
@@ -49,14 +50,15 @@ class EntryRule(Protocol):
 
 def elementwise(
     rule: EntryRule,
-    numbers_at: Callable[[Any, jax.Array], Any],
-    times: int,
+    fresh: Callable[[Leaves], NamedTuple],
+    numbers_at: Callable[[Any, Any], Any],
     options: Options,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
-    It keeps so many moments of each entry. `numbers_at(dtype, count)` gives the rule's
-    numbers for moments of a dtype, at a step; they may be traced.
+    `fresh` makes its memory: one tree like the parameters for each moment, and `seen`
+    where finite steps are counted. `numbers_at(dtype, memory)` gives the rule's numbers
+    for moments of a dtype; they may be traced.
     """
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
@@ -64,11 +66,11 @@ def elementwise(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
     ) -> Step:
         refuse_complex(leaves)
-        check_leaves(leaves, state, times)
+        check_layout(state)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
-        each = len(arrays)
-        moments = [state[i : i + each] for i in range(0, len(state), each)]
-        numbers = [numbers_at(m.dtype, count) for m in moments[0]]
+        trees = {name: x for name, x in state._asdict().items() if name != "seen"}
+        moments = [moments_in(tree, leaves) for tree in trees.values()]
+        numbers = [numbers_at(m.dtype, state) for m in moments[0]]
         summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
         if derive.sanitized:
             arrays = policies.sanitize(arrays)
@@ -80,12 +82,14 @@ def elementwise(
             # Only sanitized updates go on where the moments stay: XLA then copies them.
             out.append(rule.respond(x, moved if derive.sanitized else kept, n))
             new.append(kept)
-        flat = [x for moment in zip(*new, strict=True) for x in moment]
-        return finish(leaves, out, summary, flat, options)._replace(settled=True)
+        each = zip(trees.items(), zip(*new, strict=True), strict=True)
+        memory = state._replace(**{n: rebuild(tree, x) for (n, tree), x in each})
+        if "seen" in memory._fields:
+            seen = jnp.where(bad, state.seen, advanced(state.seen, True))
+            memory = memory._replace(seen=seen)
+        return finish(leaves, out, summary, memory, options)._replace(settled=True)
 
-    return transformation(
-        lambda leaves: zeros_like(leaves, times), step, NO_RULE, options
-    )
+    return transformation(fresh, step, NO_RULE, options)
 
 
 @dataclass(frozen=True)
@@ -120,23 +124,46 @@ def finish(
     return Step(out, summary, new)
 
 
-def zeros_like(leaves: Leaves, times: int) -> list[jax.Array]:
-    """Moments of zero for each leaf, in float32 or wider, so many times over."""
-    return [
-        jnp.zeros_like(x, dtype=at_least_float32(x))
-        for _ in range(times)
-        for x in leaves.arrays
-    ]
+def zeros_like(leaves: Leaves) -> Any:
+    """A tree like the parameters, of zeros in float32 or wider.
+
+    What has no gradient, an integer leaf, has zeros of its own dtype, as in Adam's
+    moments: whatever is mapped over the parameters can be mapped over this, too.
+    """
+    return jax.tree.unflatten(leaves.treedef, map(_zeros, leaves.everything))
 
 
-def check_leaves(leaves: Leaves, moments: Sequence[Any], times: int) -> None:
-    """Refuses other leaves than those that the moments are of."""
-    seen = [x.shape for x in moments]
-    if seen != [x.shape for x in leaves.arrays] * times:
+def _zeros(leaf: Any) -> jax.Array:
+    dtype = jnp.result_type(leaf)
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    return jnp.zeros_like(leaf, dtype=at_least_float32(leaf) if inexact else dtype)
+
+
+def moments_in(tree: Any, leaves: Leaves) -> list[jax.Array]:
+    """What is remembered of each of these leaves; they must be those that init saw."""
+    moments = flatten(tree, updates=False).arrays
+    want, got = ([x.shape for x in some] for some in (moments, leaves.arrays))
+    if want != got:
         raise ValueError(
-            "Expected the leaves that init saw, of shapes"
-            f" {seen[: len(seen) // times]}, got {[x.shape for x in leaves.arrays]}."
-            " Leave frozen ones out with optax_clipx.excluding or optax.masked."
+            f"Expected the leaves that init saw, of shapes {want}, got {got}. Leave"
+            " frozen ones out with optax_clipx.excluding or optax.masked."
+        )
+    return moments
+
+
+def rebuild(tree: Any, moments: Sequence[Any]) -> Any:
+    """The tree with other moments in it."""
+    return flatten(tree, updates=False).rebuild(list(moments))
+
+
+def check_layout(memory: Any) -> None:
+    """Refuses the flat lists that memories were before 0.1.0."""
+    if not hasattr(memory, "_fields"):
+        raise TypeError(
+            "Expected the memory that init makes, with a field for each moment, got a"
+            f" {type(memory).__name__}, as versions before 0.1.0 wrote it. Call"
+            " optax_clipx.carry_over(old_state, tx.init(params)) first."
         )
 
 

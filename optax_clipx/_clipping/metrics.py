@@ -261,12 +261,12 @@ def check(opt_state: Any) -> None:
         )
 
 
-def nonfinite_flags(opt_state: Any) -> jax.Array:
-    """Whether any clipper in a state met something that is not finite."""
-    found = _find(opt_state, ClipState | SkipState)
-    flags = [state.metrics.nonfinite for _, state in found]
-    known = [jnp.any(flag) for flag in flags if flag is not None]
-    return jnp.any(jnp.stack(known)) if known else jnp.zeros((), jnp.bool_)
+def zeroed(opt_state: Any) -> jax.Array:
+    """Whether any clipper in a state made zeros of updates that were not finite."""
+    seen = [s.metrics for _, s in _find(opt_state, ClipState | SkipState)]
+    kept = [m for m in seen if m.norm is not None]
+    found = [jnp.any(m.nonfinite & (m.scale == 0)) for m in kept]
+    return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
 
 
 _KINDS = (ClipState, SkipState, TrackState)

@@ -2,15 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._clipping.entries import elementwise, mean_of, root_of_mean, shares_of
+from .._clipping.entries import (
+    elementwise,
+    mean_of,
+    root_of_mean,
+    shares_of,
+    zeros_like,
+)
 from .._clipping.transformation import Options
 from .._trees.arguments import check_between, check_decay, check_static_number
+from .._trees.leaves import Leaves
+
+
+class ACClipMemory(NamedTuple):
+    """The average of each entry, and its usual magnitude."""
+
+    mu: Any
+    tau: Any
 
 
 def scale_by_acclip(
@@ -30,7 +44,8 @@ def scale_by_acclip(
               \tau^\alpha \leftarrow \beta_2 \tau^\alpha + (1 - \beta_2) |g|^\alpha,
               \quad u = \min\Bigl(\frac{\tau}{|m| + \epsilon}, 1\Bigr)\, m
 
-    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry.
+    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry,
+    in trees like the parameters.
 
     Args:
         b1: :math:`\beta_1`, from 0 to below 1.
@@ -70,11 +85,14 @@ def scale_by_acclip(
     if alpha < 1:
         raise ValueError(f"Expected alpha >= 1, got alpha={alpha}.")
 
-    def numbers_at(dtype: Any, count: jax.Array) -> Any:
+    def fresh(leaves: Leaves) -> ACClipMemory:
+        return ACClipMemory(zeros_like(leaves), zeros_like(leaves))
+
+    def numbers_at(dtype: Any, memory: ACClipMemory) -> Any:
         return shares_of(b1, dtype), shares_of(b2, dtype), jnp.asarray(eps, dtype)
 
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_ACClip(float(alpha)), numbers_at, 2, options)
+    return elementwise(_ACClip(float(alpha)), fresh, numbers_at, options)
 
 
 @dataclass(frozen=True)

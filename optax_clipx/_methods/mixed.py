@@ -1,7 +1,7 @@
 """Momentum that is clipped, alone or together with the gradient."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,13 @@ import optax
 
 from .._clipping import policies
 from .._clipping.clip_by import clip_norms
-from .._clipping.entries import check_leaves, mean_of, zeros_like
+from .._clipping.entries import (
+    check_layout,
+    mean_of,
+    moments_in,
+    rebuild,
+    zeros_like,
+)
 from .._clipping.measures import tree_norm
 from .._clipping.responses import rescale
 from .._clipping.scaling import Response
@@ -19,6 +25,12 @@ from .._trees.arguments import check_decay
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves, flatten
 from .smooth import normalize_by_norm
+
+
+class MixedMemory(NamedTuple):
+    """The average of each entry."""
+
+    mu: Any
 
 
 def mixed_clip(
@@ -41,7 +53,7 @@ def mixed_clip(
     :func:`optax.sgd` or a learning rate :math:`\eta`: the paper's :math:`\gamma` is
     :math:`\eta t`, and its code's form ``response=optax_clipx.responses.smooth``.
 
-    State: one number for each entry.
+    State: one number for each entry, in a tree like the parameters.
 
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
@@ -95,7 +107,8 @@ def mixed_clip(
                 these, params, (), count, given, tree_norm(), rule, respond, options
             )
 
-        check_leaves(leaves, state, 1)
+        check_layout(state)
+        moments = moments_in(state.mu, leaves)
         of_gradient = clip(leaves.arrays, extra)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
@@ -103,10 +116,10 @@ def mixed_clip(
         bad = of_gradient.summary.nonfinite
         moved = [
             mean_of(m, x.astype(m.dtype), decay)
-            for m, x in zip(state, arrays, strict=True)
+            for m, x in zip(moments, arrays, strict=True)
         ]
         # First chosen and then measured: XLA can write the new ones in place.
-        kept = [jnp.where(bad, m, n) for m, n in zip(state, moved, strict=True)]
+        kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
         goes_on = options.nonfinite == "sanitize"
         of_momentum = clip(moved if goes_on else kept, {})
         share = jnp.asarray(nu, jnp.float32)
@@ -120,9 +133,13 @@ def mixed_clip(
         if options.nonfinite == "zero":
             zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
             mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
-        return Step(mixed, of_gradient.summary, kept, settled=True)
+        memory = MixedMemory(rebuild(state.mu, kept))
+        return Step(mixed, of_gradient.summary, memory, settled=True)
 
-    return transformation(lambda leaves: zeros_like(leaves, 1), step, rule, options)
+    def init(leaves: Leaves) -> MixedMemory:
+        return MixedMemory(zeros_like(leaves))
+
+    return transformation(init, step, rule, options)
 
 
 def normalized_momentum(
@@ -151,7 +168,8 @@ def normalized_momentum(
         metrics: whether the state keeps :class:`ClipMetrics`, of the momentum.
 
     Returns:
-        A transformation: :func:`optax.ema` and :func:`normalize_by_norm` in a chain.
+        A transformation: :func:`optax.ema` and :func:`normalize_by_norm`, with the
+        state of these in a chain. The average is a tree like the parameters.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -169,29 +187,33 @@ def normalized_momentum(
         Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
     """
     check_decay(decay, "decay")
-    chain = optax.chain(
-        optax.ema(decay, debias=False),
-        normalize_by_norm(
-            target,
-            eps=eps,
-            nonfinite=nonfinite,
-            axis_name=axis_name,
-            specs=specs,
-            metrics=metrics,
-        ),
+    average = optax.ema(decay, debias=False)
+    clipper = normalize_by_norm(
+        target,
+        eps=eps,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+        specs=specs,
+        metrics=metrics,
     )
 
     def init(params: Any) -> Any:
-        leaves = flatten(params, updates=False)  # refuses what is no array
-        return chain.init(leaves.rebuild(_wide(leaves.arrays)))
+        zeros = zeros_like(flatten(params, updates=False))
+        return average.init(zeros), clipper.init(zeros)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         leaves = flatten(updates)
-        out, state = chain.update(
-            leaves.rebuild(_wide(leaves.arrays)), state, params, **extra
+        before, clip_state = state
+        # Without the leaves that have no gradient, of which Optax would take a mean.
+        moments = before._replace(ema=moments_in(before.ema, leaves))
+        mean, after = average.update(_wide(leaves.arrays), moments)
+        after = after._replace(ema=rebuild(before.ema, after.ema))
+        out, clip_state = clipper.update(
+            leaves.rebuild(mean), clip_state, params, **extra
         )
         back = zip(flatten(out).arrays, leaves.arrays, strict=True)
-        return leaves.rebuild([u.astype(x.dtype) for u, x in back]), state
+        out = leaves.rebuild([u.astype(x.dtype) for u, x in back])
+        return out, (after, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._clipping.entries import elementwise, root_of_mean, shares_of
+from .._clipping.entries import elementwise, root_of_mean, shares_of, zeros_like
 from .._clipping.transformation import Options
-from .._trees.arguments import (
-    check_between,
-    check_count,
-    check_decay,
-)
+from .._trees.arguments import check_between, check_count, check_decay
+from .._trees.leaves import Leaves
+
+
+class SecondMomentMemory(NamedTuple):
+    """The root of the average square of each entry, and how many steps were finite."""
+
+    root: Any
+    seen: jax.Array
 
 
 def clip_by_second_moment(
@@ -39,12 +43,13 @@ def clip_by_second_moment(
     clipped: the first gradient of a rare token passes.
 
     State: one number for each entry, the root of :math:`v`, with a minus where the last
-    step clipped.
+    step clipped, in a tree like the parameters; and a count of finite steps.
 
     Args:
         theta: :math:`\theta`, the square of the ratio that makes a spike, above 0.
         decay: :math:`\beta`, from 0 to 1; Adam's ``b2``.
-        warmup_steps: how many first steps are not clipped.
+        warmup_steps: how many first steps are not clipped; a step that is not finite
+            does not count.
         nonfinite: as in :func:`clip_by`; on such a step :math:`v` stays as it is.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
@@ -80,14 +85,17 @@ def clip_by_second_moment(
     check_decay(decay, "decay")
     check_count(warmup_steps, "warmup_steps", 0)
 
-    def numbers_at(dtype: Any, count: jax.Array) -> Any:
+    def fresh(leaves: Leaves) -> SecondMomentMemory:
+        return SecondMomentMemory(zeros_like(leaves), jnp.zeros((), jnp.int32))
+
+    def numbers_at(dtype: Any, memory: SecondMomentMemory) -> Any:
         b, rest = shares = shares_of(decay, dtype)
         wide = jnp.asarray(theta, dtype)
         moved = 1 / jnp.sqrt(b / wide + rest)
-        return shares, jnp.sqrt(wide), moved, count >= warmup_steps
+        return shares, jnp.sqrt(wide), moved, memory.seen >= warmup_steps
 
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_Spikes(), numbers_at, 1, options)
+    return elementwise(_Spikes(), fresh, numbers_at, options)
 
 
 @dataclass(frozen=True)

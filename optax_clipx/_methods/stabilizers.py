@@ -1,7 +1,7 @@
 """Norms in the place of norms: Stable-SPAM's stabilizer."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from .._clipping import policies, scaling
 from .._clipping.entries import (
     NO_RULE,
     any_of,
+    check_layout,
     finish,
     mean_of,
     refuse_complex,
@@ -27,6 +28,15 @@ from .._reductions.whole_norm import whole_norm
 from .._trees.arguments import check_between, check_decay
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves
+
+
+class StabilizerMemory(NamedTuple):
+    """Three averages of each leaf, and how many of its norms were above 0."""
+
+    peak: jax.Array
+    mean: jax.Array
+    root: jax.Array
+    seen: jax.Array
 
 
 def stabilize_norm(
@@ -96,9 +106,9 @@ def stabilize_norm(
     check_between(eps, "eps", 0, float("inf"))
     options = Options(nonfinite, axis_name, specs, metrics)
 
-    def init(leaves: Leaves) -> Any:
+    def init(leaves: Leaves) -> StabilizerMemory:
         count = len(leaves.arrays)
-        return [jnp.zeros((count,), jnp.float32) for _ in range(4)]
+        return StabilizerMemory(*(jnp.zeros((count,), jnp.float32) for _ in range(4)))
 
     def step(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
@@ -107,9 +117,10 @@ def stabilize_norm(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
-        if state[0].shape != (len(arrays),):
+        check_layout(state)
+        if state.peak.shape != (len(arrays),):
             raise ValueError(
-                f"Expected the {len(state[0])} leaves that init saw, got {len(arrays)}."
+                f"Expected the {len(state.peak)} leaves that init saw, got {len(arrays)}."
                 " Leave frozen ones out with optax_clipx.excluding or optax.masked."
             )
         every = ScalarGroups(tuple(range(len(arrays))), len(arrays))
@@ -157,7 +168,8 @@ def stabilize_norm(
             nonfinite=any_of(bad.value),
             unusable=jnp.zeros((), jnp.bool_),
         )
-        return finish(leaves, out, summary, [peaks, means, roots, counts], options)
+        new = StabilizerMemory(peaks, means, roots, counts)
+        return finish(leaves, out, summary, new, options)
 
     return transformation(init, step, NO_RULE, options)
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,9 +12,11 @@ from .._clipping import policies
 from .._clipping.entries import (
     NO_RULE,
     any_of,
-    check_leaves,
+    check_layout,
     finish,
     mean_of,
+    moments_in,
+    rebuild,
     refuse_complex,
     root_of_mean,
     shares_of,
@@ -27,6 +30,14 @@ from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._trees.arguments import check_between, check_decay
 from .._trees.leaves import Leaves
+
+
+class StableAdamMemory(NamedTuple):
+    """Debiased: each entry's average, the root of that of its square, and how many."""
+
+    mu: Any
+    root: Any
+    seen: jax.Array
 
 
 def scale_by_stable_adam(
@@ -49,7 +60,8 @@ def scale_by_stable_adam(
     step included. :math:`\rho` is near 1 while the second moment fits the gradients; it
     rises before a loss spike, and is what the metrics show.
 
-    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry.
+    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry,
+    in trees like the parameters, and a count of finite steps.
 
     Args:
         b1: the decay of :math:`m`, from 0 to below 1.
@@ -93,11 +105,11 @@ def scale_by_stable_adam(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
+        check_layout(state)
         each = len(arrays)
-        moments, steps = state
-        check_leaves(leaves, moments, 2)
+        means, roots = moments_in(state.mu, leaves), moments_in(state.root, leaves)
+        steps = state.seen
         now_b1, now_b2 = _decay_at(b1, steps + 1), _decay_at(b2, steps + 1)
-        means, roots = moments[:each], moments[each:]
         floors = [jnp.asarray(eps, jnp.float32).astype(r.dtype) for r in roots]
         pairs = list(zip(roots, floors, strict=True))
         every = ScalarGroups(tuple(range(each)), each)
@@ -122,7 +134,7 @@ def scale_by_stable_adam(
             for r, x in zip(roots, arrays, strict=True)
         ]
         # First chosen and then used: XLA can write the new moments in place.
-        kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
+        kept = [jnp.where(bad, m, n) for m, n in zip(means + roots, moved, strict=True)]
         used = moved if options.nonfinite == "sanitize" else kept
         out = []
         for i, s in enumerate(every.spread(scale)):
@@ -140,11 +152,16 @@ def scale_by_stable_adam(
             nonfinite=bad,
             unusable=jnp.zeros((), jnp.bool_),
         )
-        new = (kept, jnp.where(bad, steps, advanced(steps, True)))
+        new = StableAdamMemory(
+            rebuild(state.mu, kept[:each]),
+            rebuild(state.root, kept[each:]),
+            jnp.where(bad, steps, advanced(steps, True)),
+        )
         return finish(leaves, out, summary, new, options)._replace(settled=True)
 
-    def init(leaves: Leaves) -> Any:
-        return zeros_like(leaves, 2), jnp.zeros((), jnp.int32)
+    def init(leaves: Leaves) -> StableAdamMemory:
+        seen = jnp.zeros((), jnp.int32)
+        return StableAdamMemory(zeros_like(leaves), zeros_like(leaves), seen)
 
     return transformation(init, step, NO_RULE, options)
 

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
 from .._clipping.metrics import ClipState, SkipState
 from .._trees.leaves import path_of
+from .error_feedback import ErrorState
 
 Keys = tuple[Any, ...]
 
@@ -23,12 +25,14 @@ def carry_over(
     optimizer that wrote it, and carry it over into the fresh state of the new one. What
     is in both is found by structure: the steps of a chain in their order, those of a
     ``named_chain`` and fields by name, and an optimizer that has been wrapped inside of
-    its wrapper.
+    its wrapper. A state from before 0.1.0, in which the moments of all leaves are one
+    flat list, finds its place as well.
 
     Args:
         old_state: the restored state, with the types that the old optimizer's ``init``
             gives it.
-        new_state: what the new optimizer's ``init`` gives for the same parameters.
+        new_state: what the new optimizer's ``init`` gives for the same parameters:
+            arrays, and not the shapes that :func:`jax.eval_shape` gives.
         drop: what of the old state may be lost, as the message of the error names it:
             ``"0/rule"`` with all that is in it, ``""`` for anything.
 
@@ -39,7 +43,9 @@ def carry_over(
     Raises:
         ValueError: if something of the old state has no place in the new one, of its
             shape and dtype, and is not to be dropped; if it has several, as one Adam
-            among two; and if ``drop`` names what is not lost.
+            among two; if ``drop`` names what is not lost; and if the result would have
+            shapes in it where values belong.
+        TypeError: if one of the two is an optimizer and not its state.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,6 +61,7 @@ def carry_over(
     References:
         PyTorch's ``load_state_dict(strict=True)`` names missing and unexpected keys.
     """
+    _check_states(old_state, new_state)
     match = _fit(_Node((), old_state), _Node((), new_state))
     if not match.unique:
         raise ValueError(
@@ -69,8 +76,9 @@ def carry_over(
     _check_lost([x for x in old if x[0] not in set(place.values())], place, drop)
     values = dict(old)
     carried = [values[place[keys]] if keys in place else x for keys, x in new]
+    _check_values([x for _, x in old], carried, [keys for keys, _ in new])
     fresh = _tops([keys for keys, _ in new if keys not in place], place)
-    return jax.tree.unflatten(treedef, carried), fresh
+    return jax.tree.unflatten(treedef, _once(carried)), fresh
 
 
 class _Node(NamedTuple):
@@ -95,6 +103,8 @@ def _fit(old: _Node, new: _Node, wrap: bool = True, unwrap: bool = True) -> _Mat
         return _Match(frozenset([(old.keys, new.keys)]) if same else frozenset())
     alike = type(old.value) is type(new.value)
     found = [_fit_parts(old, new)] if alike else []
+    if alike and isinstance(old.value, ClipState | ErrorState):
+        found.append(_fit_flat(old, new))
     if _is_state(old.value) and _is_state(new.value):
         # Not one after the other, which would lead from any part to any other.
         if wrap:
@@ -116,6 +126,47 @@ def _fit_parts(old: _Node, new: _Node) -> _Match:
     return _together(
         _fit(node, by_key[node.keys[-1]]) for node in ours if node.keys[-1] in by_key
     )
+
+
+def _fit_flat(old: _Node, new: _Node) -> _Match:
+    """The match with a clipper's state from before 0.1.0.
+
+    Its moments are a list of the arrays of all leaves, in the order of the trees that
+    there are now; it counted the steps of a warm-up in its metrics.
+    """
+    ours, theirs = ({c.keys[-1].name: c for c in _children(x)} for x in (old, new))
+    memory = "rule" if isinstance(old.value, ClipState) else "error"
+    here = [_Node(keys, x) for keys, x in _leaves(ours[memory])]
+    there = _moments(theirs[memory])
+    if type(ours[memory].value) not in (list, tuple):
+        return _Match()
+    if len(there) == len(here) + 1 and memory == "rule":  # it had no count of its own
+        here += [_Node(*x) for x in _leaves(ours["metrics"]) if "steps" in _names(x)]
+    if [_kind(x.value) for x in here] != [_kind(x.value) for x in there]:
+        return _Match()
+    pairs = frozenset((a.keys, b.keys) for a, b in zip(here, there, strict=True))
+    others = [_fit(ours[name], theirs[name]) for name in ours if name != memory]
+    return _together([_Match(pairs), *others])
+
+
+def _moments(memory: _Node) -> list[_Node]:
+    """What is remembered, without the zeros of leaves that have no gradient."""
+    counts = (*memory.keys, GetAttrKey("seen"))
+    return [
+        _Node(keys, x)
+        for keys, x in _leaves(memory)
+        if keys[: len(counts)] == counts
+        or (np.size(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+    ]
+
+
+def _leaves(node: _Node) -> list[tuple[Keys, Any]]:
+    found = jax.tree_util.tree_leaves_with_path(node.value)
+    return [((*node.keys, *keys), x) for keys, x in found]
+
+
+def _names(leaf: tuple[Keys, Any]) -> list[str]:
+    return list(path_of(leaf[0]))
 
 
 def _align(old: list[_Node], new: list[_Node]) -> _Match:
@@ -183,6 +234,47 @@ def _kind(leaf: Any) -> tuple[Any, Any]:
     return np.shape(leaf), getattr(leaf, "dtype", type(leaf))
 
 
+def _check_states(old_state: Any, new_state: Any) -> None:
+    """Refuses optimizers in the place of their states."""
+    for name, state in (("old_state", old_state), ("new_state", new_state)):
+        if hasattr(state, "init") and hasattr(state, "update"):
+            raise TypeError(
+                f"Expected {name} to be the state of an optimizer, got the optimizer"
+                f" itself, {type(state).__name__}. Pass what its init(params) gives."
+            )
+
+
+def _check_values(old: list[Any], carried: list[Any], keys: list[Keys]) -> None:
+    """Refuses a result with shapes in it, unless the old state was one of shapes."""
+    shapes = [isinstance(x, jax.ShapeDtypeStruct) for x in carried]
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in old):
+        if not all(shapes):
+            raise ValueError(
+                "Expected old_state to hold arrays, as new_state does, got shapes"
+                " without values (jax.ShapeDtypeStruct). Restore it first."
+            )
+        return
+    if any(shapes):
+        names = ["/".join(path_of(k)) for k, s in zip(keys, shapes, strict=True) if s]
+        raise ValueError(
+            "Expected new_state to hold arrays, got shapes without values"
+            f" (jax.ShapeDtypeStruct) for {len(names)} that the old state does not"
+            f" have: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}. Pass"
+            " tx.init(params) or jax.jit(tx.init)(params) in the place of"
+            " jax.eval_shape(tx.init, params)."
+        )
+
+
+def _once(values: list[Any]) -> list[Any]:
+    """The values, with a copy where one comes twice: it could not be donated."""
+    seen: set[int] = set()
+    found = []
+    for x in values:
+        found.append(jnp.array(x) if id(x) in seen else x)
+        seen.add(id(x))
+    return found
+
+
 def _check_lost(lost: list[Any], place: dict[Keys, Keys], drop: Sequence[str]) -> None:
     """Raises unless all that is lost may be."""
 
@@ -201,10 +293,15 @@ def _check_lost(lost: list[Any], place: dict[Keys, Keys], drop: Sequence[str]) -
         raise ValueError(
             "Expected a place in the new state, of the same shape and dtype, for all of"
             f" the old one, got none for {len(kept)} of its arrays:"
-            f" {', '.join(shown)}{', ...' if len(kept) > 10 else ''}. If they may be"
-            f" lost, pass drop={tops}."
-            + ("" if place else " Restore it as the state of the old optimizer first.")
+            f" {', '.join(shown)}{', ...' if len(kept) > 10 else ''}."
+            + (f" If they may be lost, pass drop={tops}." if place else _NOTHING_FITS)
         )
+
+
+_NOTHING_FITS = (
+    " Nothing of it fits. Restore the checkpoint as the state of the old optimizer, for"
+    " the same parameters, and pass what the new optimizer's init(params) gives."
+)
 
 
 def _tops(some: list[Keys], others: Iterable[Keys]) -> list[str]:

@@ -2,16 +2,17 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from .._clipping.metrics import nonfinite_flags
-from .._trees.arithmetic import at_least_float32
+from .._clipping.entries import moments_in, rebuild, zeros_like
+from .._clipping.metrics import zeroed
 from .._trees.leaves import flatten
 
 
 class ErrorState(NamedTuple):
-    """The state of the clipper inside, and what it has cut off so far."""
+    """The state of the clipper inside, and what it has cut off of each entry so far."""
 
     inner: Any
     error: Any
@@ -29,14 +30,19 @@ def error_feedback(
     as long as the limit is above the norm of the mean gradient; below it, :math:`e`
     grows without end, and the clipper's metrics show a norm that does.
 
+    An entry of a gradient that is infinite or NaN counts as 0 in these sums, whatever
+    the clipper's policy makes of it: what has been paid out leaves :math:`e`, and an
+    entry whose update is not finite keeps its :math:`e`. A step that the policy
+    ``"zero"`` drops leaves all of :math:`e` as it was, if the clipper keeps metrics;
+    else the finite entries of its gradient enter :math:`e`.
+
     Args:
         clipper: any clipper, of this package or another.
 
     Returns:
         A transformation. The error is kept in float32 or wider, one number for each
-        entry. After a step that is not finite it is what it was before, if the clipper
-        is one of this package and keeps metrics; else only entries that are not finite
-        are left as they were. A ``norm=`` passed to ``update`` is not used.
+        entry, in a tree like the parameters. A ``norm=`` passed to ``update`` is not
+        used.
 
     Raises:
         ValueError: from ``update`` if there are other leaves than at ``init``.
@@ -67,37 +73,40 @@ def error_feedback(
 
     def init_fn(params: Any) -> ErrorState:
         leaves = flatten(params, updates=False)
-        zeros = [jnp.zeros_like(x, dtype=at_least_float32(x)) for x in leaves.arrays]
-        return ErrorState(clipper.init(params), zeros)
+        return ErrorState(clipper.init(params), zeros_like(leaves))
 
     def update_fn(
         updates: Any, state: ErrorState, params: Any = None, **extra: Any
     ) -> tuple[Any, ErrorState]:
         leaves = flatten(updates)
-        if len(leaves.arrays) != len(state.error):
-            raise ValueError(
-                f"Expected the {len(state.error)} leaves that init saw, got"
-                f" {len(leaves.arrays)}. Leave frozen ones out with optax.masked."
-            )
+        errors = moments_in(state.error, leaves)
         # A norm that was computed elsewhere is not that of what is clipped here.
         extra.pop("norm", None)
         whole = [
-            x.astype(e.dtype) + e
-            for x, e in zip(leaves.arrays, state.error, strict=True)
+            x.astype(e.dtype) + e for x, e in zip(leaves.arrays, errors, strict=True)
         ]
         feed = [_within(w, x) for w, x in zip(whole, leaves.arrays, strict=True)]
         clipped, inner = wrapped.update(
             leaves.rebuild(feed), state.inner, params, **extra
         )
-        bad = nonfinite_flags(inner)
-        error = []
-        for w, e, u in zip(whole, state.error, flatten(clipped).arrays, strict=True):
-            rest = w - u.astype(e.dtype)
-            keep = jnp.isfinite(rest) & ~bad
-            error.append(jnp.where(keep, rest, e))
-        return clipped, ErrorState(inner, error)
+        dropped = zeroed(inner)
+        paid = flatten(clipped).arrays
+        rest = [
+            _rest(e, w, u.astype(e.dtype), dropped)
+            for e, w, u in zip(errors, whole, paid, strict=True)
+        ]
+        return clipped, ErrorState(inner, rebuild(state.error, rest))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _rest(
+    error: jax.Array, whole: jax.Array, paid: jax.Array, dropped: jax.Array
+) -> jax.Array:
+    """What is owed after a step; a gradient that is not finite was never owed."""
+    rest = jnp.where(jnp.isfinite(whole), whole, error) - paid
+    keeps = ~jnp.isfinite(rest) | (dropped & (paid == 0))
+    return jnp.where(keeps, error, rest)
 
 
 def _within(whole: Any, like: Any) -> Any:

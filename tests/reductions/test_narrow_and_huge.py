@@ -90,7 +90,7 @@ def test_error_feedback_stays_finite_in_float16():
         updates, state = tx.update(grads, state)
         assert np.isfinite(np.float64(updates)).all()
     # What does not fit into the dtype stays in the error.
-    assert float(state.error[0][0]) > float(jnp.finfo("float16").max)
+    assert float(state.error[0]) > float(jnp.finfo("float16").max)
     updates, _ = tx.update(jnp.array([np.nan, 0.0], jnp.float16), state)
     assert np.isnan(np.float64(updates)).any()
 

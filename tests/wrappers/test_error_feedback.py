@@ -36,7 +36,7 @@ def test_updates_and_error_add_up_to_the_gradients(name, dtype):
         state = new
         total = total + np.float64(clipped["a"])
         given = given + np.float64(grads(i, dtype)["a"])
-    np.testing.assert_allclose(total + np.float64(state.error[0]), given, atol=1e-5)
+    np.testing.assert_allclose(total + np.float64(state.error["a"]), given, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
