@@ -120,7 +120,8 @@ def stabilize_norm(
         check_layout(state)
         if state.peak.shape != (len(arrays),):
             raise ValueError(
-                f"Expected the {len(state.peak)} leaves that init saw, got {len(arrays)}."
+                f"Expected the {len(state.peak)} leaves that init saw, got"
+                f" {len(arrays)}."
                 " Leave frozen ones out with optax_clipx.excluding or optax.masked."
             )
         every = ScalarGroups(tuple(range(len(arrays))), len(arrays))

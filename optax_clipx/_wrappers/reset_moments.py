@@ -32,6 +32,9 @@ def reset_moments(
     count included: put schedules of the learning rate outside, as in
     ``optax.chain(reset_moments(optax.scale_by_adam()), optax.scale_by_schedule(...))``.
 
+    Steps are counted as Optax's schedules count them: every call of ``update``, finite
+    or not. Put :func:`skip_spikes` around, and a skipped step does not count.
+
     Args:
         inner: the optimizer whose moments a spike may have spoiled.
         every: how many steps there are from reset to reset.

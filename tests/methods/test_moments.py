@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_clipx as clipx
+from optax_clipx._methods.second_moment import SecondMomentMemory
 from optax_clipx._reductions import norms as reductions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -442,6 +443,38 @@ def test_sanitized_updates_go_on_where_the_moments_stay(make, bad):
     want, _ = tx.update(jnp.nan_to_num(spoiled), state)
     np.testing.assert_allclose(found, want, rtol=1e-6)
     chex.assert_trees_all_equal(after.rule, state.rule)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
+@pytest.mark.parametrize("metrics", [True, False])
+def test_steps_that_are_not_finite_use_up_no_warm_up(policy, metrics):
+    """As those of a loss scale that settles; the default warm-up is of 20 steps."""
+    tx = clipx.clip_by_second_moment(nonfinite=policy, metrics=metrics)
+    state, seen = tx.init(jnp.zeros(1)), []
+    for gradient in [np.nan] * 20 + [1.0, 5.0, 5.0]:
+        updates, state = tx.update(jnp.array([gradient]), state)
+        seen.append(float(updates[0]))
+    assert seen[20:] == [1.0, 5.0, 5.0]
+    assert int(state.rule.seen) == 3
+
+
+def test_the_warm_up_ends_after_its_finite_steps():
+    tx = clipx.clip_by_second_moment(warmup_steps=1)
+    state, seen = tx.init(jnp.zeros(1)), []
+    for gradient in (np.nan, 1.0, 5.0):
+        updates, state = tx.update(jnp.array([gradient]), state)
+        seen.append(float(updates[0]))
+    np.testing.assert_allclose(seen[1:], [1.0, 5.0**0.5], rtol=1e-5)
+
+
+def test_a_bias_correction_counts_finite_steps():
+    """Adam's second step has its own debiasing, however many were not finite before."""
+    tx = clipx.scale_by_stable_adam(nonfinite="zero", eps=0.0)
+    state = tx.init(jnp.zeros(1))
+    for gradient in (np.nan, np.nan, 1.0):
+        updates, state = tx.update(jnp.array([gradient]), state)
+    np.testing.assert_allclose(updates, [1.0], rtol=1e-6)
+    assert int(state.rule.seen) == 1
 
 
 def test_a_spike_is_clipped_where_the_root_underflows():

@@ -177,6 +177,47 @@ def test_a_state_without_its_types_is_an_error():
         clipx.carry_over(plain, adam.init(PARAMS))
 
 
+def test_shapes_in_the_place_of_a_new_state_are_an_error():
+    """The values of a fresh clipper are not known from them."""
+    shapes = jax.eval_shape(optax.chain(zclip, adam).init, PARAMS)
+    with pytest.raises(ValueError, match=r"0/metrics/norm.*Pass tx.init\(params\)"):
+        clipx.carry_over(trained(adam), shapes)
+    with pytest.raises(ValueError, match="Expected new_state to hold arrays"):
+        clipx.carry_over(optax.sgd(0.1).init(PARAMS), shapes)
+
+
+def test_shapes_are_enough_where_nothing_is_fresh():
+    old = trained(optax.chain(zclip, adam))
+    state, fresh = clipx.carry_over(old, jax.eval_shape(lambda: old))
+    assert fresh == []
+    chex.assert_trees_all_equal(state, old)
+
+
+def test_an_old_state_of_shapes_is_an_error():
+    shapes = jax.eval_shape(adam.init, PARAMS)
+    with pytest.raises(ValueError, match=r"old_state to hold arrays.*Restore it first"):
+        clipx.carry_over(shapes, optax.chain(zclip, adam).init(PARAMS))
+
+
+def test_shapes_of_both_give_the_shapes_of_the_result():
+    shapes, new = jax.eval_shape(lambda: (adam.init(PARAMS), zclip.init(PARAMS)))
+    found, _ = clipx.carry_over(shapes, (new, shapes))
+    assert found == (new, shapes)
+
+
+@pytest.mark.parametrize("which", ["old_state", "new_state"])
+def test_an_optimizer_in_the_place_of_its_state_is_an_error(which):
+    states = {"old_state": trained(adam), "new_state": trained(adam)} | {which: adam}
+    with pytest.raises(TypeError, match=f"Expected {which} to be the state of"):
+        clipx.carry_over(**states)
+
+
+def test_parameters_in_the_place_of_a_state_are_an_error():
+    with pytest.raises(ValueError, match=r"Nothing of it fits.*init") as caught:
+        clipx.carry_over(trained(adam), PARAMS)
+    assert "drop" not in str(caught.value)
+
+
 def test_other_parameters_are_an_error():
     """Lists of layers are not aligned with each other."""
     three, four = ([jnp.ones(2)] * n for n in (3, 4))

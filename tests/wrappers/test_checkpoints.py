@@ -28,8 +28,8 @@ import optax_clipx as clipx
 from optax_clipx._trees.leaves import path_of
 
 HERE = Path(__file__).parents[1]
-RELEASES = sorted(
-    (HERE / "fixtures" / "states").iterdir(),
+RELEASES = sorted(  # what was before them has a test of its own
+    (x for x in (HERE / "fixtures" / "states").iterdir() if ".dev" not in x.name),
     key=lambda path: [int(number) for number in path.name.split(".")],
 )
 # One for each kind of state; the others are in the slow run.
@@ -138,11 +138,6 @@ def test_states_of_releases_go_on_as_they_did(release, name):
     before = load(release, f"{name}: state", tx.init(params))
     updates, after = jax.jit(tx.update)(grads, before, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    if name == "clip_by_second_moment":  # which now tells by the sign what was clipped
-        pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True)
-        for root, (update, grad) in zip(after.rule.root, pairs, strict=True):
-            np.testing.assert_array_equal(jnp.signbit(root), update != grad)
-        after = after._replace(rule=[jnp.abs(root) for root in after.rule])
     for tree, found in (("updates", updates), ("next", after)):
         want = load(release, f"{name}: {tree}", found)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):

@@ -50,6 +50,50 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad, policy):
     chex.assert_trees_all_equal(after.error, state.error)
 
 
+# Where updates go on after a step that is not finite.
+GO_ON = {
+    "element": clipx.clip(1.0),
+    "element sanitized": clipx.clip(1.0, nonfinite="sanitize"),
+    "without metrics": clipx.clip(1.0, nonfinite="sanitize", metrics=False),
+    "tree sanitized": clipx.clip_by_global_norm(1.0, nonfinite="sanitize"),
+    "leaf sanitized": clipx.clip_by_leaf_norm(1.0, nonfinite="sanitize"),
+    "optax": optax.clip(1.0),
+}
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_an_error_is_paid_out_once_however_many_steps_are_not_finite(name):
+    tx = clipx.error_feedback(GO_ON[name])
+    state, update, paid = tx.init(jnp.zeros(2)), jax.jit(tx.update), 0.0
+    for gradient in [[10.0, 0.0], *[[0.0, np.nan]] * 30]:
+        updates, state = update(jnp.array(gradient), state)
+        paid += float(updates[0])
+    assert paid == pytest.approx(10.0, rel=1e-6)
+    np.testing.assert_allclose(state.error, [0.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["element", "element sanitized", "tree sanitized"])
+def test_an_infinite_gradient_counts_as_zero(name):
+    """What the clipper makes of it is taken back, and nothing else is paid again."""
+    tx = clipx.error_feedback(GO_ON[name])
+    state, paid = tx.init(jnp.zeros(2)), 0.0
+    for gradient in [[10.0, 0.0], *[[0.0, np.inf]] * 3, *[[0.0, 0.0]] * 30]:
+        updates, state = tx.update(jnp.array(gradient), state)
+        paid = paid + np.float64(updates)
+    np.testing.assert_allclose(paid, [10.0, 0.0], atol=1e-5)
+
+
+@pytest.mark.parametrize("metrics", [True, False])
+def test_finite_entries_of_a_dropped_step(metrics):
+    """They are dropped with it; without metrics it cannot be told that they were."""
+    clipper = clipx.clip_by_global_norm(1.0, nonfinite="zero", metrics=metrics)
+    tx = clipx.error_feedback(clipper)
+    _, state = tx.update(jnp.array([3.0, 0.0]), tx.init(jnp.zeros(2)))
+    updates, state = tx.update(jnp.array([5.0, jnp.nan]), state)
+    assert updates.tolist() == [0.0, 0.0]
+    assert state.error.tolist() == [2.0 if metrics else 7.0, 0.0]
+
+
 def test_the_bias_of_clipping_vanishes():
     """Targets 9, 0, 0 with gradients clipped to 1: the mean is 3, the median 0."""
     targets = jnp.array([9.0, 0.0, 0.0])
