@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .runs import plotting, readers
+from .runs import naming, plotting
 from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
+from .runs.overwriting import may_write
 from .runs.suggesting import suggest_threshold
+from .runs.table import present
 
 _RUNS = """
-A run is a JSONL file that History wrote, a CSV file, or a TensorBoard event file or its
-folder. Exit code 2 says that something was wrong with the input; nothing is overwritten
-without --force.
+A run is a JSONL or CSV file that History wrote, a metrics.csv of Lightning or Keras,
+Hugging Face's trainer_state.json, an export of W&B as CSV, JSONL of MaxText or
+Levanter, a TensorBoard event file, or a folder with one of these. Exit code 2 says that
+something was wrong with the input; nothing is overwritten without --force.
 """
 _EXAMPLES = {
     "plot": """
@@ -141,7 +144,7 @@ def _picture_options(parser: argparse.ArgumentParser) -> None:
 def _plot(given: argparse.Namespace) -> None:
     outputs = _outputs(given) if given.html is None or given.output else []
     for path in [*outputs, *([given.html] if given.html else [])]:
-        _may_write(path, given.force)
+        may_write(path, given.force)
     options = {"limit": given.limit}
     loaded = [_load(run, given) for run in given.runs]
     for (columns, norm), path in zip(loaded, outputs, strict=False):
@@ -161,9 +164,11 @@ def _suggest(given: argparse.Namespace) -> None:
     for label, run in zip(_labels(given.runs), given.runs, strict=True):
         columns, norm = _load(run, given)
         try:
-            limits = readers.limits_beside(columns, norm)
+            limits = naming.limits_beside(columns, norm)
             found[label] = suggest_threshold(
-                columns[norm], given.clip_rate, limit=limits
+                naming.norms_of_all_steps(columns, norm),
+                given.clip_rate,
+                limit=limits,
             )
         except ValueError as error:
             raise ReadError(f"{run}: {error}") from None
@@ -179,7 +184,7 @@ def _suggest(given: argparse.Namespace) -> None:
 
 def _compare(given: argparse.Namespace) -> None:
     path = given.output or Path("compare.png")
-    _may_write(path, given.force)
+    may_write(path, given.force)
     groups: dict[str, list[Any]] = {}
     for run in given.runs:
         label, equals, source = run.partition("=")
@@ -188,7 +193,7 @@ def _compare(given: argparse.Namespace) -> None:
         history = History.load(source, step=given.step)
         name = given.column
         if name not in history.columns:
-            name = readers.pick(history.columns, given.column, None, source)
+            name = naming.pick(history.columns, given.column, None, source)
         columns = {given.column: history[name], "step": history.steps}
         groups.setdefault(label, []).append(columns)
     figure = plotting.compare(groups, column=given.column, theme=given.theme)
@@ -214,7 +219,7 @@ def _watch(given: argparse.Namespace) -> None:
 def _load(run: str, given: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
     """The columns of a run and the name of its norm."""
     columns = History.load(run, step=given.step).columns
-    norm = readers.pick(columns, "norm", given.norm, run)
+    norm = naming.pick(columns, "norm", given.norm, run)
     if not np.isfinite(columns[norm]).any():
         raise ReadError(
             f"{run}: there is no finite number in {norm!r}. Name another column with"
@@ -261,13 +266,6 @@ def _labels(runs: Sequence[str]) -> list[str]:
     return list(runs)
 
 
-def _may_write(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name a file in it.")
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} is there already. Pass --force to overwrite it.")
-
-
 def _save(figure: Any, path: Path) -> None:
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in kinds:
@@ -281,16 +279,23 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _end(values: np.ndarray) -> float:
-    """The median of the last tenth; NaN if that has nothing finite."""
-    recorded = values[~np.isnan(values)] if np.isfinite(values[-1]) else values
+    """The median of the last tenth of what was recorded; NaN if that diverged."""
+    recorded = values[present(values)]
     last = recorded[-max(1, len(recorded) // 10) :]
-    return float(np.median(last))
+    if not np.isfinite(last[-1:]).all():
+        return float("nan")
+    return float(np.median(last[np.isfinite(last)]))
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not np.isfinite(value):
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f"expected a finite number such as 1.0, got {text!r}"
+        )
     return value
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from . import readers
+from . import naming, readers
 from .jsonl import ReadError
-from .table import STEP, Columns
+from .table import STEP, Columns, present
 
 POINTS = 1000  # more than the pixels of a line at README width
 
@@ -23,6 +23,7 @@ class Theme(NamedTuple):
     norm: str
     limit: str
     clipped: str
+    skipped: str
     lines: tuple[str, ...]
 
 
@@ -34,6 +35,7 @@ THEMES = {
         norm="#0072B2",
         limit="#1f2328",
         clipped="#D55E00",
+        skipped="#009E73",
         lines=("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     ),
     "dark": Theme(
@@ -43,6 +45,7 @@ THEMES = {
         norm="#56B4E9",
         limit="#e6edf3",
         clipped="#E69F00",
+        skipped="#2CC59B",
         lines=("#E69F00", "#56B4E9", "#2CC59B", "#E29AC5", "#F0E442", "#F07F3C"),
     ),
 }
@@ -109,6 +112,13 @@ def columns_of(run: Any) -> Columns:
         columns = readers.columns_of_run(run)
     if not columns or not len(columns[STEP]):
         raise ReadError("There are no records to draw. Was anything appended?")
+    for name, values in columns.items():
+        if values.ndim != 1:
+            raise ValueError(
+                f"Expected one number a step in {name!r}, got shape {values.shape}."
+                " Seeds are runs of their own: draw one, {name: x[:, 0] for name, x in"
+                " columns.items()}, or pass compare a list of them, one for each seed."
+            )
     return columns
 
 
@@ -153,36 +163,57 @@ class Sweep(Protocol):
 
 
 class Norms(NamedTuple):
-    """The norms of a run, their limits, and which steps were clipped."""
+    """The norms that were recorded, their limits, and what was done to which step."""
 
     steps: np.ndarray
     norms: np.ndarray
     limits: np.ndarray | None
     clipped: np.ndarray | None
+    skipped: np.ndarray | None
 
     @property
     def rate(self) -> float | None:
         """The share of clipped steps."""
         return None if self.clipped is None else float(np.mean(self.clipped))
 
+    @property
+    def skip_rate(self) -> float | None:
+        """The share of skipped steps."""
+        return None if self.skipped is None else float(np.mean(self.skipped))
+
 
 def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
-    """What the pictures of norms show."""
+    """What the pictures of norms show: the steps of which a norm was recorded."""
     columns = columns_of(run)
-    name = readers.pick(columns, "norm", norm)
-    norms = np.asarray(columns[name], np.float64)
-    limits: np.ndarray | None
-    clipped = None
+    name = naming.pick(columns, "norm", norm)
+    norms = naming.norms_of_all_steps(columns, name)
+    there = present(norms)
+    if not there.any():
+        raise ReadError(f"There are no norms in {name!r}. Name another column.")
+
+    def beside(last: str) -> np.ndarray | None:
+        other = f"{name.removesuffix('norm')}{last}"
+        if not name.endswith("norm") or other not in columns:
+            return None
+        return np.asarray(columns[other], np.float64)[there]
+
+    norms = norms[there]
+    skipped = None
+    if "skip/skipped" in columns:
+        skipped = np.asarray(columns["skip/skipped"], np.float64)[there] > 0
+    limits = naming.limits_beside(columns, name)
+    limits = None if limits is None else limits[there]
+    flags = beside("clipped") if limits is not None else None
     if limit is not None:
-        limits = np.full(len(norms), float(limit))
-    else:
-        limits = readers.limits_beside(columns, name)
-        beside = f"{name.removesuffix('norm')}clipped"
-        if limits is not None and beside in columns:
-            clipped = np.asarray(columns[beside]) > 0
-    if limits is not None and clipped is None:
+        limits, flags = np.full(len(norms), float(limit)), None
+    clipped = None
+    if limits is not None and (limit is not None or not name.startswith("skip/")):
         clipped = norms > limits
-    return Norms(columns[STEP], norms, limits, clipped)
+        if flags is not None:
+            clipped = np.where(present(flags), flags > 0, clipped)
+        if skipped is not None:  # the clipper's figures are those of a step before
+            clipped &= ~skipped
+    return Norms(columns[STEP][there], norms, limits, clipped, skipped)
 
 
 class Envelope(NamedTuple):

@@ -1,17 +1,19 @@
 """`History`: what happened in each step of a run, in memory and on disk."""
 
 import os
-import tempfile
+import secrets
+import stat
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from . import jsonl, readers
-from .table import STEP, Columns, Table
+from . import csv_files, jsonl, readers
+from .overwriting import may_write
+from .table import STEP, Columns, Table, present
 
 
 class History:
@@ -33,11 +35,14 @@ class History:
             step 100 of a checkpoint leaves the file of one that was never interrupted.
             What is dropped is added to a file beside it, ``run.jsonl.dropped``. Without
             ``resume`` this comes with a warning.
+        force: overwrite a file that is there. Nothing of this package overwrites a
+            file without ``force=True``, or ``--force`` on the command line.
 
     Raises:
-        FileExistsError: if the file has something in it and ``resume`` is false.
+        FileExistsError: if the file has something in it and neither ``resume`` nor
+            ``force`` is true.
         ValueError: if a file to go on with cannot be read, or is not one that
-            ``History(path)`` wrote.
+            ``History(path)`` wrote; if both ``resume`` and ``force`` are true.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,21 +61,31 @@ class History:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, resume: bool = False
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
+        force: bool = False,
     ) -> None:
+        if resume and force:
+            raise ValueError(
+                "Expected resume=True, which goes on with a file, or force=True, which"
+                " overwrites it, got both."
+            )
         self.path: Path | None = None if path is None else Path(path)
         table, file = Table(), None
         if self.path is not None:
-            if self.path.exists() and self.path.stat().st_size:
-                if not resume:
-                    raise FileExistsError(
-                        f"{self.path} has something in it already. Pass another path,"
-                        " resume=True to go on with it, or delete it."
-                    )
-                table = readers.read(self.path)
+            filled = self.path.exists() and self.path.stat().st_size > 0
+            if filled and resume:
+                jsonl.check_is_ours(self.path)
+                table = readers.read(self.path, STEP)
                 jsonl.end_last_line(self.path)
+            elif filled:
+                may_write(self.path, force, "resume=True to go on with it,")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab")
+            file = self.path.open("ab", buffering=0)
+            if force:
+                file.truncate(0)
         self._writer = _Writer(table, file, resume)
         # Writes the last record at the end of the program, too.
         self._close = weakref.finalize(self, self._writer.close)
@@ -78,16 +93,23 @@ class History:
     def append(self, step: Any, metrics: Any) -> None:
         """Records a step, or a block of steps.
 
+        A step may be recorded in parts: its loss first, and its evaluation later. What
+        is not recorded in a step is missing there, which is not the same as a NaN.
+
         Args:
             step: the number of the step; or a range or array of numbers, for a block.
             metrics: from names to numbers, as from :func:`metrics`, with whatever else
-                there is to record, such as the loss. Or :class:`ClipMetrics`, whose
-                fields are then called ``"clip/norm"`` and so on. For a block, arrays
-                with one entry a step, as ``jax.lax.scan`` stacks them.
+                there is to record, such as the loss; ``None`` for what is missing. Or
+                :class:`ClipMetrics`, whose fields are then called ``"clip/norm"`` and
+                so on. For a block, arrays with one entry a step, as ``jax.lax.scan``
+                stacks them. Seeds under ``jax.vmap`` are runs of their own: record each
+                to a ``History`` of its own.
 
         Raises:
-            ValueError: if a shape does not go with ``step``, for metrics called
-                ``"step"``, and after ``close``.
+            ValueError: for what is no number, if a shape does not go with ``step``, if
+                steps are not whole or do not rise, for metrics called ``"step"``, after
+                ``close``, and in a process that was forked from the one that opened the
+                file.
             TypeError: inside of ``jax.jit``, and for what is no dict.
         """
         if hasattr(metrics, "_asdict"):
@@ -103,21 +125,12 @@ class History:
             raise ValueError("Expected metrics without 'step', which is given apart.")
         if isinstance(step, range | list | tuple):
             step = np.asarray(step)
-        record = {STEP: step, **metrics}
-        for name, value in record.items():
-            if type(value).__name__.endswith("Tracer"):
-                raise TypeError(
-                    f"Expected numbers, got the traced {name!r}. Return the metrics"
-                    " from the jitted function, and append them outside of it."
-                )
-            if np.shape(value) != np.shape(step) or np.ndim(step) > 1:
-                raise ValueError(
-                    f"Expected {name!r} of shape {np.shape(step)} as step has, got"
-                    f" {np.shape(value)}. For a block of steps pass all their numbers:"
-                    " append(range(0, 100), stacked)."
-                )
-            if hasattr(value, "copy_to_host_async"):
-                value.copy_to_host_async()
+        record = {STEP: _numbers(STEP, step)}
+        _check_shape(STEP, np.shape(step), np.shape(step))
+        for name, value in metrics.items():
+            if value is not None:
+                record[name] = _numbers(name, value)
+                _check_shape(name, np.shape(value), np.shape(step))
         self._writer.put(record)
 
     def flush(self) -> None:
@@ -145,8 +158,38 @@ class History:
 
     @property
     def columns(self) -> Columns:
-        """A copy of every column by name; what was not recorded is NaN."""
+        """A copy of every column by name; what was not recorded shows as NaN.
+
+        :meth:`recorded` tells it from a NaN that was recorded.
+        """
         return self._table.arrays()
+
+    def recorded(self, name: str) -> np.ndarray:
+        """In which rows a column has a value; a NaN that was recorded is one.
+
+        Args:
+            name: of the column.
+
+        Returns:
+            An array of booleans, one for each of ``steps``.
+
+        Raises:
+            KeyError: if there is no such column.
+
+        Example:
+            >>> import optax_clipx as clipx
+            >>> history = clipx.History()
+            >>> history.append(0, {"loss": 1.0})
+            >>> history.append(1, {"loss": float("nan"), "val_loss": 2.0})
+            >>> history.recorded("val_loss").tolist()
+            [False, True]
+            >>> history.recorded("loss").tolist()
+            [True, True]
+
+        References:
+            Rubin, Inference and missing data, Biometrika, 1976.
+        """
+        return present(self[name])
 
     @property
     def steps(self) -> np.ndarray:
@@ -161,6 +204,9 @@ class History:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Writes everything to a file: CSV if it is called so, else JSONL.
 
+        What is missing is an empty cell in CSV, and left out of its line in JSONL. A
+        file that is overwritten keeps its permissions, and a symbolic link its target.
+
         Args:
             path: of the file.
             force: overwrite a file that is there.
@@ -172,40 +218,36 @@ class History:
             FileExistsError: if there is such a file and ``force`` is false.
         """
         path = Path(path)
-        if path.exists() and not force:
-            raise FileExistsError(f"{path} is there already. Pass force=True.")
+        may_write(path, force)
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = self.columns
-        # A reader never sees half a file, nor is the old one lost on the way.
-        descriptor, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}"
-        )
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for part in _parts(columns, as_csv=path.suffix.lower() == ".csv"):
-                    file.write(part)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        as_csv = path.suffix.lower() == ".csv"
+        parts = csv_files.encode(columns) if as_csv else jsonl.encode_in_parts(columns)
+        _replace(path, parts)
         return path
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, step: str | None = None
     ) -> "History":
-        """Reads a run: JSONL, CSV, or TensorBoard event files.
+        """Reads a run, as this package or another logger wrote it.
+
+        Read are JSONL and CSV of ``History``; the ``metrics.csv`` of Lightning and of
+        Keras' ``CSVLogger``; ``trainer_state.json`` of Hugging Face; exports of W&B as
+        CSV; JSONL of MaxText and Levanter; and event files of TensorBoard. Rows of one
+        step are merged, and the later value that is present wins. Where steps go back
+        and a stretch is run again, the later stretch takes the place of the earlier.
 
         Args:
-            path: a file, or a folder with TensorBoard's event files in it.
+            path: a file, or a folder with one such file or with event files in it.
             step: the column with the step, if it is not called so.
 
         Returns:
             The history, in memory; appending to it leaves the file as it is.
 
         Raises:
-            ValueError: if the file cannot be read; the message has the line.
+            ValueError: if the file cannot be read; the message has the line. Also if
+                several runs are mixed in it.
         """
         history = cls()
         history._writer.table = readers.read(Path(path), step)
@@ -214,6 +256,9 @@ class History:
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with the steps as its index.
 
+        A column in which something is missing has pandas' type ``Float64``, whose
+        ``<NA>`` is not the same as NaN; ``dropna`` drops what is missing.
+
         Raises:
             ImportError: if pandas is not installed.
         """
@@ -221,14 +266,22 @@ class History:
             import pandas as pd
         except ImportError:
             raise ImportError("pandas is missing. Run: pip install pandas") from None
-        return pd.DataFrame(self.columns).set_index(STEP)
+        columns = self.columns
+        steps = pd.Index(columns.pop(STEP), name=STEP)
+        found = {}
+        for name, values in columns.items():
+            lacking = ~present(values)
+            found[name] = (
+                pd.arrays.FloatingArray(values, lacking) if lacking.any() else values
+            )
+        return pd.DataFrame(found, index=steps)
 
     def plot(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
         theme: str = "light",
-        force: bool = True,
+        force: bool = False,
     ) -> Any:
         """Draws the run as :func:`optax_clipx.plotting.overview` does.
 
@@ -246,8 +299,8 @@ class History:
         """
         from . import plotting
 
-        if path is not None and not force and Path(path).exists():
-            raise FileExistsError(f"{path} is there already. Pass force=True.")
+        if path is not None:
+            may_write(Path(path), force)
         figure = plotting.overview(self, theme=theme)
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -255,13 +308,86 @@ class History:
         return figure
 
 
+def _numbers(name: str, value: Any) -> Any:
+    """Numbers as they are now, or still being computed; no text."""
+    if type(value).__name__.endswith("Tracer"):
+        raise TypeError(
+            f"Expected numbers, got the traced {name!r}. Return the metrics"
+            " from the jitted function, and append them outside of it."
+        )
+    try:
+        if hasattr(value, "copy_to_host_async"):
+            if value.dtype.kind == "c":
+                raise TypeError
+            np.zeros(0, value.dtype).astype(np.float64)
+            value.copy_to_host_async()
+            return value
+        numbers = np.array(value)  # a copy, whatever becomes of a buffer
+        if numbers.dtype.kind not in "fiubV":
+            numbers = _converted(numbers)
+        numbers.astype(np.float64)
+        return numbers
+    except (TypeError, ValueError, OverflowError):
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise ValueError(
+            f"Expected numbers, got {shown} for {name!r}. Leave it out, or pass a"
+            " number."
+        ) from None
+
+
+def _converted(values: np.ndarray) -> np.ndarray:
+    """Objects such as decimals and fractions; not text, though it may be of digits."""
+    if values.dtype.kind != "O" or any(isinstance(x, str) for x in values.flat):
+        raise TypeError
+    return values.astype(np.float64)
+
+
+def _check_shape(name: str, got: tuple[int, ...], of_step: tuple[int, ...]) -> None:
+    if got == of_step and len(of_step) <= 1:
+        return
+    block = (
+        "For a block of steps pass all their numbers: append(range(0, 100), stacked)."
+    )
+    seeds = (
+        f"If these are {got[-1] if got else 0} seeds (jax.vmap), record each as a run"
+        " of its own: for i, history in enumerate(histories): history.append"
+    )
+    mend = block
+    if len(of_step) == 1 and got[:-1] == of_step:
+        mend = f"{seeds}(steps, {{n: x[:, i] for n, x in metrics.items()}})."
+    elif not of_step and len(got) == 1:
+        mend = f"{block} {seeds}(step, {{n: x[i] for n, x in metrics.items()}})."
+    raise ValueError(
+        f"Expected {name!r} of shape {of_step} as step has, got {got}. {mend}"
+    )
+
+
+def _replace(path: Path, parts: Any) -> None:
+    """Writes a file in place of another: no reader sees half, and a failure neither."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if target.exists():
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            for part in parts:
+                file.write(part)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 class _Writer:
     """The table and the file, one record behind."""
 
-    def __init__(self, table: Table, file: IO[bytes] | None, resume: bool) -> None:
+    def __init__(self, table: Table, file: Any, resume: bool) -> None:
         self.table = table
         self.file = file
         self.resume = resume
+        self.process = os.getpid()
         self.pending: dict[str, Any] | None = None
         self.closed = False
 
@@ -272,62 +398,73 @@ class _Writer:
                 "The history is closed. To go on with its file, open it again with"
                 " History(path, resume=True)."
             )
-        before, self.pending = self.pending, record
-        if before is not None:
-            self._add(before)
+        if self.file is not None and os.getpid() != self.process:
+            raise ValueError(
+                f"Expected a record from the process {self.process}, which opened"
+                f" {self.file.name}, got one from {os.getpid()}, which was forked from"
+                " it. Record to a History of its own."
+            )
+        _check_steps(record[STEP])
+        self.write()
+        self.pending = record
 
     def write(self) -> None:
-        """Writes what is left."""
+        """Writes what is left. If the file takes nothing, it is still left."""
         before, self.pending = self.pending, None
-        if before is not None:
+        if before is None:
+            return
+        try:
             self._add(before)
+        except OSError:
+            self.pending = before
+            raise
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
         self.closed = True
+        if os.getpid() != self.process:  # its parent writes what is pending
+            return
         self.write()
         if self.file is not None:
             self.file.close()
             self.file = None
 
     def _add(self, record: dict[str, Any]) -> None:
+        # First all is converted, then the file is written, then the table: whatever
+        # fails, both have the same records.
         columns = {n: np.atleast_1d(np.asarray(x)) for n, x in record.items()}
+        converted = {n: x.astype(np.float64) for n, x in columns.items()}
         steps = columns[STEP]
         if not len(steps):
             return
-        if steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0):
-            raise ValueError(f"Expected whole steps that rise, got {record[STEP]}.")
-        again = self.table.forget_from(int(steps[0]))
-        if again and not self.resume:
+        _check_steps(steps)
+        adds = self.table.adds_to_last(converted)
+        again = not adds and steps[0] <= self.table.last_step
+        # A process that was forked has the file in common with the one that writes it.
+        file = self.file if os.getpid() == self.process else None
+        if file is not None and again:
+            jsonl.cut_from(file, int(steps[0]))
+        dropped = self.table.forget_from(int(steps[0])) if again else 0
+        if file is not None:
+            jsonl.write_whole(file, jsonl.encode_in_parts(columns))
+        if adds:
+            self.table.add_to_last(converted)
+        else:
+            self.table.extend(converted)
+        if dropped and not self.resume:
             warnings.warn(
-                f"Step {steps[0]} was recorded before: {again} records from it on are"
+                f"Step {steps[0]} was recorded before: {dropped} records from it on are"
                 " dropped. Pass a step that rises over all epochs; or History(...,"
                 " resume=True) if the run went back to a checkpoint.",
-                stacklevel=4,
+                stacklevel=5,
             )
-        if self.file is not None:
-            if again:
-                jsonl.cut_from(self.file, int(steps[0]))
-            # Flushed at once: what the system has taken outlives the process.
-            for part in _parts(columns, as_csv=False):
-                self.file.write(part)
-            self.file.flush()
-        self.table.extend(columns)
 
 
-def _parts(columns: Columns, *, as_csv: bool) -> Iterable[bytes]:
-    """The content of a file, some thousand rows at a time."""
-    if as_csv:
-        yield (",".join(map(_quoted, columns)) + "\n").encode()
-    for start in range(0, len(columns[STEP]), 10_000):
-        part = {n: values[start : start + 10_000] for n, values in columns.items()}
-        if not as_csv:
-            yield jsonl.encode(part)
-            continue
-        rows = zip(*[values.tolist() for values in part.values()], strict=True)
-        yield "".join(",".join(map(repr, row)) + "\n" for row in rows).encode()
-
-
-def _quoted(name: str) -> str:
-    special = any(character in name for character in ',"\r\n')
-    return '"' + name.replace('"', '""') + '"' if special else name
+def _check_steps(steps: Any) -> None:
+    """Steps on the host are checked at once, those on a device when they are there."""
+    if (
+        isinstance(steps, np.ndarray)
+        and steps.size
+        and (steps.dtype.kind not in "iu" or np.any(np.diff(np.atleast_1d(steps)) <= 0))
+    ):
+        raise ValueError(f"Expected whole steps that rise, got {steps}.")

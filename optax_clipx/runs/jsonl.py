@@ -2,23 +2,30 @@
 
 JSON has no NaN or infinity. They are written as the strings "NaN", "Infinity" and
 "-Infinity", as Protocol Buffers write them, so that every reader of JSON takes the
-file; Python's bare NaN and null are read, too.
+file; Python's bare NaN is read, too. What is missing in a step is left out of its line;
+null is read as missing.
 """
 
+import itertools
 import json
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .escaping import printable_lines
-from .table import STEP, Columns
+from .table import MISSING, STEP, Columns, present
 
 _BLOCK = 1 << 23  # bytes at a time: a few tens of MB as Python objects
 _SPARSE = 256  # places in the table for each number in the file
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_EMPTY = frozenset(("", "NA", "N/A", "null", "None"))  # Keras writes NA
 
 
 class ReadError(ValueError):
@@ -29,18 +36,26 @@ class ReadError(ValueError):
 
 
 def encode(columns: Mapping[str, Any]) -> bytes:
-    """The lines of some rows."""
+    """The lines of some rows; each has what is present in its row."""
     names = list(columns)
-    rows = zip(*[_plain(columns[name]) for name in names], strict=True)
+    sparse = not all(present(columns[name]).all() for name in names)
     lines = []
-    for row in rows:
+    for row in zip(*[plain(columns[name]) for name in names], strict=True):
         record = dict(zip(names, row, strict=True))
+        if sparse:
+            record = {n: value for n, value in record.items() if value is not None}
         try:
             line = json.dumps(record, allow_nan=False)
         except ValueError:
             line = json.dumps({name: _named(value) for name, value in record.items()})
         lines.append(line + "\n")
     return "".join(lines).encode()
+
+
+def encode_in_parts(columns: Columns) -> Iterator[bytes]:
+    """The lines of many rows, some thousand at a time."""
+    for start in range(0, len(columns[STEP]), 10_000):
+        yield encode({n: x[start : start + 10_000] for n, x in columns.items()})
 
 
 def blocks(path: Path, start: int = 0) -> Iterator[tuple[int, list[bytes], bool]]:
@@ -63,32 +78,51 @@ def blocks(path: Path, start: int = 0) -> Iterator[tuple[int, list[bytes], bool]
         yield number, [rest], True
 
 
-def end_last_line(path: Path) -> None:
-    """Takes off a last line that was cut off, so that a new one may follow.
-
-    Raises:
-        ReadError: for a file in which lines of ours would be out of place.
-    """
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    first = data[: data.find(b"\n") + 1]
+def check_is_ours(path: Path) -> None:
+    """Raises an error for a file in which lines of ours would be out of place."""
+    with path.open("rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n"):
+        first = b""
     if _broken(first) or STEP not in json.loads(first):
         raise ReadError(
             f"{path}: expected a file that History(path) wrote, with"
             f' {{"step": 0, ...}} on each line, got {_shown(first)}. Record to another'
             " file, and read this one with History.load."
         )
+
+
+def end_last_line(path: Path) -> None:
+    """Takes off a last line that was cut off, so that a new one may follow."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
     if whole < len(data):
         with path.open("rb+") as file:
             file.truncate(whole)
+
+
+def write_whole(file: Any, parts: Iterable[bytes]) -> None:
+    """Writes all of it to the end of an unbuffered file, or nothing: a disk may fill.
+
+    What the system has taken outlives the process.
+    """
+    end = os.fstat(file.fileno()).st_size
+    try:
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                left = left[file.write(left) :]
+    except BaseException:
+        file.truncate(end)
+        raise
 
 
 def cut_from(file: Any, step: int) -> None:
     """Moves the lines from a step on to a file beside this one."""
     data = Path(file.name).read_bytes()
     end = _end_before(data, step)
-    with open(f"{file.name}.dropped", "ab") as dropped:
-        dropped.write(data[end:])
+    with open(f"{file.name}.dropped", "ab", buffering=0) as dropped:
+        write_whole(dropped, [data[end:]])
     file.truncate(end)
 
 
@@ -106,11 +140,13 @@ def _end_before(data: bytes, step: int) -> int:
 
 def decode(path: Path, number: int, lines: list[bytes], cut: bool) -> Columns | None:
     """The columns of some lines; None if there is but a line that was cut off."""
+    if not number:
+        lines = [lines[0].removeprefix(_BYTE_ORDER_MARK), *lines[1:]]
     filled = [line for line in lines if line.strip()]
     if not filled:
         return None
     try:
-        records = _loads(b"[" + b",".join(filled) + b"]")
+        records = loads(b"[" + b",".join(filled) + b"]")
     except ValueError:
         records = None
     # Broken lines can be whole when joined: {"a": 1 and "b": 2}.
@@ -118,10 +154,11 @@ def decode(path: Path, number: int, lines: list[bytes], cut: bool) -> Columns | 
         if cut and _broken(lines[-1]):
             return None
         raise _first_broken(path, number, lines)
-    return _columns(path, number, lines, records)
+    where = [number + 1 + i for i, line in enumerate(lines) if line.strip()]
+    return columns_of_records(path, where, records)
 
 
-def _loads(data: bytes) -> Any:
+def loads(data: bytes) -> Any:
     """The parsed JSON; by orjson if it is there, which is about three times as fast."""
     try:
         import orjson
@@ -135,10 +172,10 @@ def _loads(data: bytes) -> Any:
         raise ValueError("the JSON is too deep") from None
 
 
-def _columns(
-    path: Path, number: int, lines: list[bytes], records: list[Any]
+def columns_of_records(
+    path: Path | str, where: list[int], records: list[Any]
 ) -> Columns:
-    where = [number + 1 + i for i, line in enumerate(lines) if line.strip()]
+    """The numbers of some records by name; ``where`` has their lines for messages."""
     if not all(isinstance(record, dict) for record in records):
         both = zip(where, records, strict=True)
         line, record = next(x for x in both if not isinstance(x[1], dict))
@@ -146,7 +183,11 @@ def _columns(
             f"{path}:{line}: expected an object such as"
             f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
         )
-    found = {}
+    found: Columns = {}
+    if "event" in records[0] and "tracker" in records[0]:
+        where, records = _of_levanter(where, records)
+        if not records:
+            return found
     for name, column in _by_name(path, where, records).items():
         numbers = to_numbers(path, name, list(column), where)
         if numbers is not None:
@@ -155,7 +196,7 @@ def _columns(
 
 
 def _by_name(
-    path: Path, where: list[int], records: list[dict[str, Any]]
+    path: Path | str, where: list[int], records: list[dict[str, Any]]
 ) -> dict[str, Sequence[Any]]:
     names = dict.fromkeys(records[0])
     if len(names) > 1 and sum(map(len, records)) == len(names) * len(records):
@@ -175,23 +216,54 @@ def _by_name(
     return {name: [record.get(name) for record in records] for name in names}
 
 
+def _of_levanter(where: list[int], records: list[Any]) -> tuple[list[int], list[Any]]:
+    """What Levanter's json_logger wrote: events, those called log with metrics."""
+    found = [
+        (line, {**_flat(record.get("metrics") or {}), STEP: record["step"]})
+        for line, record in zip(where, records, strict=True)
+        if record.get("event") == "log" and record.get("step") is not None
+    ]
+    return [line for line, _ in found], [record for _, record in found]
+
+
+def _flat(metrics: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """Nested metrics by path; the counts of histograms are left out."""
+    found: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{start}{name}/")
+        elif not isinstance(value, list):
+            found[start + name] = value
+    return found
+
+
 def to_numbers(
-    path: Path, name: str, column: list[Any], where: list[int] | range
+    path: Path | str, name: str, column: list[Any], where: list[int] | range
 ) -> np.ndarray | None:
-    """A column as numbers, None for a column of text; what is missing is NaN."""
+    """A column as numbers, None for a column of text; what is empty is missing."""
+    types = set(map(type, column))
     try:
-        numbers = np.array(column, np.float64)
-        if numbers.ndim == 1:
-            return numbers
-    except (ValueError, TypeError, OverflowError):
+        if types == {str}:  # of a CSV file
+            filled = [x not in _EMPTY for x in column]
+            cells = list(itertools.compress(column, filled))
+            if cells and _are_numbers(cells):
+                return _spread(np.array(cells, np.float64), filled)
+        elif types <= {float, int, bool}:
+            return np.array(column, np.float64)
+        elif types <= {float, int, bool, type(None)}:
+            filled = [x is not None for x in column]
+            cells = list(itertools.compress(column, filled))
+            return _spread(np.array(cells, np.float64), filled) if cells else None
+    except (ValueError, OverflowError):
         pass
+    given = [not _empty(x) for x in column]
     bad = [(line, x) for line, x in zip(where, column, strict=True) if not _number(x)]
-    if len(bad) == sum(x not in (None, "") for x in column) and all(
-        isinstance(x, str) for _, x in bad
-    ):
+    if not bad:
+        cells = [float(x) for x in column if not _empty(x)]
+        return _spread(np.array(cells), given) if cells else None
+    if len(bad) == sum(given) and all(isinstance(x, str) for _, x in bad):
+        _tell_of_separators(path, name, bad)
         return None
-    if not bad:  # empty cells among numbers
-        return np.array([np.nan if x in (None, "") else x for x in column], np.float64)
     line, value = bad[0]
     raise ReadError(
         f"{path}:{line}: expected a number in {name!r}, got {_shown(value)}. Correct"
@@ -199,9 +271,42 @@ def to_numbers(
     )
 
 
+def _spread(cells: np.ndarray, filled: list[bool]) -> np.ndarray:
+    numbers = np.full(len(filled), MISSING)
+    numbers[np.array(filled, bool)] = cells
+    return numbers
+
+
+def _tell_of_separators(path: Path | str, name: str, cells: list[Any]) -> None:
+    """Warns of a column that is left out although it may well hold numbers."""
+    for line, cell in cells:
+        if re.fullmatch(r"\s*[-+]?\d[\d,._' \u00a0\u2009\u202f]*(e[-+]?\d+)?\s*", cell):
+            warnings.warn(
+                f"{path}:{line}: the column {name!r} is left out: {_shown(cell)} may be"
+                " a number, but is ambiguous. Write numbers without separators of"
+                " thousands and with a decimal point, such as 1234.5.",
+                stacklevel=8,
+            )
+            return
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip() in _EMPTY)
+
+
+def _are_numbers(cells: list[str]) -> bool:
+    """Whether float() reads these as they are meant: not 1_5 as 15."""
+    text = "".join(cells)
+    return text.isascii() and "_" not in text
+
+
 def _number(value: Any) -> bool:
     try:
-        return value in (None, "") or np.ndim(float(value)) == 0
+        if _empty(value):
+            return True
+        if isinstance(value, str) and not _are_numbers([value]):
+            return False
+        return np.ndim(float(value)) == 0
     except (ValueError, TypeError, OverflowError):
         return False
 
@@ -224,9 +329,16 @@ def _first_broken(path: Path, number: int, lines: list[bytes]) -> ReadError:
     return ReadError(f"{path}:{number + 1}: expected one JSON object on each line.")
 
 
-def _plain(values: Any) -> list[Any]:
+def plain(values: Any) -> list[Any]:
+    """Python's numbers, and None for what is missing."""
     values = np.asarray(values)
-    return values.astype(np.int8).tolist() if values.dtype == bool else values.tolist()
+    if values.dtype == bool:
+        values = values.astype(np.int8)
+    there = present(values)
+    numbers = values.tolist()
+    if there.all():
+        return numbers
+    return [x if known else None for x, known in zip(numbers, there, strict=True)]
 
 
 def _named(value: Any) -> Any:

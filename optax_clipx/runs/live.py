@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from . import jsonl, readers
+from . import jsonl, naming, readers
 from .drawing import means, norms_of
 from .escaping import printable
-from .table import STEP, Columns, Table
+from .merging import one_row_a_step
+from .table import STEP, Columns, Table, present
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _RECENT = 100  # steps
@@ -31,53 +32,43 @@ class Follower:
 
     def look(self) -> Columns:
         """The columns as of now."""
-        if not self.path.exists():
-            raise jsonl.ReadError(f"{self.path}: there is no such file or folder.")
-        if self._is_jsonl():
-            self._read_new_lines()
-        else:
-            files = [self.path, *self.path.rglob("*")]
-            state = {file: file.stat().st_mtime_ns for file in files}
-            if state != self.seen:
-                self.table, self.seen = readers.read(self.path, self.step), state
+        path = readers.file_of_run(self.path)
+        if _is_jsonl(path):
+            self._read_new_lines(path)
+            return one_row_a_step(path, self.table).arrays()
+        files = [path, *path.rglob("*")]
+        state = {file: file.stat().st_mtime_ns for file in files}
+        if state != self.seen:
+            self.table, self.seen = readers.read(path, self.step), state
         return self.table.arrays()
 
-    def _is_jsonl(self) -> bool:
-        if self.path.is_dir() or "tfevents" in self.path.name:
-            return False
-        with self.path.open("rb") as file:
-            return file.read(1024).lstrip()[:1] in (b"{", b"")
-
-    def _was_cut(self) -> bool:
+    def _was_cut(self, path: Path) -> bool:
         """Whether the last line is no longer there, as in a run begun again."""
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(self.offset - len(self.last))
             return file.read(len(self.last)) != self.last
 
-    def _read_new_lines(self) -> None:
-        if self._was_cut():
+    def _read_new_lines(self, path: Path) -> None:
+        if self._was_cut(path):
             self._begin()
-        before = self.lines
-        for number, lines, cut in jsonl.blocks(self.path, self.offset):
+        before, name = self.lines, self.step
+        for number, lines, cut in jsonl.blocks(path, self.offset):
             if cut:  # still being written
                 return
-            columns = jsonl.decode(self.path, before + number, lines, cut)
+            columns = jsonl.decode(path, before + number, lines, cut)
             self.lines = before + number + len(lines)
             self.offset += sum(len(line) + 1 for line in lines)
             self.last = lines[-1] + b"\n"
-            if columns is None:
-                continue
-            if self.step is None:
-                self.step = readers.step_name(self.path, columns)
-            if self.step not in columns:
-                raise jsonl.ReadError(
-                    readers.no_column(self.path, self.step, columns, "--step NAME")
-                )
-            steps = columns[self.step]
-            others = {n: x for n, x in columns.items() if n not in (self.step, STEP)}
-            columns = {STEP: steps, **others}
-            self.table.forget_from(float(columns[STEP].min()))
-            self.table.extend(columns)
+            if columns:
+                name = readers.add_rows(path, self.table, columns, name, not self.step)
+
+
+def _is_jsonl(path: Path) -> bool:
+    if path.is_dir() or "tfevents" in path.name:
+        return False
+    with path.open("rb") as file:
+        head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head[:1] in (b"{", b"") and not readers.is_document(path)
 
 
 def follow(
@@ -124,27 +115,33 @@ def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
     title = Text(printable(label))
     if not len(columns[STEP]):
         return Panel("nothing is recorded yet", title=title, title_align="left")
-    name = readers.pick(columns, "norm", norm, path)
+    name = naming.pick(columns, "norm", norm, path)
     seen = norms_of(columns, name, None)
-    recent = slice(-_RECENT, None)
     grid = Grid.grid(padding=(0, 2))
-    grid.add_row("step", f"{seen.steps[-1]:,}")
+    grid.add_row("step", f"{columns[STEP][-1]:,}")
     grid.add_row("norm", f"{seen.norms[-1]:.4g}  {sparkline(seen.norms)}")
     if seen.limits is not None and seen.clipped is not None:
         grid.add_row("limit", f"{seen.limits[-1]:.4g}")
-        share = np.mean(seen.clipped[recent])
-        grid.add_row("clipped", f"{share:.1%} of the last {_RECENT}, {seen.rate:.1%}"
-                     " of all steps")  # fmt: skip
+        grid.add_row("clipped", _shares(seen.clipped))
+    if seen.skipped is not None:
+        grid.add_row("skipped", _shares(seen.skipped))
     lost = int(np.sum(~np.isfinite(seen.norms)))
     if lost:
         grid.add_row("[bold red]not finite", f"{lost} norms")
     losses = [n for n in columns if n.lower().rsplit("/", 1)[-1] == "loss"]
     for loss in losses[:3]:
-        grid.add_row(
-            Text(printable(loss)),
-            f"{columns[loss][-1]:.4g}  {sparkline(columns[loss])}",
-        )
+        values = columns[loss][present(columns[loss])]
+        if len(values):
+            shown = f"{values[-1]:.4g}  {sparkline(values)}"
+            grid.add_row(Text(printable(loss)), shown)
     return Panel(grid, title=title, title_align="left")
+
+
+def _shares(flags: np.ndarray) -> str:
+    """Of the last steps, and of all."""
+    recent = flags[-_RECENT:]
+    shares = f"{recent.mean():.1%} of the last {len(recent)}, {flags.mean():.1%}"
+    return f"{shares} of all steps"
 
 
 def sparkline(values: np.ndarray, width: int = 60) -> str:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from . import readers
+from . import naming
 from .drawing import Envelope, Norms, Theme, columns_of, envelope
-from .table import STEP
+from .jsonl import ReadError
+from .table import STEP, present
 
 
 def line(
@@ -27,28 +28,32 @@ def line(
     )
 
 
-def clipped_dots(
-    ax: Any, seen: Norms, points: Envelope, limits: Envelope, colours: Theme
-) -> None:
+def clipped_dots(ax: Any, seen: Norms, colours: Theme) -> None:
     """Dots on the clipped steps, and their share in the legend."""
     if seen.clipped is None or not seen.clipped.any():
         return
-    clipped_norms = np.where(seen.clipped, seen.norms, np.nan)
-    dots = envelope(seen.steps, clipped_norms)
-    ax.plot(
-        dots.steps,
-        dots.high,
-        ".",
-        color=colours.clipped,
-        ms=4,
-        label=f"clipped: {seen.rate:.1%} of the steps",
-        zorder=3,
-    )
+    dots = envelope(seen.steps, np.where(seen.clipped, seen.norms, np.nan))
+    style = {"color": colours.clipped, "ms": 4, "zorder": 3}
+    label = f"clipped: {seen.rate:.1%} of the steps"
+    ax.plot(dots.steps, dots.high, ".", label=label, **style)
+
+
+def skipped_marks(ax: Any, seen: Norms, colours: Theme) -> None:
+    """Triangles on the skipped steps, and their share in the legend."""
+    if seen.skipped is None or not seen.skipped.any():
+        return
+    marks = envelope(seen.steps, np.where(seen.skipped, seen.norms, np.nan))
+    style = {"color": colours.skipped, "ms": 6, "mec": colours.page, "zorder": 3.5}
+    label = f"skipped: {seen.skip_rate:.1%} of the steps"
+    ax.plot(marks.steps, marks.high, "v", label=label, **style)
 
 
 def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
     """The usual limit as a vertical line, with a band where it varied."""
-    low, middle, high = np.nanquantile(limits, [0.05, 0.5, 0.95])
+    limits = limits[np.isfinite(limits)]
+    if not len(limits):
+        return
+    low, middle, high = np.quantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
         style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
         ax.axvspan(low, high, label="limit, 5 to 95%", **style)
@@ -96,14 +101,16 @@ def seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:
     lines, lost = [], []
     for seed in seeds:
         columns = columns_of(seed)
-        name = column if column in columns else readers.pick(columns, column)
+        name = column if column in columns else naming.pick(columns, column)
         values = np.asarray(columns[name], np.float64)
-        recorded = ~np.isnan(values) | np.isnan(values).all()
+        recorded = present(values)
+        if not recorded.any():
+            raise ReadError(f"There is no value in {name!r} of one of the runs.")
+        steps, values = columns[STEP][recorded], values[recorded]
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad) and len(bad) == len(values) - bad[0]:
-            lost.append(columns[STEP][bad[0]])
-            recorded = np.ones(len(values), bool)
-        lines.append(envelope(columns[STEP][recorded], values[recorded], 300))
+            lost.append(steps[bad[0]])
+        lines.append(envelope(steps, values, 300))
     if len(lines) == 1:
         return lines[0], np.array(lost)
     steps = max((line.steps for line in lines), key=len)

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from .drawing import THEMES, bins, envelope, means, norms_of
+from .drawing import THEMES, Norms, bins, envelope, means, norms_of
 from .escaping import for_page
 from .suggesting import suggest_threshold
-from .table import STEP
+from .table import STEP, present
 
 _POINTS = 2000
 # Apart from each other for everyone, and from both pages.
@@ -69,7 +69,7 @@ def page(
     charts = [
         _norms(go, runs, limit),
         _rates(go, runs, limit),
-        _histograms(go, runs),
+        _histograms(go, runs, limit),
         *(_layers(go, label, columns) for label, (columns, _) in runs.items()),
     ]
     drawn = [chart for chart in charts if chart is not None and chart.data]
@@ -128,7 +128,8 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
             legendgroup=label,
             line={"color": colour, "width": 1.5},
         )
-        if seen.limits is not None:
+        _marked(chart, seen, label)
+        if seen.limits is not None and np.isfinite(seen.limits).any():
             limits = envelope(seen.steps, seen.limits, _POINTS)
             chart.add_scatter(
                 x=limits.steps,
@@ -139,32 +140,54 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
     return chart
 
 
+def _marked(chart: Any, seen: Norms, label: str) -> None:
+    """The clipped steps as dots and the skipped ones as triangles."""
+    style = {
+        "clipped": ("circle", "#D55E00", 4),
+        "skipped": ("triangle-down", "#009E73", 9),
+    }
+    for what, (symbol, colour, size) in style.items():
+        flags = getattr(seen, what)
+        if flags is not None and flags.any():
+            points = envelope(seen.steps, np.where(flags, seen.norms, np.nan), _POINTS)
+            shown = np.isfinite(points.high)
+            chart.add_scatter(
+                x=points.steps[shown],
+                y=points.high[shown],
+                mode="markers",
+                name=f"{what}: {label}",
+                marker={"symbol": symbol, "color": colour, "size": size},
+            )
+
+
 def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
-    chart = _chart(go, "Clipped steps", "step", "share")
+    chart = _chart(go, "Clipped and skipped steps", "step", "share")
     chart.update_yaxes(tickformat=".0%", rangemode="tozero")
     for index, (label, (columns, name)) in enumerate(runs.items()):
         seen = norms_of(columns, name, limit)
-        if seen.clipped is None:
-            continue
-        shares, each = means(seen.clipped, min(200, max(1, len(seen.steps) // 10)))
-        chart.add_scatter(
-            x=seen.steps[::each],
-            y=shares,
-            name=label,
-            line={
-                "color": _COLOURS[index % len(_COLOURS)],
-                "shape": "hv",
-            },
-        )
+        for what, flags in (("clipped", seen.clipped), ("skipped", seen.skipped)):
+            if flags is None:
+                continue
+            shares, each = means(flags, min(200, max(1, len(seen.steps) // 10)))
+            chart.add_scatter(
+                x=seen.steps[::each],
+                y=shares,
+                name=label if what == "clipped" else f"{label}, skipped",
+                line={
+                    "color": _COLOURS[index % len(_COLOURS)],
+                    "shape": "hv",
+                    "dash": "solid" if what == "clipped" else "dot",
+                },
+            )
     return chart
 
 
-def _histograms(go: Any, runs: Any) -> Any:
+def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Norms", "norm", "share of the steps", barmode="overlay")
     chart.update_xaxes(type="log", exponentformat="power", dtick=1)
     chart.update_yaxes(tickformat=".0%")
     for index, (label, (columns, name)) in enumerate(runs.items()):
-        values = columns[name]
+        values = norms_of(columns, name, limit).norms
         values = values[np.isfinite(values) & (values > 0)]
         if not len(values):
             continue
@@ -188,7 +211,9 @@ def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
     names = [name for name in columns if name.startswith(start)]
     if not names:
         return None
-    rows = [envelope(columns[STEP], columns[name], 500) for name in names]
+    there = np.any([present(columns[name]) for name in names], axis=0)
+    steps = columns[STEP][there]
+    rows = [envelope(steps, columns[name][there], 500) for name in names]
     table = np.stack([row.middle for row in rows])
     chart = _chart(go, f"Gradient norm of each layer: {label}", "step", "")
     chart.add_heatmap(
@@ -211,6 +236,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
         "largest",
         "not finite",
         "clipped",
+        "skipped",
         "suggested limit",
     ]
     rows = []
@@ -229,6 +255,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
                 f"{np.max(finite):.4g}",
                 str(len(seen.norms) - len(finite)),
                 "-" if seen.rate is None else f"{seen.rate:.1%}",
+                "-" if seen.skip_rate is None else f"{seen.skip_rate:.1%}",
                 suggested,
             )
         )

@@ -22,7 +22,7 @@ from .drawing import (
 )
 from .escaping import for_picture
 from .jsonl import ReadError
-from .table import STEP
+from .table import STEP, present
 
 
 def norms(
@@ -35,7 +35,8 @@ def norms(
 ) -> Any:
     """Draws the norms before clipping over the steps, with limit and clipped steps.
 
-    Long runs are drawn as the median and the range of stretches of steps.
+    Skipped steps are marked apart from clipped ones. Long runs are drawn as the median
+    and the range of stretches of steps.
 
     Args:
         run: a history, the path of a recorded run, or a dict of columns.
@@ -64,11 +65,12 @@ def norms(
     with canvas(theme, ax) as (figure, ax, colours):
         points = envelope(seen.steps, seen.norms)
         marks.line(ax, points, colours.norm, "norm")
-        if seen.limits is not None:
+        if seen.limits is not None and np.isfinite(seen.limits).any():
             limits = envelope(seen.steps, seen.limits)
             style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
             ax.plot(limits.steps, limits.middle, label="limit", zorder=4, **style)
-            marks.clipped_dots(ax, seen, points, limits, colours)
+        marks.clipped_dots(ax, seen, colours)
+        marks.skipped_marks(ax, seen, colours)
         marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
         marks.log_scale(ax, seen.norms)
         ax.set(title="Gradient norm before clipping", xlabel="step", ylabel="norm")
@@ -84,7 +86,7 @@ def clip_rate(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws the share of clipped steps, stretch by stretch.
+    """Draws the share of clipped steps, and of skipped ones, stretch by stretch.
 
     Args:
         run: as for :func:`norms`.
@@ -110,20 +112,30 @@ def clip_rate(
         Pascanu et al., 2013, arXiv 1211.5063.
     """
     seen = norms_of(run, norm, limit)
-    if seen.clipped is None:
+    flags = {"clipped": seen.clipped, "skipped": seen.skipped}
+    known = {what: given for what, given in flags.items() if given is not None}
+    if not known:
         raise ReadError(
             "There is no limit in this run to compare the norms with. Pass limit=."
         )
     with canvas(theme, ax) as (figure, ax, colours):
-        shares, each = means(seen.clipped, min(80, max(1, len(seen.steps) // 10)))
-        edges = np.append(seen.steps[::each], seen.steps[-1] + 1)
-        ax.stairs(shares, edges, color=colours.clipped, fill=True, alpha=0.3)
-        ax.stairs(shares, edges, color=colours.clipped, lw=1.6)
-        ax.axhline(seen.rate, color=colours.limit, lw=1.3, ls=(0, (5, 2)))
-        ax.set_ylim(0, max(0.02, min(1.0, 1.15 * np.nanmax(shares))))
+        top = 0.0
+        for what, given in known.items():
+            part, each = means(given, min(80, max(1, len(seen.steps) // 10)))
+            edges = np.append(seen.steps[::each], seen.steps[-1] + 1)
+            colour = getattr(colours, what)
+            ax.stairs(part, edges, color=colour, fill=True, alpha=0.3)
+            ax.stairs(part, edges, color=colour, lw=1.6, label=what)
+            if what == "clipped":
+                ax.axhline(seen.rate, color=colours.limit, lw=1.3, ls=(0, (5, 2)))
+            top = max(top, np.nanmax(part))
+        ax.set_ylim(0, max(0.02, min(1.0, 1.15 * top)))
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
-        ax.set(xlabel="step", ylabel="clipped steps")
-        ax.set_title(f"Clipped: {seen.rate:.1%} of all steps")
+        ax.set(xlabel="step", ylabel=f"{' and '.join(known)} steps")
+        said = "; ".join(f"{what}: {np.mean(x):.1%}" for what, x in known.items())
+        ax.set_title(f"{said.capitalize()} of all steps")
+        if len(known) > 1:
+            ax.legend()
     return figure
 
 
@@ -172,21 +184,29 @@ def histogram(
         count = int(np.clip(len(shown) ** 0.5, 12, 60))
         edges = bins(shown, count)
         shown = np.clip(shown, edges[0], edges[-1])
-        over = np.zeros(len(shown), bool)
-        if seen.clipped is not None:
-            over = seen.clipped[usable]
-        heights = [np.histogram(shown[m], edges)[0] for m in (~over, over)]
-        within, above = (h / len(shown) for h in heights)
-        known = seen.clipped is not None
-        label = "left alone" if known else "norms"
-        ax.stairs(within, edges, color=colours.norm, fill=True, label=label)
-        if over.any():
-            style = {"color": colours.clipped, "fill": True, "label": "clipped"}
-            ax.stairs(within + above, edges, baseline=within, **style)
+        none = np.zeros(len(shown), bool)
+        clipped = none if seen.clipped is None else seen.clipped[usable]
+        skipped = none if seen.skipped is None else seen.skipped[usable]
+        known = seen.limits is not None or seen.skipped is not None
+        base = np.zeros(len(edges) - 1)
+        for label, colour, chosen in (
+            ("left alone" if known else "norms", colours.norm, ~clipped & ~skipped),
+            ("clipped", colours.clipped, clipped),
+            ("skipped", colours.skipped, skipped),
+        ):
+            if chosen.any():
+                top = base + np.histogram(shown[chosen], edges)[0] / len(shown)
+                style = {"color": colour, "fill": True, "label": label}
+                ax.stairs(top, edges, baseline=base, **style)
+                base = top
         if seen.limits is not None:
             marks.limit_line(ax, seen.limits, colours)
         ax.set_xscale("log")
-        title = "Norms and the limit" if known else "Norms; the limit is not recorded"
+        title = "Norms and the limit"
+        if seen.limits is None:
+            title = "Norms; the limit is not recorded"
+        elif not np.isfinite(seen.limits).any():
+            title = "Norms; the limit is infinite"
         ax.set(title=title, xlabel="norm", ylabel="share of the steps")
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
         ax.legend()
@@ -236,11 +256,17 @@ def heatmap(
             f"There are no columns that begin with {start!r}. Record them with"
             " optax_clipx.track_norms, or pass prefix=."
         )
-    steps = columns[STEP]
+    # Layers may be recorded less often than the rest.
+    rows = np.any([present(columns[name]) for name in names], axis=0)
+    if not rows.any():
+        raise ReadError(
+            f"There are no values in the columns that begin with {start!r}."
+        )
+    steps = columns[STEP][rows]
     size = (8.0, min(10.0, 1.4 + 0.27 * len(names)))
     with canvas(theme, ax, size) as (figure, ax, _):
-        rows = [envelope(steps, columns[n], 400) for n in names]
-        table = np.stack([row.middle for row in rows])
+        lines = [envelope(steps, columns[name][rows], 400) for name in names]
+        table = np.stack([line.middle for line in lines])
         positive = table[np.isfinite(table) & (table > 0)]
         image = ax.imshow(
             np.where(table > 0, table, np.nan),
@@ -465,7 +491,8 @@ def overview(
         Pascanu et al., 2013, arXiv 1211.5063.
     """
     columns = columns_of(run)
-    limited = norms_of(columns, norm, limit).clipped is not None
+    seen = norms_of(columns, norm, limit)
+    limited = seen.clipped is not None or seen.skipped is not None
     layers = [name for name in columns if name.startswith("track_norms/")]
     rows = [["norms", "norms"], ["rate" if limited else "histogram", "histogram"]]
     heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])

@@ -1,8 +1,10 @@
-"""Runs from files: our own JSONL, CSV, and TensorBoard's event files."""
+"""Runs from files and folders: what kind a file is shows in its content.
 
-import csv
+Read are the files of `History`, the metrics of Lightning, Keras, MaxText and Levanter,
+the trainer_state.json of Hugging Face, W&B's exports, and TensorBoard's event files.
+"""
+
 import gc
-import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,55 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from . import jsonl
+from . import csv_files, event_files, jsonl
 from .jsonl import ReadError
-from .table import STEP, Columns, Table
+from .merging import one_row_a_step
+from .naming import no_column, step_name
+from .table import STEP, Columns, Table, present
 
-# What others call the step, in lower case; the first that is there is taken.
-_STEP_NAMES = (
-    "step",
-    "_step",
-    "global_step",
-    "trainer/global_step",
-    "steps",
-    "iteration",
-    "iterations",
-    "iter",
-    "update",
-    "updates",
-)
-# What the norm and the loss are called; the more telling names come first.
-_USUAL: dict[str, tuple[str, ...]] = {
-    "norm": (
-        "norm",
-        "grad_norm",
-        "gradient_norm",
-        "grad_global_norm",
-        "global_norm",
-        "gnorm",
-        "value",
-    ),
-    "loss": ("loss", "train_loss", "training_loss", "value"),
-}
-_ROWS = 50_000  # of a CSV file at a time
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read(path: str | Path, step: str | None = None) -> Table:
-    """The columns of a run, with the step as ``"step"``.
-
-    What kind of file it is shows in its content, not in its name.
-    """
+    """The columns of a run, with the step as ``"step"``."""
+    path = file_of_run(Path(path))
     with _uncollected():
-        return _read(Path(path), step)
+        table, name = Table(), step
+        for block in _content(path):
+            name = add_rows(path, table, block, name, step is None)
+        if not len(table):
+            raise ReadError(
+                f"{path}: there are no records in it. Was anything recorded?"
+            )
+        return one_row_a_step(path, table)
 
 
-def _read(path: Path, step: str | None) -> Table:
-    if not path.exists():
-        raise ReadError(f"{path}: there is no such file or folder.")
+def _content(path: Path) -> Iterable[Columns]:
     if path.is_dir() or "tfevents" in path.name:
-        return _checked(path, [_of_events(path)], step)
+        return [event_files.read(path)]
     with path.open("rb") as file:
-        head = file.read(4096)
+        head = file.read(4096).removeprefix(_BYTE_ORDER_MARK)
     if not head.strip():
         raise ReadError(f"{path}: the file is empty. Was anything recorded?")
     if b"\0" in head:
@@ -67,9 +48,35 @@ def _read(path: Path, step: str | None) -> Table:
             f"{path}:1: expected lines of JSON, CSV, or TensorBoard events (a file"
             " whose name contains 'tfevents', or its folder), got binary data."
         )
-    if head.lstrip()[:1] in (b"{", b"["):
-        return _checked(path, _of_jsonl(path), step)
-    return _checked(path, _of_csv(path), step)
+    if head.lstrip()[:1] not in (b"{", b"["):
+        return csv_files.read(path)
+    return _of_document(path) if is_document(path) else _of_jsonl(path)
+
+
+def file_of_run(path: Path) -> Path:
+    """The file that a folder has of one run; the folder itself for event files."""
+    if not path.exists():
+        raise ReadError(f"{path}: there is no such file or folder.")
+    if not path.is_dir() or list(path.glob("*tfevents*")):
+        return path
+    names = ("*.jsonl", "*.csv", "trainer_state.json")
+    files = sorted(file for name in names for file in path.glob(name))
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        below = {file for name in names for file in path.rglob(name)}
+        below |= {file.parent for file in path.rglob("*tfevents*")}
+        files = sorted(below)
+    if not files:
+        raise ReadError(
+            f"{path}: expected the folder of a run, but there are no TensorBoard event"
+            " files, .jsonl or .csv files, and no trainer_state.json in it."
+        )
+    shown = ", ".join(map(str, files[:5])) + (", ..." if len(files) > 5 else "")
+    raise ReadError(
+        f"{path}: expected the folder of one run, got a folder with {len(files)} of"
+        f" them. Name those that you want: {shown}."
+    )
 
 
 @contextmanager
@@ -84,225 +91,79 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _checked(path: Path, blocks: Iterable[Columns], step: str | None) -> Table:
-    """One table whose steps rise; a step that was run again counts once."""
-    table, back, dropped, first_back = Table(), 0, 0, None
-    name = step
-    for block in blocks:
-        if name is None or (name not in block and step is None):
-            name = step_name(path, block)
-        if name not in block:
-            raise ReadError(no_column(path, name, block, "--step NAME"))
-        steps = block[name]
-        others = {n: x for n, x in block.items() if n not in (name, STEP)}
-        block = {STEP: steps, **others}
-        # NaN is not below either; beyond, float64 skips whole numbers.
-        bad = ~((np.abs(steps) <= 2**53) & (steps == np.round(steps)))
-        if bad.any():
-            at = len(table) + dropped + int(bad.argmax())
-            raise ReadError(
-                f"{path}: expected whole numbers in {name!r}, got"
-                f" {steps[bad.argmax()]:g} in record {at + 1}. Correct the record, or"
-                " name another column with --step."
-            )
-        edges = np.flatnonzero(np.diff(steps) <= 0) + 1
-        if len(table) and steps[0] <= table.last_step:
-            edges = np.concatenate([[0], edges])
-        if len(edges) and first_back is None:
-            first_back = len(table) + int(edges[0]) + 1
-        back += len(edges)
-        # What comes again later takes the place of what was there.
-        later = np.minimum.accumulate(steps[::-1])[::-1]
-        keep = np.append(steps[:-1] < later[1:], True)
-        dropped += int((~keep).sum()) + table.forget_from(later[0])
-        table.extend({n: values[keep] for n, values in block.items()})
-        if back > max(10, (len(table) + dropped) // 100):
-            raise ReadError(
-                f"{path}: expected steps that rise, but they go back {back} times,"
-                f" first in record {first_back}. Are several runs mixed in one file?"
-                " Write each to a file of its own."
-            )
-    if not len(table):
-        raise ReadError(f"{path}: there are no records in it. Was anything recorded?")
-    if dropped:
+def add_rows(
+    path: Path, table: Table, block: Columns, name: str | None, may_guess: bool
+) -> str:
+    """Adds rows as they are in the file, with their step as ``"step"``.
+
+    Returns:
+        The name of the step.
+    """
+    if name is None or (may_guess and name not in block):
+        name = step_name(path, block)
+    if name not in block:
+        raise ReadError(no_column(path, name, block, "--step NAME"))
+    steps = block[name]
+    block = {STEP: steps, **{n: x for n, x in block.items() if n not in (name, STEP)}}
+    there = present(steps)
+    if not there.all():
         warnings.warn(
-            f"{path}: steps go back at record {first_back}, as after a restart;"
-            f" {dropped} records of steps that were run again are left out.",
+            f"{path}: {int((~there).sum())} records without a step are left out.",
             stacklevel=5,
         )
-    return table
+        block = {n: values[there] for n, values in block.items()}
+        steps = block[STEP]
+    # NaN is not below either; beyond, float64 skips whole numbers.
+    bad = ~((np.abs(steps) <= 2**53) & (steps == np.round(steps)))
+    if bad.any():
+        at = len(table) + int(bad.argmax())
+        raise ReadError(
+            f"{path}: expected whole numbers in {name!r}, got"
+            f" {steps[bad.argmax()]:g} in record {at + 1}. Correct the record, or"
+            " name another column with --step."
+        )
+    table.extend(block)
+    return name
+
+
+def is_document(path: Path) -> bool:
+    """Whether a file is one JSON value over many lines, or one that holds a log."""
+    with path.open("rb") as file:
+        first = file.readline().removeprefix(_BYTE_ORDER_MARK).strip()
+    return first in (b"{", b"[") or first[:2] == b"[{" or b'"log_history"' in first
+
+
+def _of_document(path: Path) -> Iterable[Columns]:
+    """A list of records, or an object with one, as Hugging Face writes it."""
+    try:
+        records = jsonl.loads(path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+    except ValueError as error:
+        raise ReadError(
+            f"{path}: expected JSON, got a document that is broken or cut off: {error}."
+        ) from None
+    if isinstance(records, dict):
+        records = records.get("log_history")
+    if not isinstance(records, list):
+        raise ReadError(
+            f"{path}: expected one JSON object a line, a list of them, or an object"
+            " with a list called 'log_history', as in Hugging Face's trainer_state.json."
+        )
+    if records:
+        where = list(range(1, len(records) + 1))
+        yield jsonl.columns_of_records(f"{path}, record", where, records)
 
 
 def _of_jsonl(path: Path) -> Iterable[Columns]:
     for number, lines, cut in jsonl.blocks(path):
         columns = jsonl.decode(path, number, lines, cut)
-        if columns is not None:
+        if columns:
             yield columns
-        elif cut:
+        elif cut and columns is None:
             warnings.warn(
                 f"{path}:{number + 1}: the last line is cut off, as in a run that was"
                 " killed; it is left out.",
                 stacklevel=6,
             )
-
-
-def _of_csv(path: Path) -> Iterable[Columns]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            delimiter = max(",;\t", key=first.count)
-            if delimiter not in first:
-                raise ReadError(
-                    f"{path}:1: expected lines of JSON such as"
-                    ' {"step": 1, "clip/norm": 0.5}, or a CSV header such as'
-                    f" step,norm; got {first.strip()[:60]!r}."
-                )
-            header = next(csv.reader([first], delimiter=delimiter))
-            header = [name.strip() for name in header]
-            twice = {name for name in header if header.count(name) > 1}
-            if twice or not any(header):
-                raise ReadError(
-                    f"{path}:1: expected a name for each column, got"
-                    f" {sorted(twice) or header} {'twice' if twice else ''}."
-                )
-            yield from _csv_rows(path, csv.reader(file, delimiter=delimiter), header)
-    except UnicodeDecodeError:
-        raise ReadError(f"{path}: expected text in UTF-8, got other bytes.") from None
-    except csv.Error as error:
-        raise ReadError(f"{path}: this is no CSV file: {error}.") from None
-
-
-def _csv_rows(path: Path, rows: Any, header: list[str]) -> Iterable[Columns]:
-    number = 2
-    while block := list(itertools.islice(rows, _ROWS)):
-        numbered = [(number + i, row) for i, row in enumerate(block) if row]
-        number += len(block)
-        for line, row in numbered:
-            if len(row) != len(header):
-                raise ReadError(
-                    f"{path}:{line}: expected {len(header)} values as in the header,"
-                    f" got {len(row)}. Correct or delete the line."
-                )
-        if not numbered:
-            continue
-        where = [line for line, _ in numbered]
-        columns = zip(*[row for _, row in numbered], strict=True)
-        found = {}
-        for name, cells in zip(header, columns, strict=True):
-            numbers = jsonl.to_numbers(path, name, list(cells), where)
-            if numbers is not None:
-                found[name] = numbers
-        yield found
-
-
-def _of_events(path: Path) -> Columns:
-    try:
-        from tensorboard.backend.event_processing import event_accumulator
-        from tensorboard.util import tensor_util
-    except ImportError:
-        raise ReadError(
-            f"{path}: TensorBoard's reader is missing. Run: pip install"
-            ' "optax_clipx[tensorboard]"'
-        ) from None
-    if path.is_dir():
-        _only_run(path)
-    everything = {event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
-    events = event_accumulator.EventAccumulator(str(path), size_guidance=everything)
-    series = {}
-    try:
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            series[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["tensors"]:
-            given = [(event.step, event.tensor_proto) for event in events.Tensors(tag)]
-            # By their shape: a tensor of a few bytes may fill all of the memory.
-            if not all(_is_single(tensor) for _, tensor in given):
-                continue
-            points = [(step, tensor_util.make_ndarray(x)) for step, x in given]
-            if all(value.dtype.kind in "fiu" for _, value in points):
-                series[tag] = [(step, float(value.flat[0])) for step, value in points]
-    except Exception as error:  # of TensorBoard or protobuf, which name no base class
-        raise ReadError(
-            f"{path}: the event files are broken: {type(error).__name__}: {error}"
-        ) from None
-    if not series:
-        raise ReadError(f"{path}: there are no scalars in these event files.")
-    steps = np.unique(np.concatenate([[s for s, _ in x] for x in series.values()]))
-    columns = {STEP: steps.astype(np.float64)}
-    for tag, points in series.items():
-        if tag == STEP:
-            continue
-        columns[tag] = np.full(len(steps), np.nan)
-        at = np.searchsorted(steps, [s for s, _ in points])
-        columns[tag][at] = [value for _, value in points]
-    return columns
-
-
-def _is_single(tensor: Any) -> bool:
-    return all(axis.size == 1 for axis in tensor.tensor_shape.dim)
-
-
-def _only_run(path: Path) -> None:
-    if list(path.glob("*tfevents*")):
-        return
-    runs = sorted({str(file.parent) for file in path.rglob("*tfevents*")})
-    if not runs:
-        raise ReadError(f"{path}: there are no TensorBoard event files in this folder.")
-    shown = ", ".join(runs[:5]) + (", ..." if len(runs) > 5 else "")
-    raise ReadError(
-        f"{path}: expected the folder of one run, got a folder with {len(runs)} of"
-        f" them. Name those that you want: {shown}."
-    )
-
-
-def step_name(path: Path, columns: Columns) -> str:
-    """The column with the steps, as others call it."""
-    by_lower = {name.lower(): name for name in reversed(columns)}
-    for name in _STEP_NAMES:
-        if name in by_lower:
-            return by_lower[name]
-    raise ReadError(no_column(path, STEP, columns, "--step NAME"))
-
-
-def no_column(path: Any, what: str, columns: Iterable[str], mend: str) -> str:
-    """The message for a column that is not there."""
-    names = ", ".join(repr(name) for name in columns) or "none"
-    return f"{path}: there is no column {what!r}. The columns are: {names}. Use {mend}."
-
-
-def pick(columns: Columns, what: str, name: str | None = None, source: Any = "") -> str:
-    """The name of the column that holds ``"norm"`` or the like.
-
-    Taken is what is named; else ``clip/norm``, a column whose last part is what is
-    wanted, or what others call it, if only one fits.
-    """
-    source = source or "this run"
-    mend = "--norm NAME" if what == "norm" else "--column NAME"
-    if name is not None:
-        if name not in columns:
-            raise ReadError(no_column(source, name, columns, mend))
-        return name
-    if f"clip/{what}" in columns:
-        return f"clip/{what}"
-    for kind in _USUAL.get(what, (what,)):
-        fitting = [n for n in columns if n.lower().rsplit("/", 1)[-1] == kind]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            raise ReadError(
-                f"{source}: several columns may be the {what}: {', '.join(fitting)}."
-                f" Choose one with {mend}."
-            )
-    raise ReadError(no_column(source, what, columns, mend))
-
-
-def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:
-    """The limits that a column of norms was clipped with, if they were recorded."""
-    name = f"{norm.removesuffix('norm')}threshold"
-    if not norm.endswith("norm") or name not in columns:
-        return None
-    limits = np.asarray(columns[name], np.float64)
-    return limits if np.isfinite(limits).any() else None
 
 
 def columns_of_run(run: Any) -> Columns:

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import readers
+from . import naming, readers
+from .table import present
 
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
@@ -27,6 +28,8 @@ class Suggestion(NamedTuple):
             norms are above; ``None`` if there was none, or if fewer are.
         warning: what speaks against one fixed limit; empty if nothing does.
         rule: an adaptive rule to use instead, as code; ``None`` if a limit will do.
+        asked: the share of steps that was asked for.
+        why: why ``clip_rate`` is not ``asked``; empty if it is.
     """
 
     value: float
@@ -39,15 +42,20 @@ class Suggestion(NamedTuple):
     recorded: float | None
     warning: str
     rule: str | None
+    asked: float = 0.1
+    why: str = ""
 
     def __str__(self) -> str:
         low, high = min(self.rates), max(self.rates)
         lines = [
-            f"limit {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
-            f" ({low:.1%} to {high:.1%} over the tenths of the run)"
+            f"limit {self.value:.4g}: clips {self.clip_rate:.1%} of the steps (between"
+            f" {low:.1%} and {high:.1%} in each tenth of the run);"
+            f" {_percent(self.asked)} was asked for"
         ]
+        if self.why:
+            lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
         if self.warmup:
-            lines.append(f"the first {self.warmup} steps are warm-up and left out")
+            lines.append(f"the first {self.warmup} norms are warm-up and left out")
         if self.nonfinite:
             lines.append(f"{self.nonfinite} norms are infinite or NaN")
         if self.warning:
@@ -143,23 +151,30 @@ def suggest_threshold(
         recorded=recorded,
         warning="",
         rule=_rule(1 - clip_rate, value, drift) if drifting else None,
+        asked=float(clip_rate),
     )
-    return found._replace(warning=_warning(found, len(steady), clip_rate))
+    return found._replace(
+        warning=_warning(found, len(steady), clip_rate), why=_why(found, len(steady))
+    )
 
 
 def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The norms, and the limit of each step: infinite where there was none."""
+    """The norms that were recorded, and the limit of each step.
+
+    The limit is infinite if there was none, and NaN where it was not recorded.
+    """
     of_run = isinstance(norms, str) or hasattr(norms, "__fspath__")
     if of_run or hasattr(norms, "steps"):
         columns = readers.columns_of_run(norms)
         source = norms if of_run else norms.path
-        name = readers.pick(columns, "norm", None, source)
-        norms = columns[name]
-        limit = readers.limits_beside(columns, name) if limit is None else limit
+        name = naming.pick(columns, "norm", None, source)
+        norms = naming.norms_of_all_steps(columns, name)
+        limit = naming.limits_beside(columns, name) if limit is None else limit
     values = np.asarray(norms, np.float64)
     if values.ndim != 1:
         raise ValueError(
             f"Expected the norms of one run, one a step, got shape {values.shape}."
+            " Of several seeds, suggest for each: suggest_threshold(norms[:, 0])."
         )
     if np.any(values < 0):
         raise ValueError(
@@ -173,13 +188,16 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
             f" {limits.shape}."
         )
     if np.any(limits < 0):
-        raise ValueError(f"Expected limit >= 0, got {limits.min():g}.")
-    return values, np.broadcast_to(limits, values.shape)
+        raise ValueError(f"Expected limit >= 0, got {np.nanmin(limits):g}.")
+    there = present(values)
+    return values[there], np.broadcast_to(limits, values.shape)[there]
 
 
 def _recorded(norms: np.ndarray, limits: np.ndarray) -> float | None:
     """The usual limit of a run of which nearly every step was clipped."""
-    if np.mean(norms > limits) <= _NEARLY_ALL:
+    known = ~np.isnan(limits)
+    norms, limits = norms[known], limits[known]
+    if not known.any() or np.mean(norms > limits) <= _NEARLY_ALL:
         return None
     return float(np.median(limits[limits > 0])) if np.any(limits > 0) else None
 
@@ -204,7 +222,8 @@ def _spike_level(norms: np.ndarray) -> float:
     """Above this a norm is no part of the usual spread."""
     logs = np.log(norms)
     level = np.median(logs) + max(5 * _deviation(logs), np.log(4))
-    return float(min(np.exp(min(level, 700.0)), norms.max()))
+    with np.errstate(over="ignore"):  # infinity: there are no spikes
+        return float(min(np.exp(level), norms.max()))
 
 
 def _limit(norms: np.ndarray, cutoff: float, clip_rate: float | int) -> float:
@@ -237,6 +256,35 @@ def _rule(quantile: float, value: float, drift: float) -> str:
     # is what keeps them low, a rule that follows them up lets training explode.
     most = f", max_norm={value:.4g}" if drift < 1 else ""
     return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker"{most})'
+
+
+def _why(found: Suggestion, count: int) -> str:
+    """Why the limit does not clip the share of the steps that was asked for."""
+    if abs(found.clip_rate - found.asked) <= max(0.005, 1 / count):
+        return ""
+    if found.recorded is not None and found.recorded == found.value:
+        return (
+            "no limit above that of the run is suggested, and nearly all its norms are"
+            " above that"
+        )
+    if found.rule and found.drift < 1:
+        return (
+            f"the norms fall, and the limit is chosen to clip {_percent(found.asked)}"
+            " of the last third of the run; earlier norms are higher"
+        )
+    if found.spikes > found.asked:
+        return (
+            f"{_percent(found.spikes)} of the steps are spikes, and the limit clips"
+            f" them and {_percent(found.asked)} of the other steps"
+        )
+    return (
+        f"norms that are equal to the limit are not clipped, and the {count} norms"
+        " have no value with this share above it"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
@@ -272,7 +320,10 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
 def _median(norms: np.ndarray) -> float:
     """The median of what is finite; infinity where nothing is."""
     finite = norms[np.isfinite(norms)]
-    return float(np.median(finite)) if len(finite) else np.inf
+    if not len(finite):
+        return np.inf
+    with np.errstate(over="ignore"):  # the mean of two huge numbers
+        return min(float(np.median(finite)), float(finite.max()))
 
 
 def _deviation(values: np.ndarray) -> float:

@@ -1,0 +1,119 @@
+"""Which column is the step, the norm, the loss: by the names that loggers use."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from .jsonl import ReadError
+from .table import Columns, present
+
+# What others call the step; the first that is there is taken. Keras counts epochs.
+STEP_NAMES = (
+    "step",
+    "_step",
+    "global_step",
+    "trainer/global_step",
+    "steps",
+    "iteration",
+    "iterations",
+    "iter",
+    "update",
+    "updates",
+    "epoch",
+)
+# What the norm and the loss are called; the more telling names come first. MaxText's
+# grad_norm is that after clipping.
+_USUAL: dict[str, tuple[str, ...]] = {
+    "norm": (
+        "norm",
+        "raw_grad_norm",
+        "grad_norm",
+        "gradient_norm",
+        "grad_global_norm",
+        "global_norm",
+        "gnorm",
+        "grad/norm/total",  # Levanter
+        "grad_2.0_norm_total",  # Lightning
+        "value",
+    ),
+    "loss": ("loss", "train_loss", "training_loss", "value"),
+}
+
+
+def step_name(path: Any, columns: Iterable[str]) -> str:
+    """The column with the steps, as others call it; an exact name comes first."""
+    names = list(columns)
+    by_lower = {name.lower(): name for name in reversed(names)}
+    for name in STEP_NAMES:
+        if name in names:
+            return name
+    for name in STEP_NAMES:
+        if name in by_lower:
+            return by_lower[name]
+    raise ReadError(no_column(path, STEP_NAMES[0], names, "--step NAME"))
+
+
+def no_column(path: Any, what: str, columns: Iterable[str], mend: str) -> str:
+    """The message for a column that is not there."""
+    names = ", ".join(repr(name) for name in columns) or "none"
+    return f"{path}: there is no column {what!r}. The columns are: {names}. Use {mend}."
+
+
+def pick(columns: Columns, what: str, name: str | None = None, source: Any = "") -> str:
+    """The name of the column that holds ``"norm"`` or the like.
+
+    Taken is what is named; else ``clip/norm``; else a column of exactly a usual name;
+    else one whose last part is such a name, if only one fits.
+    """
+    source = source or "this run"
+    mend = "--norm NAME" if what == "norm" else "--column NAME"
+    if name is not None:
+        if name not in columns:
+            raise ReadError(no_column(source, name, columns, mend))
+        return name
+    if f"clip/{what}" in columns:
+        return f"clip/{what}"
+    for kind in _USUAL.get(what, (what,)):
+        if kind in columns:
+            return kind
+        # Clippers in a row come before what is measured around them.
+        fitting = [n for n in columns if _ends_in(n, kind)]
+        fitting = [n for n in fitting if not n.startswith("skip/")] or fitting
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise ReadError(
+                f"{source}: several columns may be the {what}: {', '.join(fitting)}."
+                f" Choose one with {mend}."
+            )
+    raise ReadError(no_column(source, what, columns, mend))
+
+
+def _ends_in(name: str, kind: str) -> bool:
+    """Whether the last part is so called: train/loss, and W&B's "run 3 - loss"."""
+    name = name.lower()
+    return name == kind or name.endswith((f"/{kind}", f" - {kind}"))
+
+
+def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:
+    """The limits that a column of norms was clipped with, if they were recorded."""
+    name = f"{norm.removesuffix('norm')}threshold"
+    if not norm.endswith("norm") or name not in columns:
+        return None
+    limits = np.asarray(columns[name], np.float64)
+    return limits if present(limits).any() else None
+
+
+def norms_of_all_steps(columns: Columns, name: str) -> np.ndarray:
+    """The norms of a column; on skipped steps those that the skipper measured.
+
+    There the clipper did not see the gradient, and its norm is that of a step before.
+    """
+    norms = np.asarray(columns[name], np.float64)
+    of_skipper = {"skip/skipped", "skip/norm"}
+    if not name.startswith("clip/") or not of_skipper <= columns.keys():
+        return norms
+    measured = np.asarray(columns["skip/norm"], np.float64)
+    skipped = np.asarray(columns["skip/skipped"], np.float64) > 0
+    return np.where(skipped & present(measured), measured, norms)
