@@ -244,6 +244,8 @@ def to_numbers(
     types = set(map(type, column))
     try:
         if types == {str}:  # of a CSV file
+            if "" not in column and _are_numbers(column):
+                return np.array(column, np.float64)
             filled = [x not in _EMPTY for x in column]
             cells = list(itertools.compress(column, filled))
             if cells and _are_numbers(cells):

@@ -146,7 +146,7 @@ def _of_document(path: Path) -> Iterable[Columns]:
     if not isinstance(records, list):
         raise ReadError(
             f"{path}: expected one JSON object a line, a list of them, or an object"
-            " with a list called 'log_history', as in Hugging Face's trainer_state.json."
+            " with a list called 'log_history', as Hugging Face's trainer_state.json."
         )
     if records:
         where = list(range(1, len(records) + 1))

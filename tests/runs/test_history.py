@@ -262,7 +262,7 @@ BAD_FILES = {
     "words.csv": (b"step,norm\n1,2\n2,big\n", ":3: expected a number in 'norm'"),
     "twice.csv": (b"step,norm,norm\n1,2,3\n", ":1: expected a name for each.*norm"),
     "header.csv": (b"step,norm\n", "no records"),
-    "no_step.csv": (b"epoch,norm\n1,2\n", "no column 'step'.*'epoch'"),
+    "no_step.csv": (b"time,norm\n1,2\n", "no column 'step'.*'time'"),
     "latin.csv": (b"step,norm\n1,2 \xb5\n", "UTF-8"),
     "cut.jsonl": (b'{"step": 1, "no', "no records"),
 }
@@ -376,7 +376,7 @@ import numpy as np
 import optax_clipx as clipx
 start = time.perf_counter()
 history = clipx.History.load("run.jsonl")
-history.plot("run.png")
+history.plot("run.png", force=True)
 drawn = time.perf_counter()
 clipx.suggest_threshold(history)
 ended = time.perf_counter()
