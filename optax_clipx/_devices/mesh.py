@@ -7,6 +7,7 @@ on one device there is nothing to do: XLA adds what a plain sum needs.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -118,7 +119,22 @@ def sum_over(value: jax.Array, axes: Axes) -> jax.Array:
 
 def max_over(value: jax.Array, axes: Axes) -> jax.Array:
     """`lax.pmax`, for a value that varies over some of the axes only."""
-    return lax.pmax(vary(value, axes), axes) if axes else value
+    return _pmax(vary(value, axes), axes) if axes else value
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pmax(value: jax.Array, axes: Axes) -> jax.Array:
+    return lax.pmax(value, axes)
+
+
+@_pmax.defjvp
+def _pmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # JAX has none. As that of `jnp.max`: the mean over all that are the largest.
+    (value,), (tangent,) = primals, tangents
+    top = lax.pmax(value, axes)
+    largest = value == top
+    total = lax.psum(jnp.where(largest, tangent, 0), axes)
+    return top, total / lax.psum(largest.astype(tangent.dtype), axes)
 
 
 def mean_over_devices(value: jax.Array, axis_name: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from .._clipping import scaling
 from .._clipping.entries import any_of, finish, with_flags
 from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
-from .._clipping.responses import normalize, smooth
+from .._clipping.responses import normalize
 from .._clipping.summary import Summary
 from .._clipping.transformation import Options, Step, arrays_in, transformation
 from .._devices import mesh
@@ -22,8 +22,9 @@ from .._reductions.norms import norms
 from .._thresholds.base import Context
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import check_static_count
-from .._trees.arithmetic import accumulator, quotient, widened
+from .._trees.arithmetic import accumulator, widened
 from .._trees.leaves import Leaves, show
+from .singular_values import Ways, clip_matrices
 
 
 def clip_by_spectral_norm(
@@ -47,7 +48,9 @@ def clip_by_spectral_norm(
               \sigma' = \frac{\sigma}{\sqrt{1 + \sigma^2 / t^2}} \;\text{(soft)}
 
     A vector is a matrix of one column: its singular value is its 2-norm, so that the
-    rule has no jump between the two. Work is cubic in the shorter side.
+    rule has no jump between the two. Work is cubic in the shorter side. The derivative
+    is finite everywhere, also where singular values are equal or zero; it takes an SVD
+    with either method.
 
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
@@ -106,7 +109,7 @@ def clip_by_spectral_norm(
             " rule that adapts to norms or parameters."
         )
     options = Options(nonfinite, axis_name, specs, metrics)
-    ways = _Ways(form, method, steps)
+    ways = Ways(form, method, steps)
 
     def step(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
@@ -122,12 +125,6 @@ def clip_by_spectral_norm(
         return finish(leaves, clipped, summary, state, options)
 
     return transformation(lambda leaves: (), step, rule, options)
-
-
-class _Ways(NamedTuple):
-    form: str
-    method: str
-    steps: int
 
 
 class _Layout(NamedTuple):
@@ -168,7 +165,7 @@ def _clip(
     leaves: Leaves,
     limits: jax.Array,
     layouts: list[_Layout],
-    ways: _Ways,
+    ways: Ways,
     options: Options,
 ) -> tuple[list[Any], list[Any], list[Any], jax.Array]:
     """The clipped leaves, and the largest singular value of each matrix before, after.
@@ -190,6 +187,8 @@ def _clip(
         options.specs,
         derive=with_flags,
     )
+    # Constants: the derivative of `clip_matrices` is that of all that is done here.
+    norm = lax.stop_gradient(norm)
     ones = jax.tree.map(jnp.ones_like, norm.value)
     to_one = scaling.scales(norm, ones, normalize)
     wide = [x.astype(widened(x, limits.dtype)) for x in arrays]
@@ -214,7 +213,7 @@ def _clip_leaf(
     norm: jax.Array,
     limit: jax.Array,
     layout: _Layout,
-    ways: _Ways,
+    ways: Ways,
     place: mesh.Placement,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def local(
@@ -224,7 +223,7 @@ def _clip_leaf(
         whole = _gathered(unit, places[1], layout)
         matrices, restore = _as_matrices(whole, layout)
         scale = norm.reshape((*matrices.shape[:-2], 1))  # one a matrix
-        new, top, top_after = _clip_matrices(matrices, scale, limit, ways)
+        new, top, top_after = clip_matrices(matrices, scale, limit, ways)
         mine = _own_part(restore(new), unit.shape, places[1], layout)
         known = top.reshape(norm.shape) if ways.method == "svd" else norm
         unchanged = (known <= limit) if ways.form == "hard" else (norm == 0)
@@ -239,112 +238,6 @@ def _clip_leaf(
     return mesh.map_local(
         local, [array, unit, norm], [place, place, kept], limit, out_specs
     )
-
-
-def _clip_matrices(
-    unit: jax.Array, norm: jax.Array, limit: jax.Array, ways: _Ways
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clips matrices `unit * norm`; with the largest singular values before, after."""
-    finite = jnp.isfinite(unit).all(axis=(-2, -1), keepdims=True)
-    unit = jnp.where(finite, unit, 0)
-    ratio = limit / jnp.where(norm > 0, norm, 1)  # the limit at a norm of 1
-    if ways.method == "svd" or min(unit.shape[-2:]) == 1:
-        new, top, top_after = _by_svd(unit, norm, limit, ways.form)
-    else:
-        tiny = float(jnp.finfo(unit.dtype).tiny) ** 0.5
-        # Beyond 2^30 clipping at a norm of 1 changes nothing that a float can hold.
-        new = _by_products(unit, jnp.clip(ratio, tiny, 2.0**30), ways)
-        # A limit of zero leaves nothing, and one above the norm everything.
-        new = jnp.where(ratio[..., None] > tiny, new, 0)
-        top_after = _power_iteration(new) * norm[..., 0]
-        top = _power_iteration(unit) * norm[..., 0]
-        new = new * norm[..., None]
-        infinite = jnp.isposinf(limit)
-        new = jnp.where(infinite, unit * norm[..., None], new)
-        top_after = jnp.where(infinite, top, top_after)
-    bad = ~finite[..., 0, 0]
-    return new, jnp.where(bad, jnp.nan, top), jnp.where(bad, jnp.nan, top_after)
-
-
-def _by_svd(
-    unit: jax.Array, norm: jax.Array, limit: jax.Array, form: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, values, v = jnp.linalg.svd(unit, full_matrices=False)
-    values = jnp.minimum(values, 1)  # no larger than the Frobenius norm
-    whole = values * norm
-    limits = jnp.broadcast_to(limit, whole.shape)
-    if form == "hard":
-        clipped = jnp.minimum(whole, limits)
-    else:
-        bent = whole * smooth(whole, limits, p=2.0)
-        clipped = jnp.where(jnp.isposinf(limits) | (whole == 0), whole, bent)
-    top = clipped[..., :1]  # products of what is small would vanish: near 1 first
-    shares = quotient(clipped, jnp.where(top > 0, top, 1))
-    new = _dot(u * shares[..., None, :], v) * top[..., None]
-    return new, whole[..., 0], clipped[..., 0]
-
-
-def _by_products(unit: jax.Array, ratio: jax.Array, ways: _Ways) -> jax.Array:
-    """The clipped matrices at a norm of 1, from products of matrices."""
-    tall = unit.shape[-2] >= unit.shape[-1]
-    x = unit if tall else jnp.swapaxes(unit, -1, -2)
-    limit = ratio[..., None]
-    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), _square(x))
-    if ways.form == "soft":
-        # The upper part of the polar factor of [X / t; I] is X (X'X + t^2 I)^(-1/2).
-        tilt = jnp.minimum(limit, 1 / jnp.maximum(limit, 1e-30))
-        small, large = jnp.where(limit < 1, 1, tilt), jnp.where(limit < 1, limit, 1)
-        stacked = jnp.concatenate([x * small, identity * large], axis=-2)
-        factor = _polar(stacked / jnp.sqrt(small**2 + large**2), ways.steps)
-        new = factor[..., : x.shape[-2], :] * limit
-    else:
-        # min(s, t) = (s + t - |s - t|) / 2, and |H| = H sign(H).
-        factor = _polar(x, ways.steps)
-        shifted = _dot(jnp.swapaxes(factor, -1, -2), x)
-        shifted = (shifted + jnp.swapaxes(shifted, -1, -2)) / 2 - limit * identity
-        bound = 1 + limit
-        magnitude = _dot(shifted, _polar(shifted / bound, ways.steps))
-        new = (x + _dot(factor, limit * identity - magnitude)) / 2
-        new = jnp.where(limit >= 1, x, new)
-    return new if tall else jnp.swapaxes(new, -1, -2)
-
-
-def _square(x: jax.Array) -> tuple[int, ...]:
-    return (*x.shape[:-2], x.shape[-1], x.shape[-1])
-
-
-def _polar(x: jax.Array, steps: int) -> jax.Array:
-    """The orthogonal polar factor of tall matrices of spectral norm at most 1.
-
-    Singular values go by s (15 - 10 s^2 + 3 s^4) / 8, which never exceeds 1.
-    """
-
-    def refine(_: Any, x: jax.Array) -> jax.Array:
-        gram = _dot(jnp.swapaxes(x, -1, -2), x)
-        return (15 * x + _dot(x, 3 * _dot(gram, gram) - 10 * gram)) / 8
-
-    return lax.fori_loop(0, steps, refine, x)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def _power_iteration(x: jax.Array, steps: int = 16) -> jax.Array:
-    """The largest singular value of matrices, from below."""
-    v = jnp.ones((*x.shape[:-2], x.shape[-1], 1), x.dtype) + 0 * x[..., :1, :1]
-    # A start that is orthogonal to what counts finds nothing: add the longest row.
-    longest = jnp.argmax(jnp.sum(jnp.square(x), axis=-1, keepdims=True), axis=-2)
-    row = jnp.take_along_axis(x, longest[..., None], axis=-2)
-    v = v * 1e-3 + jnp.swapaxes(row, -1, -2)
-
-    def refine(_: Any, v: jax.Array) -> jax.Array:
-        v = _dot(jnp.swapaxes(x, -1, -2), _dot(x, v))
-        length = jnp.linalg.norm(v, axis=-2, keepdims=True)
-        return v / jnp.where(length > 0, length, 1)
-
-    v = lax.fori_loop(0, steps, refine, v)
-    return jnp.linalg.norm(_dot(x, v), axis=(-2, -1))
 
 
 def _as_matrices(x: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
