@@ -49,16 +49,18 @@ def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
 @pytest.mark.complete
 @pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
 def test_the_line_of_a_method_takes_a_step(page):
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    namespace = {}
-    exec(compile(block, str(page), "exec"), namespace)
-    assert page.stem in block
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
     params = {"kernel": jax.numpy.ones((3, 2)), "bias": jax.numpy.zeros(2)}
     grads = jax.tree.map(lambda x: x + 1.0, params)
-    tx = namespace["tx"]
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, _ = tx.update(grads, tx.init(params), params)
-    assert all(bool((x < 0).all()) for x in jax.tree.leaves(updates))
+    namespace = {}
+    for block in blocks:
+        assert page.stem in block
+        exec(compile(block, str(page), "exec"), namespace)
+        tx = namespace.pop("tx")
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, _ = tx.update(grads, tx.init(params), params)
+        assert all(bool((x < 0).all()) for x in jax.tree.leaves(updates))
 
 
 def test_every_page_with_code_is_run():
