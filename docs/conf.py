@@ -1,4 +1,4 @@
-"""Sphinx configuration: Markdown pages, one page a symbol, links to jax and optax."""
+"""Sphinx configuration: Markdown pages, and an API page for each public name."""
 
 import re
 from importlib.metadata import version as installed
@@ -27,6 +27,8 @@ napoleon_use_ivar = True
 exclude_patterns = ["_build", "results"]
 html_theme = "furo"
 html_title = "optax_clipx"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 nitpicky = False
 html_math_renderer = "mathml"
 
