@@ -43,7 +43,9 @@ def clip_by(
     norm                limit               result
     ==================  ==================  =========================================
     0                   any                 zeros, with a finite gradient
-    at most the limit   infinity included   unchanged, bit for bit
+    any finite          infinity            unchanged, bit for bit
+    at most the limit   finite              times the response's scale: with ``rescale``
+                                            and ``drop`` unchanged, bit for bit
     above               0                   zeros
     infinite or NaN     any                 by ``nonfinite``
     any                 negative or NaN     ValueError; if traced, NaN everywhere
@@ -55,10 +57,12 @@ def clip_by(
             :func:`measures.unit_norms` or :func:`measures.magnitudes`.
         threshold: a number, a scalar array, an optax schedule, a pytree prefix of
             these, or a :class:`thresholds.Threshold`; in the unit of the updates.
-        response: what happens above the limit: :func:`responses.rescale`,
+        response: how norms and limits give scales: :func:`responses.rescale`,
             :func:`responses.normalize`, :func:`responses.smooth`,
-            :func:`responses.drop`, or any function from norms and limits to scales; far
-            above the limit they must fall as limit over norm, or be 0.
+            :func:`responses.drop`, or any function of the two. It is called below a
+            finite limit too, where ``normalize`` enlarges and ``smooth`` shrinks, and
+            its result does not count where the limit is infinite or the norm 0. Far
+            above the limit scales must fall as limit over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` raises an error that names the leaves (see Raises),
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite

@@ -1,7 +1,8 @@
 """Responses: what happens to what is measured above its limit.
 
 A response maps norms and limits, arrays of one shape, to the scales by which the
-updates are multiplied. It depends on the ratio of the two.
+updates are multiplied. It depends on the ratio of the two. It decides below a finite
+limit as well; an infinite limit and a norm of 0 change nothing, whatever it says.
 """
 
 import jax
@@ -50,6 +51,9 @@ def normalize(
 ) -> Float[Array, "..."]:
     r"""Gives everything the norm of its limit: :math:`t / (n + \epsilon)`.
 
+    What is below a finite limit is enlarged to it: (3, 4) with a limit of 100 becomes
+    (60, 80). An infinite limit changes nothing, as with every response.
+
     Args:
         norms: norms :math:`n`, any shape.
         limits: limits :math:`t`, the same shape; an infinite limit changes nothing.
@@ -81,9 +85,10 @@ def smooth(
 ) -> Float[Array, "..."]:
     r"""Bends the norm under its limit: :math:`(1 + (n/t)^p)^{-1/p}`.
 
-    Small norms pass almost unchanged, large ones approach the limit from below;
-    there is no corner. ``p=1`` is :math:`1/(1 + n/t)`, ``p=2`` is
-    :math:`1/\sqrt{1 + (n/t)^2}`; a large ``p`` approaches :func:`rescale`.
+    Norms far below the limit pass almost unchanged, large ones approach it from below;
+    there is no corner. At the limit itself the scale is :math:`2^{-1/p}`. ``p=1`` is
+    :math:`1/(1 + n/t)`, ``p=2`` is :math:`1/\sqrt{1 + (n/t)^2}`; a large ``p``
+    approaches :func:`rescale`.
 
     Args:
         norms: norms :math:`n`, any shape.

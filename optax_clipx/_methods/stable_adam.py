@@ -203,6 +203,7 @@ def stable_adamw(
     Raises:
         ValueError: if a number is out of its range, and from ``update`` without
             ``params``.
+        TypeError: from ``update`` as :func:`clip_by`, and for complex leaves.
 
     Example:
         >>> import jax.numpy as jnp

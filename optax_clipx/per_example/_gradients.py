@@ -109,7 +109,9 @@ def clipped_grad(
     norm of an example  limit               what it adds
     ==================  ==================  =========================================
     0                   any                 zero
-    at most the limit   infinity included   its gradient, with ``rescale``
+    any finite          infinity            its gradient
+    at most the limit   finite              its gradient, times the response's scale: 1
+                                            with ``rescale``
     above               0                   zero
     infinite or NaN     any                 zero; counted in ``num_nonfinite``
     any                 negative or NaN     ValueError; if traced, the sum is NaN
