@@ -39,8 +39,9 @@ def clip_value(
 
     Args:
         x: an array or a pytree of arrays; cotangents of integer ones pass through.
-        min_value: :math:`a`, in the unit of the cotangent: a number, a scalar array,
-            which may be traced, or a pytree prefix of ``x``. Its own cotangent is 0.
+        min_value: :math:`a`, in the unit of the cotangent: a number, an array that
+            broadcasts against each array of ``x``, entry by entry, or a pytree prefix
+            of these; it may be traced. Its own cotangent is 0.
         max_value: :math:`b`, the same.
         nonfinite: as in :func:`optax_clipx.clip_by_value`: with the default an infinite
             entry goes to its bound, and NaN stays in its entry.
@@ -68,8 +69,8 @@ def clip_value(
         Graves, Generating sequences with recurrent neural networks, 2013,
         arXiv 1308.0850.
     """
-    _check(min_value, "min_value", signed=True)
-    _check(max_value, "max_value", signed=True)
+    _refuse_schedules(min_value, "min_value")
+    _refuse_schedules(max_value, "max_value")
     options = Options(nonfinite, axis_name, specs, metrics=False)
     clamp_once((), min_value, max_value, options)  # refuses bad bounds now
 
@@ -136,7 +137,8 @@ def clip_norm(
         networks, 2013, arXiv 1211.5063 (the norm), applied where Graves (2013,
         arXiv 1308.0850) clips values.
     """
-    _check(max_norm, "max_norm")
+    _refuse_schedules(max_norm, "max_norm")
+    constant(max_norm, "max_norm")  # refuses bad limits now
     policies.check_policy(nonfinite)
     measure = leaf_norms(ord, batch_axes=batch_axes)
     options = Options(nonfinite, axis_name, specs)
@@ -211,11 +213,10 @@ def _finite_or_zero(x: Any) -> Any:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def _check(limit: Any, name: str, signed: bool = False) -> None:
-    """Refuses bad limits in the forward pass, where their line is seen."""
+def _refuse_schedules(limit: Any, name: str) -> None:
+    """Refuses functions in the forward pass, where their line is seen."""
     if any(map(callable, jax.tree.leaves(limit))):
         raise TypeError(
             f"Expected {name} to be a number or array, got {limit!r}. Call a schedule"
             " with its step first."
         )
-    constant(limit, name, signed=signed)

@@ -12,12 +12,12 @@ from jax import lax
 from .._devices import mesh
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
-from .._thresholds.base import Context, Threshold
+from .._thresholds.base import Context, Threshold, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
 from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
 from .._trees.leaves import Leaves
-from . import policies
+from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales
 from .summary import Summary
@@ -28,6 +28,11 @@ def clip_by_interval(
     min_value: Any, max_value: Any, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """Clamps each entry to an interval."""
+    if bounds.has_entries(min_value, max_value):
+        bounds.check_bounds(min_value, "min_value", signed=True)
+        bounds.check_bounds(max_value, "max_value", signed=True)
+        bounds.check_order(min_value, max_value)
+        return _clip_between(min_value, max_value, options)
     lower = constant(min_value, "min_value", signed=True)
     upper = constant(max_value, "max_value", signed=True)
     if _is_number(min_value) and _is_number(max_value) and min_value > max_value:
@@ -45,6 +50,44 @@ def clip_by_interval(
         return _finish(leaves, options, low, high, _clamp, state)
 
     return transformation(lambda leaves: (), step, rule, options)
+
+
+def clip_by_entry(
+    max_delta: Any, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the magnitude of each entry to a bound of its own."""
+    bounds.check_bounds(max_delta, "max_delta")
+    return _clip_between(None, max_delta, options)
+
+
+def _clip_between(
+    min_value: Any, max_value: Any, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    """Clips to bounds of single entries; without a lower one to magnitudes."""
+    rule = stateless(
+        lambda norms, context: norms,
+        uses_step=bounds.has_schedule(min_value, max_value),
+    )
+    one = min_value is None
+    name = "max_delta" if one else "max_value"
+
+    def step(
+        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
+    ) -> Step:
+        high = bounds.of_leaves(max_value, name, leaves, count)
+        if one:
+            low = [-h for h in high]
+        else:
+            low = bounds.of_leaves(min_value, "min_value", leaves, count)
+        polar = one and any(map(jnp.iscomplexobj, leaves.arrays))
+        act = _shrink if polar else _clamp
+        return _finish(leaves, options, low, high, act, state)
+
+    return transformation(lambda leaves: (), step, rule, options)
+
+
+def _shrink(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    return _respond(array, high, rescale)
 
 
 def clamp_once(tree: Any, min_value: Any, max_value: Any, options: Options) -> Any:
@@ -133,7 +176,8 @@ def _finish(
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
     pairs = zip(low, high, strict=True)
-    unusable = jnp.any(jnp.stack([~(upper >= lower) for lower, upper in pairs]))
+    flags = [~(upper >= lower) for lower, upper in pairs]
+    unusable = _on_all_devices(jnp.any, flags, leaves, options)
     # A bound of NaN makes every entry NaN.
     low = [jnp.where(unusable, jnp.nan, b) for b in low]
     high = [jnp.where(unusable, jnp.nan, b) for b in high]
@@ -165,17 +209,18 @@ def _summarize(
         axis_name = ()  # The clamp itself needs no collective: these are the shard's.
     arrays = leaves.arrays
     groups = ScalarGroups((0,) * len(arrays), None)
+    entries = any(b.ndim for b in high)
     before, after, num_outside, *num_bad = (
         found.value
         for found in norms(
-            [leaves.arrays],
+            [leaves.arrays, low, high] if entries else [leaves.arrays],
             groups,
             2.0,
             leaves.paths,
             axis_name,
             options.specs,
             derive=_Derived(act, options.nonfinite == "sanitize"),
-            extras=list(zip(low, high, strict=True)),
+            extras=() if entries else list(zip(low, high, strict=True)),
         )
     )
     places = mesh.placements(arrays, leaves.paths, axis_name, options.specs)
@@ -186,12 +231,33 @@ def _summarize(
         norm=before,
         clipped_norm=after,
         scale=jnp.where(before > 0, after / nonzero, 1),
-        threshold=jnp.max(jnp.stack([jnp.abs(b) for b in low + high])),
+        threshold=_on_all_devices(
+            jnp.max, [jnp.abs(b) for b in low + high], leaves, options
+        ),
         clipped=jnp.where(jnp.isfinite(share), share, 0),
         any_clipped=num_outside > 0,
         nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),
         unusable=jnp.zeros((), jnp.bool_),
     )
+
+
+def _on_all_devices(
+    total: Callable[..., jax.Array],
+    values: list[jax.Array],
+    leaves: Leaves,
+    options: Options,
+) -> jax.Array:
+    """The largest of all values, or whether any is true."""
+    found = total(jnp.stack([total(x) if x.ndim else x for x in values]))
+    scalars = not any(x.ndim for x in values)
+    if scalars or mesh.is_unknown(options.axis_name, options.specs):
+        return found
+    places = mesh.placements(
+        leaves.arrays, leaves.paths, options.axis_name, options.specs
+    )
+    axes = mesh.axes_to_sum([found, *leaves.arrays], places)
+    number = found.astype(jnp.int32) if found.dtype == jnp.bool_ else found
+    return mesh.max_over(number, axes).astype(found.dtype)
 
 
 @dataclass(frozen=True)
@@ -201,12 +267,15 @@ class _Derived:
     act: Callable[..., jax.Array]
     sanitized: bool
 
-    def __call__(self, trees: Any, bounds: Any) -> Any:
-        (leaves,) = trees
+    def __call__(self, trees: Any, scalars: Any) -> Any:
+        leaves, *entries = trees
         before = policies.sanitize(leaves) if self.sanitized else leaves
         act = _clamped_for_sums if self.act is _clamp else self.act
         # Behind a barrier: XLA would write out bounds that several sums share.
-        here, there = lax.optimization_barrier((bounds, bounds))
+        if entries:  # of single entries, cut over the mesh as the leaves are
+            here = there = list(zip(*entries, strict=True))
+        else:
+            here, there = lax.optimization_barrier((scalars, scalars))
         after = [act(x, *b) for x, b in zip(before, here, strict=True)]
         outside = [_outside(x, *b) for x, b in zip(before, there, strict=True)]
         if not self.sanitized:

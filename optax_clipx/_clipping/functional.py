@@ -167,7 +167,8 @@ def clip_by_value(
 
     Args:
         tree: a pytree of floating-point arrays.
-        min_value: :math:`a`: a number, a scalar array, or a pytree prefix of these.
+        min_value: :math:`a`: a number, an array that broadcasts against each leaf,
+            entry by entry, or a pytree prefix of these.
         max_value: :math:`b`, the same.
         nonfinite: as in :func:`optax_clipx.clip_by_value`.
         axis_name: as for :func:`global_norm`.
@@ -177,7 +178,8 @@ def clip_by_value(
         The clipped pytree, of the same dtypes.
 
     Raises:
-        ValueError: if a bound is NaN or ``min_value > max_value``.
+        ValueError: if a bound is NaN or ``min_value > max_value``, or if an array does
+            not broadcast against a leaf.
         TypeError: for integer leaves and leaves that are no arrays.
 
     Example:

@@ -5,8 +5,9 @@ from typing import Any
 
 import optax
 
+from .._clipping.bounds import has_entries
 from .._clipping.clip_by import clip_by
-from .._clipping.elements import clip_by_interval
+from .._clipping.elements import clip_by_entry, clip_by_interval
 from .._clipping.measures import (
     LeafAxis,
     group_norms,
@@ -38,8 +39,9 @@ def clip(
     clipped, their phase kept.
 
     Args:
-        max_delta: :math:`\Delta`, in the unit of the updates: a number, a scalar
-            array, a schedule, or a pytree prefix of these.
+        max_delta: :math:`\Delta`, in the unit of the updates: a number, a schedule, an
+            array that broadcasts against each leaf, entry by entry, or a pytree prefix
+            of these.
         nonfinite: as in :func:`clip_by`; under ``"propagate"`` an infinity goes to its
             bound and a NaN stays in its entry.
         axis_name: as in :func:`clip_by`.
@@ -50,7 +52,8 @@ def clip(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if ``max_delta`` is negative or NaN, or the policy unknown.
+        ValueError: if ``max_delta`` is negative or NaN, or the policy unknown; from
+            ``update`` if an array does not broadcast against a leaf.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 
     Example:
@@ -63,6 +66,9 @@ def clip(
     References:
         Mikolov, Statistical language models based on neural networks, 2012.
     """
+    if has_entries(max_delta):
+        options = Options(nonfinite, axis_name, specs, metrics)
+        return clip_by_entry(max_delta, options)
     rule = constant(max_delta, "max_delta")
     return clip_by(
         magnitudes(),
@@ -88,8 +94,9 @@ def clip_by_value(
     .. math:: u_j \leftarrow \min(\max(u_j, a), b)
 
     Args:
-        min_value: :math:`a`, in the unit of the updates: a number, a scalar array, a
-            schedule, or a pytree prefix of these.
+        min_value: :math:`a`, in the unit of the updates: a number, a schedule, an array
+            that broadcasts against each leaf, entry by entry, or a pytree prefix of
+            these. In ``shard_map`` an array is the part of this device.
         max_value: :math:`b`, the same.
         nonfinite: as in :func:`clip`.
         axis_name: as in :func:`clip_by`.
@@ -100,7 +107,8 @@ def clip_by_value(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if a bound is NaN, ``min_value > max_value``, or the policy unknown.
+        ValueError: if a bound is NaN, ``min_value > max_value``, or the policy unknown;
+            from ``update`` if an array does not broadcast against a leaf.
         TypeError: from ``update`` for integer and complex leaves and leaves that are
             no arrays.
 
