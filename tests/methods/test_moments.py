@@ -477,6 +477,18 @@ def test_a_bias_correction_counts_finite_steps():
     assert int(state.rule.seen) == 1
 
 
+def test_resets_count_every_step_but_those_that_are_skipped_around_them():
+    resets = clipx.reset_moments(optax.trace(0.5), every=2, warmup=0)
+    counts = {}
+    for name, tx in (("bare", resets), ("skipped", clipx.skip_spikes(resets))):
+        params = jnp.zeros(1)
+        state = tx.init(params)
+        for gradient in (1.0, np.nan, 1.0):
+            _, state = tx.update(jnp.array([gradient]), state, params)
+        counts[name] = int(optax.tree.get(state, "ResetState").steps)
+    assert counts == {"bare": 3, "skipped": 2}
+
+
 def test_a_spike_is_clipped_where_the_root_underflows():
     tx = clipx.clip_by_second_moment(0.5, decay=0.5, warmup_steps=0)
     state = tx.init(jnp.zeros(2))._replace(
