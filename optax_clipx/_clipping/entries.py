@@ -53,12 +53,13 @@ def elementwise(
     fresh: Callable[[Leaves], NamedTuple],
     numbers_at: Callable[[Any, Any], Any],
     options: Options,
+    unusable: Any = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
     `fresh` makes its memory: one tree like the parameters for each moment, and `seen`
     where finite steps are counted. `numbers_at(dtype, memory)` gives the rule's numbers
-    for moments of a dtype; they may be traced.
+    for moments of a dtype; they may be traced. Updates are NaN if one is `unusable`.
     """
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
@@ -72,6 +73,7 @@ def elementwise(
         moments = [moments_in(tree, leaves) for tree in trees.values()]
         numbers = [numbers_at(m.dtype, state) for m in moments[0]]
         summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
+        summary = summary._replace(unusable=jnp.asarray(unusable))
         if derive.sanitized:
             arrays = policies.sanitize(arrays)
         bad = summary.nonfinite
@@ -146,8 +148,9 @@ def moments_in(tree: Any, leaves: Leaves) -> list[jax.Array]:
     want, got = ([x.shape for x in some] for some in (moments, leaves.arrays))
     if want != got:
         raise ValueError(
-            f"Expected the leaves that init saw, of shapes {want}, got {got}. Leave"
-            " frozen ones out with optax_clipx.excluding or optax.masked."
+            f"Expected the {len(want)} leaves that init saw, of shapes {want}, got"
+            f" {len(got)}, of shapes {got}. Leave frozen ones out with"
+            " optax_clipx.excluding or optax.masked."
         )
     return moments
 

@@ -16,7 +16,12 @@ from .._clipping.entries import (
     zeros_like,
 )
 from .._clipping.transformation import Options
-from .._trees.arguments import check_between, check_decay, check_static_number
+from .._trees.arguments import (
+    check_between,
+    check_decay,
+    check_static_number,
+    out_of_range,
+)
 from .._trees.leaves import Leaves
 
 
@@ -92,7 +97,8 @@ def scale_by_acclip(
         return shares_of(b1, dtype), shares_of(b2, dtype), jnp.asarray(eps, dtype)
 
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_ACClip(float(alpha)), fresh, numbers_at, options)
+    rule = _ACClip(float(alpha))
+    return elementwise(rule, fresh, numbers_at, options, out_of_range(b1, b2))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from .._clipping.measures import tree_norm
 from .._clipping.responses import rescale
 from .._clipping.scaling import Response
 from .._clipping.transformation import Options, Step, arrays_in, transformation
+from .._thresholds.base import unless
 from .._thresholds.constant import as_threshold
-from .._trees.arguments import check_decay
+from .._trees.arguments import check_decay, out_of_range
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves, flatten
 from .smooth import normalize_by_norm
@@ -122,7 +123,7 @@ def mixed_clip(
         kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
         goes_on = options.nonfinite == "sanitize"
         of_momentum = clip(moved if goes_on else kept, {})
-        share = jnp.asarray(nu, jnp.float32)
+        share = unless(out_of_range(decay), jnp.asarray(nu, jnp.float32))
         mixed = [
             (
                 share.astype(m.dtype) * m
@@ -212,7 +213,8 @@ def normalized_momentum(
             leaves.rebuild(mean), clip_state, params, **extra
         )
         back = zip(flatten(out).arrays, leaves.arrays, strict=True)
-        out = leaves.rebuild([u.astype(x.dtype) for u, x in back])
+        unusable = out_of_range(decay)
+        out = leaves.rebuild([unless(unusable, u).astype(x.dtype) for u, x in back])
         return out, (after, clip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,7 @@ import optax
 
 from .._clipping.entries import elementwise, root_of_mean, shares_of, zeros_like
 from .._clipping.transformation import Options
-from .._trees.arguments import check_between, check_count, check_decay
+from .._trees.arguments import check_between, check_count, check_decay, out_of_range
 from .._trees.leaves import Leaves
 
 
@@ -95,7 +95,7 @@ def clip_by_second_moment(
         return shares, jnp.sqrt(wide), moved, memory.seen >= warmup_steps
 
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_Spikes(), fresh, numbers_at, options)
+    return elementwise(_Spikes(), fresh, numbers_at, options, out_of_range(decay))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .._clipping.transformation import Options, Step, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._reductions.whole_norm import whole_norm
-from .._trees.arguments import check_between, check_decay
+from .._trees.arguments import check_between, check_decay, out_of_range
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves
 
@@ -167,7 +167,7 @@ def stabilize_norm(
             clipped=jnp.mean(over.astype(peak.dtype)),
             any_clipped=jnp.any(over),
             nonfinite=any_of(bad.value),
-            unusable=jnp.zeros((), jnp.bool_),
+            unusable=jnp.asarray(out_of_range(b1, b2, b3)),
         )
         new = StabilizerMemory(peaks, means, roots, counts)
         return finish(leaves, out, summary, new, options)

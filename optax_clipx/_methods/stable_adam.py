@@ -28,7 +28,7 @@ from .._clipping.summary import Summary
 from .._clipping.transformation import Options, Step, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
-from .._trees.arguments import check_between, check_decay
+from .._trees.arguments import check_between, check_decay, out_of_range
 from .._trees.leaves import Leaves
 
 
@@ -150,7 +150,7 @@ def scale_by_stable_adam(
             clipped=jnp.mean(over.astype(rms.dtype)),
             any_clipped=jnp.any(over),
             nonfinite=bad,
-            unusable=jnp.zeros((), jnp.bool_),
+            unusable=jnp.asarray(out_of_range(b1, b2)),
         )
         new = StableAdamMemory(
             rebuild(state.mu, kept[:each]),

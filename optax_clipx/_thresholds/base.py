@@ -203,6 +203,11 @@ def refusals(
     return Refusals(stats, patience)
 
 
+def unless(unusable: Any, limit: jax.Array) -> jax.Array:
+    """The limit, or NaN if a number that it was made of is out of its range."""
+    return limit if unusable is False else jnp.where(unusable, jnp.nan, limit)
+
+
 def float32(value: Any) -> jax.Array:
     """A number of a rule, which may be traced."""
     return jnp.asarray(value, jnp.float32)

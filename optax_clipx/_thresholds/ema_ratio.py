@@ -6,8 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from .._reductions.whole_norm import whole_norm
-from .._trees.arguments import check_between, check_choice, check_count
-from .base import Context, Threshold, float32, memory, one_more, per_norm, refusals
+from .._trees.arguments import (
+    check_between,
+    check_choice,
+    check_count,
+    check_decay,
+    out_of_range,
+)
+from .base import (
+    Context,
+    Threshold,
+    float32,
+    memory,
+    one_more,
+    per_norm,
+    refusals,
+    unless,
+)
 
 INITS = ("min", "mean", "first")
 
@@ -104,7 +119,7 @@ def ema_ratio(
         et al., 2024, arXiv 2402.00838).
     """
     check_between(ratio, "ratio", 1, float("inf"))
-    check_between(decay, "decay", 0, 1)
+    check_decay(decay, "decay", one=True)
     check_count(warmup_steps, "warmup_steps", 0)
     if warmup_limit is not None:
         check_between(warmup_limit, "warmup_limit", 0, float("inf"))
@@ -146,7 +161,8 @@ def ema_ratio(
         after = jnp.where(anything, beta * average + (1 - beta) * entering, average)
         after = jnp.where(give_in, norm, after)
         limit = jnp.where(give_in, jnp.inf, limit)
-        return jnp.where(warming, in_warmup, limit), EmaRatioState(
+        limit = jnp.where(warming, in_warmup, limit)
+        return unless(out_of_range(decay, one=True), limit), EmaRatioState(
             count, jnp.where(warming, started, after), refused
         )
 
@@ -285,7 +301,7 @@ def group_band(
         check_between(low, "low", 0, 1)
     if not callable(high):
         check_between(high, "high", 1, float("inf"))
-    check_between(decay, "decay", 0, 1)
+    check_decay(decay, "decay", one=True)
     check_between(floor, "floor", 0, float("inf"))
     counted = refusals("raw", patience)
 
@@ -298,6 +314,7 @@ def group_band(
         target = jnp.clip(norm, jnp.maximum(lower, float32(floor)), upper)
         target = jnp.where(give_in, norm, target)
         average = jnp.where(give_in, norm, average)
+        target = unless(out_of_range(decay, one=True), target)
         return target, BandState(average, refused)
 
     rule = per_norm(lambda norms: BandState(*_two(norms)), update)

@@ -9,7 +9,9 @@ from .._trees.arguments import (
     check_between,
     check_choice,
     check_count,
+    check_decay,
     check_static_count,
+    out_of_range,
 )
 from .base import (
     Context,
@@ -22,6 +24,7 @@ from .base import (
     per_norm,
     refusals,
     trailing,
+    unless,
 )
 
 TARGETS = ("threshold", "mean", "reciprocal")
@@ -180,7 +183,7 @@ class _ZScore(NamedTuple):
 
     def checked(self, space: str) -> "_ZScore":
         check_between(self.z_threshold, "z_threshold", 0, float("inf"))
-        check_between(self.decay, "decay", 0, 1)
+        check_decay(self.decay, "decay", one=True)
         check_count(self.warmup_steps, "warmup_steps", 0)
         check_choice(space, "space", ("linear", "log"))
         check_choice(self.target, "target", TARGETS)
@@ -223,6 +226,7 @@ class _ZScore(NamedTuple):
             )
         limit = jnp.exp(limit) if self.log else limit
         limit = jnp.where(active & ~give_in, limit, jnp.inf)
+        limit = unless(out_of_range(self.decay, one=True), limit)
         return limit, seen._replace(refused=refused)
 
     def steps(self, count: Any) -> jax.Array:

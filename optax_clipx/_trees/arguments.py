@@ -47,11 +47,41 @@ def check_static_number(value: Any, name: str) -> None:
         raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
 
 
-def check_decay(value: Any, name: str) -> None:
-    """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter."""
+def check_decay(value: Any, name: str, *, one: bool = False) -> None:
+    """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter.
+
+    With `one`, 1 is allowed, but not where it may have been rounded to: in bfloat16
+    0.999 is 1.
+    """
     check_between(value, name, 0, 1)
-    if not isinstance(value, jax.core.Tracer) and value == 1:
-        raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.")
+    if isinstance(value, jax.core.Tracer) or not _too_high(value, one):
+        return
+    hint = ""
+    if _is_narrow(value):
+        hint = (
+            f" In {value.dtype} numbers near 1 are rounded to 1: under"
+            " optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
+        )
+    raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.{hint}")
+
+
+def out_of_range(*decays: Any, one: bool = False) -> Any:
+    """Whether a traced decay is one that `check_decay` refuses; False if none is."""
+    found: Any = False
+    for value in decays:
+        if isinstance(value, jax.core.Tracer):
+            found = found | ~(value >= 0) | _too_high(value, one)
+    return found
+
+
+def _too_high(value: Any, one: bool) -> Any:
+    return value > 1 if one and not _is_narrow(value) else value >= 1
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.generic | np.ndarray) and (
+        jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32
+    )
 
 
 def check_between(value: Any, name: str, low: int, high: int | float) -> None:
