@@ -85,7 +85,7 @@ def main() -> None:
     task = tasks.images("rows", "rnn", data, batch_size=64, steps=arguments.steps)
     history = train(task, arguments.max_norm, arguments.output)
 
-    history.plot(arguments.output / "run.png")
+    history.plot(arguments.output / "run.png", force=True)
     page = str(arguments.output / "run.html")
     clipx_command(["plot", str(run), "--html", page, "--force"])
     print(f"Wrote {arguments.output / 'run.png'}")

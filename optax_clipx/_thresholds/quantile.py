@@ -195,5 +195,6 @@ def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
     wanted = jnp.maximum(jnp.ceil(float32(q) * ranks[..., -1].astype(jnp.float32)), 1)
     bin_ = jnp.sum((ranks.astype(jnp.float32) < wanted[..., None]), axis=-1)
     limit = jnp.exp(_LOW + (bin_.astype(jnp.float32) + 0.5) * _WIDTH)
+    outside &= state.saturated < jnp.iinfo(jnp.int32).max  # stays there, and no wrap
     saturated = state.saturated + outside.astype(jnp.int32)
     return limit, SketchState(counts, saturated)

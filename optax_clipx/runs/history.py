@@ -317,7 +317,7 @@ def _numbers(name: str, value: Any) -> Any:
         )
     try:
         if hasattr(value, "copy_to_host_async"):
-            if value.dtype.kind == "c":
+            if np.dtype(value.dtype).kind == "c":
                 raise TypeError
             np.zeros(0, value.dtype).astype(np.float64)
             value.copy_to_host_async()
@@ -328,7 +328,7 @@ def _numbers(name: str, value: Any) -> Any:
         numbers.astype(np.float64)
         return numbers
     except (TypeError, ValueError, OverflowError):
-        shown = repr(value)
+        shown = " ".join(repr(value).split())
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         raise ValueError(
             f"Expected numbers, got {shown} for {name!r}. Leave it out, or pass a"

@@ -112,7 +112,8 @@ def norms_of_all_steps(columns: Columns, name: str) -> np.ndarray:
     """
     norms = np.asarray(columns[name], np.float64)
     of_skipper = {"skip/skipped", "skip/norm"}
-    if not name.startswith("clip/") or not of_skipper <= columns.keys():
+    of_first = name in ("clip/norm", "clip/0/norm")  # what comes in, as the skipper's
+    if not of_first or not of_skipper <= columns.keys():
         return norms
     measured = np.asarray(columns["skip/norm"], np.float64)
     skipped = np.asarray(columns["skip/skipped"], np.float64) > 0

@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .jsonl import ReadError
+from .overwriting import may_write
 
 _KEYS = ("limit", "learning_rate", "seed")
 
@@ -37,14 +39,24 @@ class Sweep(NamedTuple):
     warning: str
 
     def plot(
-        self, path: str | os.PathLike[str] | None = None, *, theme: str = "light"
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        theme: str = "light",
+        force: bool = False,
     ) -> Any:
-        """Draws the scores over the limits, or as a map of limit and learning rate."""
+        """Draws the scores over the limits, or as a map of limit and learning rate.
+
+        A picture that is there is overwritten with ``force=True`` alone.
+        """
         from . import plotting
 
+        if path is not None:
+            may_write(Path(path), force)
         draw = plotting.sweep if len(self.learning_rates) == 1 else plotting.sweep_map
         figure = draw(self, theme=theme)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure
 
@@ -55,11 +67,12 @@ def find_threshold(
     high: float | int,
     *,
     num: int = 8,
-    seeds: Sequence[int] | None = None,
-    learning_rates: Sequence[float | int] | None = None,
+    seeds: Collection[Any] | None = None,
+    learning_rates: Collection[Any] | None = None,
     higher_is_better: bool = False,
     path: str | os.PathLike[str] | None = None,
     picture: str | os.PathLike[str] | None = None,
+    force: bool = False,
     progress: bool = True,
 ) -> Sweep:
     r"""Trains with each of a few limits and finds the best one.
@@ -69,26 +82,31 @@ def find_threshold(
     Args:
         train_fn: trains and returns a score, by default the lower the better:
             ``train_fn(limit)``. With ``seeds`` it is called with ``seed=``, with
-            ``learning_rates`` with ``learning_rate=`` as well. NaN says that training
-            failed.
+            ``learning_rates`` with ``learning_rate=`` as well. The score is a number
+            or an array with one entry; NaN says that training failed.
         low: :math:`a`, the smallest limit; a fifth of what :func:`suggest_threshold`
             says is a good start.
         high: :math:`b`, the largest limit; five times that.
         num: :math:`m`, how many limits to try.
-        seeds: train with each of these; scores are compared by their median.
+        seeds: whole numbers; train with each of these. Scores are compared by their
+            median.
         learning_rates: try each limit with each of these.
         higher_is_better: the score is an accuracy and not a loss.
         path: a JSONL file that gets each score as it comes. A sweep that was stopped
             goes on where it was, and what is in the file is not trained again.
         picture: where to save a picture of the result.
+        force: overwrite a picture that is there. The file of scores is gone on with.
         progress: show a progress bar (tqdm).
 
     Returns:
         A :class:`Sweep`.
 
     Raises:
-        ValueError: if the limits are not ``0 < low < high``, if the file holds
-            something else, or if training failed with every limit.
+        ValueError: if the limits are not ``0 < low < high``, if a seed is not whole, if
+            the file holds something else, if a score is no single number, or if
+            training failed with every limit.
+        FileExistsError: if there is such a picture and ``force`` is false; before
+            anything is trained.
         ImportError: if tqdm or, for a picture, matplotlib is not installed.
 
     Example:
@@ -112,7 +130,9 @@ def find_threshold(
             raise ValueError(f"Expected {name} to be None or not empty, got {given!r}.")
     limits = tuple(float(f"{x:.6g}") for x in np.geomspace(low, high, num))
     rates = (None,) if learning_rates is None else tuple(map(float, learning_rates))
-    kept_seeds = (None,) if seeds is None else tuple(map(int, seeds))
+    kept_seeds = (None,) if seeds is None else tuple(map(_whole, seeds))
+    if picture is not None:
+        may_write(Path(picture), force)
     settings = list(itertools.product(limits, rates, kept_seeds))
     known = {} if path is None else _known(Path(path))
     bar = _bar(len(settings), progress)
@@ -123,7 +143,7 @@ def find_threshold(
         if setting not in known:
             extra = dict(zip(_KEYS[1:], setting[1:], strict=True))
             given_extra = {k: v for k, v in extra.items() if v is not None}
-            known[setting] = float(train_fn(setting[0], **given_extra))
+            known[setting] = _score(train_fn(setting[0], **given_extra))
             if path is not None:
                 _add(Path(path), setting, known[setting])
         if bar is not None:
@@ -135,8 +155,28 @@ def find_threshold(
     scores = np.array([known[setting] for setting in settings]).reshape(shape)
     found = _chosen(limits, rates, scores, higher_is_better)
     if picture is not None:
-        found.plot(picture)
+        found.plot(picture, force=force)
     return found
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(
+            f"Expected seeds to be whole numbers such as range(3), got {seed!r}."
+        ) from None
+
+
+def _score(given: Any) -> float:
+    """The score, which may come as an array with one entry."""
+    values = np.asarray(given, np.float64)
+    if values.size != 1:
+        raise ValueError(
+            f"Expected train_fn to return one number, got shape {values.shape}. Return"
+            " its mean, or the last of the losses."
+        )
+    return float(values.reshape(()))
 
 
 def _chosen(

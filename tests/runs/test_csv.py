@@ -1,0 +1,118 @@
+"""CSV: what is cut off or ambiguous is told, and what is saved loads again."""
+
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+
+
+def load(tmp_path, text, name="run.csv"):
+    (tmp_path / name).write_bytes(text.encode())
+    return clipx.History.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("last", ["2,12", "2,", "2", "2,12.7"])
+def test_a_last_line_that_may_be_cut_off_is_left_out(last, tmp_path):
+    with pytest.warns(UserWarning, match="the last line has no end"):
+        history = load(tmp_path, f"step,norm\n0,10.5\n1,11.5\n{last}")
+    assert history["norm"].tolist() == [10.5, 11.5]
+
+
+@pytest.mark.parametrize("cell", ["1_5", "1,5", "1,234", "1'234", "1 234.5"])
+def test_a_column_of_ambiguous_numbers_is_told(cell, tmp_path):
+    with pytest.warns(UserWarning, match="run.csv:2: the column 'norm' is left out"):
+        history = load(tmp_path, f"step;norm;loss\n0;{cell};1\n1;{cell};2\n")
+    assert list(history.columns) == ["step", "loss"]
+
+
+@pytest.mark.parametrize("cell", ["1_5", "1,5", "١٢"])
+def test_one_ambiguous_number_is_an_error(cell, tmp_path):
+    with pytest.raises(ValueError, match=r"run\.csv:3: expected a number in 'norm'"):
+        load(tmp_path, f"step;norm\n0;1\n1;{cell}\n")
+
+
+def test_one_ambiguous_number_in_json_is_an_error(tmp_path):
+    text = '{"step": 0, "norm": 1}\n{"step": 1, "norm": "1_5"}\n'
+    with pytest.raises(ValueError, match=r":2: expected a number in 'norm', got '1_5'"):
+        load(tmp_path, text, "run.jsonl")
+
+
+def test_a_column_of_text_is_left_out_in_silence(tmp_path):
+    history = load(tmp_path, "step,norm,run\n0,1,a\n1,2,2026-01-01\n")
+    assert list(history.columns) == ["step", "norm"]
+
+
+def test_words_for_missing_are_missing(tmp_path):
+    history = load(tmp_path, "step,norm\n0,1\n1,NA\n2,nan\n3, \n4,None\n5,null\n")
+    assert history.recorded("norm").tolist() == [True, False, True] + [False] * 3
+
+
+@pytest.mark.parametrize("first", ["Step,step", "step,Step"])
+def test_an_exact_name_of_the_step_comes_first(first, tmp_path):
+    values = {"Step": "7", "step": "3"}
+    row = ",".join(values[name] for name in first.split(","))
+    history = load(tmp_path, f"{first},norm\n{row},1\n")
+    assert history.steps.tolist() == [3]
+    assert history["Step"].tolist() == [7]
+
+
+def test_resuming_goes_by_the_exact_name(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with clipx.History(path) as history:
+        for step in range(3):
+            history.append(step, {"Step": 10 * step})
+    with clipx.History(path, resume=True) as history:
+        history.append(3, {"Step": 30})
+    assert history.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_an_exact_name_of_the_norm_comes_first():
+    history = clipx.History()
+    history.append(range(3), {"Norm": np.full(3, 9.0), "norm": np.full(3, 2.0)})
+    assert clipx.suggest_threshold(history).value == 2.0
+
+
+NAMES = ["a\nb", "a\tb", "a;b", ";;;", " a ", 'a"b', "a,b", "\r", "", "step;x", "µ"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_loads_again(name, tmp_path):
+    history = clipx.History()
+    history.append(range(2), {name: np.array([1.0, 2.0]), "other": np.ones(2)})
+    loaded = clipx.History.load(history.save(tmp_path / "run.csv"))
+    assert list(loaded.columns) == ["step", name, "other"]
+    assert loaded[name].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["run.csv", "run.jsonl"])
+def test_steps_alone_load_again(name, tmp_path):
+    history = clipx.History()
+    history.append(range(3), {})
+    loaded = clipx.History.load(history.save(tmp_path / name))
+    assert list(loaded.columns) == ["step"]
+    assert loaded.steps.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.jsonl", '{"step": 0, "norm": 1}\n{"step": 1, "norm": 2}\n'),
+        ("run.csv", "step,norm\n0,1\n1,2\n"),
+        ("run.json", '{"log_history": [\n{"step": 0, "norm": 1}, '
+                     '{"step": 1, "norm": 2}]}\n'),
+    ],
+)  # fmt: skip
+def test_a_byte_order_mark_is_no_part_of_the_content(name, text, tmp_path):
+    assert load(tmp_path, "\ufeff" + text, name)["norm"].tolist() == [1, 2]
+
+
+def test_watch_reads_past_a_byte_order_mark(tmp_path):
+    from optax_clipx.runs.live import Follower
+
+    path = tmp_path / "run.jsonl"
+    path.write_text('\ufeff{"step": 0, "norm": 1}\n', encoding="utf-8")
+    follower = Follower(path)
+    assert follower.look()["norm"].tolist() == [1]
+    with path.open("a") as file:
+        file.write('{"step": 1, "norm": 2}\n')
+    assert follower.look()["norm"].tolist() == [1, 2]

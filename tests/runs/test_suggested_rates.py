@@ -1,0 +1,69 @@
+"""What was asked for, what is given, and why they differ."""
+
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx import __main__ as command_line
+
+
+def lognormal(count=2000, seed=0):
+    return np.random.default_rng(seed).lognormal(sigma=0.5, size=count)
+
+
+def spiky():
+    norms = lognormal()
+    norms[::4] *= 1e6
+    return norms
+
+
+def rounded():
+    return np.repeat([1.0, 2.0], [700, 300])
+
+
+CASES = {
+    "falling norms": (lognormal() * np.geomspace(1, 0.1, 2000), None, "the norms fall"),
+    "spikes": (spiky(), None, "25% of the steps are spikes"),
+    "recorded with a limit": (lognormal() + 5, 2.0, "above that of the run"),
+    "equal norms": (rounded(), None, "equal to the limit"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rate_that_was_not_asked_for_is_explained(name):
+    norms, limit, words = CASES[name]
+    found = clipx.suggest_threshold(norms, 0.1, limit=limit)
+    assert found.asked == 0.1
+    assert abs(found.clip_rate - 0.1) > 0.05
+    assert words in found.why
+    text = str(found)
+    assert "10% was asked for" in text
+    assert f"clips {found.clip_rate:.1%} of the steps" in text
+    assert f"it does not clip 10%: {found.why}" in text
+
+
+def test_a_rate_that_was_asked_for_needs_no_reason():
+    found = clipx.suggest_threshold(lognormal(10_000), 0.1)
+    assert (found.asked, found.why) == (0.1, "")
+    assert "does not clip" not in str(found)
+
+
+def test_the_command_line_prints_both(tmp_path, capsys):
+    history = clipx.History()
+    history.append(range(2000), {"norm": CASES["falling norms"][0]})
+    run = history.save(tmp_path / "run.jsonl")
+    assert command_line.main(["suggest", str(run)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "10% was asked for" in out
+    assert "it does not clip 10%: the norms fall" in out
+    assert command_line.main(["suggest", str(run), "--json"]) == 0
+    assert '"asked": 0.1' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", [1e308, 1.7e308, 1e-300, 5e-324])
+def test_norms_at_the_ends_of_the_range(scale):
+    norms = scale * np.random.default_rng(0).random(1001)
+    found = clipx.suggest_threshold(norms[norms > 0] if (norms > 0).any() else [scale])
+    assert 0 < found.value <= norms.max() or scale == 5e-324
+    assert np.isfinite(found.value)
+    assert np.isfinite(found.drift)

@@ -1,0 +1,37 @@
+"""Scores and seeds of `find_threshold`."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+
+
+def sweep(train, **options):
+    return clipx.find_threshold(train, 1, 4, num=3, progress=False, **options)
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.asarray])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_score_may_be_an_array_with_one_entry(make, shape):
+    found = sweep(lambda limit: make(np.full(shape, (limit - 2) ** 2, np.float32)))
+    assert found.best == 2
+
+
+def test_a_score_of_many_entries_is_named():
+    with pytest.raises(ValueError, match=r"one number, got shape \(5,\)"):
+        sweep(lambda limit: np.zeros(5))
+
+
+@pytest.mark.parametrize("seeds", [[0.2, 0.7], [0.0], ["1"]])
+def test_a_seed_that_is_not_whole_is_named(seeds):
+    calls = []
+    with pytest.raises(ValueError, match=f"whole numbers.*got {seeds[0]!r}"):
+        sweep(lambda limit, seed: calls.append(seed), seeds=seeds)
+    assert not calls
+
+
+def test_seeds_may_be_numpys():
+    seen = set()
+    sweep(lambda limit, seed: seen.add(seed) or limit, seeds=np.arange(2))
+    assert seen == {0, 1}
