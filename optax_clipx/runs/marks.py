@@ -81,7 +81,9 @@ def log_scale(ax: Any, values: np.ndarray) -> None:
 
 
 def legend_above(ax: Any) -> None:
-    """A legend above the axes."""
+    """A legend above the axes; a wide one goes below the title, not over it."""
+    if len(ax.get_legend_handles_labels()[1]) > 3:
+        ax.set_title(ax.get_title(loc="left"), loc="left", pad=26)
     place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
     ax.legend(ncols=4, columnspacing=1.2, handlelength=1.6, **place)
 

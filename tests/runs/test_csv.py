@@ -58,12 +58,12 @@ def test_an_exact_name_of_the_step_comes_first(first, tmp_path):
 
 def test_resuming_goes_by_the_exact_name(tmp_path):
     path = tmp_path / "run.jsonl"
-    with clipx.History(path) as history:
-        for step in range(3):
-            history.append(step, {"Step": 10 * step})
+    lines = [f'{{"Step": {100 - i}, "step": {i}}}\n' for i in range(3)]
+    path.write_text("".join(lines))
     with clipx.History(path, resume=True) as history:
-        history.append(3, {"Step": 30})
+        history.append(3, {"Step": 0})
     assert history.steps.tolist() == [0, 1, 2, 3]
+    assert history["Step"].tolist() == [100, 99, 98, 0]
 
 
 def test_an_exact_name_of_the_norm_comes_first():

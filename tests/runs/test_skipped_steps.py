@@ -53,9 +53,17 @@ def test_norms_mark_both():
     assert (dots, triangles) == (".", "v")
 
 
+def test_the_legend_does_not_cover_the_title():
+    figure = plotting.norms(run())
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    title, legend = axes._left_title, axes.get_legend()
+    assert not title.get_window_extent().overlaps(legend.get_window_extent())
+
+
 def test_the_rate_tells_both():
     axes = plotting.clip_rate(run()).axes[0]
-    assert axes.get_title(loc="left") == "Clipped: 60.0%; skipped: 10.0% of all steps"
+    assert axes.get_title(loc="left") == "Clipped: 60.0%; skipped: 10.0%"
     assert axes.get_ylabel() == "clipped and skipped steps"
 
 
