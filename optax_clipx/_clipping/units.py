@@ -14,12 +14,19 @@ from typing import Any
 import jax
 
 from .._trees.leaves import Path, chooser, flatten, show as show_path
+from .attention_names import axes_in_attention, has_heads
 from .measures import LeafAxis, unit_norms
 
 Axes = tuple[int, ...]
 Rule = Callable[[Path, Any], Axes | None]
 
-_EMBEDDINGS = ("embedding", "embeddings", "pos_embedding", "embed")
+_EMBEDDINGS = (
+    "embedding",
+    "embeddings",
+    "pos_embedding",
+    "embed",
+    "input_embedding",
+)
 
 
 def flax(path: Path, leaf: Any) -> Axes:
@@ -32,6 +39,7 @@ def flax(path: Path, leaf: Any) -> Axes:
     kernel of a convolution                     (..., in, out)        all but the last
     kernel of query, key, value                 (in, heads, head)     (0,)
     kernel of out, inside of an attention       (heads, head, out)    (0, 1)
+    kernel of qkv or kv, inside of an attention (in, 3, heads, head)  (0,)
     embedding                                   (rows, features)      the last
     bias, scale and all other vectors           (n,)                  everything
     bias of query, key, value                   (heads, head)         everything
@@ -41,8 +49,10 @@ def flax(path: Path, leaf: Any) -> Axes:
     as :func:`flax.linen.scan` and :func:`flax.nnx.vmap` make, and its first axis is no
     part of a unit. Convolutions in a stack, and dense layers in a stack that are called
     query, key or value, look like others: name stacks with :func:`stacked`, or use
-    :func:`of_model`. A kernel of rank 3 that stands under neither "conv" nor one of
-    attention's names is an error.
+    :func:`of_model`. Inside of an attention other names are known too (q_proj,
+    attn_out_proj, qkv_proj, Gemma's einsums and their like), if heads times head is the
+    width. Any other kernel of rank 3 that is not under "conv" is an error, which shows
+    a function to paste.
 
     Args:
         path: the leaf's path, as strings.
@@ -81,12 +91,15 @@ def flax(path: Path, leaf: Any) -> Axes:
     if in_heads:
         return _of_core(path, leaf, 3, (0,))
     if _is_convolution(layer):
-        return _filters(path, leaf, last=True)
+        return _filters(path, leaf, "flax")
     if layer == "out" and any("att" in part.lower() for part in path[:-2]):
         return _of_core(path, leaf, 3, (0, 1))
-    if rank == 4 or rank == 5:
+    of_attention = axes_in_attention(path, leaf)
+    if of_attention is not None:
+        return of_attention
+    if rank in (4, 5) and not has_heads(path):
         return tuple(range(rank - 1))
-    raise ValueError(_unclear(path, leaf))
+    raise ValueError(_unclear(path, leaf, "flax"))
 
 
 def equinox(path: Path, leaf: Any) -> Axes:
@@ -126,10 +139,10 @@ def equinox(path: Path, leaf: Any) -> Axes:
     if rank == 2:
         return (1,)
     if convolution:
-        return _filters(path, leaf, last=False)
+        return _filters(path, leaf, "equinox")
     if rank == 4 or rank == 5:
         return tuple(range(1, rank))
-    raise ValueError(_unclear(path, leaf))
+    raise ValueError(_unclear(path, leaf, "equinox"))
 
 
 def haiku(path: Path, leaf: Any) -> Axes:
@@ -176,10 +189,10 @@ def haiku(path: Path, leaf: Any) -> Axes:
     if "transpose" in layer:  # (..., out, in)
         return tuple(a for a in range(rank) if a != rank - 2)
     if _is_convolution(layer):
-        return _filters(path, leaf, last=True)
+        return _filters(path, leaf, "haiku")
     if rank == 4 or rank == 5:
         return tuple(range(rank - 1))
-    raise ValueError(_unclear(path, leaf))
+    raise ValueError(_unclear(path, leaf, "haiku"))
 
 
 def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
@@ -269,7 +282,8 @@ def of_model(model: Any) -> Rule:
         return _by_path(of_equinox(model), equinox)
     raise TypeError(
         f"Expected an NNX or Equinox model, got {type(model).__name__}. For the"
-        " parameters of Linen or Haiku use optax_clipx.units.flax or .haiku."
+        " parameters of Linen or Haiku use optax_clipx.units.flax or .haiku; where they"
+        " cannot tell, their errors show a function to paste."
     )
 
 
@@ -346,11 +360,16 @@ def _is_convolution(layer: str) -> bool:
     return "conv" in layer.lower()
 
 
-def _filters(path: Path, leaf: Any, last: bool) -> Axes:
+def _filters(path: Path, leaf: Any, rule: str) -> Axes:
     if not 3 <= leaf.ndim <= 5:
-        raise ValueError(_unclear(path, leaf))
+        raise ValueError(_unclear(path, leaf, rule))
+    return _inputs(leaf, rule)
+
+
+def _inputs(leaf: Any, rule: str) -> Axes:
+    """All axes but that of the outputs, as the library orders them."""
     axes = tuple(range(leaf.ndim))
-    return axes[:-1] if last else axes[1:]
+    return axes[1:] if rule == "equinox" else axes[:-1]
 
 
 def _refuse_names_of_others(
@@ -366,11 +385,16 @@ def _refuse_names_of_others(
         )
 
 
-def _unclear(path: Path, leaf: Any) -> str:
+def _unclear(path: Path, leaf: Any, rule: str) -> str:
+    axes, end = _inputs(leaf, rule), path[-2:]
+    outputs = "first" if rule == "equinox" else "last"
     return (
         f"Cannot tell the units of {show_path(path)} of shape {leaf.shape} from its"
-        " name: it may be a convolution, or layers in a stack. Say which with"
-        f" axis=optax_clipx.units.stacked(rule, where={path[0] if path else ''!r}) or"
-        " axis=optax_clipx.units.of_model(model), or give the axes: a function of path"
-        " and leaf."
+        " name: it may be a convolution, attention, or layers in a stack. For a stack"
+        f" pass axis=optax_clipx.units.stacked(optax_clipx.units.{rule},"
+        f" where={path[0] if path else ''!r}), and for a model of NNX or Equinox"
+        " axis=optax_clipx.units.of_model(model). Or name the axes that feed one"
+        f" output, {axes} if its {outputs} axis are the outputs:"
+        f" axis=lambda path, leaf: {axes} if path[-2:] == {end} else"
+        f" optax_clipx.units.{rule}(path, leaf)"
     )
