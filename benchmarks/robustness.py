@@ -15,7 +15,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +27,53 @@ from tqdm import tqdm
 import optax_clipx as clipx
 
 LONG = 20_000  # how many steps a new level is waited for
+PLACES = 100  # of the single spike, at each of the first steps
+AFTER = 300  # steps after it, in which a method may be blind
+PROBE = 20.0  # a spike that must be seen
 Run = Callable[[np.ndarray], np.ndarray]  # from norms to norms after clipping
 
 
-def ours(make: Callable[[], Any]) -> Run:
+class Method(NamedTuple):
+    """A method: of this package or published, what it does, and where it is blind.
+
+    `blind` has one more entry than norms: whether the probe would pass instead of each
+    of them, and after them.
+    """
+
+    kind: str
+    run: Run
+    blind: Run
+
+
+def ours(make: Callable[[], Any], kind: str = "ours") -> Method:
     """A transformation, stepped over gradients of one entry."""
 
+    def clip(tx: Any, norm: Any, state: Any) -> Any:
+        clipped, state = tx.update(norm[None], state, norm[None])
+        return jnp.abs(clipped[0]), state
+
     @jax.jit
-    def run(norms: Any) -> Any:
+    def outs(norms: Any) -> Any:
         tx = make()
 
         def step(state: Any, norm: Any) -> Any:
-            clipped, state = tx.update(norm[None], state, norm[None])
-            return state, jnp.abs(clipped[0])
+            probed, _ = clip(tx, jnp.float32(PROBE), state)
+            clipped, state = clip(tx, norm, state)
+            return state, (clipped, probed)
 
         return lax.scan(step, tx.init(jnp.zeros(1)), norms)[1]
 
-    return lambda norms: np.asarray(run(jnp.asarray(norms, jnp.float32)), np.float64)
+    def run(norms: np.ndarray) -> np.ndarray:
+        return np.asarray(outs(jnp.asarray(norms, jnp.float32))[0], np.float64)
+
+    def blind(norms: np.ndarray) -> np.ndarray:
+        _, probed = outs(jnp.asarray([*norms, 1.0], jnp.float32))
+        return passes(np.asarray(probed))
+
+    return Method(kind, run, blind)
 
 
-def published(rule: Callable[[], Iterator[float]]) -> Run:
+def published(rule: Callable[[], Iterator[float]]) -> Method:
     """A generator that is sent a norm and yields the norm after clipping."""
 
     def run(norms: np.ndarray) -> np.ndarray:
@@ -55,7 +82,19 @@ def published(rule: Callable[[], Iterator[float]]) -> Run:
         with np.errstate(all="ignore"):
             return np.array([clipped.send(np.float64(n)) for n in norms])
 
-    return run
+    def blind(norms: np.ndarray) -> np.ndarray:
+        # A generator cannot be asked and go on, so that each answer is a run of its
+        # own: every tenth step is asked, and stands for the nine after it.
+        asked = range(0, len(norms) + 1, 10)
+        answers = [run(np.append(norms[:i], PROBE))[-1] for i in asked]
+        return passes(np.repeat(answers, 10)[: len(norms) + 1])
+
+    return Method("published", run, blind)
+
+
+def passes(probed: np.ndarray) -> np.ndarray:
+    """Whether probes are neither clipped nor skipped."""
+    return probed > 0.999 * PROBE
 
 
 def zclip_published() -> Any:
@@ -169,41 +208,34 @@ def zero(method: Any, *args: Any, **options: Any) -> Callable[[], Any]:
     return functools.partial(method, *args, nonfinite="zero", **options)
 
 
-METHODS: dict[str, tuple[str, Run]] = {
-    "zclip": ("ours", ours(zero(clipx.zclip))),
-    "zclip, stats='skip'": ("ours", ours(zero(clipx.zclip, stats="skip"))),
-    "zclip, patience=20": ("ours", ours(zero(clipx.zclip, patience=20))),
-    "ZClip": ("published", published(zclip_published)),
-    "quantile_clip": ("ours", ours(zero(clipx.quantile_clip))),
-    "quantile_clip, window=100": ("ours", ours(zero(clipx.quantile_clip, window=100))),
-    "AutoClip": ("published", published(autoclip_published)),
-    "auto_clip": ("ours", ours(zero(clipx.auto_clip))),
-    "quantile_clip(0.9), tracker": (
-        "ours",
-        ours(zero(clipx.quantile_clip, 0.9, estimator="tracker")),
+METHODS: dict[str, Method] = {
+    "zclip": ours(zero(clipx.zclip)),
+    "zclip, stats='skip'": ours(zero(clipx.zclip, stats="skip")),
+    "zclip, patience=20": ours(zero(clipx.zclip, patience=20)),
+    "ZClip": published(zclip_published),
+    "quantile_clip": ours(zero(clipx.quantile_clip)),
+    "quantile_clip, window=100": ours(zero(clipx.quantile_clip, window=100)),
+    "AutoClip": published(autoclip_published),
+    "auto_clip": ours(zero(clipx.auto_clip)),
+    "quantile_clip(0.9), tracker": ours(
+        zero(clipx.quantile_clip, 0.9, estimator="tracker")
     ),
-    "quantile_clip(0.9), window=100": (
-        "ours",
-        ours(zero(clipx.quantile_clip, 0.9, window=100)),
-    ),
-    "adagc": ("ours", ours(zero(clipx.adagc))),
-    "adagc, patience=20": ("ours", ours(zero(clipx.adagc, patience=20))),
-    "AdaGC": ("published", published(adagc_published)),
-    "olmo_ratio_clip(1.5)": ("ours", ours(zero(clipx.olmo_ratio_clip, 1.5))),
-    "norm_growth_clip": ("ours", ours(zero(clipx.norm_growth_clip))),
-    "norm_growth_clip, patience=20": (
-        "ours",
-        ours(zero(clipx.norm_growth_clip, patience=20)),
-    ),
-    "Fira's limiter": ("published", published(growth_published)),
-    "log_zscore_clip": ("ours", ours(zero(clipx.log_zscore_clip))),
-    "Chorowski et al.": ("published", published(log_zscore_published)),
-    "historical_update_clip": ("ours", ours(zero(clipx.historical_update_clip))),
-    "Levanter's clip_update_norm": ("published", published(window_published)),
-    "skip_spikes": ("ours", ours(lambda: clipx.skip_spikes(optax.identity()))),
-    "skip, window of 128": ("published", published(skip_window_published)),
-    "skip, fed by accepted steps": ("published", published(skip_average_published)),
-    "optax.apply_if_finite": ("published", ours(apply_if_finite)),
+    "quantile_clip(0.9), window=100": ours(zero(clipx.quantile_clip, 0.9, window=100)),
+    "adagc": ours(zero(clipx.adagc)),
+    "adagc, patience=20": ours(zero(clipx.adagc, patience=20)),
+    "AdaGC": published(adagc_published),
+    "olmo_ratio_clip(1.5)": ours(zero(clipx.olmo_ratio_clip, 1.5)),
+    "norm_growth_clip": ours(zero(clipx.norm_growth_clip)),
+    "norm_growth_clip, patience=20": ours(zero(clipx.norm_growth_clip, patience=20)),
+    "Fira's limiter": published(growth_published),
+    "log_zscore_clip": ours(zero(clipx.log_zscore_clip)),
+    "Chorowski et al.": published(log_zscore_published),
+    "historical_update_clip": ours(zero(clipx.historical_update_clip)),
+    "Levanter's clip_update_norm": published(window_published),
+    "skip_spikes": ours(lambda: clipx.skip_spikes(optax.identity())),
+    "skip, window of 128": published(skip_window_published),
+    "skip, fed by accepted steps": published(skip_average_published),
+    "optax.apply_if_finite": ours(apply_if_finite, "published"),
 }
 
 
@@ -261,6 +293,22 @@ def first_norm(run: Run) -> str:
     return f"{out[-1]:.3g}"
 
 
+def blindness(method: Method) -> str:
+    """Longest blindness after a x200 in the first 100 steps.
+
+    One run for each place; counted are the steps of the 300 after it in which a norm of
+    20 would be neither clipped nor skipped.
+    """
+    norms = usual(PLACES + AFTER)
+    longest = 0
+    for place in range(PLACES):
+        spiked = norms.copy()
+        spiked[place] *= 200
+        after = method.blind(spiked)[place + 1 : place + 1 + AFTER]
+        longest = max(longest, int(np.sum(after)))
+    return f"**>= {AFTER}**" if longest >= AFTER else f"{longest}"
+
+
 def zeros(run: Run) -> str:
     """How much of a usual norm passes after 300 steps of zero gradients."""
     out = run(np.concatenate([np.zeros(300), usual(200, 1)]))
@@ -278,25 +326,33 @@ COLUMNS = {
     "10 after a first 25": first_norm,
     "1 after zeros": zeros,
 }
+BLIND = "steps blind after x200"
+
+
+def row(method: Method) -> dict[str, str]:
+    """The cells of a method."""
+    cells = {column: test(method.run) for column, test in COLUMNS.items()}
+    return {"kind": method.kind, **cells, BLIND: blindness(method)}
 
 
 def markdown(table: dict[str, dict[str, str]]) -> str:
     """The table, with a line for each method."""
     lines = [
-        f"| method | | {' | '.join(COLUMNS)} |",
-        "|---|---|" + "---:|" * len(COLUMNS),
+        f"| method | | {' | '.join((*COLUMNS, BLIND))} |",
+        "|---|---|" + "---:|" * (len(COLUMNS) + 1),
     ]
     for name, row in table.items():
-        cells = [row[c] for c in ("kind", *COLUMNS)]
+        cells = [row[c] for c in ("kind", *COLUMNS, BLIND)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    notes = [f"- **{name}**: {test_doc(test)}" for name, test in COLUMNS.items()]
+    tests = {**COLUMNS, BLIND: blindness}
+    notes = [f"- **{name}**: {test_doc(test)}" for name, test in tests.items()]
     return "\n".join([*lines, "", *notes, ""])
 
 
 def test_doc(test: Any) -> str:
     """What a column shows."""
     if test.__doc__:
-        return test.__doc__
+        return " ".join(test.__doc__.split())
     return "what becomes of a norm of 1000 that comes 20 steps later."
 
 
@@ -307,10 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, help="write OUTPUT.json and .md")
     options = parser.parse_args()
-    table = {
-        name: {"kind": kind} | {column: test(run) for column, test in COLUMNS.items()}
-        for name, (kind, run) in tqdm(METHODS.items(), unit="method")
-    }
+    table = {name: row(method) for name, method in tqdm(METHODS.items(), unit="method")}
     print(markdown(table))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

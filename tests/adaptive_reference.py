@@ -109,7 +109,7 @@ def tracker(q=0.9, eta=0.02):
 
 def auto():
     """Twice a low quantile, believed faster the longer all norms are above it."""
-    m, k, above, limit = None, 0, 0, None
+    m, k, above, limit, first = None, 0, 0, None, []
     while True:
         n = yield limit
         if n == 0:
@@ -120,6 +120,9 @@ def auto():
         pace = max(0.02, 1 / (k + 1))
         up = min(0.05 * pace * 2 ** (min(above, 400) / 50), 1)
         m = m * np.exp(up if n > m else -0.95 * pace)
+        first.append(n)
+        if k == 5:
+            m = min(m, np.median(first))
 
 
 def ema_ratio(

@@ -5,21 +5,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .base import Context, Threshold, memory, per_norm
+from .base import Context, Threshold, memory, per_norm, put, ranked
 
 _SHARE = 0.05  # of the norms are below the level
 _FACTOR = 2.0  # of the level is the limit
 _PACE = 0.02  # of the level's logarithm, after the first steps
 _DOUBLING = 50  # norms in a row above the level double its pace upward
 _MOST_DOUBLINGS = 8
+_FIRST = 5  # norms; their median is the most that the level is after them
 
 
 class AutoState(NamedTuple):
-    """The level, 0 before the first norm; how many norms; how many in a row above."""
+    """The level, 0 before the first norm, and what moves it.
+
+    `seen` counts the norms and `above` those in a row above the level; `first` holds
+    the first ones.
+    """
 
     level: jax.Array
     seen: jax.Array
     above: jax.Array
+    first: jax.Array
 
 
 def auto() -> Threshold:
@@ -31,8 +37,9 @@ def auto() -> Threshold:
               -0.95 & n_k \le m_k \end{cases} \qquad m_1 = n_1
 
     where :math:`a_k` counts the norms in a row above :math:`m`, this one included, up
-    to 400. Nothing has a unit: norms multiplied by a constant have limits multiplied by
-    it.
+    to 400. After the fifth norm :math:`m` is at most the median of the five, so that a
+    spike at the very first step is forgotten. Nothing has a unit: norms multiplied by a
+    constant have limits multiplied by it.
 
     A norm above, however large, raises the limit by :math:`e^{0.1 / (k + 1)}` at most
     in the first 50 steps and by 0.1% later, one below lowers it by 1.9%. So an
@@ -41,7 +48,7 @@ def auto() -> Threshold:
     Norms of zero and steps that are not finite leave no trace.
 
     Returns:
-        A threshold rule; its state is three numbers for each norm.
+        A threshold rule; its state is eight numbers for each norm.
 
     Raises:
         TypeError: if it is given an argument: it has no number to choose.
@@ -77,11 +84,18 @@ def auto() -> Threshold:
         pace = jnp.maximum(_PACE, 1 / (seen.astype(jnp.float32) + 1))
         up = jnp.minimum(pace * _SHARE * jnp.exp2(doublings), 1)
         moved = level * jnp.exp(jnp.where(higher, up, -pace * (1 - _SHARE)))
+        first = put(state.first, state.seen, norm)
+        most = jnp.where(seen == _FIRST, ranked(first, _FIRST // 2), jnp.inf)
         info = jnp.finfo(jnp.float32)
-        level_after = jnp.clip(moved, info.tiny, info.max / _FACTOR)
-        return _FACTOR * level, AutoState(level_after, seen, above)
+        moved = jnp.clip(jnp.minimum(moved, most), info.tiny, info.max / _FACTOR)
+        return _FACTOR * level, AutoState(moved, seen, above, first)
 
-    return per_norm(
-        lambda n: AutoState(memory(n), memory(n, jnp.int32), memory(n, jnp.int32)),
-        update,
-    )
+    def init(norms: jax.Array) -> AutoState:
+        return AutoState(
+            level=memory(norms),
+            seen=memory(norms, jnp.int32),
+            above=memory(norms, jnp.int32),
+            first=memory(norms, size=_FIRST),
+        )
+
+    return per_norm(init, update)

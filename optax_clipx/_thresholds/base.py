@@ -223,6 +223,21 @@ def numbered(size: int, like: jax.Array) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32).reshape((1,) * like.ndim + (size,))
 
 
+def put(values: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
+    """The values with one at a place along the last axis; beyond its end, none."""
+    here = numbered(values.shape[-1], value) == place[..., None]
+    return jnp.where(here, value[..., None], values)
+
+
+def ranked(values: jax.Array, rank: int) -> jax.Array:
+    """The entry of a rank, from 0, along the last axis; all pairs are compared."""
+    one, other = values[..., :, None], values[..., None, :]
+    number = numbered(values.shape[-1], values[..., 0])
+    earlier = number[..., None, :] < number[..., :, None]
+    below = jnp.sum((other < one) | ((other == one) & earlier), axis=-1)
+    return jnp.sum(jnp.where(below == rank, values, 0), axis=-1)
+
+
 def memory(norms: jax.Array, dtype: Any = jnp.float32, size: int = 0) -> jax.Array:
     """Zeros to remember something of each norm; they lie on the mesh as it does."""
     zeros = jnp.zeros_like(norms, dtype=dtype)

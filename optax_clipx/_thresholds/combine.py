@@ -1,12 +1,12 @@
 """Rules made of rules."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._trees.arguments import check_between, check_count
-from .base import Context, Threshold, float32, like
+from .base import Context, Threshold, float32, like, memory, one_more
 from .constant import as_threshold
 
 
@@ -56,18 +56,27 @@ def minimum(*rules: Any) -> Threshold:
     return _combined(parts, lambda norms: tuple(r.init(norms) for r in parts), update)
 
 
+class WarmupState(NamedTuple):
+    """How many norms were seen, one number for each, and the states of both rules."""
+
+    seen: Any
+    rule: Any
+    then: Any
+
+
 def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     r"""One rule for the first steps, then another.
 
-    The second one sees all norms from the first step on.
+    The second one sees all norms from the first step on. A step whose norm is zero or
+    not finite says nothing, and does not count as one of the warm-up.
 
     Args:
         rule: a threshold rule, number, schedule or prefix for the warm-up.
         then: the same for afterwards.
-        steps: how many updates the warm-up takes.
+        steps: how many norms are seen in the warm-up.
 
     Returns:
-        A threshold rule; its state is a pair of theirs.
+        A threshold rule; its state is theirs and a count for each norm.
 
     Raises:
         ValueError: if ``steps`` is negative or no whole number.
@@ -78,8 +87,8 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
         >>> median = clipx.thresholds.quantile(0.5, window=9)
         >>> rule = clipx.thresholds.warmup(1.0, then=median, steps=2)
         >>> state = rule.init(jnp.float32(0))
-        >>> for step, norm in enumerate((4.0, 5.0, 6.0)):
-        ...     context = clipx.thresholds.Context(step)
+        >>> context = clipx.thresholds.Context(step=0)
+        >>> for norm in (4.0, 5.0, 6.0):
         ...     limit, state = rule.update(jnp.float32(norm), state, context)
         ...     print(limit)
         1.0
@@ -92,19 +101,27 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     check_count(steps, "steps", 0)
     parts = [as_threshold(rule), as_threshold(then)]
 
-    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
-        first, first_state = parts[0].update(norms, state[0], context)
-        second, second_state = parts[1].update(norms, state[1], context)
-        warming = jnp.asarray(context.step, jnp.int32) < jnp.asarray(steps, jnp.int32)
+    def init(norms: Any) -> WarmupState:
+        seen = jax.tree.map(lambda n: memory(n, jnp.int32), norms)
+        return WarmupState(seen, *[part.init(norms) for part in parts])
+
+    def update(
+        norms: Any, state: WarmupState, context: Context
+    ) -> tuple[Any, WarmupState]:
+        first, first_state = parts[0].update(norms, state.rule, context)
+        second, second_state = parts[1].update(norms, state.then, context)
         limits = jax.tree.map(
-            lambda a, b: jnp.where(warming, a, b),
+            lambda k, a, b: jnp.where(k < jnp.asarray(steps, jnp.int32), a, b),
+            state.seen,
             _in_form(first, norms),
             _in_form(second, norms),
         )
-        return limits, (first_state, second_state)
+        seen = jax.tree.map(
+            lambda k, n: jnp.where(n > 0, one_more(k), k), state.seen, norms
+        )
+        return limits, WarmupState(seen, first_state, second_state)
 
-    found = _combined(parts, lambda norms: tuple(r.init(norms) for r in parts), update)
-    return found._replace(uses_step=True)
+    return _combined(parts, init, update)
 
 
 def scaled(rule: Any, factor: Any) -> Threshold:

@@ -143,29 +143,8 @@ def zscore(
         include_current=include_current,
         refusals=refusals(stats, patience, ("clipped", "skip")),
         min_relative_sd=min_relative_sd,
-        in_proportion=space == "linear",
     ).checked(space)
     return per_norm(rule.init, rule.update)
-
-
-def zscore_of_any_sign(
-    z_threshold: Any, *, window: int, warmup_steps: Any, stats: str, patience: Any
-) -> Threshold:
-    """The same rule for single numbers that may be zero or negative, as a loss may."""
-    rule = _ZScore(
-        z_threshold=z_threshold,
-        decay=0.0,
-        window=window,
-        warmup_steps=warmup_steps,
-        log=False,
-        target="threshold",
-        clip_factor=1.0,
-        include_current=False,
-        refusals=refusals(stats, patience, ("clipped", "skip")),
-        min_relative_sd=0.01,
-        in_proportion=False,  # the mean may be close to zero
-    ).checked("linear")
-    return Threshold(rule.init, rule.update, uses_step=False)
 
 
 class _ZScore(NamedTuple):
@@ -179,7 +158,6 @@ class _ZScore(NamedTuple):
     include_current: bool
     refusals: Refusals
     min_relative_sd: Any
-    in_proportion: bool  # whether a new level scales the deviation
 
     def checked(self, space: str) -> "_ZScore":
         check_between(self.z_threshold, "z_threshold", 0, float("inf"))
@@ -299,7 +277,7 @@ class _ZScore(NamedTuple):
         """The state at a new level; in linear space the deviation is in proportion."""
 
         def at_level(off: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:
-            if not self.in_proportion:
+            if self.log:
                 return off
             # Relative first: value / mean may be beyond the largest number.
             largest = jnp.finfo(jnp.float32).max

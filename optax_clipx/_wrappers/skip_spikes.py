@@ -20,7 +20,7 @@ from .._clipping.transformation import Options
 from .._devices import mesh
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
-from .._thresholds.zscore import zscore, zscore_of_any_sign
+from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from .._trees.arguments import check_count
 from .._trees.leaves import flatten, path_of, show
 
@@ -77,10 +77,17 @@ def skip_spikes(
 
     :math:`n` is the norm of the whole updates that come in, before any clipping inside.
     On a skip the updates are zero and the state of ``inner`` stays bit for bit, by a
-    selection and no branch. By default :math:`t` is the mean of the last 128 norms and
-    six of their standard deviations, from the 64th on. A spike does not enter, so that
-    it hides no other; the ``patience``-th in a row is accepted, and its level with
-    it. What is not finite never enters, and is never accepted.
+    selection and no branch. By default the threshold is
+
+    .. math:: t = \exp\bigl(m + \min(5 s, \max(\log 15, 3 s))\bigr)
+
+    where :math:`m` and :math:`s` are the mean and the standard deviation of
+    :math:`\log n` over about the last 16 and 64 norms. They start from the median and
+    the quartiles of the first 8 norms, so that a spike among these changes little;
+    there is no threshold before the 8th. A norm above the threshold does not enter
+    the statistics, so that it hides no other, and neither does one as far below
+    :math:`m`. The ``patience``-th such norm in a row is accepted, and its level with
+    it. A norm that is not finite never enters, and is never accepted.
 
     The loss is judged if it is passed as ``loss=`` or ``value=`` to ``update``. On a
     mesh the decision is that of all devices.
@@ -88,8 +95,9 @@ def skip_spikes(
     Args:
         inner: the optimizer, with its clipping: put this wrapper outermost.
         threshold: a threshold rule for the norm, or a number.
-        loss_threshold: a threshold rule for the loss, or a number. A rule of another
-            make than the default takes losses above zero only.
+        loss_threshold: a threshold rule for the loss, or a number. By default seven
+            standard deviations above the mean, started and fed as for norms; any other
+            rule takes losses above zero only.
         patience: of the default rules, how many skips in a row until a level is
             accepted.
         axis_name: as in :func:`clip_by`.
@@ -130,15 +138,9 @@ def skip_spikes(
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
     check_count(patience, "patience")
-    usual: dict[str, Any] = {
-        "window": 128,
-        "warmup_steps": 64,
-        "stats": "skip",
-        "patience": patience,
-    }
-    rule = zscore(6.0, **usual) if threshold is None else as_threshold(threshold)
+    rule = spikes_of_norms(patience) if threshold is None else as_threshold(threshold)
     if loss_threshold is None:
-        loss_rule = zscore_of_any_sign(6.0, **usual)
+        loss_rule = spikes_of_losses(patience)
     else:
         loss_rule = as_threshold(loss_threshold, "loss_threshold")
     if rule.uses_params or loss_rule.uses_params:
