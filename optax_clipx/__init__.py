@@ -14,6 +14,9 @@ from . import (
     units as units,
 )
 
+# Errors for functions that were not called
+from ._clipping.uncalled import explain_missing_calls as _explain_missing_calls
+
 # Switches for a whole program
 from ._devices.config import config as config
 
@@ -160,6 +163,8 @@ __all__ = [
     "units",
     "zclip",
 ]
+
+_explain_missing_calls(globals()[name] for name in __all__)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ import optax
 from .._devices.mesh import mesh_of, placements
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
-from .._thresholds.base import Context, Threshold
+from .._thresholds.base import Context, Threshold, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import Leaves, flatten, from_prefix, show
@@ -20,7 +20,14 @@ from .known_norm import find_norm
 from .measures import Measure
 from .responses import rescale
 from .scaling import Response
-from .transformation import Options, Step, arrays_in, by_policy, transformation
+from .transformation import (
+    Options,
+    Step,
+    arrays_in,
+    by_policy,
+    of_another_rule,
+    transformation,
+)
 
 
 def clip_by(
@@ -130,7 +137,8 @@ def clip_by(
         state = rule.init(_no_norms(groups, leaves, measure))
         return state if leaves.arrays else _without_units(state)
 
-    return transformation(init_rule, step, rule, options)
+    remembers = rule.init is not no_memory
+    return transformation(init_rule if remembers else None, step, rule, options)
 
 
 def clip_once(
@@ -276,7 +284,7 @@ def _limits(
         pack=groups.pack,
         labels=measure.names(leaves) if measure.scope == "group" else None,
     )
-    if narrow:
+    if rule.init is not no_memory:
         _refuse_state_of_others(rule, rule_state, groups, leaves, measure)
     limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
     if jax.tree_util.all_leaves([limits]):
@@ -304,6 +312,8 @@ def _refuse_state_of_others(
 ) -> None:
     """What a rule remembers of one leaf would broadcast to two, in silence."""
     usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
+    if type(usual) is not type(state):
+        raise TypeError(of_another_rule(usual, state))
     want, got = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (usual, state))
     if want != got:
         raise ValueError(

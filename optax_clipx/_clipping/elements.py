@@ -12,7 +12,7 @@ from jax import lax
 from .._devices import mesh
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
-from .._thresholds.base import Context, Threshold, stateless
+from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
 from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
@@ -49,7 +49,7 @@ def clip_by_interval(
         high, _ = _limits(upper, leaves, state, count, extra)
         return _finish(leaves, options, low, high, _clamp, state)
 
-    return transformation(lambda leaves: (), step, rule, options)
+    return transformation(None, step, rule, options)
 
 
 def clip_by_entry(
@@ -83,7 +83,7 @@ def _clip_between(
         act = _shrink if polar else _clamp
         return _finish(leaves, options, low, high, act, state)
 
-    return transformation(lambda leaves: (), step, rule, options)
+    return transformation(None, step, rule, options)
 
 
 def _shrink(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -118,13 +118,13 @@ def clip_by_magnitude(
         low = [-h for h in high]
         return _finish(leaves, options, low, high, _clamp if clamps else act, new)
 
-    return transformation(
-        lambda leaves: rule.init(_like_leaves(leaves)), step, rule, options
-    )
+    # The rule remembers no arrays; what else it keeps, it has from init.
+    plain = rule.init is no_memory
+    return transformation(None if plain else _init_of(rule), step, rule, options)
 
 
-def _like_leaves(leaves: Leaves) -> jax.Array:
-    return jnp.zeros((len(leaves.arrays),), jnp.float32)
+def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
+    return lambda leaves: rule.init(jnp.zeros((len(leaves.arrays),), jnp.float32))
 
 
 def _limits(
@@ -143,7 +143,10 @@ def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
             "Expected real updates for an interval, got complex ones: clip their"
             " magnitudes with optax_clipx.clip(max_delta)."
         )
-    return jnp.clip(array, low.astype(array.dtype), high.astype(array.dtype))
+    low, high = low.astype(array.dtype), high.astype(array.dtype)
+    # Selected and not only clamped: XLA's clamp flushes subnormal numbers on CPU.
+    inside = (array >= low) & (array <= high)
+    return jnp.where(inside, array, jnp.clip(array, low, high))
 
 
 def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:

@@ -36,18 +36,23 @@ class Step(NamedTuple):
 
 
 def transformation(
-    init_rule: Callable[[Leaves], Any],
+    init_rule: Callable[[Leaves], Any] | None,
     step: Callable[..., Step],
     rule: Threshold,
     options: Options,
 ) -> optax.GradientTransformationExtraArgs:
-    """A step as an optax transformation: state, policies, leaves that pass through."""
+    """A step as an optax transformation: state, policies, leaves that pass through.
+
+    `init_rule` is None where nothing is remembered. Then `init` does not look at the
+    parameters, and `update` takes any state.
+    """
     policies.check_policy(options.nonfinite)
 
     def init_fn(params: Any) -> Any:
-        leaves = flatten(params, updates=False)
-        with mesh_of(leaves.arrays, auto=True):
-            rule_state = init_rule(leaves)
+        with mesh_of(jax.tree.leaves(params), auto=True):
+            rule_state: Any = ()
+            if init_rule is not None:
+                rule_state = init_rule(flatten(params, updates=False))
             if not options.metrics and not rule.uses_step and not arrays_in(rule_state):
                 return optax.EmptyState()
             return ClipState(_metrics.fresh(options.metrics), rule_state)
@@ -63,14 +68,13 @@ def transformation(
                     "Expected the state of an adaptive clipper, got None. Call"
                     " init(params) first and pass its state on."
                 )
-        if not isinstance(state, ClipState | optax.EmptyState):
-            raise TypeError(f"Expected a state made by init, got {state!r}.")
-        if isinstance(state, optax.EmptyState) and (options.metrics or rule.uses_step):
-            raise TypeError(
-                "Expected a ClipState made by init, got an EmptyState, as optax's own"
-                " clipping or metrics=False has it. Take the state from init(params)."
-            )
         kept = isinstance(state, ClipState)
+        needed = init_rule is not None or rule.uses_step
+        without = not options.metrics and not rule.uses_step
+        if needed and not (without and isinstance(state, optax.EmptyState)):
+            check_state(state, ClipState)
+        if init_rule is None and kept and arrays_in(state.rule):
+            raise TypeError(of_another_rule((), state.rule))
         steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
         rule_state = state.rule if kept else ()
         if not leaves.arrays:
@@ -89,6 +93,36 @@ def transformation(
         return leaves.rebuild(found.arrays), ClipState(new_metrics, new_rule)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_state(state: Any, kind: Any) -> None:
+    """Refuses a state that is not of the kind that `init` makes."""
+    if isinstance(state, kind):
+        return
+    raise TypeError(
+        f"Expected the {kind.__name__} that init(params) returned, got a state of type"
+        f" {kind_of(state)}. Call state = tx.init(params) once and pass"
+        " on what update returns; for a checkpoint of another optimizer call"
+        " optax_clipx.carry_over(old_state, tx.init(params))."
+    )
+
+
+def of_another_rule(usual: Any, memory: Any) -> str:
+    """The message for what another clipper remembers."""
+    return (
+        f"Expected a state whose rule remembers {kind_of(usual)}, as init of this"
+        f" clipper makes it, got the {kind_of(memory)} of another clipper. Make a new"
+        " one with init(params), or call optax_clipx.carry_over(old_state,"
+        " tx.init(params))."
+    )
+
+
+def kind_of(state: Any) -> str:
+    """The type of a state for an error message; of a chain's the types of its parts."""
+    if type(state) not in (tuple, list):
+        return type(state).__name__
+    parts = ", ".join(type(part).__name__ for part in state)
+    return f"{type(state).__name__} of {parts}" if parts else "nothing"
 
 
 def by_policy(

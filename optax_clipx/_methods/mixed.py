@@ -19,7 +19,13 @@ from .._clipping.entries import (
 from .._clipping.measures import tree_norm
 from .._clipping.responses import rescale
 from .._clipping.scaling import Response
-from .._clipping.transformation import Options, Step, arrays_in, transformation
+from .._clipping.transformation import (
+    Options,
+    Step,
+    arrays_in,
+    check_state,
+    transformation,
+)
 from .._thresholds.base import unless
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import check_decay, out_of_range
@@ -203,6 +209,7 @@ def normalized_momentum(
         return average.init(zeros), clipper.init(zeros)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        check_state(state[0] if type(state) is tuple else state, optax.EmaState)
         leaves = flatten(updates)
         before, clip_state = state
         # Without the leaves that have no gradient, of which Optax would take a mean.

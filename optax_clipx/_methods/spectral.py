@@ -124,7 +124,7 @@ def clip_by_spectral_norm(
         summary = summary._replace(nonfinite=bad | summary.nonfinite)
         return finish(leaves, clipped, summary, state, options)
 
-    return transformation(lambda leaves: (), step, rule, options)
+    return transformation(None, step, rule, options)
 
 
 class _Layout(NamedTuple):

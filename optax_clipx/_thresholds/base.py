@@ -98,10 +98,15 @@ class Threshold(NamedTuple):
 def stateless(limits: Callable[[Any, Context], Any], **options: Any) -> Threshold:
     """A rule that remembers nothing."""
     return Threshold(
-        lambda norms: (),
+        no_memory,
         lambda norms, state, context: (limits(norms, context), state),
         **options,
     )
+
+
+def no_memory(norms: Any) -> tuple[()]:
+    """The `init` of every rule that `stateless` makes; no other rule has it."""
+    return ()
 
 
 def is_pair(value: Any) -> bool:

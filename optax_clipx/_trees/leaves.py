@@ -89,7 +89,7 @@ def flatten(tree: Any, *, updates: bool = True) -> Leaves:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    return all(hasattr(leaf, name) for name in ("dtype", "shape", "size"))
 
 
 def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
@@ -101,9 +101,10 @@ def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
             " optax.masked, or make it a float array."
         )
     return (
-        f"Expected a pytree of arrays, got {leaf!r} of type {type(leaf).__name__} at"
-        f" {path}. Take the arrays out of the module first, as with"
-        " equinox.filter(model, equinox.is_inexact_array)."
+        f"Expected a pytree of arrays, got a leaf of type {type(leaf).__name__} at"
+        f" {path}. Pass the arrays alone: those of a module, as with"
+        " equinox.filter(model, equinox.is_inexact_array), or those inside of boxed"
+        " parameters, as with jax.tree.map(lambda p: p.value, params)."
     )
 
 

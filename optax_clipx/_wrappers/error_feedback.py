@@ -8,6 +8,8 @@ import optax
 
 from .._clipping.entries import moments_in, rebuild, zeros_like
 from .._clipping.metrics import zeroed
+from .._clipping.transformation import check_state
+from .._clipping.uncalled import check_transformation
 from .._trees.leaves import flatten
 
 
@@ -65,10 +67,7 @@ def error_feedback(
         Elesedy and Hutter, U-Clip: On-average unbiased stochastic gradient clipping,
         2023, arXiv 2302.02971.
     """
-    if not (hasattr(clipper, "init") and hasattr(clipper, "update")):
-        raise TypeError(
-            f"Expected clipper to be an optax transformation, got {clipper!r}."
-        )
+    check_transformation(clipper, "clipper")
     wrapped = optax.with_extra_args_support(clipper)
 
     def init_fn(params: Any) -> ErrorState:
@@ -78,6 +77,7 @@ def error_feedback(
     def update_fn(
         updates: Any, state: ErrorState, params: Any = None, **extra: Any
     ) -> tuple[Any, ErrorState]:
+        check_state(state, ErrorState)
         leaves = flatten(updates)
         errors = moments_in(state.error, leaves)
         # A norm that was computed elsewhere is not that of what is clipped here.

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from .._trees.leaves import Path, chooser, flatten, path_of, show
+from .._clipping.transformation import check_state
+from .._clipping.uncalled import check_transformation
+from .._trees.leaves import Path, chooser, path_of, show
 
 
 def excluding(
@@ -43,10 +45,10 @@ def excluding(
         Brock et al., 2021, arXiv 2102.06171, leave the final layer out.
         :func:`optax.masked` does the work.
     """
+    check_transformation(clipper, "clipper")
     chosen = chooser(where)
 
     def mask(tree: Any) -> Any:
-        flatten(tree, updates=False)  # refuses what is no array
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
         kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
         # A function may ask for what only arrays have, so that it is not asked here.
@@ -58,7 +60,15 @@ def excluding(
             )
         return jax.tree.unflatten(treedef, kept)
 
-    return optax.masked(optax.with_extra_args_support(clipper), mask)
+    masked = optax.masked(optax.with_extra_args_support(clipper), mask)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        check_state(state, optax.MaskedState)
+        return masked.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(masked.init, update_fn)
 
 
 def _nothing(tree: Any) -> list[Path]:

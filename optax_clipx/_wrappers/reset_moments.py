@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._clipping.transformation import check_state
+from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._trees.arguments import check_count
 from .._trees.leaves import flatten
@@ -67,19 +69,19 @@ def reset_moments(
         Huang et al., SPAM: Spike-aware Adam with momentum reset for stable LLM
         training, 2025, arXiv 2501.06842.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
+    check_transformation(inner, "inner")
     check_count(every, "every")
     check_count(warmup, "warmup", 0)
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> ResetState:
-        with mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
+        with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
 
     def update_fn(
         updates: Any, state: ResetState, params: Any = None, **extra: Any
     ) -> tuple[Any, ResetState]:
+        check_state(state, ResetState)
         if params is None:
             raise ValueError(
                 "Expected params, got None: a reset makes the state anew from them."

@@ -16,7 +16,8 @@ from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
 from .._clipping.responses import drop
 from .._clipping.summary import nothing
-from .._clipping.transformation import Options
+from .._clipping.transformation import Options, check_state
+from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
@@ -135,8 +136,7 @@ def skip_spikes(
         OLMo et al., 2 OLMo 2 Furious, 2025, arXiv 2501.00656, and the training codes
         OLMo-core, Levanter, MaxText and axlearn skip steps by such rules.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
+    check_transformation(inner, "inner")
     check_count(patience, "patience")
     rule = spikes_of_norms(patience) if threshold is None else as_threshold(threshold)
     if loss_threshold is None:
@@ -149,7 +149,7 @@ def skip_spikes(
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
 
     def init_fn(params: Any) -> SkipState:
-        with mesh.mesh_of(flatten(params, updates=False).arrays, auto=True):
+        with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             scalar = jnp.zeros((), jnp.float32)
             return SkipState(
                 metrics.fresh(True),
@@ -165,8 +165,7 @@ def skip_spikes(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, SkipState]:
-        if not isinstance(state, SkipState):
-            raise TypeError(f"Expected the state that init returned, got {state!r}.")
+        check_state(state, SkipState)
         leaves = flatten(updates)
         if not leaves.arrays:
             updates, after = wrapped.update(updates, state.inner, params, **extra)

@@ -11,6 +11,8 @@ from .._clipping.clip_by import params_like
 from .._clipping.known_norm import known_norm
 from .._clipping.measures import Measure, group_norms, leaf_norms
 from .._clipping.metrics import TrackState, to_float32
+from .._clipping.transformation import check_state
+from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._reductions.norms import Norms, norms
 from .._trees.arithmetic import safe_sqrt, saturated_quotient
@@ -71,8 +73,7 @@ def track_norms(
         Glorot and Bengio, Understanding the difficulty of training deep feedforward
         neural networks, 2010, for gradients by layer.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"Expected inner to be an optax transformation, got {inner!r}.")
+    check_transformation(inner, "inner")
     if not 0 <= vanishing < exploding:
         raise ValueError(
             f"Expected 0 <= vanishing < exploding, got vanishing={vanishing},"
@@ -100,6 +101,7 @@ def track_norms(
     def update_fn(
         updates: Any, state: TrackState, params: Any = None, **extra: Any
     ) -> tuple[Any, TrackState]:
+        check_state(state, TrackState)
         leaves = flatten(updates)
         if not leaves.arrays:
             updates, after = wrapped.update(updates, state.inner, params, **extra)

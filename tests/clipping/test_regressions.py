@@ -171,11 +171,6 @@ def test_eps():
         clipx.functional.clip_by_global_norm([jnp.ones(2)], 1.0, eps=-100.0)
 
 
-def test_the_state_of_another_clipper_is_refused():
-    with pytest.raises(TypeError, match="EmptyState"):
-        clipx.clip_by_global_norm(1.0).update(jnp.ones(2), optax.EmptyState())
-
-
 def test_numpy_numbers_as_order():
     x = [jnp.array([3.0, 4.0])]
     assert float(clipx.functional.global_norm(x, ord=np.int64(1))) == 7
