@@ -25,6 +25,7 @@ from .transformation import (
     Step,
     arrays_in,
     by_policy,
+    kind_of,
     of_another_rule,
     transformation,
 )
@@ -312,8 +313,9 @@ def _refuse_state_of_others(
 ) -> None:
     """What a rule remembers of one leaf would broadcast to two, in silence."""
     usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
-    if type(usual) is not type(state):
-        raise TypeError(of_another_rule(usual, state))
+    kinds = {type(s) for s in (usual, state) if not jax.tree_util.all_leaves([s])}
+    if len(kinds) > 1:
+        raise TypeError(of_another_rule(kind_of(usual), state))
     want, got = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (usual, state))
     if want != got:
         raise ValueError(

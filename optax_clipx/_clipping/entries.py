@@ -19,7 +19,7 @@ from .._trees.leaves import Leaves, flatten, show
 from . import policies
 from .metrics import count as advanced
 from .summary import Summary
-from .transformation import Options, Step, by_policy, transformation
+from .transformation import Options, Step, by_policy, check_memory, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 
@@ -50,6 +50,7 @@ class EntryRule(Protocol):
 
 def elementwise(
     rule: EntryRule,
+    kind: type,
     fresh: Callable[[Leaves], NamedTuple],
     numbers_at: Callable[[Any, Any], Any],
     options: Options,
@@ -57,9 +58,10 @@ def elementwise(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
-    `fresh` makes its memory: one tree like the parameters for each moment, and `seen`
-    where finite steps are counted. `numbers_at(dtype, memory)` gives the rule's numbers
-    for moments of a dtype; they may be traced. Updates are NaN if one is `unusable`.
+    `fresh` makes its memory, of that kind: one tree like the parameters for each
+    moment, and `seen` where finite steps are counted. `numbers_at(dtype, memory)`
+    gives the rule's numbers for moments of a dtype; they may be traced. Updates are
+    NaN if one is `unusable`.
     """
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
@@ -67,7 +69,7 @@ def elementwise(
         leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
     ) -> Step:
         refuse_complex(leaves)
-        check_layout(state)
+        check_memory(state, kind)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         trees = {name: x for name, x in state._asdict().items() if name != "seen"}
         moments = [moments_in(tree, leaves) for tree in trees.values()]
@@ -158,16 +160,6 @@ def moments_in(tree: Any, leaves: Leaves) -> list[jax.Array]:
 def rebuild(tree: Any, moments: Sequence[Any]) -> Any:
     """The tree with other moments in it."""
     return flatten(tree, updates=False).rebuild(list(moments))
-
-
-def check_layout(memory: Any) -> None:
-    """Refuses the flat lists that memories were before 0.1.0."""
-    if not hasattr(memory, "_fields"):
-        raise TypeError(
-            "Expected the memory that init makes, with a field for each moment, got a"
-            f" {type(memory).__name__}, as versions before 0.1.0 wrote it. Call"
-            " optax_clipx.carry_over(old_state, tx.init(params)) first."
-        )
 
 
 Shares = tuple[jax.Array, jax.Array]  # of an average: a decay, and 1 - decay

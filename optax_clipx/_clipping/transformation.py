@@ -74,7 +74,7 @@ def transformation(
         if needed and not (without and isinstance(state, optax.EmptyState)):
             check_state(state, ClipState)
         if init_rule is None and kept and arrays_in(state.rule):
-            raise TypeError(of_another_rule((), state.rule))
+            raise TypeError(of_another_rule("nothing", state.rule))
         steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
         rule_state = state.rule if kept else ()
         if not leaves.arrays:
@@ -107,10 +107,16 @@ def check_state(state: Any, kind: Any) -> None:
     )
 
 
-def of_another_rule(usual: Any, memory: Any) -> str:
+def check_memory(memory: Any, kind: Any) -> None:
+    """Refuses what another clipper remembers, or an older version of this one."""
+    if not isinstance(memory, kind):
+        raise TypeError(of_another_rule(kind.__name__, memory))
+
+
+def of_another_rule(usual: str, memory: Any) -> str:
     """The message for what another clipper remembers."""
     return (
-        f"Expected a state whose rule remembers {kind_of(usual)}, as init of this"
+        f"Expected a state whose rule remembers {usual}, as init of this"
         f" clipper makes it, got the {kind_of(memory)} of another clipper. Make a new"
         " one with init(params), or call optax_clipx.carry_over(old_state,"
         " tx.init(params))."
@@ -121,7 +127,7 @@ def kind_of(state: Any) -> str:
     """The type of a state for an error message; of a chain's the types of its parts."""
     if type(state) not in (tuple, list):
         return type(state).__name__
-    parts = ", ".join(type(part).__name__ for part in state)
+    parts = ", ".join(dict.fromkeys(type(part).__name__ for part in state))
     return f"{type(state).__name__} of {parts}" if parts else "nothing"
 
 

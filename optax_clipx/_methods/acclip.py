@@ -98,7 +98,8 @@ def scale_by_acclip(
 
     options = Options(nonfinite, axis_name, specs, metrics)
     rule = _ACClip(float(alpha))
-    return elementwise(rule, fresh, numbers_at, options, out_of_range(b1, b2))
+    unusable = out_of_range(b1, b2)
+    return elementwise(rule, ACClipMemory, fresh, numbers_at, options, unusable)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import optax
 from .._clipping import policies
 from .._clipping.clip_by import clip_norms
 from .._clipping.entries import (
-    check_layout,
     mean_of,
     moments_in,
     rebuild,
@@ -23,6 +22,7 @@ from .._clipping.transformation import (
     Options,
     Step,
     arrays_in,
+    check_memory,
     check_state,
     transformation,
 )
@@ -114,7 +114,7 @@ def mixed_clip(
                 these, params, (), count, given, tree_norm(), rule, respond, options
             )
 
-        check_layout(state)
+        check_memory(state, MixedMemory)
         moments = moments_in(state.mu, leaves)
         of_gradient = clip(leaves.arrays, extra)
         arrays = leaves.arrays

@@ -95,7 +95,10 @@ def clip_by_second_moment(
         return shares, jnp.sqrt(wide), moved, memory.seen >= warmup_steps
 
     options = Options(nonfinite, axis_name, specs, metrics)
-    return elementwise(_Spikes(), fresh, numbers_at, options, out_of_range(decay))
+    unusable = out_of_range(decay)
+    return elementwise(
+        _Spikes(), SecondMomentMemory, fresh, numbers_at, options, unusable
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from .._clipping import policies, scaling
 from .._clipping.entries import (
     NO_RULE,
     any_of,
-    check_layout,
     finish,
     mean_of,
     refuse_complex,
@@ -21,7 +20,7 @@ from .._clipping.entries import (
 from .._clipping.metrics import to_float32
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Options, Step, transformation
+from .._clipping.transformation import Options, Step, check_memory, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._reductions.whole_norm import whole_norm
@@ -117,7 +116,7 @@ def stabilize_norm(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
-        check_layout(state)
+        check_memory(state, StabilizerMemory)
         if state.peak.shape != (len(arrays),):
             raise ValueError(
                 f"Expected the {len(state.peak)} leaves that init saw, got"

@@ -12,7 +12,6 @@ from .._clipping import policies
 from .._clipping.entries import (
     NO_RULE,
     any_of,
-    check_layout,
     finish,
     mean_of,
     moments_in,
@@ -25,7 +24,7 @@ from .._clipping.entries import (
 )
 from .._clipping.metrics import count as advanced
 from .._clipping.summary import Summary
-from .._clipping.transformation import Options, Step, transformation
+from .._clipping.transformation import Options, Step, check_memory, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._trees.arguments import check_between, check_decay, out_of_range
@@ -105,7 +104,7 @@ def scale_by_stable_adam(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
-        check_layout(state)
+        check_memory(state, StableAdamMemory)
         each = len(arrays)
         means, roots = moments_in(state.mu, leaves), moments_in(state.root, leaves)
         steps = state.seen

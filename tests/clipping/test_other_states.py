@@ -81,6 +81,8 @@ def test_the_state_of_a_chain_is_named_by_its_parts():
         (clipx.zclip(), clipx.auto_clip(), "ZScoreState, .* got the AutoState of"),
         (clipx.zclip(), clipx.clip(1.0), "ZScoreState, .* got the nothing of"),
         (clipx.clip_by_global_norm(1.0), clipx.zclip(), "nothing, .* the ZScoreState"),
+        (clipx.mixed_clip(1.0), clipx.zclip(), "MixedMemory, .* the ZScoreState"),
+        (clipx.scale_by_acclip(), clipx.mixed_clip(1.0), "ACClipM.* the MixedMemory"),
         (clipx.clip(1.0), clipx.zclip(), "nothing, .* the ZScoreState"),
     ],
 )
