@@ -370,9 +370,9 @@ def _shown_tracked(found: list[tuple[Any, Any]], prefix: str) -> dict[str, jax.A
             (prefix, *names, "vanishing"): state.vanishing,
             (prefix, *names, "exploding"): state.exploding,
         }
-        for kind, values in (("norms", state.norms), ("ratios", state.ratios or {})):
-            group = f"{prefix}_{kind}"
-            fields |= {(group, *names, leaf): x for leaf, x in values.items()}
+        for kind, values in (("norms", state.norms), ("ratios", state.ratios)):
+            named = values.items() if isinstance(values, Mapping) else ()
+            fields |= {(f"{prefix}_{kind}", *names, leaf): x for leaf, x in named}
         read |= _plain({"/".join(name): x for name, x in fields.items()})
     return read
 

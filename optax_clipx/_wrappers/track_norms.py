@@ -87,7 +87,9 @@ def track_norms(
         with mesh.mesh_of(leaves.arrays, auto=True):
             names = _names(measure, leaves)
 
-            def zeros() -> dict[str, jax.Array]:
+            def zeros() -> Any:
+                if not names:  # as optax.tree.map_params asks: a prefix of any dict
+                    return jnp.zeros((0,), jnp.float32)
                 return {name: jnp.zeros((), jnp.float32) for name in names}
 
             return TrackState(

@@ -33,6 +33,7 @@ OF_NORMS = {
     ),
     "stabilize_norm": clipx.stabilize_norm(),
     "leaves": clipx.zclip(scope="leaf"),
+    "track_norms": clipx.track_norms(optax.identity(), ratios=True),
 }
 each = pytest.mark.parametrize("name", OF_ENTRIES)
 
@@ -61,6 +62,12 @@ def test_map_params_passes_over_norms(name):
     kept = optax.tree.map_params(tx, lambda x: x, state)
     assert jax.tree.structure(kept) == jax.tree.structure(state)
     assert mapped(tx, state, params) == []
+
+
+def test_norms_are_tracked_where_there_are_no_leaves():
+    tx = clipx.track_norms(optax.identity(), ratios=True)
+    _, state = tx.update({}, tx.init({}), {})
+    assert list(clipx.metrics(state)) == ["track/vanishing", "track/exploding"]
 
 
 @each
