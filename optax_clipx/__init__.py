@@ -102,6 +102,8 @@ from .runs.sweeping import (
     find_threshold as find_threshold,
 )
 
+from ._trees.docstrings import complete_package as _complete_docstrings
+
 __version__ = _version("optax_clipx")
 
 __all__ = [
@@ -165,6 +167,10 @@ __all__ = [
 ]
 
 _explain_missing_calls(globals()[name] for name in __all__)
+
+
+# What all clippers take is described once; `help()` and the site show it everywhere.
+_complete_docstrings(globals())
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._thresholds.constant import constant
+from .._trees.arguments import AxisNames, Limit, Specs
 from . import policies
 from .clip_by import clip_once
 from .elements import clamp_once
@@ -23,12 +24,12 @@ from .transformation import Options
 
 def clip_value(
     x: Any,
-    min_value: Any,
-    max_value: Any,
+    min_value: Limit,
+    max_value: Limit,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Any:
     r"""Returns its argument; clips each entry of its cotangent to an interval.
 
@@ -43,10 +44,9 @@ def clip_value(
             broadcasts against each array of ``x``, entry by entry, or a pytree prefix
             of these; it may be traced. Its own cotangent is 0.
         max_value: :math:`b`, the same.
-        nonfinite: as in :func:`optax_clipx.clip_by_value`: with the default an infinite
-            entry goes to its bound, and NaN stays in its entry.
+        nonfinite: as in :func:`optax_clipx.clip_by_value`.
         axis_name: as in :func:`clip_norm`; needed only for ``nonfinite="zero"``.
-        specs: the same.
+        specs: as in :func:`clip_norm`.
 
     Returns:
         ``x``.
@@ -83,13 +83,13 @@ def clip_value(
 
 def clip_norm(
     x: Any,
-    max_norm: Any,
+    max_norm: Limit,
     *,
     ord: Any = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Any:
     r"""Returns its argument; clips the norm of its cotangent.
 

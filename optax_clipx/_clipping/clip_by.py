@@ -12,6 +12,7 @@ from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, no_memory
 from .._thresholds.constant import as_threshold
+from .._trees.arguments import AxisNames, Limit, Specs
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
@@ -33,12 +34,12 @@ from .transformation import (
 
 def clip_by(
     measure: Measure,
-    threshold: Any,
+    threshold: Limit,
     response: Response = rescale,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,7 +73,7 @@ def clip_by(
             its result does not count where the limit is infinite or the norm 0. Far
             above the limit scales must fall as limit over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
-            zero, ``"raise"`` raises an error that names the leaves (see Raises),
+            zero, ``"raise"`` raises an error that names the leaves,
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite
             number, then clips.
         axis_name: in manual code whose types are blind (pmap, ``check_vma=False``) the

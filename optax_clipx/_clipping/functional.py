@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .._thresholds.constant import constant
 from .._thresholds.relative import relative_to_params
-from .._trees.arguments import check_eps, check_limit
+from .._trees.arguments import AxisNames, Limit, Specs, check_eps, check_limit
 from .clip_by import clip_once
 from .elements import clamp_once
 from .measures import (
@@ -26,7 +26,7 @@ from .transformation import Options
 
 
 def global_norm(
-    tree: Any, ord: Any = 2, *, axis_name: Any = None, specs: Any = None
+    tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> Float[Array, "..."]:
     r"""The norm of all leaves together, right at any magnitude.
 
@@ -60,7 +60,7 @@ def global_norm(
 
 
 def leaf_norms(
-    tree: Any, ord: Any = 2, *, axis_name: Any = None, specs: Any = None
+    tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> Any:
     r"""The norm of each leaf.
 
@@ -90,7 +90,11 @@ def leaf_norms(
 
 
 def unit_norms(
-    tree: Any, axis: LeafAxis = None, *, axis_name: Any = None, specs: Any = None
+    tree: Any,
+    axis: LeafAxis = None,
+    *,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Any:
     r"""The 2-norm of each unit of each leaf.
 
@@ -122,7 +126,7 @@ def unit_norms(
 
 
 def group_norms(
-    tree: Any, labels: Any, *, axis_name: Any = None, specs: Any = None
+    tree: Any, labels: Any, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> dict[Any, Float[Array, "..."]]:
     r"""The 2-norm of each labelled group of leaves.
 
@@ -156,12 +160,12 @@ def group_norms(
 
 def clip_by_value(
     tree: Any,
-    min_value: Any,
-    max_value: Any,
+    min_value: Limit,
+    max_value: Limit,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Any:
     r"""Clips each entry to an interval: :math:`\min(\max(u, a), b)`.
 
@@ -197,12 +201,12 @@ def clip_by_value(
 
 def clip_by_leaf_norm(
     tree: Any,
-    max_norm: Any,
+    max_norm: Limit,
     *,
     ord: Any = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> tuple[Any, Any]:
     r"""Clips the norm of each leaf by itself: :math:`\min(1, t / \|u_i\|)\, u_i`.
 
@@ -238,14 +242,14 @@ def clip_by_leaf_norm(
 
 def clip_by_global_norm(
     tree: Any,
-    max_norm: Any,
+    max_norm: Limit,
     *,
     norm: Any = None,
     ord: Any = None,
     eps: Any = 0.0,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> tuple[Any, Float[Array, "..."]]:
     r"""Clips the norm of all leaves together; the direction is kept.
 
@@ -289,13 +293,13 @@ def clip_by_global_norm(
 def adaptive_grad_clip(
     tree: Any,
     params: Any,
-    clipping: Any,
+    clipping: Limit,
     eps: Any = 1e-3,
     axis: LeafAxis = None,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> tuple[Any, Any]:
     r"""Clips each unit to :math:`\lambda \max(\|w_i\|, \epsilon)`.
 

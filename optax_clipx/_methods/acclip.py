@@ -17,6 +17,8 @@ from .._clipping.entries import (
 )
 from .._clipping.transformation import Options
 from .._trees.arguments import (
+    AxisNames,
+    Specs,
     check_between,
     check_decay,
     check_static_number,
@@ -39,8 +41,8 @@ def scale_by_acclip(
     alpha: float | None = None,
     eps: Any = 1e-5,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum that each entry's own usual magnitude limits (ACClip).

@@ -6,6 +6,7 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.auto import auto
+from .._trees.arguments import AxisNames, Specs
 from .common import method
 
 
@@ -13,8 +14,8 @@ def auto_clip(
     *,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips norms to a limit that nobody has to choose.

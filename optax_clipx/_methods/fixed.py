@@ -20,15 +20,15 @@ from .._clipping.responses import rescale
 from .._clipping.transformation import Options
 from .._thresholds.constant import constant
 from .._thresholds.relative import relative_to_params
-from .._trees.arguments import check_eps, check_limit
+from .._trees.arguments import AxisNames, Limit, Specs, check_eps, check_limit
 
 
 def clip(
-    max_delta: Any,
+    max_delta: Limit,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each entry to :math:`[-\Delta, \Delta]`.
@@ -81,12 +81,12 @@ def clip(
 
 
 def clip_by_value(
-    min_value: Any,
-    max_value: Any,
+    min_value: Limit,
+    max_value: Limit,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each entry to an interval, which need not be symmetric.
@@ -127,13 +127,13 @@ def clip_by_value(
 
 
 def clip_by_leaf_norm(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     ord: Any = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the norm of each leaf by itself.
@@ -181,12 +181,12 @@ def clip_by_leaf_norm(
 
 
 def clip_by_block_rms(
-    threshold: Any,
+    threshold: Limit,
     *,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the root mean square of each leaf by itself.
@@ -234,13 +234,13 @@ def clip_by_block_rms(
 
 
 def clip_by_global_norm(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     ord: Any = None,
     eps: Any = 0.0,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
@@ -299,8 +299,8 @@ def clip_by_group_norm(
     *,
     ord: Any = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips the norm of each labelled group of leaves.
@@ -356,13 +356,13 @@ def clip_by_group_norm(
 
 
 def adaptive_grad_clip(
-    clipping: Any,
+    clipping: Limit,
     eps: Any = 1e-3,
     axis: LeafAxis = None,
     *,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each unit to a norm in proportion to its parameters' norm.

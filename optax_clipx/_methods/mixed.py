@@ -28,7 +28,7 @@ from .._clipping.transformation import (
 )
 from .._thresholds.base import unless
 from .._thresholds.constant import as_threshold
-from .._trees.arguments import check_decay, out_of_range
+from .._trees.arguments import AxisNames, Limit, Specs, check_decay, out_of_range
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves, flatten
 from .smooth import normalize_by_norm
@@ -41,14 +41,14 @@ class MixedMemory(NamedTuple):
 
 
 def mixed_clip(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     nu: Any = 0.7,
     decay: Any = 0.999,
     response: Response | None = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Mixes the clipped momentum with the clipped gradient.
@@ -151,12 +151,12 @@ def mixed_clip(
 
 def normalized_momentum(
     decay: Any = 0.9,
-    target: Any = 1.0,
+    target: Limit = 1.0,
     *,
     eps: Any = 0.0,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum of a fixed norm: normalized gradient descent with momentum.

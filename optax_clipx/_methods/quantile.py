@@ -6,7 +6,7 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.quantile import quantile as quantile_rule, quantile_tracker
-from .._trees.arguments import check_choice
+from .._trees.arguments import AxisNames, Limit, Specs, check_choice
 from .common import capped, method
 
 
@@ -17,11 +17,11 @@ def quantile_clip(
     window: Any = None,
     max_steps: Any = None,
     tracker_rate: Any = 0.02,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips norms to a quantile of the norms so far (AutoClip).

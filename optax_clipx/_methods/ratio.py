@@ -6,6 +6,7 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.ema_ratio import ema_ratio, norm_growth
+from .._trees.arguments import AxisNames, Limit, Specs
 from .common import capped, method
 
 
@@ -13,17 +14,17 @@ def adagc(
     ratio: Any = 1.04,
     *,
     decay: Any = 0.99,
-    warmup_max_norm: Any = 1.0,
+    warmup_max_norm: Limit = 1.0,
     warmup_steps: Any = 100,
     init: str = "min",
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "leaf",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each leaf relative to a moving average of its norm (AdaGC).
@@ -96,11 +97,11 @@ def olmo_ratio_clip(
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "leaf",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips each leaf relative to a moving average of its norm, as OLMo did.
@@ -166,11 +167,11 @@ def norm_growth_clip(
     floor: Any = 0.0,
     stats: str = "clipped",
     patience: Any = None,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets the norm grow by a ratio from step to step, and no more (Fira).

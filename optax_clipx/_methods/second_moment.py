@@ -10,7 +10,14 @@ import optax
 
 from .._clipping.entries import elementwise, root_of_mean, shares_of, zeros_like
 from .._clipping.transformation import Options
-from .._trees.arguments import check_between, check_count, check_decay, out_of_range
+from .._trees.arguments import (
+    AxisNames,
+    Specs,
+    check_between,
+    check_count,
+    check_decay,
+    out_of_range,
+)
 from .._trees.leaves import Leaves
 
 
@@ -27,8 +34,8 @@ def clip_by_second_moment(
     decay: Any = 0.999,
     warmup_steps: Any = 20,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips entries far above their own second moment (SPAM).

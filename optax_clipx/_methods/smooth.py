@@ -6,18 +6,18 @@ from typing import Any
 import optax
 
 from .._clipping.responses import normalize, smooth
-from .._trees.arguments import check_between
+from .._trees.arguments import AxisNames, Limit, Specs, check_between
 from .common import method
 
 
 def smooth_clip(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     p: Any = 1.0,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bends the norm under a limit without a corner.
@@ -59,13 +59,13 @@ def smooth_clip(
 
 
 def normalize_by_norm(
-    target: Any = 1.0,
+    target: Limit = 1.0,
     *,
     eps: Any = 0.0,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives the updates a norm, large or small: normalized gradient descent.

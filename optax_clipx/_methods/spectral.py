@@ -21,14 +21,14 @@ from .._reductions.groups import UnitGroups
 from .._reductions.norms import norms
 from .._thresholds.base import Context
 from .._thresholds.constant import as_threshold
-from .._trees.arguments import check_static_count
+from .._trees.arguments import AxisNames, Limit, Specs, check_static_count
 from .._trees.arithmetic import accumulator, widened
 from .._trees.leaves import Leaves, show
 from .singular_values import Ways, clip_matrices
 
 
 def clip_by_spectral_norm(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     form: str = "hard",
     method: str = "svd",
@@ -36,8 +36,8 @@ def clip_by_spectral_norm(
     axis: LeafAxis = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits the singular values of each matrix.

@@ -24,7 +24,13 @@ from .._clipping.transformation import Options, Step, check_memory, transformati
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._reductions.whole_norm import whole_norm
-from .._trees.arguments import check_between, check_decay, out_of_range
+from .._trees.arguments import (
+    AxisNames,
+    Specs,
+    check_between,
+    check_decay,
+    out_of_range,
+)
 from .._trees.arithmetic import at_least_float32
 from .._trees.leaves import Leaves
 
@@ -45,8 +51,8 @@ def stabilize_norm(
     *,
     eps: Any = 1e-8,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each leaf's norm by a smoothed one (AdaClip and AdaGN).

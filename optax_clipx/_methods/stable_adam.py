@@ -27,7 +27,13 @@ from .._clipping.summary import Summary
 from .._clipping.transformation import Options, Step, check_memory, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
-from .._trees.arguments import check_between, check_decay, out_of_range
+from .._trees.arguments import (
+    AxisNames,
+    Specs,
+    check_between,
+    check_decay,
+    out_of_range,
+)
 from .._trees.leaves import Leaves
 
 
@@ -45,8 +51,8 @@ def scale_by_stable_adam(
     *,
     eps: Any = 1e-6,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam whose step each leaf's RMS limits: update clipping as in Adafactor.
@@ -174,8 +180,8 @@ def stable_adamw(
     weight_decay: Any = 1e-2,
     mask: Any = None,
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose step each leaf's RMS limits.

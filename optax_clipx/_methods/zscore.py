@@ -6,6 +6,7 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.zscore import zscore
+from .._trees.arguments import AxisNames, Limit, Specs
 from .common import capped, method
 
 
@@ -16,13 +17,13 @@ def zclip(
     warmup_steps: Any = 25,
     mode: str = "reciprocal",
     clip_factor: Any = 1.0,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     stats: str = "clipped",
     patience: Any = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips norms whose z-score among the norms so far is large (ZClip).
@@ -95,11 +96,11 @@ def log_zscore_clip(
     z_threshold: Any = 2.0,
     *,
     decay: Any = 0.95,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Brings norms far above the usual in log space to the mean (Chorowski et al.).
@@ -163,11 +164,11 @@ def historical_update_clip(
     warmup_steps: Any = 64,
     stats: str = "raw",
     patience: Any = None,
-    max_norm: Any = None,
+    max_norm: Limit | None = None,
     scope: Any = "tree",
     nonfinite: str = "propagate",
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips updates to some deviations above the mean of their last norms (Levanter).

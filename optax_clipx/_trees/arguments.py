@@ -1,11 +1,18 @@
 """Checks of arguments: errors that name the value and what was expected."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+Schedule = Callable[[Any], Any]  # from the number of updates to a limit
+Limit = float | np.ndarray | jax.Array | Schedule | PyTree  # or a prefix of these
+AxisNames = str | Iterable[Any] | None
+Specs = PartitionSpec | PyTree | None  # or a prefix of these
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:

@@ -14,7 +14,13 @@ from .._clipping.responses import rescale
 from .._clipping.scaling import Response
 from .._devices.mesh import mesh_of
 from .._reductions.groups import ScalarGroups
-from .._trees.arguments import check_choice, check_limit, check_static_count
+from .._trees.arguments import (
+    AxisNames,
+    Limit,
+    check_choice,
+    check_limit,
+    check_static_count,
+)
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import flatten
 from . import _sums
@@ -70,7 +76,7 @@ class ClippedExamples(NamedTuple):
 
 def clipped_grad(
     fun: Callable[..., Any],
-    max_norm: Any,
+    max_norm: Limit,
     *,
     argnums: int | Sequence[int] = 0,
     batch_argnums: int | Sequence[int] = 1,
@@ -84,7 +90,7 @@ def clipped_grad(
     batch_size: Any = None,
     keep_batch_dim: bool = False,
     dtype: Any = None,
-    axis_name: Any = None,
+    axis_name: AxisNames = None,
 ) -> Callable[..., tuple[Any, ClippedExamples]]:
     r"""The sum of the clipped gradients of the examples of a batch.
 
