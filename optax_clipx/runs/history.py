@@ -323,10 +323,7 @@ def _numbers(name: str, value: Any) -> Any:
             value.copy_to_host_async()
             return value
         numbers = np.array(value)  # a copy, whatever becomes of a buffer
-        if numbers.dtype.kind not in "fiubV":
-            numbers = _converted(numbers)
-        numbers.astype(np.float64)
-        return numbers
+        return numbers if numbers.dtype.kind in "fiub" else _converted(numbers)
     except (TypeError, ValueError, OverflowError):
         shown = " ".join(repr(value).split())
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
@@ -337,8 +334,8 @@ def _numbers(name: str, value: Any) -> Any:
 
 
 def _converted(values: np.ndarray) -> np.ndarray:
-    """Objects such as decimals and fractions; not text, though it may be of digits."""
-    if values.dtype.kind != "O" or any(isinstance(x, str) for x in values.flat):
+    """Narrow numbers and objects such as decimals; not text, even if it has digits."""
+    if values.dtype.kind not in "OV" or any(isinstance(x, str) for x in values.flat):
         raise TypeError
     return values.astype(np.float64)
 

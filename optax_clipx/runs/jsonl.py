@@ -13,6 +13,7 @@ import operator
 import os
 import re
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,18 +242,15 @@ def to_numbers(
     path: Path | str, name: str, column: list[Any], where: list[int] | range
 ) -> np.ndarray | None:
     """A column as numbers, None for a column of text; what is empty is missing."""
+    try:  # all are numbers: the usual case, at the speed of C
+        return np.frombuffer(array("d", column))
+    except (TypeError, OverflowError):
+        pass
     types = set(map(type, column))
     try:
-        if types == {str}:  # of a CSV file
-            if "" not in column and _are_numbers(column):
-                return np.array(column, np.float64)
-            filled = [x not in _EMPTY for x in column]
-            cells = list(itertools.compress(column, filled))
-            if cells and _are_numbers(cells):
-                return _spread(np.array(cells, np.float64), filled)
-        elif types <= {float, int, bool}:
-            return np.array(column, np.float64)
-        elif types <= {float, int, bool, type(None)}:
+        if types == {str} and _are_numbers(column):  # of a CSV file
+            return _of_text(column)
+        if types <= {float, int, bool, type(None)}:
             filled = [x is not None for x in column]
             cells = list(itertools.compress(column, filled))
             return _spread(np.array(cells, np.float64), filled) if cells else None
@@ -271,6 +269,17 @@ def to_numbers(
         f"{path}:{line}: expected a number in {name!r}, got {_shown(value)}. Correct"
         f" the line, or leave the column out."
     )
+
+
+def _of_text(cells: list[str]) -> np.ndarray:
+    try:
+        return np.array(cells, np.float64)
+    except ValueError:  # some may be empty
+        filled = [x not in _EMPTY for x in cells]
+        given = list(itertools.compress(cells, filled))
+        if not given:
+            raise
+        return _spread(np.array(given, np.float64), filled)
 
 
 def _spread(cells: np.ndarray, filled: list[bool]) -> np.ndarray:
