@@ -39,7 +39,7 @@ def flax(path: Path, leaf: Any) -> Axes:
     kernel of a convolution                     (..., in, out)        all but the last
     kernel of query, key, value                 (in, heads, head)     (0,)
     kernel of out, inside of an attention       (heads, head, out)    (0, 1)
-    kernel of qkv or kv, inside of an attention (in, 3, heads, head)  (0,)
+    kernel of qkv or kv, in an attention        (in, 3, heads, head)  (0,)
     embedding                                   (rows, features)      the last
     bias, scale and all other vectors           (n,)                  everything
     bias of query, key, value                   (heads, head)         everything
