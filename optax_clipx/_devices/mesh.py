@@ -331,7 +331,7 @@ def vary(value: jax.Array, axes: Axes) -> jax.Array:
     if not missing:
         return value
     if not hasattr(lax, "pcast"):  # JAX 0.7
-        return lax.pvary(value, missing)
+        return lax.pvary(value, missing)  # type: ignore[attr-defined]
     return lax.pcast(value, missing, to="varying")
 
 
