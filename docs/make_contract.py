@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from all_methods import EVERY  # noqa: E402
 from contract_frameworks import FRAMEWORKS  # noqa: E402
 from contract_jax import JAX  # noqa: E402
 from contract_optax import LEFT_OUT, OPTAX, every_optimizer  # noqa: E402
-from methods import EVERY  # noqa: E402
 
 KNOWN = ROOT / "docs" / "results" / "contract.json"
 PARTS = {"Frameworks": FRAMEWORKS, "optax": OPTAX, "JAX": JAX}

@@ -147,12 +147,57 @@ def updated(tx, grads, state, params):
     """An update; line searches and Polyak's step look at the loss, a bowl."""
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return tx.update(grads, state, params)
+    return tx.update(grads, state, params, obj_fn=bowl, **for_search(grads, params))
 
-    def loss(p):
-        return optax.tree.vdot(p, p) / 2
 
-    extra = {"value": loss(params), "grad": grads, "value_fn": loss, "obj_fn": loss}
-    return tx.update(grads, state, params, **extra)
+def bowl(params):
+    return optax.tree.vdot(params, params) / 2
+
+
+def for_search(grads, params):
+    return {"value": bowl(params), "grad": grads, "value_fn": bowl}
+
+
+def for_sam(grads, params):
+    return {"grad_fn": lambda params, step: jax.grad(bowl)(params)}
+
+
+def for_plateau(grads, params):
+    return {"value": jnp.float32(1.0)}
+
+
+def compiled_with(optimizer, extra_of):
+    """An optimizer that asks for more, compiled once for all that is before it."""
+    step = jax.jit(lambda u, s, p, g: optimizer.update(u, s, p, **extra_of(g, p)))
+    names = set(extra_of(first_params(), first_params()))
+
+    def update(updates, state, params=None, **extra):
+        assert set(extra) == names  # what the caller passed, and no more
+        return step(updates, state, params, extra.get("grad", updates))
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def with_arguments(optimizer, extra_of):
+    """A context: an optimizer that asks for more, alone and inside of wrappers."""
+    optimizer = compiled_with(optimizer, extra_of)
+
+    def cell(make):
+        clipper = compiled(make())
+        for wrap in (lambda tx: tx, clipx.skip_spikes, clipx.track_norms):
+            tx = wrap(optax.chain(clipper, optimizer))
+            params = first_params()
+            state = tx.init(params)
+            clip_state, own = clipper.init(params), optimizer.init(params)
+            for g in gradients()[:3]:
+                extra = extra_of(g, params)
+                clipped, clip_state = clipper.update(g, clip_state, params)
+                wanted, own = optimizer.update(clipped, own, params, **extra)
+                updates, state = tx.update(g, state, params, **extra)
+                assert_close([updates], [wanted], rtol=1e-6, atol=0)
+                params = optax.apply_updates(params, updates)
+
+    return cell
 
 
 def every_optimizer():
@@ -220,6 +265,34 @@ OPTAX = {
     "inject_hyperparams": same(injected),
     "lookahead": looking_ahead,
     "schedule_free": schedule_free,
+    "lbfgs": with_arguments(optax.lbfgs(RATE), for_search),
+    "zoom line search": with_arguments(
+        optax.chain(
+            optax.sgd(1.0), optax.scale_by_zoom_linesearch(max_linesearch_steps=15)
+        ),
+        for_search,
+    ),
+    "backtracking line search": with_arguments(
+        optax.chain(
+            optax.sgd(1.0),
+            optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
+        ),
+        for_search,
+    ),
+    "sam": with_arguments(
+        optax.contrib.sam(
+            optax.sgd(RATE),
+            optax.chain(optax.contrib.normalize(), optax.sgd(0.05)),
+            opaque_mode=True,
+        ),
+        for_sam,
+    ),
+    "reduce_on_plateau": with_arguments(
+        optax.chain(
+            optax.sgd(RATE), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+        ),
+        for_plateau,
+    ),
     "before muon": before(optax.contrib.muon(RATE)),
     "before each optimizer": before_every_optimizer,
 }
