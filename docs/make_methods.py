@@ -87,7 +87,8 @@ def at_work(name: str, gradients: Any) -> Any:
     def step(state: Any, grads: Any) -> Any:
         updates, state = tx.update(form(grads), state, params)
         seen = clipx.metrics(state)
-        limit = seen.get("clip/threshold", jnp.nan)
+        kind = "skip" if "skip/threshold" in seen else "clip"
+        limit = seen.get(f"{kind}/threshold", jnp.nan)
         return state, (optax.tree.norm(updates), jnp.asarray(limit, jnp.float32))
 
     return jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g)[1])(gradients)

@@ -36,7 +36,7 @@ def auto_clip(
         metrics: whether the state keeps :class:`ClipMetrics`.
 
     Returns:
-        A transformation; its state is three numbers for each norm.
+        A transformation; its state is eight numbers for each norm.
 
     Raises:
         ValueError: if ``scope`` or ``nonfinite`` is unknown.
