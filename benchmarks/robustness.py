@@ -297,7 +297,7 @@ def blindness(method: Method) -> str:
     """Longest blindness after a x200 in the first 100 steps.
 
     One run for each place; counted are the steps of the 300 after it in which a norm of
-    20 would be neither clipped nor skipped.
+    20 would be neither clipped nor skipped. Of published rules, every tenth is asked.
     """
     norms = usual(PLACES + AFTER)
     longest = 0

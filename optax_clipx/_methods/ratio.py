@@ -38,6 +38,9 @@ def adagc(
     the natural norm, clipping stays engaged for thousands of steps. ``init="mean"``, a
     ``floor`` or ``patience`` avoid that; see :func:`thresholds.ema_ratio`.
 
+    One norm of 200 times the usual one in the first 100 steps hides no later one of
+    20 times.
+
     Args:
         ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some ports.
         decay: :math:`\beta`; 0.99 in the paper, 0.98 in some ports.
@@ -112,6 +115,9 @@ def olmo_ratio_clip(
     :func:`adagc` without warm-up: the first step passes unrecorded, and the average
     starts with the norm of the second.
 
+    One norm of 200 times the usual one in the first 100 steps hides later ones:
+    for up to 276 steps, one of 20 times is not clipped, with a ratio of 1.5.
+
     Args:
         ratio: :math:`\lambda` (``max_grad_norm_ratio``).
         decay: :math:`\beta`; OLMo took the larger of its optimizer's two decays.
@@ -180,6 +186,9 @@ def norm_growth_clip(
 
     Meant for updates, after the optimizer. One very small norm is recovered from by 1%
     a step only: set a ``floor`` or ``patience``; see :func:`thresholds.norm_growth`.
+
+    After one norm of 200 times the usual one in the first 100 steps, for one step one
+    of 20 times is not clipped.
 
     Args:
         ratio: :math:`\gamma`, at least 1.

@@ -37,6 +37,9 @@ def zclip(
     mean counts as 1%: in the official code constant norms make the smallest change a
     spike, and one NaN ends clipping for good.
 
+    One norm of 200 times the usual one in the first 100 steps hides later ones:
+    for up to 136 steps, one of 20 times is not clipped.
+
     Args:
         z_threshold: :math:`z^*`.
         decay: the decay of the moving averages.
@@ -113,6 +116,9 @@ def log_zscore_clip(
     the norm enters first, no z-score exceeds :math:`\sqrt{\beta/(1-\beta)}`, 4.4 at the
     default decay.
 
+    One norm of 200 times the usual one in the first 100 steps hides later ones:
+    for up to 19 steps, one of 20 times is not clipped.
+
     Args:
         z_threshold: :math:`z^*`.
         decay: the decay of the moving averages, which are plain averages first.
@@ -178,6 +184,9 @@ def historical_update_clip(
     of the last ``window`` norms. Meant for updates, after the optimizer. Norms enter as
     they are, so a spike in the window hides an equal one; see
     :func:`thresholds.zscore`. A standard deviation below 1% of the mean counts as 1%.
+
+    One norm of 200 times the usual one in the first 100 steps hides later ones:
+    for up to 128 steps, one of 20 times is not clipped.
 
     Args:
         z_threshold: :math:`z^*`.

@@ -88,7 +88,8 @@ def skip_spikes(
     there is no threshold before the 8th. A norm above the threshold does not enter
     the statistics, so that it hides no other, and neither does one as far below
     :math:`m`. The ``patience``-th such norm in a row is accepted, and its level with
-    it. A norm that is not finite never enters, and is never accepted.
+    it. A norm that is not finite never enters, and is never accepted. One norm of 200
+    times the usual one in the first 100 steps hides later ones for at most 7 steps.
 
     The loss is judged if it is passed as ``loss=`` or ``value=`` to ``update``. On a
     mesh the decision is that of all devices.
