@@ -136,8 +136,10 @@ def clip_by(
 
     def init_rule(leaves: Leaves) -> Any:
         groups = measure.groups(leaves, axis_name, specs)
-        state = rule.init(_no_norms(groups, leaves, measure))
-        return state if leaves.arrays else _without_units(state)
+        norms = _no_norms(groups, leaves, measure)
+        state = rule.init(norms)
+        no_units = isinstance(norms, tuple) and not norms
+        return _without_units(state) if no_units else state
 
     remembers = rule.init is not no_memory
     return transformation(init_rule if remembers else None, step, rule, options)

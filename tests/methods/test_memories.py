@@ -161,3 +161,16 @@ def test_a_memory_in_the_layout_of_before_is_named():
     old = tx.init(jnp.ones(2))._replace(rule=[jnp.ones(2)])
     with pytest.raises(TypeError, match=r"carry_over\(old_state, tx.init\(params\)\)"):
         tx.update(jnp.ones(2), old)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [3.0, clipx.thresholds.minimum(clipx.thresholds.zscore(), 3.0)],
+    ids=["number", "minimum"],
+)
+def test_specs_made_by_map_params_have_the_structure_of_the_state(limit):
+    tx, params = clipx.clip_by(clipx.measures.tree_norm(), limit), stateful.params()
+    specs = optax.tree.map_params(
+        tx, lambda _: P("x"), tx.init(params), transform_non_params=lambda _: P()
+    )
+    assert jax.tree.structure(specs) == jax.tree.structure(tx.init(params))
