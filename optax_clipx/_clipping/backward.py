@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._thresholds.constant import constant
-from .._trees.arguments import AxisNames, Limit, Specs
+from .._trees.arguments import AxisNames, Limit, Specs, as_float
 from . import policies
 from .clip_by import clip_once
 from .elements import clamp_once
@@ -78,7 +78,7 @@ def clip_value(
         low, high = bounds
         return clamp_once(cotangent, low, high, options)
 
-    return _identity(x, (min_value, max_value), clip)
+    return _identity(x, jax.tree.map(as_float, (min_value, max_value)), clip)
 
 
 def clip_norm(
@@ -147,7 +147,7 @@ def clip_norm(
         rule = constant(limit, "max_norm")
         return clip_once(cotangent, measure, rule, rescale, options)[0]
 
-    return _identity(x, max_norm, clip)
+    return _identity(x, jax.tree.map(as_float, max_norm), clip)
 
 
 def zero_nonfinite(x: Any) -> Any:

@@ -12,7 +12,7 @@ from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, no_memory
 from .._thresholds.constant import as_threshold
-from .._trees.arguments import AxisNames, Limit, Specs
+from .._trees.arguments import AxisNames, Limit, Specs, as_float
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
@@ -346,7 +346,7 @@ def _given(
 
 
 def _checked_norm(norm: Any, dtype: Any) -> Norms:
-    norm = jnp.asarray(norm)
+    norm = jnp.asarray(as_float(norm))
     if norm.ndim or jnp.iscomplexobj(norm):
         raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")
     if not isinstance(norm, jax.core.Tracer) and norm < 0:

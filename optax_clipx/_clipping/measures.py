@@ -11,9 +11,10 @@ import numpy as np
 from .._devices import mesh
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Ord, norms
+from .._trees.arguments import whole_numbers
 from .._trees.leaves import Leaves, Path, flatten, from_prefix, show
 
-Axis = int | tuple[int, ...] | None
+Axis = int | np.integer | np.ndarray | tuple[int | np.integer, ...] | None
 LeafAxis = Axis | Callable[[Path, Any], Axis] | Mapping[Any, Any] | list[Any]
 
 
@@ -296,13 +297,23 @@ def _by_leaf(given: Any, leaves: Leaves, what: str) -> list[Any]:
     """What is given for each leaf: the same for all, or by a pytree prefix."""
     if given is None or callable(given) or _is_axes(given):
         return [given] * len(leaves.arrays)
-    return from_prefix(given, leaves.paths, what, is_leaf=_is_axes)
+    try:
+        return from_prefix(given, leaves.paths, what, is_leaf=_is_axes)
+    except ValueError:  # a list of numbers, then, is no part of the pytree
+        return from_prefix(given, leaves.paths, what, is_leaf=_is_listed)
 
 
 def _is_axes(given: Any) -> bool:
-    if isinstance(given, int | np.integer):
+    if isinstance(given, int | np.integer | np.ndarray):
         return True
-    return isinstance(given, tuple) and all(isinstance(a, int) for a in given)
+    return isinstance(given, tuple) and all(
+        isinstance(a, int | np.integer) for a in given
+    )
+
+
+def _is_listed(given: Any) -> bool:
+    listed = isinstance(given, list) and all(map(_is_axes, given))
+    return listed or _is_axes(given)
 
 
 def _axes_of(given: Any, path: Path, leaf: Any, what: str) -> tuple[int, ...] | None:
@@ -310,8 +321,11 @@ def _axes_of(given: Any, path: Path, leaf: Any, what: str) -> tuple[int, ...] | 
         given = given(path, leaf)
     if given is None:
         return None
-    axes = (given,) if isinstance(given, int) else tuple(given)
-    if not all(isinstance(a, int) and -leaf.ndim <= a < leaf.ndim for a in axes):
+    try:
+        axes = whole_numbers(given)
+    except TypeError:
+        axes = (leaf.ndim,)
+    if not all(-leaf.ndim <= a < leaf.ndim for a in axes):
         raise ValueError(
             f"Expected {what} within the rank of shape {leaf.shape} at {show(path)},"
             f" got {what}={given!r}. Pass numbers of axes, or a function of path and"

@@ -342,7 +342,8 @@ def _nothing_to_read(opt_state: Any, silent: bool) -> str:
         kinds, advice = ", ".join(type(state).__name__ for state in states), ""
     return (
         "Expected a state with an optax_clipx transform that keeps metrics, got"
-        f" {kinds}." + (" Its clippers have metrics=False." if silent else advice)
+        f" {kinds}. Pass what tx.init and tx.update return: metrics(opt_state)."
+        + (" The clippers in it have metrics=False." if silent else advice)
     )
 
 

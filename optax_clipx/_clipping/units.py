@@ -9,10 +9,11 @@ together.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 
+from .._trees.arguments import whole_numbers
 from .._trees.leaves import Path, chooser, flatten, show as show_path
 from .attention_names import axes_in_attention, has_heads
 from .measures import LeafAxis, unit_norms
@@ -195,7 +196,7 @@ def haiku(path: Path, leaf: Any) -> Axes:
     raise ValueError(_unclear(path, leaf, "haiku"))
 
 
-def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
+def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
     r"""A rule for models in which some leaves stack layers along an axis.
 
     Args:
@@ -221,6 +222,7 @@ def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
         :func:`flax.linen.scan`, :func:`flax.nnx.vmap` and :func:`jax.vmap` of an
         initializer make such leaves.
     """
+    (axis,) = whole_numbers(axis)
     chosen = chooser(where)
 
     def of_stack(path: Path, leaf: Any) -> Axes | None:
@@ -236,7 +238,7 @@ def stacked(rule: Rule, where: Any, *, axis: int = 0) -> Rule:
         axes: Any = rule(path, jax.ShapeDtypeStruct(shape, leaf.dtype))
         if axes is None:
             return None
-        inner = (axes,) if isinstance(axes, int) else axes
+        inner = whole_numbers(axes)
         positive = [a % len(shape) for a in inner]
         return tuple(a + (a >= at) for a in positive)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._trees.arguments import check_limit, is_limit
+from .._trees.arguments import as_float, check_limit, is_limit
 from .._trees.leaves import from_prefix
 from .base import Context, Threshold, is_pair, like, stateless
 
@@ -92,7 +92,7 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
 
 def at(limit: Any, step: Any) -> Any:
     """The limit at this step."""
-    return limit(step) if callable(limit) else limit
+    return as_float(limit(step) if callable(limit) else limit)
 
 
 def _of_label(limits: Any, label: Any, name: str) -> Any:

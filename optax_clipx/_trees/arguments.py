@@ -1,5 +1,7 @@
 """Checks of arguments: errors that name the value and what was expected."""
 
+import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ Schedule = Callable[[Any], Any]  # from the number of updates to a limit
 Limit = float | np.ndarray | jax.Array | Schedule | PyTree  # or a prefix of these
 AxisNames = str | Iterable[Any] | None
 Specs = PartitionSpec | PyTree | None  # or a prefix of these
+
+LARGEST_COUNT = 2**31 - 1
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
@@ -35,6 +39,18 @@ def check_count(value: Any, name: str, least: int = 1) -> None:
         raise ValueError(f"Expected {name} to be a whole number, got {name}={value!r}.")
     if value < least:
         raise ValueError(f"Expected {name} >= {least}, got {name}={value!r}.")
+    if value > LARGEST_COUNT:
+        raise ValueError(
+            f"Expected {name} <= {LARGEST_COUNT}, since steps are counted in int32, got"
+            f" {name}={value!r}. To wait for ever pass that number."
+        )
+
+
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """A number or several, of Python, NumPy or a list, as a tuple; else a TypeError."""
+    listed = value.tolist() if isinstance(value, np.ndarray) else value
+    several = isinstance(listed, tuple | list)
+    return tuple(map(operator.index, listed if several else (listed,)))
 
 
 def check_static_count(value: Any, name: str, least: int = 1) -> None:
@@ -97,6 +113,7 @@ def check_between(value: Any, name: str, low: int, high: int | float) -> None:
         return
     if not _is_number(value) or jnp.ndim(value) != 0:
         raise TypeError(f"Expected {name} to be a number, got {value!r}.")
+    _check_size(value, name)
     if not low <= value <= high:
         raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
 
@@ -114,6 +131,20 @@ def static(name: str, value: Any) -> str:
     )
 
 
+def as_float(value: Any) -> Any:
+    """A Python int as a float: as an array it would have to fit int32."""
+    return float(value) if type(value) is int else value
+
+
+def _check_size(value: Any, name: str) -> None:
+    """Refuses an int that is larger than any float."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(
+            f"Expected {name} below {sys.float_info.max:.2g}, got an int of"
+            f" {value.bit_length()} bits. Pass float('inf') if that is meant."
+        )
+
+
 def is_limit(value: Any) -> bool:
     """Whether this is one limit: a number, an array or a schedule."""
     return callable(value) or isinstance(
@@ -128,7 +159,8 @@ def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
     check_number(value, name)
     if isinstance(value, jax.core.Tracer):
         return
-    if np.isnan(value):
+    _check_size(value, name)
+    if value != value:
         raise ValueError(f"Expected {name} to be a number, got {name}={value}.")
     if not signed and value < 0:
         raise ValueError(f"Expected {name} >= 0, got {name}={value}.")

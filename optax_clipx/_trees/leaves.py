@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import GetAttrKey
 
 Path = tuple[str, ...]
@@ -64,10 +65,13 @@ def flatten(tree: Any, *, updates: bool = True) -> Leaves:
     left out, since their gradients are float0.
     """
     with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    everything = [leaf for _, leaf in with_keys]
     arrays, kept_keys, indices = [], [], []
     for index, (keys, leaf) in enumerate(with_keys):
         if isinstance(leaf, float | complex) and not hasattr(leaf, "dtype"):
             leaf = jnp.asarray(leaf)
+        if isinstance(leaf, np.ndarray | np.generic):
+            leaf = everything[index] = _as_jax_has_it(leaf)
         if not _is_array(leaf):
             if isinstance(leaf, bool | int) and not updates:
                 continue
@@ -85,7 +89,16 @@ def flatten(tree: Any, *, updates: bool = True) -> Leaves:
             arrays.append(leaf)
             kept_keys.append(keys)
             indices.append(index)
-    return Leaves(arrays, kept_keys, indices, [x for _, x in with_keys], treedef)
+    return Leaves(arrays, kept_keys, indices, everything, treedef)
+
+
+def _as_jax_has_it(leaf: Any) -> Any:
+    """A NumPy array of a dtype that JAX has: without x64 float64 becomes float32."""
+    dtype = leaf.dtype
+    number = dtype != jax.dtypes.float0 and dtype.kind in "iufc"
+    if not number or jax.dtypes.canonicalize_dtype(dtype) == dtype:
+        return leaf
+    return jnp.asarray(leaf)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ from .._clipping.measures import Measure
 from .._devices import mesh
 from .._devices.mesh import Placement
 from .._reductions.groups import ScalarGroups
-from .._trees.arguments import check_limit, is_limit
+from .._trees.arguments import as_float, check_limit, is_limit, whole_numbers
 from .._trees.leaves import Leaves, from_prefix
 
 ALONE = Placement((), ())
@@ -21,8 +21,11 @@ ALONE = Placement((), ())
 
 def numbers(value: Any, name: str) -> tuple[int, ...]:
     """Argument numbers as a tuple."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+    try:
+        numbers = whole_numbers(value)
+    except TypeError:
+        numbers = (-1,)
+    if min(numbers, default=0) < 0:
         raise ValueError(f"Expected {name} to be 0 or above, got {name}={value!r}.")
     return numbers
 
@@ -128,6 +131,7 @@ def limits_of_groups(
     dtype: Any,
 ) -> Float[Array, "..."]:
     """The limit of each group; a scalar for the whole tree."""
+    max_norm = jax.tree.map(as_float, max_norm)
     if is_limit(max_norm):
         if of_one.count is None:
             return jnp.asarray(max_norm).astype(dtype)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from .._reductions.groups import ScalarGroups
 from .._trees.arguments import (
     AxisNames,
     Limit,
+    as_float,
     check_choice,
     check_limit,
     check_static_count,
@@ -78,9 +79,9 @@ def clipped_grad(
     fun: Callable[..., Any],
     max_norm: Limit,
     *,
-    argnums: int | Sequence[int] = 0,
-    batch_argnums: int | Sequence[int] = 1,
-    microbatch_size: int | None = None,
+    argnums: SupportsIndex | Sequence[SupportsIndex] = 0,
+    batch_argnums: SupportsIndex | Sequence[SupportsIndex] = 1,
+    microbatch_size: SupportsIndex | None = None,
     has_aux: bool = False,
     measure: Measure | None = None,
     response: Response = rescale,
@@ -207,13 +208,16 @@ def clipped_grad(
         check_limit(batch_size, "batch_size")
     if microbatch_size is not None:
         check_static_count(microbatch_size, "microbatch_size")
+        microbatch_size = int(microbatch_size)
     batched = numbers(batch_argnums, "batch_argnums")
     if not batched or set(batched) & set(numbers(argnums, "argnums")):
         raise ValueError(
             "Expected batch_argnums with the arguments that have examples, and argnums"
             f" with others, got batch_argnums={batch_argnums} and argnums={argnums}."
         )
-    argnums = argnums if isinstance(argnums, int) else tuple(argnums)
+    several = isinstance(argnums, tuple | list | np.ndarray)
+    which = numbers(argnums, "argnums")
+    argnums = which if several else which[0]
 
     @functools.wraps(fun)
     def grad_fn(
@@ -318,7 +322,7 @@ def _clipped_sums(
 
 def _sums_of_none(grads: Any, measure: Measure, max_norm: Any) -> tuple[Any, Any]:
     """The sums over an empty batch, and the numbers of its clipped examples."""
-    usable = jnp.asarray(max_norm) >= 0
+    usable = jnp.asarray(as_float(max_norm)) >= 0
     sums = jax.tree.map(lambda x: jnp.where(usable, jnp.sum(x, axis=0), jnp.nan), grads)
     sums = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, grads)
     none = jnp.zeros((), jnp.int32)

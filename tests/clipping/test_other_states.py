@@ -168,6 +168,25 @@ def test_a_clipper_that_was_not_called_is_an_error_in_optax(combine):
         combine(clipx.auto_clip).init(GRADS)
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (clipx.clip(1.0), "GradientTransformationExtraArgs"),
+        (optax.adam(1.0), "GradientTransformationExtraArgs"),
+        ({"w": jnp.ones(2)}, "a dict with 'w'"),
+        (train_state(), "TrainState"),
+        (optax.adam(1.0).init(GRADS), "ScaleByAdamState, EmptyState"),
+    ],
+)
+@pytest.mark.parametrize("read", [clipx.metrics, clipx.check])
+def test_metrics_of_something_else_say_what_to_pass(read, given, kind):
+    with pytest.raises(
+        ValueError, match=r"Pass what .* metrics\(opt_state\)"
+    ) as caught:
+        read(given)
+    assert f"got {kind}. " in str(caught.value)
+
+
 def test_a_function_can_still_be_given_hyperparameters():
     tx = optax.inject_hyperparams(clipx.clip_by_global_norm)(max_norm=1.0)
     clipped, _ = jax.jit(tx.update)(GRADS, tx.init(GRADS))
