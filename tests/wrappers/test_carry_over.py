@@ -277,3 +277,16 @@ def test_nnx_optimizer(tmp_path):
     assert int(new.step[...]) == 2
     chex.assert_trees_all_close(nnx.state(other), nnx.state(model), rtol=1e-6)
     assert int(clipx.metrics(new.opt_state)["clip/steps"]) == 1
+
+
+def test_skipped_steps_are_carried_over_to_another_rule():
+    """What the default limits of a version before remembered is a window of norms."""
+    window = clipx.thresholds.zscore(6.0, window=128, warmup_steps=64, stats="skip")
+    before = clipx.skip_spikes(adam, threshold=window, loss_threshold=window)
+    old, new = trained(before), clipx.skip_spikes(adam).init(PARAMS)
+    with pytest.raises(ValueError, match=r"drop=\['rule.*'loss_rule"):
+        clipx.carry_over(old, new)
+    state, fresh = clipx.carry_over(old, new, drop=["rule", "loss_rule"])
+    assert fresh == ["rule", "loss_rule"]
+    chex.assert_trees_all_equal(state.inner, old.inner)
+    assert state.num_skipped == old.num_skipped
