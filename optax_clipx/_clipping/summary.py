@@ -14,6 +14,7 @@ from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import combine, whole
 from .._trees.leaves import Path
+from .._trees.sizes import as_number, is_known
 from .scaling import Scales
 
 
@@ -90,13 +91,17 @@ def _gathered(row: jax.Array, kept: tuple[str, ...]) -> jax.Array:
     return mesh.sum_over(table, kept + copied)
 
 
-def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[float, float]:
+def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, Any]:
     """How many groups and entries there are, with these weights."""
-    count, size = 0.0, 0.0
+    count: Any = 0.0
+    size: Any = 0.0
     leaves = jax.tree.leaves(norms)
     for n, entries, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
-        count += n.size * weight
-        size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+        count += as_number(n.size) * weight
+        if is_known(n.size) and not isinstance(entries, jax.Array):
+            size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+        else:
+            size += jnp.sum(jnp.broadcast_to(entries, n.shape)) * weight
     return count, size
 
 
@@ -167,7 +172,7 @@ def _worst(
     )
 
 
-def _from_rows(table: jax.Array, ord: Ord, count: float, size: float) -> Summary:
+def _from_rows(table: jax.Array, ord: Ord, count: Any, size: Any) -> Summary:
     columns = list(table.T)
     peak, total, peak_after, total_after, over, bad, unusable = columns[:7]
     _, threshold, scale = _worst(*columns[7:])

@@ -14,6 +14,7 @@ from jax import lax
 
 from .._clipping.responses import smooth
 from .._trees.arithmetic import quotient
+from .._trees.sizes import is_known
 
 
 class Ways(NamedTuple):
@@ -32,7 +33,7 @@ def clip_matrices(
     finite = jnp.isfinite(unit).all(axis=(-2, -1), keepdims=True)
     unit = jnp.where(finite, unit, 0)
     ratio = limit / jnp.where(norm > 0, norm, 1)  # the limit at a norm of 1
-    if ways.method == "svd" or min(unit.shape[-2:]) == 1:
+    if ways.method == "svd" or 1 in unit.shape[-2:]:
         new, top, top_after = _by_svd(unit, norm, limit, ways.form)
     else:
         tiny = float(jnp.finfo(unit.dtype).tiny) ** 0.5
@@ -150,7 +151,9 @@ def _by_svd(
 
 def _by_products(unit: jax.Array, ratio: jax.Array, ways: Ways) -> jax.Array:
     """The clipped matrices at a norm of 1, from products of matrices."""
-    tall = unit.shape[-2] >= unit.shape[-1]
+    # Right for wide matrices too, with larger products: so for sizes not known yet.
+    known = is_known(*unit.shape[-2:])
+    tall = not known or unit.shape[-2] >= unit.shape[-1]
     x = unit if tall else jnp.swapaxes(unit, -1, -2)
     limit = ratio[..., None]
     identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), _square(x))

@@ -27,6 +27,7 @@ from .._devices.mesh import (
     varying,
 )
 from .._trees.leaves import Path, show
+from .._trees.sizes import as_number, is_known
 from .leaf_sums import Operands, Terms, reduced, reduced_together
 from .parts import Part, cut
 
@@ -99,10 +100,13 @@ class ScalarGroups:
 
     def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
         """The number of entries of each group, on the whole mesh."""
-        sizes = np.zeros(self.count or 1)
+        totals = [0] * (self.count or 1)
         for group, array, place in zip(self.ids, arrays, places, strict=True):
-            sizes[group] += array.size * size_of(place.axes)
-        return float(sizes[0]) if self.count is None else sizes
+            totals[group] += array.size * size_of(place.axes)
+        sizes = list(map(as_number, totals))
+        if self.count is None:
+            return sizes[0]
+        return np.array(sizes) if is_known(*totals) else jnp.stack(sizes)
 
     def starts(self) -> tuple[int, ...]:
         """Where in the vector each group's entry is."""
@@ -162,10 +166,13 @@ class UnitGroups:
     ) -> "UnitGroups":
         """The same units in buckets, where it is known how the trees are sharded.
 
-        With Auto mesh axes it is not: a vector of many leaves would gather them.
+        With Auto mesh axes it is not: a vector of many leaves would gather them. Nor
+        can a size that is a symbol be a place in a vector.
         """
         dims = [list(map(explicit_dims, tree)) for tree in trees]
-        known = all(knows_shards(x) for tree in trees for x in tree)
+        known = all(
+            knows_shards(x) and is_known(x.size) for tree in trees for x in tree
+        )
         if not known or any(other != dims[0] for other in dims):
             return self
         found: dict[Any, list[int]] = {}
@@ -262,7 +269,7 @@ class UnitGroups:
     def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
         """The number of entries of a unit, on the whole mesh."""
         sizes = tuple(
-            float(
+            as_number(
                 math.prod(array.shape[a] for a in axes)
                 * size_of(self._reduced_mesh_axes(leaf, place, axes))
             )

@@ -19,6 +19,7 @@ from .._devices.mesh import (
     vary,
     varying,
 )
+from .._trees.sizes import is_known
 
 # A leaf, its first total on CPU if that is known, and what its terms depend on besides.
 Operands = tuple[Any, ...]
@@ -163,7 +164,8 @@ def _batch_in_rows(
     """
     alike: dict[Any, list[int]] = {}
     for i, (leaf, _) in enumerate(pairs):
-        kind = (leaf.size, leaf.dtype, varying(leaf)) if leaf.size <= 2**12 else i
+        small = is_known(leaf.size) and leaf.size <= 2**12
+        kind = (leaf.size, leaf.dtype, varying(leaf)) if small else i
         alike.setdefault(kind, []).append(i)
     found = []
     for members in alike.values():
@@ -187,7 +189,8 @@ def _batch_in_rows(
 
 def can_go_by_parts(arrays: Sequence[jax.Array]) -> bool:
     """Whether like arrays are large, may be cut up, and int32 counts their entries."""
-    return 2**18 <= arrays[0].size < 2**31 and can_be_joined(arrays)
+    size = arrays[0].size
+    return is_known(size) and 2**18 <= size < 2**31 and can_be_joined(arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -243,8 +246,8 @@ def _for_a_sum_on_cpu(
     sum is off by 3e-5 of itself. A vector it sums in parts of 32. A large array may lie
     in another order than a vector.
     """
-    small = axes is None and leaf.ndim > 1 and leaf.size <= 2**13
-    if small and knows_shards(leaf):
+    some = axes is None and leaf.ndim > 1 and is_known(leaf.size)
+    if some and leaf.size <= 2**13 and knows_shards(leaf):
         # Behind a barrier, or XLA takes the sum of what was reshaped.
         return lax.optimization_barrier(lax.reshape(leaf, (leaf.size,)))
     if narrow:
@@ -255,6 +258,8 @@ def _for_a_sum_on_cpu(
 
 def _has_few_long_rows(leaf: jax.Array, axes: tuple[int, ...]) -> bool:
     """Whether the leading axes are summed over, and what is kept is long."""
+    if not is_known(leaf.size):
+        return False
     rows = math.prod(leaf.shape[a] for a in axes)
     leading = axes == tuple(range(len(axes)))
     long = leaf.size >= rows * 2**16

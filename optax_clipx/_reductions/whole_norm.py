@@ -23,7 +23,8 @@ def whole(
         return peak, peak
     terms = []
     for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
-        factor = np.asarray(size) * weight if ord == "rms" else weight
+        known = np.asarray(size) if not isinstance(size, jax.Array) else size
+        factor = known * weight if ord == "rms" else weight
         powers = power(quotient(n, safe), _exponent(ord))
         terms.append(jnp.sum(powers * jnp.asarray(factor, n.dtype)))
     return peak, jnp.sum(jnp.stack(terms))

@@ -115,7 +115,7 @@ def track_norms(
             (found,) = norms(
                 [leaves.arrays], groups, 2.0, leaves.paths, axis_name, specs
             )
-            few, many = _far(found.value, np.asarray(sizes), vanishing, exploding)
+            few, many = _far(found.value, sizes, vanishing, exploding)
             whole = _together(found)
         with known_norm(leaves.arrays, whole):
             updates, after = wrapped.update(updates, state.inner, params, **extra)
@@ -154,12 +154,13 @@ def _by_name(names: list[str], packed: jax.Array) -> dict[str, jax.Array]:
 
 def _far(
     norms: jax.Array,
-    sizes: np.ndarray,
+    sizes: Any,
     vanishing: float | int,
     exploding: float | int,
 ) -> tuple[jax.Array, jax.Array]:
     """How many leaves are far below and above the middle one, entry by entry."""
-    rms = norms / jnp.asarray(np.sqrt(sizes), norms.dtype)
+    known = isinstance(sizes, np.ndarray)
+    rms = norms / jnp.asarray((np if known else jnp).sqrt(sizes), norms.dtype)
     usable = jnp.isfinite(rms) & (rms > 0)
     # Half of the usable ones are below: where the rest comes last, a plain sort tells.
     order = jnp.sort(jnp.where(usable, rms, jnp.inf))

@@ -141,7 +141,7 @@ def test_a_count_beyond_int32_is_an_error(name, make):
         make(2**31)
 
 
-@pytest.mark.sampled
+@pytest.mark.complete
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
 @pytest.mark.parametrize("name", EVERY)
 def test_float64_leaves_of_numpy_without_x64_warn_of_nothing(name, transform):

@@ -1,0 +1,16 @@
+"""Sizes that may be symbols: `jax.export` knows some only when a program is called."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_known(*sizes: Any) -> bool:
+    """Whether all of these are numbers, which can be compared."""
+    return all(isinstance(size, int | np.integer) for size in sizes)
+
+
+def as_number(size: Any) -> Any:
+    """A size to compute with: a float, or an array of what a symbol stands for."""
+    return float(size) if is_known(size) else jnp.asarray(size).astype(jnp.float32)
