@@ -77,7 +77,8 @@ def clip_by(
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite
             number, then clips.
         axis_name: in manual code whose types are blind (pmap, ``check_vma=False``) the
-            mesh axes over which every leaf is sharded; ``()`` if none is.
+            mesh axes over which every leaf is sharded; ``()`` if none is. Ignored
+            outside of these axes.
         specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
         metrics: whether the state keeps :class:`ClipMetrics`.
         norm_arg: the name of the extra argument of ``update`` by which a norm of the

@@ -113,6 +113,15 @@ def test_examples_are_no_updates():
         step(np.ones((2, 3, 2), np.float32))
 
 
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
+@pytest.mark.parametrize("said", [{"axis_name": "nowhere"}, {"specs": P("nowhere")}])
+def test_outside_of_a_mesh_no_name_means_anything(transform, said):
+    """A chain for shard_map also makes its state, and runs, outside of it."""
+    tx = clipx.clip_by_global_norm(1.0, **said)
+    clipped, _ = transform(tx.update)(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
+
+
 def test_the_error_names_both_ways_out():
     with pytest.raises(ValueError, match="Cannot tell") as caught:
         averaged(clip, 2)
