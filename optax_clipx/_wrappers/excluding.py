@@ -50,8 +50,12 @@ def excluding(
 
     def mask(tree: Any) -> Any:
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        kept = [not chosen(path_of(keys), leaf) for keys, leaf in with_keys]
-        # A function may ask for what only arrays have, so that it is not asked here.
+        # A function may ask for what only arrays have: of other leaves it is not asked.
+        kept = [
+            (callable(where) and not hasattr(leaf, "shape"))
+            or not chosen(path_of(keys), leaf)
+            for keys, leaf in with_keys
+        ]
         frozen = [callable(where) or chosen(path, None) for path in _nothing(tree)]
         if kept and all(kept) and not any(frozen):
             known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
