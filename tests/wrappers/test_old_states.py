@@ -33,6 +33,7 @@ RENAMED = {
     "watch": "track_norms",
 }
 NAMES = [name.removesuffix(": state") for name in PATHS if name.endswith(": state")]
+NAMES.remove("auto_clip")  # it remembers its first norms now, which nobody wrote down
 LEAVES = jax.tree.leaves
 LISTS = {
     SecondMomentMemory: lambda m: LEAVES(m.root),
@@ -99,6 +100,15 @@ def test_leaves_without_a_gradient_had_no_place_in_the_lists():
     }
     assert float(state.inner.rule.root["c"][0]) == 4.0
     assert int(state.inner.rule.seen) == 7
+
+
+def test_a_memory_that_has_no_place_is_named_with_what_may_be_dropped():
+    new = clipx.auto_clip().init(jnp.ones(2))
+    old = new._replace(rule=(jnp.float32(2.0), jnp.int32(9), jnp.int32(0)))
+    with pytest.raises(ValueError, match=r"drop=\['rule'\]"):
+        clipx.carry_over(old, new)
+    _, fresh = clipx.carry_over(old, new, drop=["rule"])
+    assert fresh == ["rule"]
 
 
 def test_a_warm_up_goes_on_from_the_steps_that_the_metrics_counted():
