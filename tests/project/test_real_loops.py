@@ -154,7 +154,8 @@ def purejaxrl(lib):
         def epoch(carry, _):
             state, batch, rng = carry
             rng, key = jax.random.split(rng)
-            order = jax.random.permutation(key, steps * envs)
+            start = jax.random.randint(key, (), 0, steps * envs)
+            order = (start + 5 * jnp.arange(steps * envs)) % (steps * envs)
             shuffled = jax.tree.map(
                 lambda x: x[order].reshape(minibatches, -1, *x.shape[1:]), batch
             )
@@ -191,7 +192,8 @@ def purejaxrl(lib):
         obs = jax.random.normal(key, (envs, 2))
         return jax.lax.scan(update, (state, obs, rng), None, updates)[1]
 
-    return jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)  # soonest compiled
+    return jax.jit(jax.vmap(train))(keys)
 
 
 @struct.dataclass
@@ -261,10 +263,14 @@ def nanodo(lib):
     model = Model()
     mesh = auto_mesh("data")
     tokens = jnp.asarray(RNG_TOKENS)
-    params = jax.device_put(
-        model.init(jax.random.key(0), tokens[0])["params"], NamedSharding(mesh, P())
-    )
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    replicated = NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def init():
+        params = model.init(jax.random.key(0), tokens[0])["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    state = init()
 
     def loss_fn(params, batch):
         logits = model.apply({"params": params}, batch[:, :-1])
@@ -272,13 +278,13 @@ def nanodo(lib):
             logits, batch[:, 1:]
         ).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(replicated, None))
     def step(state, batch):
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads=grads), loss
 
     losses = []
-    for i in range(12):
+    for i in range(8):
         batch = jax.device_put(tokens[i % 4], NamedSharding(mesh, P("data")))
         state, loss = step(state, batch)
         losses.append(float(loss))
@@ -353,7 +359,7 @@ def run(tx, params, steps=10, grad_fn=None, batches=None):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, jnp.mean(loss)
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     losses = []
     for i in range(steps):
         x, y = batches[i] if batches else (X, Y)
@@ -366,7 +372,7 @@ def run(tx, params, steps=10, grad_fn=None, batches=None):
 def haiku(lib):
     """A transformed module, with the adaptive clipping of normalizer-free nets."""
     net = hk.transform(lambda x: hk.nets.MLP([8, 8, 1])(x))
-    params = net.init(jax.random.key(0), X)
+    params = jax.jit(net.init)(jax.random.key(0), X)
 
     def loss_fn(params, x, y):
         return jnp.mean((net.apply(params, None, x) - y) ** 2)
@@ -437,7 +443,7 @@ def equinox(lib):
     model = eqx.nn.MLP(4, 1, 8, 1, jnp.tanh, key=jax.random.key(0))
     tx = optax.chain(lib.clip_by_global_norm(0.5), adam(1e-2))
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
 
     @eqx.filter_jit
     def step(params, static, x, y, state):
