@@ -93,6 +93,7 @@ from .per_example import (
 
 # Recorded runs
 from .runs.history import History as History
+from .runs.rewinding import Rewind as Rewind
 from .runs.suggesting import (
     Suggestion as Suggestion,
     suggest_threshold as suggest_threshold,
@@ -110,6 +111,7 @@ __all__ = [
     "ClipMetrics",
     "ClipState",
     "History",
+    "Rewind",
     "SkipReason",
     "SkipState",
     "Suggestion",

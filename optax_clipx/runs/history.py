@@ -5,7 +5,7 @@ import secrets
 import stat
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,13 @@ class History:
     def _table(self) -> Table:
         self._writer.write()
         return self._writer.table
+
+    def _newest_before(self, step: int, names: Sequence[str], count: int) -> Columns:
+        """The last records before a step; does not wait for those from it on."""
+        pending = self._writer.pending
+        if pending is not None and np.min(pending[STEP]) < step:
+            self._writer.write()
+        return self._writer.table.newest_before(step, names, count)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Writes everything to a file: CSV if it is called so, else JSONL.

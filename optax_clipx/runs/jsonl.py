@@ -48,7 +48,7 @@ def encode(columns: Mapping[str, Any]) -> bytes:
         try:
             line = json.dumps(record, allow_nan=False)
         except ValueError:
-            line = json.dumps({name: _named(value) for name, value in record.items()})
+            line = json.dumps({name: named(value) for name, value in record.items()})
         lines.append(line + "\n")
     return "".join(lines).encode()
 
@@ -88,7 +88,7 @@ def check_is_ours(path: Path) -> None:
     if _broken(first) or STEP not in json.loads(first):
         raise ReadError(
             f"{path}: expected a file that History(path) wrote, with"
-            f' {{"step": 0, ...}} on each line, got {_shown(first)}. Record to another'
+            f' {{"step": 0, ...}} on each line, got {shown(first)}. Record to another'
             " file, and read this one with History.load."
         )
 
@@ -182,7 +182,7 @@ def columns_of_records(
         line, record = next(x for x in both if not isinstance(x[1], dict))
         raise ReadError(
             f"{path}:{line}: expected an object such as"
-            f' {{"step": 1, "clip/norm": 0.5}}, got {_shown(record)}.'
+            f' {{"step": 1, "clip/norm": 0.5}}, got {shown(record)}.'
         )
     found: Columns = {}
     if "event" in records[0] and "tracker" in records[0]:
@@ -266,7 +266,7 @@ def to_numbers(
         return None
     line, value = bad[0]
     raise ReadError(
-        f"{path}:{line}: expected a number in {name!r}, got {_shown(value)}. Correct"
+        f"{path}:{line}: expected a number in {name!r}, got {shown(value)}. Correct"
         f" the line, or leave the column out."
     )
 
@@ -293,7 +293,7 @@ def _tell_of_separators(path: Path | str, name: str, cells: list[Any]) -> None:
     for line, cell in cells:
         if re.fullmatch(r"\s*[-+]?\d[\d,._' \u00a0\u2009\u202f]*(e[-+]?\d+)?\s*", cell):
             warnings.warn(
-                f"{path}:{line}: the column {name!r} is left out: {_shown(cell)} may be"
+                f"{path}:{line}: the column {name!r} is left out: {shown(cell)} may be"
                 " a number, but is ambiguous. Write numbers without separators of"
                 " thousands and with a decimal point, such as 1234.5.",
                 stacklevel=8,
@@ -335,7 +335,7 @@ def _first_broken(path: Path, number: int, lines: list[bytes]) -> ReadError:
         if line.strip() and _broken(line):
             return ReadError(
                 f"{path}:{number + index + 1}: expected one JSON object on the line,"
-                f" got {_shown(line)}. Delete or correct the line."
+                f" got {shown(line)}. Delete or correct the line."
             )
     return ReadError(f"{path}:{number + 1}: expected one JSON object on each line.")
 
@@ -352,7 +352,8 @@ def plain(values: Any) -> list[Any]:
     return [x if known else None for x, known in zip(numbers, there, strict=True)]
 
 
-def _named(value: Any) -> Any:
+def named(value: Any) -> Any:
+    """The name of what JSON has no number for; anything else as it is."""
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value):
             return "NaN"
@@ -360,6 +361,7 @@ def _named(value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The value for a message, not more than 60 characters of it."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

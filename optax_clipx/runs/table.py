@@ -7,8 +7,9 @@ or handed on: no mask can get out of step with its column. Its bits lie high eno
 outlive a conversion to float32 and back.
 """
 
+import bisect
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,20 @@ class Table:
         for column in self._columns.values():
             del column[keep:]
         return dropped
+
+    def newest_before(self, step: int, names: Sequence[str], count: int) -> Columns:
+        """The last rows before a step, at most ``count``, without the others."""
+        steps = self._columns[STEP]
+        end = bisect.bisect_left(steps, step)
+        part = slice(max(0, end - count), end)
+        missing = array("d", [MISSING]) * (part.stop - part.start)
+        return {
+            name: np.array(self._columns[name][part] if name in self else missing)
+            for name in (STEP, *names)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
 
     def arrays(self) -> Columns:
         """A copy of each column; steps are integers."""

@@ -94,6 +94,13 @@ assert clipx.units.flax(("dense", "kernel"), jnp.ones((2, 3))) == (0,)
 assert clipx.units.equinox(("linear", "weight"), jnp.ones((2, 3))) == (1,)
 assert clipx.units.haiku(("linear", "w"), jnp.ones((2, 3))) == (0,)
 
+class Manager:
+    all_steps = delete = wait_until_finished = lambda self: [0]
+    def restore(self, step, args): return None
+
+rewind = clipx.Rewind(Manager(), clipx.History(resume=True), "rewinds.jsonl")
+assert rewind.restore({}, args="given") == (None, 0)
+
 def command(line):
     errors = StringIO()
     with redirect_stderr(errors):
@@ -119,6 +126,7 @@ FEATURES = {
     "plot of events": lambda: command("plot events.out.tfevents.1"),
     "History.to_pandas": history.to_pandas,
     "find_threshold": lambda: clipx.find_threshold(lambda limit: limit, 1, 2),
+    "Rewind.restore": lambda: rewind.restore({}),
     "units.of_model": lambda: clipx.units.of_model({"w": 1}),
 }
 said = {}
@@ -167,6 +175,7 @@ MENDS = {
         "History.load of events",
         "plot of events",
     ],
+    r'pip install "optax_clipx\[checkpoints\]"': ["Rewind.restore"],
     r"pip install pandas": ["History.to_pandas"],
     r"pip install tqdm, or pass progress=False": ["find_threshold"],
     r"Expected an NNX or Equinox model, got dict": ["units.of_model"],
@@ -187,7 +196,7 @@ def test_every_extra_that_is_named_exists():
         for path in source.rglob("*.py")
         for extra in re.findall(r"optax_clipx\[(\w+)\]", path.read_text())
     }
-    assert named == {"plot", "html", "watch", "tensorboard"}
+    assert named == {"plot", "html", "watch", "tensorboard", "checkpoints"}
     assert named <= set(PROJECT["project"]["optional-dependencies"])
 
 

@@ -23,13 +23,17 @@ PAGES = {  # what each prints
     "docs/monitoring.md": r"track_ratios/kernel: ",
     "docs/checkpoints.md": r"60 100 100\nTrue\nTrue\n101 P.*'data'.*\n"
     r"\['metrics', .*'inner/0',",
+    "docs/rewinding.md": r"150 158 120 179\n.* (0\.000\d+|\d\.\d+e-\d+)\n"
+    r".* 0\.[5-9]\d+\n1\.0 0\.5 1\.0\n"
+    r"{\"rewind\": 1, \"step\": 158(.|\n)*{\"done\": 1}",
     "docs/frameworks.md": r"\d+ -> 1\.00\n\['clip/clipped', 'clip/clipped_norm'\]\n"
     r"True\nNone\nP\w*\(None, 'model'\)\n\{'P\w*\(\)'\}",
     "docs/precision.md": r"5 steps dropped, scale 32768\.0\n0\.5 0 0\.2500000\n"
     r"32768\.0 1 0\.0000076\n\[-0\.6 +-0\.8",
     "docs/sharp_edges.md": r"1\.0 \[-0\.09999.*\n0\.001 \[-0\.09999.*\n0\.25",
     "docs/write_your_own.md": r"0\.99999994 0\.2721\d*\n1\.5\n3\.74\d* 1\.90\d*\n2\.84",
-    "docs/troubleshooting.md": r"step: \[\]\nspikes at steps \[150\]\nclip rate: 0\.005"
+    "docs/troubleshooting.md": r"step: \[\]\nspikes at steps \[150\]\n"
+    r"times as high: 14\.0\nclip rate: 0\.005"
     r"(.|\n)*track_norms/body",
     "docs/choosing.md": r"0\.335 would have clipped 10\.0%",
 }
