@@ -242,7 +242,6 @@ class Rewind:
             ImportError: if Orbax is not installed and ``args`` is not given.
             RuntimeError: if the checkpoint to go back to is gone.
         """
-        self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps())
         if self._waits:
             step = self._go_back(steps)
@@ -283,6 +282,7 @@ class Rewind:
                 f" {self.path}. Look at the data and the learning rate there, or allow"
                 f" more than max_rewinds={self._max_rewinds}."
             )
+        # The end of a save may delete the oldest checkpoint.
         self._manager.wait_until_finished()
         steps = list(self._manager.all_steps())
         to = target(stretch.onset, steps, decisions, self._margin)

@@ -276,7 +276,7 @@ def test_the_device_is_not_waited_for(tmp_path):
     """The record of the step itself is not read: it is still being computed."""
     rewind, history, _ = make(tmp_path)
 
-    class Computing(float):
+    class Computing:
         dtype, shape = np.dtype("f4"), ()
 
         def copy_to_host_async(self):
@@ -291,6 +291,20 @@ def test_the_device_is_not_waited_for(tmp_path):
     history.append(50, {"loss": Computing()})
     assert rewind.step(50) is None
     history._writer.pending = None
+
+
+def test_a_save_that_is_under_way_is_waited_for(tmp_path):
+    """Its end deletes the oldest checkpoint."""
+
+    class Saving(Checkpoints):
+        def wait_until_finished(self):
+            self.steps = [10, 20]
+
+    history = clipx.History(resume=True)
+    manager = Saving([0, 10, 20])
+    rewind = clipx.Rewind(manager, history, tmp_path / "log", patience=1, margin=8)
+    history.append(range(18), {"loss": [NAN if x > 16 else 1.0 for x in range(18)]})
+    assert rewind.step(18).to == 10
 
 
 def test_restore_comes_first_after_a_decision(tmp_path):

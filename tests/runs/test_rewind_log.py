@@ -1,6 +1,7 @@
 """The file of a run's rewinds: torn, broken, hostile, or of another run."""
 
 import json
+import os
 
 import pytest
 from test_rewind_decisions import Checkpoints, drive, loss_in, make
@@ -186,7 +187,7 @@ def test_killed_around_a_rewind_at_any_call(tmp_path):
         assert found == want
         if not deaths:
             break
-    assert left > 12
+    assert left > 8
 
 
 def test_the_account_is_on_disk_before_a_checkpoint_is_deleted(tmp_path):
@@ -200,6 +201,14 @@ def test_the_account_is_on_disk_before_a_checkpoint_is_deleted(tmp_path):
     rewind, history, _ = make(tmp_path, manager, margin=10)
     drive(rewind, history, manager, loss_in(range(105, 120)))
     assert manager.deleted
+
+
+def test_a_decision_outlives_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    rewind, history, manager = make(tmp_path, margin=10)
+    drive(rewind, history, manager, loss_in(range(105, 120)))
+    assert len(synced) == 2
 
 
 def test_a_disk_that_is_full_makes_no_decision(tmp_path, monkeypatch):
