@@ -1,4 +1,8 @@
-"""A run with a block of poisoned batches, to be rewound; `main` to be killed."""
+"""A run with a block of poisoned batches, to be rewound; `main` to be killed.
+
+With a coordinator's address, the number of processes and one's own, `main` is one of
+several processes, each of which has a part of every batch.
+"""
 
 import json
 import sys
@@ -11,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_clipx as clipx
 
@@ -58,21 +63,25 @@ def fresh():
     return {"params": params, "opt_state": optimizer.init(params)}
 
 
-def manager_of(folder, **options):
-    options = ocp.CheckpointManagerOptions(**{"max_to_keep": 4, **options})
+def manager_of(folder):
+    options = ocp.CheckpointManagerOptions(max_to_keep=4)
     return ocp.CheckpointManager(folder / "states", options=options)
 
 
-def train(folder, batch=batch, tell=lambda what: None, **options):
+def train(folder, batch=batch, tell=lambda what: None, put=lambda x, *axes: x):
     """Trains or goes on, with rewinds; the state at the end, and the Rewind."""
+    process = jax.process_index()
     with (
         manager_of(folder) as manager,
-        clipx.History(folder / "run.jsonl", resume=True) as history,
+        clipx.History(folder / f"run.{process}.jsonl", resume=True) as history,
     ):
-        rewind = clipx.Rewind(manager, history, **{**OPTIONS, **options})
-        state, step = rewind.restore(fresh())
+        rewind = clipx.Rewind(
+            manager, history, folder / "rewinds.jsonl", primary=process == 0, **OPTIONS
+        )
+        state, step = rewind.restore(put(fresh()))
         while step < STEPS:
-            state, metrics = train_step(state, *batch(rewind.batch(step)))
+            x, y = put(batch(rewind.batch(step)), "data")
+            state, metrics = train_step(state, x, y)
             history.append(step, metrics)
             tell(step)
             if rewind.step(step):
@@ -102,19 +111,30 @@ def final_loss(state):
     return float(loss_fn(state["params"], *clean(10**6, size=4096)))
 
 
-def main(folder):
+def main(folder, coordinator=None, processes=1, process=0):
     """Trains, and tells of each step; saves the bits of the end."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    if coordinator:
+        jax.distributed.initialize(coordinator, int(processes), int(process))
+    mesh = jax.make_mesh((int(processes),), ("data",), axis_types=(AxisType.Auto,))
+
+    def put(tree, *axes):
+        def one(x):
+            sharding = NamedSharding(mesh, P(*axes))
+            return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+        return jax.tree.map(one, tree)
 
     def tell(what):
         print(what, flush=True)
         time.sleep(0.002)
 
-    state, rewind = train(Path(folder), tell=tell)
+    state, rewind = train(Path(folder), tell=tell, put=put)
     leaves = [np.asarray(x).tobytes().hex() for x in jax.tree.leaves(state)]
     decisions = [decision._asdict() for decision in rewind.decisions]
     end = json.dumps({"leaves": leaves, "decisions": decisions})
-    (Path(folder) / "end.json").write_text(end)
+    (Path(folder) / f"end.{process}.json").write_text(end)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

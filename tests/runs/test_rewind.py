@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,7 +91,7 @@ def test_interrupted_and_resumed(rewound, calls, tmp_path):
     whole, once, folder = rewound
     assert rewind.decisions == once.decisions
     assert bits(state) == bits(whole)
-    for name in ("run.jsonl", "run.jsonl.rewinds"):
+    for name in ("run.0.jsonl", "rewinds.jsonl"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -111,22 +112,26 @@ def test_two_blocks_take_two_rewinds(tmp_path, clean_loss):
     assert worker.final_loss(state) < 1.02 * clean_loss
 
 
-def run(folder, kill_after=None, last=None):
-    """Runs the worker; killed a moment after it told of some steps, or of a rewind."""
-    command = [sys.executable, WORKER, folder]
+def start(folder, *arguments):
     environment = {
         **os.environ,
+        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),  # for time
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    told = []
-    with subprocess.Popen(
-        command,
+    return subprocess.Popen(
+        [sys.executable, WORKER, folder, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
-    ) as process:
+    )
+
+
+def run(folder, kill_after=None, last=None):
+    """Runs the worker; killed a moment after it told of some steps, or of a rewind."""
+    told = []
+    with start(folder) as process:
         for line in process.stdout:
             told.append(line.strip())
             if len(told) == kill_after or told[-1] == last:
@@ -150,6 +155,39 @@ def test_killed_at_ten_moments(tmp_path):
     told += [run(folder)]
     run(whole)
     assert sum(map(len, told)) > 335 + 10
-    for name in ("end.json", "run.jsonl", "run.jsonl.rewinds"):
+    for name in ("end.0.json", "run.0.jsonl", "rewinds.jsonl"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    assert len(json.loads((whole / "end.json").read_text())["decisions"]) == 1
+    assert len(json.loads((whole / "end.0.json").read_text())["decisions"]) == 1
+
+
+def run_two(folder, last=None):
+    """Two processes of one run, both killed a moment after one told of a rewind."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    processes = [start(folder, coordinator, 2, process) for process in range(2)]
+    for line in processes[0].stdout:
+        if line.strip() == last:
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == (0 if last is None else -signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(tmp_path):
+    """Each has half of every batch; they are killed when they have decided."""
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    folder.mkdir()
+    whole.mkdir()
+    run_two(folder, last="rewind")
+    run_two(folder)
+    run_two(whole)
+    one, other = (json.loads((folder / f"end.{i}.json").read_text()) for i in range(2))
+    assert one == other
+    assert one == json.loads((whole / "end.0.json").read_text())
+    assert [x["to"] for x in one["decisions"]] == [120]
+    assert len((folder / "rewinds.jsonl").read_text().splitlines()) == 2
+    records = [(folder / f"run.{i}.jsonl").read_bytes() for i in range(2)]
+    assert records[0] == records[1] == (whole / "run.0.jsonl").read_bytes()
