@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_clipx as clipx
@@ -248,6 +251,25 @@ def test_skipped_steps_without_a_loss_make_a_run_go_back(tmp_path):
     drive(rewind, history, manager, lambda x: {"skip/skipped": 105 <= x < 120})
     assert rewind.decisions[0].reason == "skipped"
     assert len(rewind.decisions) == 1
+
+
+def test_it_goes_back_before_skip_spikes_takes_up_the_level(tmp_path):
+    """With the patience of both as it is by default."""
+    tx = clipx.skip_spikes(optax.sgd(0.1))
+    params, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+    update = jax.jit(tx.update)
+    rewind, history, _ = make(tmp_path, Checkpoints([0]))
+    skipped = 0
+    for step in range(60):
+        norm = 1e3 if step >= 40 else 1.0 + 0.1 * (step % 3)
+        _, state = update(jnp.array([norm]), state, params)
+        metrics = clipx.metrics(state)
+        skipped += int(metrics["skip/skipped"])
+        history.append(step, metrics)
+        if rewind.step(step):
+            break
+    assert rewind.decisions[0][:4] == (1, 48, 40, 0)
+    assert skipped == 9
 
 
 def test_a_rewind_is_recorded_in_the_history(tmp_path):
