@@ -92,6 +92,11 @@ from .per_example import (
 )
 
 # Recorded runs
+from .runs.diagnosing import diagnose as diagnose
+from .runs.findings import (
+    Diagnosis as Diagnosis,
+    Finding as Finding,
+)
 from .runs.history import History as History
 from .runs.rewinding import Rewind as Rewind
 from .runs.suggesting import (
@@ -110,6 +115,8 @@ __version__ = _version("optax_clipx")
 __all__ = [
     "ClipMetrics",
     "ClipState",
+    "Diagnosis",
+    "Finding",
     "History",
     "Rewind",
     "SkipReason",
@@ -134,6 +141,7 @@ __all__ = [
     "clip_by_spectral_norm",
     "clip_by_value",
     "config",
+    "diagnose",
     "error_feedback",
     "excluding",
     "find_threshold",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m optax_clipx plot|suggest|compare|watch RUN...``."""
+"""The command line: ``python -m optax_clipx plot|suggest|... RUN...``."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ import numpy as np
 
 from . import __version__
 from .runs import naming, plotting
+from .runs.diagnosing import diagnose
 from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
@@ -52,6 +53,14 @@ examples:
   python -m optax_clipx watch run.jsonl                     until Ctrl-C
   python -m optax_clipx watch runs/*.jsonl --once           one look
 """,
+    "diagnose": """
+examples:
+  python -m optax_clipx diagnose run.jsonl                  what is wrong with it
+  python -m optax_clipx diagnose runs/a --html page.html    with pictures
+  python -m optax_clipx diagnose log.csv --norm gnorm --threshold 1.0 --json
+
+Exit code 0 says that nothing was found, 1 that there are warnings or errors.
+""",
 }
 
 
@@ -62,14 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; ``None`` takes the program's own.
 
     Returns:
-        0, or 2 if something was wrong with the input.
+        0, or 2 if something was wrong with the input; 1 if `diagnose` found something.
     """
     given = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _note
+        status: int | None = None
         try:
-            given.run(given)
+            status = given.run(given)
             sys.stdout.flush()
         except BrokenPipeError:  # who reads the output has seen enough, as head has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 0
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,6 +138,25 @@ def _parser() -> argparse.ArgumentParser:
         "--every", type=_number, default=1.0, metavar="SECONDS", help="between looks"
     )
     watch.add_argument("--once", action="store_true", help="look once")
+
+    diagnose = command("diagnose", _diagnose, "say what is wrong with a run")
+    _norm_options(diagnose)
+    diagnose.add_argument("--loss", metavar="NAME", help="the column with the loss")
+    diagnose.add_argument(
+        "--threshold", metavar="NAME", help="the column with the threshold, or a number"
+    )
+    diagnose.add_argument(
+        "--update-norm", metavar="NAME", help="the column with the updates' norm"
+    )
+    diagnose.add_argument(
+        "--schedule", metavar="NAME", help="the column with the learning rate"
+    )
+    diagnose.add_argument(
+        "--target", type=_number, help="the share of steps that the rule is to clip"
+    )
+    diagnose.add_argument("--json", action="store_true", help="print JSON")
+    diagnose.add_argument("--html", type=Path, metavar="PAGE", help="a page")
+    diagnose.add_argument("--force", action="store_true", help="overwrite files")
     return parser
 
 
@@ -214,6 +243,38 @@ def _watch(given: argparse.Namespace) -> None:
         raise ValueError(f"Expected --every > 0, got {given.every}.")
     runs = dict(zip(_labels(given.runs), given.runs, strict=True))
     follow(runs, given.norm, given.step, given.every, given.once)
+
+
+def _diagnose(given: argparse.Namespace) -> int:
+    if given.html is not None:
+        may_write(given.html, given.force)
+    names = ("loss", "norm", "update_norm", "schedule", "target", "step")
+    options = {name: getattr(given, name) for name in names}
+    found = {}
+    for label, run in zip(_labels(given.runs), given.runs, strict=True):
+        threshold = _name_or_number(given.threshold)
+        found[label] = diagnose(run, threshold=threshold, **options)
+    if given.html is not None:
+        from .runs.diagnosis_page import page
+
+        given.html.parent.mkdir(parents=True, exist_ok=True)
+        given.html.write_text(page(found), encoding="utf-8")
+    if given.json:
+        print(json.dumps({label: x._asdict() for label, x in found.items()}))
+    else:
+        for label, diagnosis in found.items():
+            print(f"{printable(label)}: {diagnosis}")
+        if given.html is not None:
+            print(f"Wrote {printable(str(given.html))}")
+    return int(any(found.values()))
+
+
+def _name_or_number(text: str | None) -> str | float | None:
+    """A threshold as it was typed; a column may have any name but a number."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _load(run: str, given: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:

@@ -109,7 +109,7 @@ def _without_last(path: Path, rows: Iterator[list[str]]) -> Iterator[list[str]]:
             f"{path}: the last line has no end, so that its last number may be cut off,"
             " as in a run that was killed; it is left out. If it is whole, end it with"
             " a newline.",
-            stacklevel=7,
+            stacklevel=8,
         )
 
 

@@ -296,7 +296,7 @@ def _tell_of_separators(path: Path | str, name: str, cells: list[Any]) -> None:
                 f"{path}:{line}: the column {name!r} is left out: {shown(cell)} may be"
                 " a number, but is ambiguous. Write numbers without separators of"
                 " thousands and with a decimal point, such as 1234.5.",
-                stacklevel=8,
+                stacklevel=9,
             )
             return
 

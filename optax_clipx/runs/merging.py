@@ -2,11 +2,40 @@
 
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from .jsonl import ReadError
 from .table import MISSING, STEP, Columns, Table, present
+
+
+class Restarts(NamedTuple):
+    """Where steps go back.
+
+    Attributes:
+        steps: with which a stretch begins again.
+        before: the step that was recorded before each.
+        mixed: they go back as often as where several runs are mixed.
+    """
+
+    steps: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    mixed: bool = False
+
+
+def restarts(table: Table) -> Restarts:
+    """Where the steps of a table go back, before its rows are merged."""
+    if table.rises:
+        return Restarts()
+    columns = table.arrays()
+    columns, _ = _merged(columns, _starts(columns[STEP]))
+    steps = columns[STEP]
+    back = _goes_back(steps, _late(columns))
+    at = np.flatnonzero(back)
+    return Restarts(
+        tuple(steps[at].tolist()), tuple(steps[at - 1].tolist()), _are_mixed(back)
+    )
 
 
 def one_row_a_step(path: Path, table: Table) -> Table:
@@ -109,16 +138,21 @@ def _goes_back(steps: np.ndarray, late: np.ndarray) -> np.ndarray:
     return back
 
 
-def _check_one_run(path: Path, back: np.ndarray, records: np.ndarray) -> None:
+def _are_mixed(back: np.ndarray) -> bool:
     """A restart is followed by a stretch; runs that are mixed alternate."""
     times = int(back.sum())
     stretches = np.diff(np.append(np.flatnonzero(back), len(back)))
     often = times > max(10, len(back) // 100)
-    if often or (times > 2 and np.median(stretches) <= 2):
+    return bool(often or (times > 2 and np.median(stretches) <= 2))
+
+
+def _check_one_run(path: Path, back: np.ndarray, records: np.ndarray) -> None:
+    """Raises an error where the rows are those of several runs."""
+    if _are_mixed(back):
         raise ReadError(
-            f"{path}: expected steps that rise, but they go back {times} times,"
-            f" first in record {records[back][0]}. Are several runs mixed in one file?"
-            " Write each to a file of its own."
+            f"{path}: expected steps that rise, but they go back {int(back.sum())}"
+            f" times, first in record {records[back][0]}. Are several runs mixed in one"
+            " file? Write each to a file of its own."
         )
 
 

@@ -38,6 +38,9 @@ _USUAL: dict[str, tuple[str, ...]] = {
         "value",
     ),
     "loss": ("loss", "train_loss", "training_loss", "value"),
+    "update_norm": ("update_norm", "updates_norm", "update_global_norm"),
+    "schedule": ("learning_rate", "lr", "schedule"),
+    "target": ("target_clip_rate",),
 }
 
 
@@ -88,6 +91,30 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
                 f" Choose one with {mend}."
             )
     raise ReadError(no_column(source, what, columns, mend))
+
+
+# What comes before the names of leaves: ours, Levanter's, Lightning's, and others'.
+LEAVES = (
+    "track_norms/",
+    "grad/norm/",
+    "grad_2.0_norm/",
+    "grad_norms/",
+    "grad_norm/",
+    "gradients/",
+)
+
+
+def leaves(columns: Iterable[str], norm: str | None) -> dict[str, str]:
+    """From the names of leaves to the columns with their norms."""
+    for start in LEAVES:
+        found = {
+            name.removeprefix(start): name
+            for name in columns
+            if name.startswith(start) and name != norm
+        }
+        if len(found) > 1:
+            return found
+    return {}
 
 
 def _ends_in(name: str, kind: str) -> bool:

@@ -13,7 +13,7 @@ from .table import STEP, present
 _POINTS = 2000
 # Apart from each other for everyone, and from both pages.
 _COLOURS = ("#2F8FD8", "#E0700A", "#12A37A", "#C66FA3", "#B8A200", "#7A7FD6")
-_PAGE = """<!DOCTYPE html>
+_HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
@@ -31,7 +31,8 @@ th, td {{ text-align: left; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }}
 </style></head><body>
 <h1>{title}</h1>
-{table}
+"""
+_PAGE = """{head}{table}
 {charts}
 <script>
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -79,12 +80,17 @@ def page(
         for i, chart in enumerate(drawn)
     ]
     return _PAGE.format(
-        title="Gradient clipping: " + ", ".join(runs),
+        head=head("Gradient clipping: " + ", ".join(runs)),
         table=_table(runs, limit),
         charts="\n".join(parts),
         light=THEMES["light"],
         dark=THEMES["dark"],
     )
+
+
+def head(title: str) -> str:
+    """How a page begins; the title is escaped already."""
+    return _HEAD.format(title=title, light=THEMES["light"], dark=THEMES["dark"])
 
 
 def _chart(go: Any, title: str, x: str, y: str, **layout: Any) -> Any:

@@ -23,7 +23,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read(path: str | Path, step: str | None = None) -> Table:
-    """The columns of a run, with the step as ``"step"``."""
+    """The columns of a run, one row a step, with the step as ``"step"``."""
+    path = file_of_run(Path(path))
+    with _uncollected():
+        return one_row_a_step(path, rows(path, step))
+
+
+def rows(path: str | Path, step: str | None = None) -> Table:
+    """The rows of a run as they are in its file, with the step as ``"step"``."""
     path = file_of_run(Path(path))
     with _uncollected():
         table, name = Table(), step
@@ -33,7 +40,7 @@ def read(path: str | Path, step: str | None = None) -> Table:
             raise ReadError(
                 f"{path}: there are no records in it. Was anything recorded?"
             )
-        return one_row_a_step(path, table)
+        return table
 
 
 def _content(path: Path) -> Iterable[Columns]:
@@ -109,7 +116,7 @@ def add_rows(
     if not there.all():
         warnings.warn(
             f"{path}: {int((~there).sum())} records without a step are left out.",
-            stacklevel=5,
+            stacklevel=6,
         )
         block = {n: values[there] for n, values in block.items()}
         steps = block[STEP]
@@ -162,7 +169,7 @@ def _of_jsonl(path: Path) -> Iterable[Columns]:
             warnings.warn(
                 f"{path}:{number + 1}: the last line is cut off, as in a run that was"
                 " killed; it is left out.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 

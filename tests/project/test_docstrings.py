@@ -44,6 +44,8 @@ WITHOUT = {
             "ClipState",
             "SkipState",
             "TrackState",
+            "Diagnosis",
+            "Finding",
             "Suggestion",
             "Sweep",
         )

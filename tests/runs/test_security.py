@@ -88,8 +88,9 @@ def test_hostile_files_are_errors(name, tmp_path, monkeypatch, capsys):
     Path(name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         clipx.History.load(name)
-    assert command_line.main(["suggest", name]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {name}")
+    for command in ("suggest", "diagnose"):
+        assert command_line.main([command, name]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {name}")
     assert os.listdir() == [name]
 
 
@@ -221,7 +222,13 @@ def test_names_are_escaped_in_the_terminal(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert printable(odd) in shown
     assert f"{printable(ODD)}/loss" in shown
-    commands = [["suggest"], ["compare"], ["suggest", "--norm", "x\x1b[2J"], ["plot"]]
+    commands = [
+        ["suggest"],
+        ["diagnose"],
+        ["compare"],
+        ["suggest", "--norm", "x\x1b[2J"],
+        ["plot"],
+    ]
     for command, *more in commands:
         command_line.main([command, f"{odd}.jsonl", *more])
     said = "".join(capsys.readouterr()) + shown
@@ -269,6 +276,7 @@ OFFLINE = """
     for line in (
         "plot run.jsonl --html page.html -o run.png", "suggest run.jsonl",
         "compare run.jsonl", "watch run.jsonl --once",
+        "diagnose run.jsonl --html found.html",
     ):
         assert main(line.split()) == 0, line
     print("done")

@@ -1,0 +1,106 @@
+"""The numbers by which a run is judged, each with its reason. Tune them here.
+
+Factors are of norms, and are compared in logarithms: norms vary by factors, so that
+their logarithms have nearly the same spread early and late in training.
+"""
+
+from math import log
+
+# Fewer steps than this say nothing of a rate, a level or a spread.
+LEAST_STEPS = 40
+# A local level is the median of this many steps before or after a step. A spike of up
+# to half as many steps leaves it as it is.
+WINDOW = 25
+# At least so many of them must be recorded.
+LEAST_IN_WINDOW = 5
+
+# Spikes. The tail of the norms above their level is taken to be exponential, which is
+# heavier than the normal one, and is fitted between these quantiles. It reaches the
+# margin in one run of a hundred by chance.
+TAIL = (0.80, 0.95)
+FALSE_SPIKES = 0.01
+# A smaller factor does no harm, however quiet the rest is.
+SPIKE = log(3.0)
+# Frequent spikes are a part of the tail that is fitted; no margin is above so many
+# standard deviations.
+MOST_DEVIATIONS = 12.0
+# Spikes of neighbouring steps are one.
+SPIKE_GAP = 3
+# How many steps a loss has to come back to its level after a spike, and how many
+# deviations above that level it may remain.
+RECOVERY_STEPS = 30
+RECOVERY_DEVIATIONS = 3.0
+# Spikes at equal distances: by chance, three gaps agree to 2% once in 600 runs.
+PERIODIC_LEAST = 4
+PERIODIC_TOLERANCE = 0.02
+PERIODIC_SHARE = 0.75
+
+# A level shift: a batch four times as large halves the norm of pure noise, and loss
+# scales change by two. Drift over tens of steps is none: the change within 8 steps has
+# to be 0.6 of that within 50, and to stay for 100.
+SHIFT = log(1.5)
+SHIFT_DEVIATIONS = 6.0
+SHIFT_SHARP = 0.6
+SHIFT_STAYS = 0.7
+SHIFT_SIDE = 50  # steps that have to be there before and after it
+
+# Growth of norms: healthy norms double or triple while the loss falls. They grow
+# without good where it does not fall, and before a divergence.
+PIECES = 40  # into which a run is cut to see its course
+GROWTH = log(10.0)
+GROWTH_BEFORE_DIVERGENCE = log(3.0)
+GROWTH_RANK = 0.9  # correlation of the ranks of level and time
+GROWTH_PIECES = 5
+GROWTH_AT_ONCE = 0.7  # the part of it within one piece, which is then a level shift
+WARNED = log(2.0)  # above the lowest level: here a rule would have warned
+
+# A schedule that falls to a third and norms that double meanwhile.
+SCHEDULE_FALL = log(3.0)
+SCHEDULE_RISE = log(1.5)
+SCHEDULE_RANK = -0.8
+
+# A loss that gave back half of what it had gained, by more than its noise.
+LOST_SHARE = 0.5
+LOST_DEVIATIONS = 6.0
+DEPARTED_DEVIATIONS = 4.0
+
+# A step of the updates' norm before that of the loss: within so many steps.
+UPDATE_LEAD = 20
+UPDATE_RISE = log(1.5)
+LOSS_RISE = log(1.2)
+
+# Clipped shares. A rule that is to clip 90% is 8 points above at 98%.
+ALWAYS = 0.95
+ABOVE_TARGET = 0.08
+ALWAYS_STRETCH = 0.5  # of the run, up to its end
+NEVER_STEPS = 200
+NEVER_FAR = 10.0  # a threshold so many times the 99% quantile lets pass any spike
+
+# A warm-up spike is in the first part of a run, and blinds a rule whose threshold then
+# is far above all norms.
+WARMUP_PART = 0.2
+WARMUP_STEPS = 200
+WARMUP_SPIKE = log(5.0)
+BLIND = 4.0
+BLIND_STEPS = 50
+BLIND_PART = 0.1
+
+# Leaves.
+DOMINANT = 0.9  # share of the squared norm, in most of the steps
+DOMINANT_FACTOR = 5.0  # above the next largest leaf's norm
+LEAST_LEAVES = 3
+STARVED = 5.0  # how much smaller all other leaves' steps are by the dominant one
+STARVED_STEPS = 0.5  # share of the steps
+DEAD_STEPS = 50
+DEAD = 1e-6  # of the median leaf, and of the leaf's own earlier level
+
+# Depth: a factor of 100 from the first layer to the last, over at least four.
+LEAST_DEPTH = 4
+DEPTH_FACTOR = log(100.0)
+DEPTH_RANK = 0.8
+
+# Skipping locks out where so many steps in a row are skipped.
+LOCKED_STEPS = 50
+LOCKED_PART = 0.1
+# A single non-finite step may be chance, as with a loss scale that is being found.
+NONFINITE_STEPS = 5

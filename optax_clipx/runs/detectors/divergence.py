@@ -1,0 +1,182 @@
+"""Losses that are lost again, and what grew before: norms, or the updates' norms."""
+
+import numpy as np
+
+from .. import criteria
+from ..findings import Finding, finding
+from ..levels import bend, piece_starts, pieces, ranks_agree, residuals, rises, spread
+from ..signals import Line, Signals
+
+
+def loss(run: Signals) -> list[Finding]:
+    """A loss that ends far above its best level, or is not finite to the end."""
+    assert run.loss is not None
+    step = diverged_at(run)
+    if step is None:
+        return []
+    finite = run.loss.finite()
+    levels = pieces(finite.values) if len(finite.values) else np.array([np.nan])
+    return [
+        finding(
+            "loss-diverged",
+            "error",
+            [step],
+            best=float(np.min(levels)),
+            end=float(run.loss.values[-1]),
+            column=run.loss.name,
+        )
+    ]
+
+
+def diverged_at(run: Signals) -> int | None:
+    """The step at which the loss begins to leave its good level for good."""
+    if run.loss is None or not len(run.loss.steps):
+        return None
+    line = run.loss
+    finite = np.isfinite(line.values)
+    usable = line.finite()
+    if len(usable.steps) >= criteria.LEAST_STEPS:
+        place = _departure(usable)
+        if place is not None:
+            return int(usable.steps[place])
+    if not finite[-criteria.NONFINITE_STEPS :].any():
+        last = np.flatnonzero(finite)
+        return int(line.steps[last[-1] + 1 if len(last) else 0])
+    return None
+
+
+def _departure(line: Line) -> int | None:
+    levels, starts = pieces(line.values), piece_starts(len(line.values))
+    if len(levels) < 4:
+        return None
+    best = int(levels.argmin())
+    noise = spread(residuals(line.values))
+    end = float(np.median(line.values[-criteria.WINDOW :]))
+    lost = end - levels[best]
+    gained = max(levels[0], line.values[0]) - levels[best]
+    least = max(criteria.LOST_SHARE * gained, criteria.LOST_DEVIATIONS * noise)
+    if best == len(levels) - 1 or lost <= least:
+        return None
+    # The last step on the good level; a spike that was recovered from is before it.
+    local = spread(line.values[starts[best] : starts[best + 1]])
+    bound = levels[best] + max(criteria.DEPARTED_DEVIATIONS * local, 0.02 * lost)
+    good = np.flatnonzero(line.values[starts[best] :] <= bound)
+    return int(min(starts[best] + good[-1] + 1, len(line.values) - 1))
+
+
+def norms(run: Signals) -> list[Finding]:
+    """Norms that grow for long, before a divergence or with a loss that stays."""
+    assert run.norm is not None
+    end = _end(run)
+    norm = run.norm.logs().before(end)
+    for part in (1, 4, 16) if end < np.inf else (1,):
+        tail = norm.chosen(
+            np.arange(len(norm.steps)) >= len(norm.steps) * (1 - 1 / part)
+        )
+        found = _growth(run, tail, end)
+        if found:
+            return found
+    return []
+
+
+def _end(run: Signals) -> float:
+    """The step at which a run diverges; infinity if it does not."""
+    ends = [diverged_at(run) if run.loss is not None else None]
+    if run.norm is not None and len(run.norm.values):
+        bad = ~np.isfinite(run.norm.values)
+        if bad[-criteria.NONFINITE_STEPS :].all():
+            good = np.flatnonzero(~bad)
+            ends.append(int(run.norm.steps[good[-1] + 1 if len(good) else 0]))
+    return min((float(end) for end in ends if end is not None), default=np.inf)
+
+
+def _growth(run: Signals, norm: Line, end: float) -> list[Finding]:
+    if len(norm.steps) < criteria.LEAST_STEPS:
+        return []
+    levels, starts = pieces(norm.values), piece_starts(len(norm.values))
+    low = int(levels.argmin())
+    rising = levels[low:]
+    rise = float(rising[-1] - rising[0])
+    least = criteria.GROWTH if end == np.inf else criteria.GROWTH_BEFORE_DIVERGENCE
+    if len(rising) < criteria.GROWTH_PIECES or rise < least:
+        return []
+    at_once = np.diff(rising).max() > criteria.GROWTH_AT_ONCE * rise
+    together = ranks_agree(rising, np.arange(len(rising)))
+    begin = int(norm.steps[starts[low]])
+    if at_once or together < criteria.GROWTH_RANK:
+        return []
+    if end == np.inf and _loss_falls(run, begin):
+        return []
+    before = norm.chosen(np.arange(len(norm.steps)) >= starts[low] // 2)
+    onset = before.steps[bend(before.values)]
+    warned = starts[low + int(np.argmax(rising > rising[0] + criteria.WARNED))]
+    return [
+        finding(
+            "growing-norms",
+            "error" if end < np.inf else "warning",
+            [onset, norm.steps[-1]],
+            factor=float(np.exp(rise)),
+            **{"warned": int(norm.steps[warned])},
+            diverged=int(end) if end < np.inf else "no",
+            column=norm.name,
+        )
+    ]
+
+
+def _loss_falls(run: Signals, begin: int) -> bool:
+    """Whether the loss is better at the end than when the norms began to grow."""
+    if run.loss is None:
+        return False
+    later = run.loss.finite()
+    later = later.chosen(later.steps >= begin)
+    if len(later.steps) < criteria.LEAST_STEPS:
+        return True
+    levels = pieces(later.values)
+    noise = spread(residuals(later.values))
+    return bool(levels[0] - levels[-1] > noise / 2)
+
+
+def updates(run: Signals) -> list[Finding]:
+    """Updates that grow at once, and the loss a few steps later, not the gradient."""
+    assert run.loss is not None
+    assert run.update_norm is not None
+    update, loss_line = run.update_norm.logs(), run.loss.finite()
+    if len(loss_line.values) and loss_line.values.min() > 0:
+        loss_line, least = loss_line.logs(), criteria.LOSS_RISE
+    else:
+        least = 0.0
+    if min(len(update.steps), len(loss_line.steps)) < criteria.LEAST_STEPS:
+        return []
+    of_loss = loss_line.steps[rises(loss_line.values, least)]
+    of_update = update.steps[rises(update.values, criteria.UPDATE_RISE)]
+    of_norm = np.array([], np.int64)
+    norm = run.norm.logs() if run.norm is not None else None
+    if norm is not None and len(norm.steps) >= criteria.LEAST_STEPS:
+        of_norm = norm.steps[rises(norm.values, criteria.UPDATE_RISE)]
+    pairs = _led(of_update, of_loss, of_norm)
+    if not pairs:
+        return []
+    leads = [later - step for step, later in pairs]
+    return [
+        finding(
+            "update-before-loss",
+            "warning",
+            [step for step, _ in pairs],
+            count=len(pairs),
+            **{"lead": float(np.median(leads))},
+            column=update.name,
+        )
+    ]
+
+
+def _led(
+    of_update: np.ndarray, of_loss: np.ndarray, of_norm: np.ndarray
+) -> list[tuple[int, int]]:
+    """Rises of the update, each with that of the loss which it comes before."""
+    pairs = []
+    for step in of_update:
+        later = of_loss[(of_loss > step) & (of_loss <= step + criteria.UPDATE_LEAD)]
+        near = (of_norm <= step) & (of_norm > step - criteria.UPDATE_LEAD)
+        if len(later) and not near.any():
+            pairs.append((int(step), int(later[0])))
+    return pairs

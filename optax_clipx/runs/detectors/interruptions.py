@@ -1,0 +1,83 @@
+"""Non-finite numbers, skipping without end, and restarts."""
+
+import numpy as np
+
+from .. import criteria
+from ..findings import Finding, finding
+from ..signals import Line, Signals
+
+
+def nonfinite(run: Signals) -> list[Finding]:
+    """The first step with a NaN or infinity, in what it was, and whether it stays."""
+    first: dict[str, tuple[int, float]] = {}
+    count, ends = 0, False
+    for line in _watched(run):
+        bad = np.flatnonzero(~np.isfinite(line.values))
+        if len(bad):
+            first[line.name] = int(line.steps[bad[0]]), float(line.values[bad[0]])
+            count = max(count, len(bad))
+            ends |= bool((~np.isfinite(line.values[-2:])).all())
+    if not first:
+        return []
+    step = min(at for at, _ in first.values())
+    where = [name for name, (at, _) in first.items() if at == step]
+    leaves = [n for n, line in run.leaves.items() if line.name in where]
+    loss_too = run.loss is not None and run.loss.name in where
+    return [
+        finding(
+            "nonfinite",
+            "error" if ends or count >= criteria.NONFINITE_STEPS else "warning",
+            [step],
+            count=count,
+            value="NaN" if np.isnan(first[where[0]][1]) else "infinity",
+            **{"first_in": where[0], "leaves": leaves, "in_loss": loss_too},
+            column=where[0],
+        )
+    ]
+
+
+def _watched(run: Signals) -> list[Line]:
+    lines = [run.loss, run.norm, run.update_norm, *run.leaves.values()]
+    return [line for line in lines if line is not None]
+
+
+def locked(run: Signals) -> list[Finding]:
+    """Steps that are skipped one after the other, without end."""
+    assert run.skipped is not None
+    flags = run.skipped.values > 0
+    edges = np.diff(np.concatenate([[0], flags.astype(np.int8), [0]]))
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    if not len(starts):
+        return []
+    longest = int(np.argmax(stops - starts))
+    start, stop = int(starts[longest]), int(stops[longest])
+    if stop - start < max(criteria.LOCKED_STEPS, criteria.LOCKED_PART * len(flags)):
+        return []
+    to_the_end = stop == len(flags)
+    return [
+        finding(
+            "lock-out",
+            "error",
+            [run.skipped.steps[start], run.skipped.steps[stop - 1]],
+            **{"in_a_row": stop - start, "to_the_end": to_the_end},
+            column=run.norm.name if run.norm is not None else run.skipped.name,
+        )
+    ]
+
+
+def restarts(run: Signals) -> list[Finding]:
+    """Steps that go back: a run that was resumed, or several runs in one file."""
+    back = run.restarts
+    if not back.steps:
+        return []
+    return [
+        finding(
+            "restarts",
+            "error" if back.mixed else "warning",
+            back.steps,
+            count=len(back.steps),
+            kind="several runs mixed" if back.mixed else "resumed",
+            **{"before": list(back.before)},
+            column=(run.loss or run.norm or Line("", run.steps, run.steps)).name,
+        )
+    ]

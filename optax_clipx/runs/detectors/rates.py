@@ -1,0 +1,92 @@
+"""How often a run was clipped, against what its rule is to clip."""
+
+import numpy as np
+
+from .. import criteria
+from ..findings import Finding, finding
+from ..levels import piece_starts
+from ..signals import Signals
+
+
+def always(run: Signals) -> list[Finding]:
+    """Runs of which nearly every step is clipped, up to their end."""
+    assert run.clipped is not None
+    flags, steps = run.clipped.values, run.clipped.steps
+    least = criteria.ALWAYS
+    if run.target is not None:
+        least = max(least, run.target + criteria.ABOVE_TARGET)
+    if len(flags) < criteria.LEAST_STEPS or least > 1:
+        return []
+    parts = np.add.reduceat(flags, piece_starts(len(flags)))
+    sizes = np.diff([*piece_starts(len(flags)), len(flags)])
+    # From each piece to the end; the longest such stretch.
+    rates = np.cumsum(parts[::-1])[::-1] / np.cumsum(sizes[::-1])[::-1]
+    high = np.flatnonzero((rates >= least) & (parts >= 0.8 * sizes))
+    if not len(high):
+        return []
+    start = piece_starts(len(flags))[high[0]]
+    if len(flags) - start < criteria.ALWAYS_STRETCH * len(flags):
+        return []
+    evidence = {"clip_rate": float(rates[high[0]]), "target": run.target or "unknown"}
+    if run.norm is not None and run.threshold is not None:
+        evidence["threshold"] = float(np.median(run.threshold.values[start:]))
+        evidence["median_norm"] = float(np.median(run.norm.values[start:]))
+        evidence["column"] = run.norm.name
+    return [finding("always-clipped", "warning", [steps[start], steps[-1]], **evidence)]
+
+
+def never(run: Signals) -> list[Finding]:
+    """Runs of which no step is clipped."""
+    assert run.norm is not None
+    assert run.threshold is not None
+    assert run.clipped is not None
+    norm = run.norm.finite()
+    known = run.threshold.values[np.isfinite(run.threshold.values)]
+    few = len(run.clipped.values) < criteria.NEVER_STEPS or not len(known)
+    if few or not len(norm.values) or run.clipped.values.any():
+        return []
+    high, limit = float(np.quantile(norm.values, 0.99)), float(np.median(known))
+    far = limit > criteria.NEVER_FAR * high
+    return [
+        finding(
+            "never-clipped",
+            "warning" if far or run.target else "info",
+            [run.clipped.steps[0], run.clipped.steps[-1]],
+            threshold=limit,
+            **{"high_norm": high, "target": run.target or "unknown"},
+            column=norm.name,
+        )
+    ]
+
+
+def warmup(run: Signals) -> list[Finding]:
+    """A spike at the start after which an adaptive threshold lets pass everything."""
+    assert run.norm is not None
+    assert run.threshold is not None
+    keep = np.isfinite(run.norm.values) & (run.norm.values > 0)
+    keep &= np.isfinite(run.threshold.values)
+    steps, norms = run.norm.steps[keep], run.norm.values[keep]
+    limits = run.threshold.values[keep]
+    count = len(norms)
+    if count < 2 * criteria.LEAST_STEPS or np.ptp(limits) == 0:
+        return []
+    early = min(criteria.WARMUP_STEPS, int(criteria.WARMUP_PART * count))
+    at = int(norms[:early].argmax())
+    level = float(np.median(norms[at + 1 :]))
+    if norms[at] < level * np.exp(criteria.WARMUP_SPIKE):
+        return []
+    later = limits[at + 1 :] > criteria.BLIND * level
+    blind = int(later.argmin()) if not later.all() else len(later)
+    if blind < max(criteria.BLIND_STEPS, criteria.BLIND_PART * count):
+        return []
+    return [
+        finding(
+            "warmup-spike",
+            "warning",
+            [steps[at]],
+            norm=float(norms[at]),
+            **{"later_norms": level, "blind_steps": blind},
+            threshold=float(np.median(limits[at + 1 : at + 1 + blind])),
+            column=run.norm.name,
+        )
+    ]

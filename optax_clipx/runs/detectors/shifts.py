@@ -1,0 +1,57 @@
+"""Levels of the gradient norm that change at one step, or follow the schedule."""
+
+import numpy as np
+
+from .. import criteria
+from ..findings import Finding, finding
+from ..levels import pieces, ranks_agree, shifts
+from ..signals import Signals
+
+
+def level(run: Signals) -> list[Finding]:
+    """Steps at which the norm takes another level at once."""
+    assert run.norm is not None
+    norm = run.norm.logs()
+    return [
+        finding(
+            "level-shift",
+            "warning",
+            [norm.steps[place]],
+            factor=float(np.exp(change)),
+            column=run.norm.name,
+        )
+        for place, change in shifts(norm.values)
+    ]
+
+
+def schedule(run: Signals) -> list[Finding]:
+    """Norms that rise while the learning rate falls."""
+    assert run.norm is not None
+    assert run.schedule is not None
+    norm, rate = run.norm.logs(), run.schedule.logs()
+    if min(len(norm.steps), len(rate.steps)) < criteria.LEAST_STEPS:
+        return []
+    peak = rate.steps[len(rate.steps) - 1 - int(rate.values[::-1].argmax())]
+    norm = norm.chosen(norm.steps >= peak)
+    if len(norm.steps) < criteria.LEAST_STEPS:
+        return []
+    beside = np.interp(norm.steps, rate.steps, rate.values)
+    norms, rates = pieces(norm.values), pieces(beside)
+    lowest = int(norms.argmin())
+    rise, fall = norms[-1] - norms[lowest], rates.max() - rates[-1]
+    if rise < criteria.SCHEDULE_RISE or fall < criteria.SCHEDULE_FALL:
+        return []
+    together = ranks_agree(norms, rates)
+    if together > criteria.SCHEDULE_RANK:
+        return []
+    return [
+        finding(
+            "rises-with-schedule",
+            "warning",
+            [norm.steps[0], norm.steps[-1]],
+            factor=float(np.exp(rise)),
+            learning_rate_factor=float(np.exp(-fall)),
+            correlation=together,
+            column=run.norm.name,
+        )
+    ]

@@ -1,0 +1,92 @@
+"""Spikes of the gradient norm: single ones, and ones at equal distances."""
+
+import numpy as np
+
+from .. import criteria
+from ..findings import Finding, finding
+from ..levels import around, peaks, residuals, spread
+from ..signals import Line, Signals
+
+
+def judge(run: Signals) -> list[Finding]:
+    """Single spikes and periodic ones; one spike counts as one of the two."""
+    assert run.norm is not None
+    norm = run.norm.logs()
+    if len(norm.steps) < criteria.LEAST_STEPS:
+        return []
+    at, heights = peaks(norm.values, criteria.SPIKE)
+    if not len(at):
+        return []
+    steps, found = norm.steps[at], []
+    period, in_time = _period(steps)
+    if period:
+        found.append(
+            finding(
+                "periodic-spikes",
+                "warning",
+                steps[in_time],
+                period=period,
+                count=int(in_time.sum()),
+                factor=float(np.exp(np.median(heights[in_time]))),
+                column=run.norm.name,
+            )
+        )
+    if not in_time.all():
+        found.append(_single(run, steps[~in_time], heights[~in_time]))
+    return found
+
+
+def _single(run: Signals, steps: np.ndarray, heights: np.ndarray) -> Finding:
+    evidence = {
+        "count": len(steps),
+        "factor": float(np.exp(heights.max())),
+        "not_recovered": 0 if run.loss else "unknown",
+        "column": run.norm.name if run.norm else "",
+    }
+    severity = "warning"
+    if run.loss is not None:
+        lost = _not_recovered(run.loss.finite(), steps)
+        evidence["not_recovered"] = int(lost.sum())
+        if lost.any():
+            evidence["first_not_recovered"] = int(steps[lost][0])
+            severity = "error"
+    return finding("spikes", severity, steps, **evidence)
+
+
+def _not_recovered(loss: Line, steps: np.ndarray) -> np.ndarray:
+    """After which spikes the loss stays above the level before them."""
+    if len(loss.steps) < criteria.LEAST_STEPS:
+        return np.zeros(len(steps), bool)
+    before, _ = around(loss.values, np.searchsorted(loss.steps, steps))
+    later = np.searchsorted(loss.steps, steps + criteria.RECOVERY_STEPS)
+    _, after = around(loss.values, np.minimum(later, len(loss.steps) - 1))
+    noise = spread(residuals(loss.values))
+    return after - before > criteria.RECOVERY_DEVIATIONS * noise  # false for NaN
+
+
+def _period(steps: np.ndarray) -> tuple[int, np.ndarray]:
+    """The distance at which most spikes follow each other, and which of them do.
+
+    Of the distances between neighbours, the commonest is tried; one spike that is
+    missing makes a distance of two periods.
+    """
+    none = 0, np.zeros(len(steps), bool)
+    if len(steps) < criteria.PERIODIC_LEAST:
+        return none
+    gaps = np.diff(steps)
+    allowed = np.maximum(1, criteria.PERIODIC_TOLERANCE * gaps)
+    near = np.abs(gaps[:, None] - gaps[None, :1000]) <= allowed[:, None]
+    period = float(np.median(gaps[near[:, near.sum(axis=0).argmax()]]))
+    if period < 2 * criteria.SPIKE_GAP:
+        return none
+    phases = steps[:, None] - steps[None, :100]
+    times = np.round(phases / period)
+    tolerance = np.maximum(1, criteria.PERIODIC_TOLERANCE * period)
+    fits = np.abs(phases - times * period) <= tolerance
+    in_time = fits[:, fits.sum(axis=0).argmax()]
+    chosen = steps[in_time]
+    possible = 1 + (chosen[-1] - chosen[0]) / period
+    enough = in_time.sum() >= max(
+        criteria.PERIODIC_LEAST, criteria.PERIODIC_SHARE * possible
+    )
+    return (round(period), in_time) if enough else none

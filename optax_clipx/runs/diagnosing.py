@@ -1,0 +1,152 @@
+"""`diagnose`: what is wrong with a run, from what was recorded of it."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import signals
+from .advice import ADVICE
+from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
+from .drawing import Envelope, envelope
+from .findings import SEVERITIES, Diagnosis, Finding
+from .history import History
+from .signals import Names, Signals
+from .table import present
+
+# What a rule needs, as it is called in what could not be judged.
+_NEEDS = {
+    "loss": "the loss",
+    "norm": "the gradient norm",
+    "threshold": "the threshold",
+    "clipped": "the threshold",
+    "update_norm": "the norm of the updates",
+    "schedule": "the learning rate",
+    "skipped": "the steps that were skipped",
+    "leaves": "norms of leaves",
+}
+
+
+class _Rule(NamedTuple):
+    judge: Callable[[Signals], list[Finding]]
+    needs: tuple[str, ...]
+    codes: tuple[str, ...]
+
+
+_RULES = (
+    _Rule(interruptions.nonfinite, (), ("nonfinite",)),
+    _Rule(divergence.loss, ("loss",), ("loss-diverged",)),
+    _Rule(divergence.norms, ("norm",), ("growing-norms",)),
+    _Rule(divergence.updates, ("update_norm", "loss"), ("update-before-loss",)),
+    _Rule(interruptions.locked, ("skipped",), ("lock-out",)),
+    _Rule(spikes.judge, ("norm",), ("spikes", "periodic-spikes")),
+    _Rule(shifts.level, ("norm",), ("level-shift",)),
+    _Rule(shifts.schedule, ("norm", "schedule"), ("rises-with-schedule",)),
+    _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",)),
+    _Rule(rates.always, ("norm", "clipped"), ("always-clipped",)),
+    _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
+    _Rule(leaves.dominant, ("leaves",), ("dominant-leaf",)),
+    _Rule(leaves.starved, ("leaves", "threshold"), ("starved-leaves",)),
+    _Rule(leaves.dead, ("leaves",), ("dead-leaf",)),
+    _Rule(leaves.depth, ("leaves",), ("vanishing-by-depth", "exploding-by-depth")),
+    _Rule(interruptions.restarts, (), ("restarts",)),
+)
+
+
+def diagnose(
+    run: str | os.PathLike[str] | History | Mapping[str, Any],
+    *,
+    loss: str | None = None,
+    norm: str | None = None,
+    threshold: str | float | int | None = None,
+    update_norm: str | None = None,
+    schedule: str | None = None,
+    target: float | int | None = None,
+    step: str | None = None,
+) -> Diagnosis:
+    r"""Says what is wrong with a run: which fault, at which steps, and what to do.
+
+    Each rule looks for one fault in the loss, the gradient norm, the norms of leaves,
+    and whatever else was recorded. Norms are compared in logarithms, with medians as
+    levels. A norm :math:`n_k`, for example, is a spike if
+
+    .. math:: \log n_k > \max(m^-_k, m^+_k) + \max(\log 3, \mu),
+
+    where :math:`m^-_k` and :math:`m^+_k` are the medians of :math:`\log n` over the 25
+    steps before and after it, and the margin :math:`\mu` is where an exponential tail
+    through the quantiles of the other steps ends. A run in which nothing is found is
+    healthy as far as its columns tell; ``not_judged`` has what they do not tell.
+
+    Args:
+        run: a :class:`History`; the path of a run, in any format that
+            :meth:`History.load` reads; or columns by name, with one number for each
+            step and ``None`` where there is none.
+        loss: the column with the loss, if its name does not say so.
+        norm: the column with the gradient norm before clipping.
+        threshold: the column with the threshold, or the threshold itself.
+        update_norm: the column with the norm of the optimizer's updates.
+        schedule: the column with the learning rate.
+        target: the share of steps that the rule is to clip: 0.9 for AutoClip with its
+            default quantile of 0.1.
+        step: the column with the step.
+
+    Returns:
+        A :class:`Diagnosis` with the ``findings``, the worst first. ``print`` shows it
+        as text, and a notebook as a page with pictures.
+
+    Raises:
+        ValueError: if the run cannot be read, if there is neither a gradient norm nor a
+            loss in it, if there is no column of a name that is given, or if ``target``
+            is not between 0 and 1.
+        TypeError: if ``run`` is something else.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> norms = [1.0 + 0.01 * (i % 7) for i in range(100)]
+        >>> norms[60] = 40.0
+        >>> found = clipx.diagnose({"grad_norm": norms})
+        >>> found.codes, found.findings[0].steps
+        (('spikes',), (60,))
+
+    References:
+        Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+        arXiv 1211.5063, on exploding and vanishing gradients; Chowdhery et al., PaLM,
+        2022, arXiv 2204.02311, on spikes of the loss.
+    """
+    if target is not None and not 0 <= target <= 1:
+        raise ValueError(f"Expected 0 <= target <= 1, got target={target}.")
+    names = Names(loss, norm, threshold, update_norm, schedule, target)
+    return judged(signals.read(run, step, names))
+
+
+def judged(seen: Signals) -> Diagnosis:
+    """What the rules find in some signals."""
+    found: list[Finding] = []
+    lacking: dict[str, str] = {}
+    rules = _RULES[-1:] if seen.restarts.mixed else _RULES
+    for rule in rules:
+        missing = [name for name in rule.needs if not getattr(seen, name)]
+        if missing:
+            lacking |= dict.fromkeys(rule.codes, _NEEDS[missing[0]])
+        else:
+            found += rule.judge(seen)
+    if seen.restarts.mixed:
+        others = [code for code in ADVICE if code != "restarts"]
+        lacking = dict.fromkeys(others, "a log of one run")
+    found.sort(key=_rank)
+    return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
+
+
+def _rank(finding: Finding) -> tuple[int, int]:
+    return SEVERITIES.index(finding.severity), list(ADVICE).index(finding.code)
+
+
+def _pictures(seen: Signals, found: list[Finding]) -> dict[str, Envelope]:
+    """What a page draws: the column of each finding, thinned out."""
+    pictures = {}
+    for name in {finding.evidence["column"] for finding in found}:
+        values = np.asarray(seen.columns[name], np.float64)
+        there = present(values)
+        pictures[name] = envelope(seen.steps[there], values[there])
+    return pictures

@@ -1,0 +1,174 @@
+"""Levels, noise and jumps of a series, by medians: no single step moves them."""
+
+import warnings
+
+import numpy as np
+
+from . import criteria
+
+
+def spread(values: np.ndarray) -> float:
+    """The standard deviation as the median absolute deviation tells it."""
+    if not len(values):
+        return 0.0
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def pieces(values: np.ndarray, count: int = criteria.PIECES) -> np.ndarray:
+    """The medians of nearly equal pieces, at most so many; 0 where there is nothing."""
+    if not len(values):
+        return np.zeros(1)
+    return np.array([np.median(x) for x in np.array_split(values, _few(values, count))])
+
+
+def piece_starts(length: int, count: int = criteria.PIECES) -> np.ndarray:
+    """Where the pieces of a series of that length begin."""
+    few = _few(range(length), count)
+    sizes = [len(x) for x in np.array_split(np.empty(length, bool), few)]
+    return np.cumsum([0, *sizes[:-1]])
+
+
+def _few(values: np.ndarray | range, count: int) -> int:
+    return max(1, min(count, len(values) // 5))
+
+
+def residuals(values: np.ndarray, each: int = 2 * criteria.WINDOW) -> np.ndarray:
+    """Values above their level, which is drawn through medians of stretches."""
+    each = min(each, len(values))
+    count = len(values) // each
+    middles = (np.arange(count) + 0.5) * each
+    whole = np.median(values[: count * each].reshape(count, -1), axis=1)
+    return values - np.interp(np.arange(len(values)), middles, whole)
+
+
+def around(
+    values: np.ndarray, at: np.ndarray, side: int = criteria.WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
+    """The medians of the steps before and after some; NaN where there are few."""
+    padding = np.full(side, np.nan)
+    padded = np.concatenate([padding, values, padding])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, side)
+    before, after = [], []
+    for some in np.array_split(at, 1 + len(at) // 100_000):  # bounds the memory
+        before.append(_medians(windows[some]))
+        after.append(_medians(windows[some + side + 1]))
+    return np.concatenate(before), np.concatenate(after)
+
+
+def _medians(windows: np.ndarray) -> np.ndarray:
+    enough = np.isfinite(windows).sum(axis=1) >= criteria.LEAST_IN_WINDOW
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of windows without numbers
+        return np.where(enough, np.nanmedian(windows, axis=1), np.nan)
+
+
+def margin(above: np.ndarray, least: float) -> float:
+    """How far above the level chance does not reach."""
+    low, high = np.quantile(above, criteria.TAIL)
+    outside = 1 - criteria.TAIL[0]
+    scale = (high - low) / np.log(outside / (1 - criteria.TAIL[1]))
+    tail = low + scale * np.log(outside * len(above) / criteria.FALSE_SPIKES)
+    return max(least, min(float(tail), criteria.MOST_DEVIATIONS * spread(above)))
+
+
+def peaks(values: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where values stand out above the levels before and after, and by how much."""
+    above = residuals(values)
+    enough = margin(above, least)
+    at = np.flatnonzero(above > 0.5 * enough)
+    before, after = around(values, at)
+    high = values[at] - np.maximum(before, after)
+    chosen = high > enough  # false for NaN
+    return _highest_of_each(at[chosen], high[chosen])
+
+
+def _highest_of_each(at: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first step of each group of neighbours, with its greatest height."""
+    if not len(at):
+        return at, high
+    starts = np.flatnonzero(np.append(True, np.diff(at) > criteria.SPIKE_GAP))
+    return at[starts], np.maximum.reduceat(high, starts)
+
+
+def rises(values: np.ndarray, least: float) -> np.ndarray:
+    """Where values go above the level before them, whether or not they come back."""
+    above = residuals(values)
+    enough = margin(above, least)
+    at = np.flatnonzero(above > 0.25 * enough)
+    if not len(at):
+        return at
+    before, _ = around(values, at)
+    at = at[values[at] - before > enough]
+    return at[np.append(True, np.diff(at) > criteria.WINDOW)] if len(at) else at
+
+
+def shifts(values: np.ndarray) -> list[tuple[int, float]]:
+    """Where the level changes within a few steps and stays: places and changes."""
+    each = 10 if len(values) >= 500 else 5
+    side = criteria.SHIFT_SIDE // each
+    count = len(values) // each
+    if count < 2 * side + 2:
+        return []
+    short = np.median(values[: count * each].reshape(count, each), axis=1)
+    windows = np.lib.stride_tricks.sliding_window_view(short, side)
+    levels = np.median(windows, axis=1)
+    change = levels[side:] - levels[:-side]  # at the block `side` further on
+    least = max(criteria.SHIFT, criteria.SHIFT_DEVIATIONS * spread(change))
+    size = np.abs(change)
+    around_it = np.lib.stride_tricks.sliding_window_view(
+        np.pad(size, side), 2 * side + 1
+    )
+    found = {}
+    for k in np.flatnonzero((size > least) & (size == around_it.max(axis=1))):
+        place = _sharpest(values, (int(k) + side) * each, side * each)
+        if place >= criteria.SHIFT_SIDE and _is_sharp(values, place, float(change[k])):
+            found[place] = float(change[k])
+    return sorted(found.items())
+
+
+def _sharpest(values: np.ndarray, near: int, side: int) -> int:
+    """Where two levels, one before and one after, describe the values best."""
+    low = max(0, near - side)
+    part = values[low : near + side]
+    middle, wide = np.median(part), 3 * spread(part)
+    part = np.clip(part, middle - wide, middle + wide)  # a spike is no level
+    count = np.arange(1, len(part))
+    sums = np.cumsum(part)
+    before, after = sums[:-1] / count, (sums[-1] - sums[:-1]) / count[::-1]
+    gain = count * count[::-1] * (before - after) ** 2
+    return low + 1 + int(gain.argmax())
+
+
+def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
+    far, near = 2 * criteria.SHIFT_SIDE, 8
+    earlier = np.median(values[max(0, place - criteria.SHIFT_SIDE) : place])
+    later = np.median(values[place : place + far])
+    before = np.median(values[max(0, place - near) : place])
+    after = np.median(values[place : place + near])
+    stays = (later - earlier) / change > criteria.SHIFT_STAYS
+    return bool(stays and (after - before) / change > criteria.SHIFT_SHARP)
+
+
+def ranks_agree(a: np.ndarray, b: np.ndarray) -> float:
+    """The correlation of ranks; 0 where one of them does not vary."""
+    ranks = [np.argsort(np.argsort(x, kind="stable")) for x in (a, b)]
+    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
+        return 0.0
+    return float(np.atleast_2d(np.corrcoef(ranks))[0, 1])
+
+
+def bend(values: np.ndarray) -> int:
+    """Where values that were level begin to rise or fall in a straight line."""
+    each = max(1, len(values) // 400)
+    count = len(values) // each
+    short = np.median(values[: count * each].reshape(count, each), axis=1)
+    time, centred = np.arange(count, dtype=float), short - short.mean()
+    best, place = 0.0, 0
+    for start in range(max(1, count - 2)):
+        hinge = np.maximum(time - start, 0)
+        hinge -= hinge.mean()
+        # What the least-squares line explains; both have the mean taken off.
+        explained = float(hinge @ centred) ** 2 / max(float(hinge @ hinge), 1e-300)
+        if explained > best:
+            best, place = explained, start
+    return place * each

@@ -1,0 +1,251 @@
+"""What a diagnosis looks at: loss, norms, thresholds, whatever they are called.
+
+A column may be recorded less often than others; each signal has the steps it has.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import naming, readers
+from .drawing import Norms, norms_of
+from .jsonl import ReadError
+from .levels import piece_starts, pieces
+from .merging import Restarts, one_row_a_step, restarts
+from .table import MISSING, STEP, Columns, Table, present
+
+_OWN = {"update_norm": "track/update_norm", "target": "clip/target"}
+
+
+class Line(NamedTuple):
+    """One number a step, of the steps that have it."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+    def chosen(self, which: np.ndarray) -> "Line":
+        """Some of the steps."""
+        return Line(self.name, self.steps[which], self.values[which])
+
+    def before(self, step: float) -> "Line":
+        """The steps before one."""
+        return self.chosen(self.steps < step)
+
+    def finite(self) -> "Line":
+        """The steps whose number is finite."""
+        return self.chosen(np.isfinite(self.values))
+
+    def logs(self) -> "Line":
+        """The logarithms of positive numbers; a zero says nothing of the level."""
+        positive = self.chosen(np.isfinite(self.values) & (self.values > 0))
+        return positive._replace(values=np.log(positive.values))
+
+
+class Names(NamedTuple):
+    """Columns that were named, and numbers given in place of a column."""
+
+    loss: str | None = None
+    norm: str | None = None
+    threshold: str | float | int | None = None
+    update_norm: str | None = None
+    schedule: str | None = None
+    target: float | int | None = None
+
+
+class Signals:
+    """The signals of a run, found by the names of its columns."""
+
+    def __init__(
+        self, columns: Columns, names: Names, back: Restarts, source: Any = "this run"
+    ) -> None:
+        self.columns = columns
+        self.source = source
+        self.names = names
+        self.restarts = back
+        self.steps = columns[STEP]
+        self._norm_name = self._find("norm", names.norm)
+        self.loss = self._line(self._find("loss", names.loss))
+        self.update_norm = self._line(self._find("update_norm", names.update_norm))
+        self.schedule = self._line(self._find("schedule", names.schedule))
+        if self.norm is None and self.loss is None:
+            shown = ", ".join(map(repr, columns))
+            raise ReadError(
+                f"{source}: expected a column with the gradient norm or with the loss;"
+                f" the columns are: {shown}. Name them with norm= and loss= (--norm"
+                " NAME and --loss NAME on the command line)."
+            )
+
+    def _find(self, what: str, given: str | None) -> str | None:
+        """The name of a column; None if there is none, or if several may be meant."""
+        if given is not None:
+            return self._given(what, given)
+        if _OWN.get(what) in self.columns:
+            return _OWN[what]
+        try:
+            name = naming.pick(self.columns, what)
+        except ReadError:
+            fitting = [n for n in self.columns if _is_of_training(n, what)]
+            return fitting[0] if len(fitting) == 1 else None
+        # Any logger's "value" may be the one or the other.
+        return None if name.endswith("value") else name
+
+    def _given(self, what: str, name: str) -> str:
+        """A column that was named."""
+        if name not in self.columns:
+            option = what.replace("_", "-")
+            mend = f"{what}=NAME, or --{option} NAME on the command line"
+            raise ReadError(naming.no_column(self.source, name, self.columns, mend))
+        return name
+
+    def _line(self, name: str | None) -> Line | None:
+        if name is None:
+            return None
+        values = np.asarray(self.columns[name], np.float64)
+        there = present(values)
+        return Line(name, self.steps[there], values[there]) if there.any() else None
+
+    @cached_property
+    def _norms(self) -> Norms | None:
+        """The norms with what was done to them."""
+        name, limit = self._norm_name, self.names.threshold
+        if name is None or not present(self.columns[name]).any():
+            return None
+        seen = norms_of(self.columns, name, None if isinstance(limit, str) else limit)
+        if isinstance(limit, str):
+            limits = np.asarray(self.columns[self._given("threshold", limit)])
+            limits = limits[np.isin(self.steps, seen.steps)]
+            seen = seen._replace(limits=limits, clipped=seen.norms > limits)
+        return seen
+
+    @property
+    def norm(self) -> Line | None:
+        """The norms before clipping."""
+        seen = self._norms
+        if seen is None or self._norm_name is None:
+            return None
+        return Line(self._norm_name, seen.steps, seen.norms)
+
+    @property
+    def threshold(self) -> Line | None:
+        """The threshold of each norm."""
+        seen = self._norms
+        if seen is None or seen.limits is None:
+            return None
+        return Line("threshold", seen.steps, seen.limits)
+
+    @property
+    def clipped(self) -> Line | None:
+        """Which norms were clipped, where their threshold is known."""
+        seen = self._norms
+        if seen is None or seen.limits is None or seen.clipped is None:
+            return None
+        known = present(seen.limits)
+        flags = seen.clipped.astype(np.float64)
+        return Line("clipped", seen.steps, flags).chosen(known)
+
+    @cached_property
+    def skipped(self) -> Line | None:
+        """Which steps were skipped."""
+        names = ("skip/skipped", "clip/skipped", "skipped")
+        return self._line(next((n for n in names if n in self.columns), None))
+
+    @cached_property
+    def target(self) -> float | None:
+        """The share of steps that the rule is to clip."""
+        if self.names.target is not None:
+            return float(self.names.target)
+        line = self._line(self._find("target", None))
+        return None if line is None else float(np.median(line.values))
+
+    @cached_property
+    def leaves(self) -> dict[str, Line]:
+        """The norm of each leaf, of the steps that have one."""
+        found = naming.leaves(self.columns, self._norm_name)
+        lines = {leaf: self._line(name) for leaf, name in found.items()}
+        return {leaf: line for leaf, line in lines.items() if line is not None}
+
+    @cached_property
+    def leaf_levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The medians of pieces of the run, a row a leaf, and their first steps."""
+        rows = [pieces(x.finite().values) for x in self.leaves.values()]
+        count = max(map(len, rows))
+        time = np.linspace(0, 1, count)
+        table = np.stack(  # leaves are recorded together: nearly always as they are
+            [np.interp(time, np.linspace(0, 1, len(row)), row) for row in rows]
+        )
+        longest = max(self.leaves.values(), key=lambda line: len(line.steps))
+        starts = piece_starts(len(longest.steps), count)
+        return longest.steps[starts], table
+
+
+def _is_of_training(name: str, what: str) -> bool:
+    """Whether a column is that of training, where others are of its evaluation."""
+    parts = re.split(r"[/_. -]", name.lower())
+    return parts[-1] == what and bool({"train", "training", "learning"} & set(parts))
+
+
+def read(run: Any, step: str | None, names: Names) -> Signals:
+    """The signals of a path, a history or a mapping of columns."""
+    if isinstance(run, str | Path) or hasattr(run, "__fspath__"):
+        return _of_table(Path(run), readers.rows(run, step), names)
+    if isinstance(run, Mapping):
+        columns = _checked(run, step)
+        if not np.all(np.diff(columns[STEP]) > 0):
+            table = Table()
+            table.extend(columns)
+            return _of_table(Path("this run"), table, names)
+    else:
+        columns = readers.columns_of_run(run)
+        if not len(columns[STEP]):
+            raise ReadError("There are no records to judge. Was anything appended?")
+    return Signals(columns, names, Restarts())
+
+
+def _of_table(path: Path, table: Table, names: Names) -> Signals:
+    back = restarts(table)
+    if back.mixed:  # of which run a row is, nobody can tell
+        return Signals(table.arrays(), names, back, path)
+    with warnings.catch_warnings():  # it is a finding
+        warnings.filterwarnings("ignore", ".*steps go back at record", UserWarning)
+        return Signals(one_row_a_step(path, table).arrays(), names, back, path)
+
+
+def _checked(run: Mapping[str, Any], step: str | None) -> Columns:
+    """Columns of one length, with the step as integers."""
+    columns = {name: _column(name, values) for name, values in run.items()}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        raise ReadError(
+            f"Expected columns of one length above 0, got lengths {lengths}. Pass one"
+            " number for each step; None where there is none."
+        )
+    if step is not None and step not in columns:
+        raise ReadError(naming.no_column("this run", step, columns, "step=NAME"))
+    name = step or next((n for n in naming.STEP_NAMES if n in columns), None)
+    steps = columns.pop(name) if name else np.arange(next(iter(lengths.values())))
+    if not np.all((np.abs(steps) <= 2**53) & (steps == np.round(steps))):
+        raise ReadError(f"Expected whole numbers in {name!r}, got {steps[:5]}.")
+    return {STEP: steps.astype(np.int64), **columns}
+
+
+def _column(name: str, values: Any) -> np.ndarray:
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind == "O":
+            lacking = [x is None for x in found.flat]
+            found = np.where(np.reshape(lacking, found.shape), MISSING, found)
+        found = found.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ReadError(f"Expected numbers in {name!r}, got {values!r:.60}.") from None
+    if found.ndim != 1:
+        raise ReadError(
+            f"Expected one number a step in {name!r}, got shape {found.shape}. Seeds"
+            " are runs of their own: diagnose {name: x[:, 0] for name, x in ...}."
+        )
+    return found

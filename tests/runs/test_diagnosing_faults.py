@@ -1,0 +1,159 @@
+"""Each fault is found in runs in which it was planted, and not in healthy ones."""
+
+import numpy as np
+import pytest
+from planted import FAULTS, HEALTHY
+
+import optax_clipx as clipx
+from optax_clipx.runs.advice import ADVICE
+
+SEEDS = range(100, 103)
+# What is true of the same run: a threshold for old norms clips all of the new ones.
+BESIDE = {
+    "level-shift": {"always-clipped"},
+    "growing-norms": {"always-clipped", "loss-diverged"},
+    "nonfinite": {"loss-diverged"},
+    "warmup-spike": {"spikes", "never-clipped"},
+    "starved-leaves": {"dominant-leaf", "always-clipped"},
+    "vanishing-by-depth": {"dominant-leaf"},
+    "exploding-by-depth": {"dominant-leaf"},
+}
+
+
+def near(findings, step):
+    return min(abs(at - step) for found in findings for at in found.steps) <= 5
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("code", FAULTS)
+def test_a_planted_fault_is_found_where_it_is(code, seed):
+    run, steps = FAULTS[code](np.random.default_rng(seed))
+    diagnosis = clipx.diagnose(run)
+    mine = [finding for finding in diagnosis.findings if finding.code == code]
+    assert mine
+    assert near(mine, steps[0])
+    assert set(diagnosis.codes) - {code} <= BESIDE.get(code, set())
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_a_healthy_run_is_healthy(kind, seed):
+    diagnosis = clipx.diagnose(HEALTHY[kind](np.random.default_rng(seed)))
+    assert not diagnosis
+    assert diagnosis.codes == ()
+
+
+def test_each_code_has_a_planted_fault_and_advice():
+    assert set(FAULTS) == set(ADVICE)
+
+
+def test_all_spikes_have_their_steps():
+    run, steps = FAULTS["spikes"](np.random.default_rng(5))
+    assert clipx.diagnose(run).findings[0].steps == tuple(steps.tolist())
+
+
+def test_the_period_is_told():
+    norms = np.ones(1000)
+    norms[37::90] = 20.0
+    (found,) = clipx.diagnose({"norm": norms}).findings
+    assert (found.code, found.evidence["period"]) == ("periodic-spikes", 90)
+    assert found.steps[:2] == (37, 127)
+
+
+def test_a_spike_beside_periodic_ones_is_single():
+    norms = np.ones(1000)
+    norms[37::90] = 20.0
+    norms[500] = 20.0
+    single, periodic = clipx.diagnose({"norm": norms}).findings
+    assert (single.code, single.steps) == ("spikes", (500,))
+    assert 500 not in periodic.steps
+
+
+def test_the_factor_of_a_level_shift_is_told():
+    norms = np.ones(1000)
+    norms[400:] = 4.0
+    (found,) = clipx.diagnose({"norm": norms}).findings
+    assert (found.code, found.steps) == ("level-shift", (400,))
+    assert found.evidence["factor"] == pytest.approx(4.0)
+
+
+def test_a_loss_that_does_not_recover_from_a_spike_is_an_error():
+    norms, loss = np.ones(400), 1 + 0.01 * np.sin(np.arange(400.0))
+    norms[100] = norms[300] = 20.0
+    loss[300:] += 0.2
+    found = clipx.diagnose({"norm": norms, "loss": loss}).findings[-1]
+    assert (found.code, found.severity) == ("spikes", "error")
+    assert found.evidence["not_recovered"] == 1
+    assert found.evidence["first_not_recovered"] == 300
+
+
+def test_a_rule_that_is_to_clip_most_steps_is_judged_by_its_target():
+    norms, limits = np.ones(400), np.full(400, 2.0)
+    limits[np.arange(400) % 50 != 0] = 0.5  # clips 98%
+    run = {"clip/norm": norms, "clip/threshold": limits}
+    assert clipx.diagnose(run).codes == ("always-clipped",)
+    assert clipx.diagnose(run, target=0.95).codes == ()
+    recorded = run | {"clip/target": np.full(400, 0.95)}
+    assert clipx.diagnose(recorded).codes == ()
+
+
+def test_a_threshold_that_is_a_little_above_all_norms_is_no_warning():
+    run = {"norm": np.ones(400)}
+    assert clipx.diagnose(run, threshold=1.5).findings[0].severity == "info"
+    assert clipx.diagnose(run, threshold=15.0).findings[0].severity == "warning"
+
+
+def test_growth_is_told_with_the_step_at_which_norms_had_doubled():
+    norms = np.exp(0.01 * np.maximum(0, np.arange(1000.0) - 500))
+    (found,) = clipx.diagnose({"norm": norms}).findings
+    assert found.code == "growing-norms"
+    assert 570 <= found.evidence["warned"] <= 600
+
+
+def test_growth_with_a_loss_that_falls_is_none():
+    norms = np.exp(0.01 * np.maximum(0, np.arange(1000.0) - 500))
+    run = {"norm": norms, "loss": np.linspace(3, 1, 1000)}
+    assert clipx.diagnose(run).codes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("track_norms/b", "track_norms/b"), ("loss", "loss")]
+)
+def test_the_first_column_that_is_not_finite_is_named(name, first):
+    names = ("loss", "clip/norm", "track_norms/a", "track_norms/b")
+    run = {n: np.ones(100) for n in names}
+    run[name][40] = np.inf
+    for column in run.values():
+        column[41:] = np.nan
+    found = clipx.diagnose(run).findings[0]
+    assert (found.code, found.severity, found.steps) == ("nonfinite", "error", (40,))
+    assert (found.evidence["first_in"], found.evidence["value"]) == (first, "infinity")
+
+
+def test_one_step_that_is_not_finite_is_a_warning():
+    norms = np.ones(100)
+    norms[50] = np.nan
+    (found,) = clipx.diagnose({"norm": norms}).findings
+    assert (found.code, found.severity) == ("nonfinite", "warning")
+
+
+def test_a_gradient_that_spikes_first_is_not_the_updates_fault():
+    run, steps = FAULTS["update-before-loss"](np.random.default_rng(1))
+    run["clip/norm"][steps[0] - 1 : steps[0] + 3] *= 20
+    assert "update-before-loss" not in clipx.diagnose(run).codes
+
+
+def test_mixed_runs_are_an_error_and_nothing_else_is_judged():
+    steps = np.ravel([np.arange(100), np.arange(100) + 50], order="F")
+    diagnosis = clipx.diagnose({"step": steps, "norm": np.ones(200)})
+    assert diagnosis.codes == ("restarts",)
+    assert diagnosis.findings[0].severity == "error"
+    assert diagnosis.not_judged["spikes"] == "a log of one run"
+
+
+def test_the_worst_comes_first():
+    run, _ = FAULTS["growing-norms"](np.random.default_rng(3))
+    severities = [finding.severity for finding in clipx.diagnose(run).findings]
+    assert severities == ["error", "error", "warning"]
