@@ -93,10 +93,8 @@ from .per_example import (
 
 # Recorded runs
 from .runs.diagnosing import diagnose as diagnose
-from .runs.findings import (
-    Diagnosis as Diagnosis,
-    Finding as Finding,
-)
+from .runs.diagnosis import Diagnosis as Diagnosis
+from .runs.findings import Finding as Finding
 from .runs.history import History as History
 from .runs.rewinding import Rewind as Rewind
 from .runs.suggesting import (

@@ -258,7 +258,8 @@ def _diagnose(given: argparse.Namespace) -> int:
         from .runs.diagnosis_page import page
 
         given.html.parent.mkdir(parents=True, exist_ok=True)
-        given.html.write_text(page(found), encoding="utf-8")
+        shown = page({label: x._repr_html_() for label, x in found.items()})
+        given.html.write_text(shown, encoding="utf-8")
     if given.json:
         print(json.dumps({label: x._asdict() for label, x in found.items()}))
     else:

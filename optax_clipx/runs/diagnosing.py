@@ -9,8 +9,9 @@ import numpy as np
 from . import signals
 from .advice import ADVICE
 from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
+from .diagnosis import Diagnosis
 from .drawing import Envelope, envelope
-from .findings import SEVERITIES, Diagnosis, Finding
+from .findings import SEVERITIES, Finding
 from .history import History
 from .signals import Names, Signals
 from .table import present

@@ -1,42 +1,42 @@
 """A diagnosis as HTML, with a small picture of the evidence for each finding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from .drawing import Envelope
-from .findings import Diagnosis, Finding, escaped, places, shown
+from .findings import Finding, escaped, places, shown
 from .page import head
 
 _WIDTH, _HEIGHT, _MARKS = 600, 90, 200
 _COLOURS = {"error": "#C4320A", "warning": "#B27700", "info": "#2F8FD8"}
 
 
-def page(found: Mapping[str, Diagnosis]) -> str:
-    """A whole page about some runs."""
-    title = "Diagnosis: " + ", ".join(map(escaped, found))
-    parts = [
-        f"<h2>{escaped(label)}</h2>\n{fragment(diagnosis)}"
-        for label, diagnosis in found.items()
-    ]
-    return head(title) + "\n".join(parts) + "\n</body></html>\n"
+def page(parts: Mapping[str, str]) -> str:
+    """A whole page from labels of runs to what is shown of each."""
+    title = "Diagnosis: " + ", ".join(map(escaped, parts))
+    shown = [f"<h2>{escaped(label)}</h2>\n{part}" for label, part in parts.items()]
+    return head(title) + "\n".join(shown) + "\n</body></html>\n"
 
 
-def fragment(diagnosis: Diagnosis) -> str:
+def fragment(
+    summary: str,
+    findings: Iterable[Finding],
+    pictures: Mapping[str, Envelope],
+    unjudged: Iterable[str],
+) -> str:
     """What is shown of one run, as a part of a page or in a notebook."""
-    parts = [f"<p>{escaped(diagnosis.summary)}</p>"]
-    parts += [_finding(diagnosis, finding) for finding in diagnosis.findings]
-    parts += [f"<p><small>{escaped(x)}</small></p>" for x in diagnosis.unjudged()]
+    parts = [f"<p>{escaped(summary)}</p>"]
+    parts += [_finding(x, pictures.get(x.evidence["column"])) for x in findings]
+    parts += [f"<p><small>{escaped(line)}</small></p>" for line in unjudged]
     return "\n".join(parts)
 
 
-def _finding(diagnosis: Diagnosis, finding: Finding) -> str:
+def _finding(finding: Finding, picture: Envelope | None) -> str:
     numbers = "".join(
         f"<tr><td>{escaped(name)}</td><td>{escaped(shown(value))}</td></tr>"
         for name, value in finding.evidence.items()
     )
-    column = finding.evidence.get("column")
-    picture = diagnosis.pictures.get(column) if column else None
     colour = _COLOURS[finding.severity]
     return (
         f'<h3><span style="color: {colour}">{finding.severity}</span>:'
