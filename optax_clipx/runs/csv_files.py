@@ -17,7 +17,7 @@ from .jsonl import ReadError
 from .naming import STEP_NAMES
 from .table import STEP, Columns
 
-_ROWS = 50_000  # at a time
+_CELLS = 500_000  # at a time: as Python's strings they take some tens of MB
 _LONGEST_HEADER = 10**7  # characters
 
 
@@ -116,7 +116,8 @@ def _without_last(path: Path, rows: Iterator[list[str]]) -> Iterator[list[str]]:
 def _blocks(
     path: Path, rows: Iterator[list[str]], header: list[str], number: int
 ) -> Iterable[Columns]:
-    while block := list(itertools.islice(rows, _ROWS)):
+    count = 1 + _CELLS // len(header)
+    while block := list(itertools.islice(rows, count)):
         numbered = [(number + i, row) for i, row in enumerate(block) if row]
         number += len(block)
         for line, row in numbered:

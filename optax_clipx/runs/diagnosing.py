@@ -1,58 +1,14 @@
 """`diagnose`: what is wrong with a run, from what was recorded of it."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 from . import signals
-from .advice import ADVICE
-from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
 from .diagnosis import Diagnosis
-from .drawing import Envelope, envelope
-from .findings import SEVERITIES, Finding
 from .history import History
-from .signals import Names, Signals
-from .table import present
-
-# What a rule needs, as it is called in what could not be judged.
-_NEEDS = {
-    "loss": "the loss",
-    "norm": "the gradient norm",
-    "threshold": "the threshold",
-    "clipped": "the threshold",
-    "update_norm": "the norm of the updates",
-    "schedule": "the learning rate",
-    "skipped": "the steps that were skipped",
-    "leaves": "norms of leaves",
-}
-
-
-class _Rule(NamedTuple):
-    judge: Callable[[Signals], list[Finding]]
-    needs: tuple[str, ...]
-    codes: tuple[str, ...]
-
-
-_RULES = (
-    _Rule(interruptions.nonfinite, (), ("nonfinite",)),
-    _Rule(divergence.loss, ("loss",), ("loss-diverged",)),
-    _Rule(divergence.norms, ("norm",), ("growing-norms",)),
-    _Rule(divergence.updates, ("update_norm", "loss"), ("update-before-loss",)),
-    _Rule(interruptions.locked, ("skipped",), ("lock-out",)),
-    _Rule(spikes.judge, ("norm",), ("spikes", "periodic-spikes")),
-    _Rule(shifts.level, ("norm",), ("level-shift",)),
-    _Rule(shifts.schedule, ("norm", "schedule"), ("rises-with-schedule",)),
-    _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",)),
-    _Rule(rates.always, ("norm", "clipped"), ("always-clipped",)),
-    _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
-    _Rule(leaves.dominant, ("leaves",), ("dominant-leaf",)),
-    _Rule(leaves.starved, ("leaves", "threshold"), ("starved-leaves",)),
-    _Rule(leaves.dead, ("leaves",), ("dead-leaf",)),
-    _Rule(leaves.depth, ("leaves",), ("vanishing-by-depth", "exploding-by-depth")),
-    _Rule(interruptions.restarts, (), ("restarts",)),
-)
+from .judging import judge
+from .signals import Names
 
 
 def diagnose(
@@ -118,36 +74,4 @@ def diagnose(
     if target is not None and not 0 <= target <= 1:
         raise ValueError(f"Expected 0 <= target <= 1, got target={target}.")
     names = Names(loss, norm, threshold, update_norm, schedule, target)
-    return judged(signals.read(run, step, names))
-
-
-def judged(seen: Signals) -> Diagnosis:
-    """What the rules find in some signals."""
-    found: list[Finding] = []
-    lacking: dict[str, str] = {}
-    rules = _RULES[-1:] if seen.restarts.mixed else _RULES
-    for rule in rules:
-        missing = [name for name in rule.needs if not getattr(seen, name)]
-        if missing:
-            lacking |= dict.fromkeys(rule.codes, _NEEDS[missing[0]])
-        else:
-            found += rule.judge(seen)
-    if seen.restarts.mixed:
-        others = [code for code in ADVICE if code != "restarts"]
-        lacking = dict.fromkeys(others, "a log of one run")
-    found.sort(key=_rank)
-    return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
-
-
-def _rank(finding: Finding) -> tuple[int, int]:
-    return SEVERITIES.index(finding.severity), list(ADVICE).index(finding.code)
-
-
-def _pictures(seen: Signals, found: list[Finding]) -> dict[str, Envelope]:
-    """What a page draws: the column of each finding, thinned out."""
-    pictures = {}
-    for name in {finding.evidence["column"] for finding in found}:
-        values = np.asarray(seen.columns[name], np.float64)
-        there = present(values)
-        pictures[name] = envelope(seen.steps[there], values[there])
-    return pictures
+    return judge(signals.read(run, step, names))

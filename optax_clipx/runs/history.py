@@ -5,13 +5,15 @@ import secrets
 import stat
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import csv_files, jsonl, readers
+from .alarm import Listener
+from .findings import Finding
 from .overwriting import may_write
 from .table import STEP, Columns, Table, present
 
@@ -37,6 +39,11 @@ class History:
             ``resume`` this comes with a warning.
         force: overwrite a file that is there. Nothing of this package overwrites a
             file without ``force=True``, or ``--force`` on the command line.
+        on_finding: a function that is called with each new :class:`Finding` of severity
+            ``"warning"`` or ``"error"``, such as ``print``. The last 2,000 records are
+            judged as :func:`diagnose` does, after every 100 records, and at once when a
+            number is not finite. What the function raises comes out of ``append``,
+            which has recorded the step then.
 
     Raises:
         FileExistsError: if the file has something in it and neither ``resume`` nor
@@ -66,6 +73,7 @@ class History:
         *,
         resume: bool = False,
         force: bool = False,
+        on_finding: Callable[[Finding], object] | None = None,
     ) -> None:
         if resume and force:
             raise ValueError(
@@ -87,6 +95,7 @@ class History:
             if force:
                 file.truncate(0)
         self._writer = _Writer(table, file, resume)
+        self._listener = None if on_finding is None else Listener(on_finding)
         # Writes the last record at the end of the program, too.
         self._close = weakref.finalize(self, self._writer.close)
 
@@ -132,6 +141,8 @@ class History:
                 record[name] = _numbers(name, value)
                 _check_shape(name, np.shape(value), np.shape(step))
         self._writer.put(record)
+        if self._listener is not None:
+            self._listener.hear(self._writer.table)
 
     def flush(self) -> None:
         """Writes the last record, too, and so waits for its numbers."""

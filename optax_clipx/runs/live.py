@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 
 from . import jsonl, naming, readers
+from .alarm import Alarm
 from .drawing import means, norms_of
 from .escaping import printable
+from .findings import Finding, places
 from .merging import one_row_a_step
+from .signals import Names
 from .table import STEP, Columns, Table, present
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _RECENT = 100  # steps
+_FINDINGS = 5  # that are shown
 
 
 class Follower:
@@ -87,12 +91,13 @@ def follow(
             'rich is missing. Run: pip install "optax_clipx[watch]"'
         ) from None
     followers = {label: Follower(path, step) for label, path in runs.items()}
+    alarms = {label: Alarm(Names(norm=norm)) for label in runs}
 
     def view() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a last line may well be half written
             shown = [
-                _panel(label, follower.path, follower.look(), norm)
+                _panel(label, follower.path, follower.look(), norm, alarms[label])
                 for label, follower in followers.items()
             ]
         return Group(*shown)
@@ -107,7 +112,9 @@ def follow(
             live.update(view(), refresh=True)
 
 
-def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
+def _panel(
+    label: str, path: Path, columns: Columns, norm: str | None, alarm: Alarm
+) -> Any:
     from rich.panel import Panel
     from rich.table import Table as Grid
     from rich.text import Text  # a str would be read as markup
@@ -134,7 +141,17 @@ def _panel(label: str, path: Path, columns: Columns, norm: str | None) -> Any:
         if len(values):
             shown = f"{values[-1]:.4g}  {sparkline(values)}"
             grid.add_row(Text(printable(loss)), shown)
+    alarm.follow(columns)
+    for finding in alarm.found[: -_FINDINGS - 1 : -1]:  # the newest first
+        style = {"error": "bold red", "warning": "yellow"}[finding.severity]
+        grid.add_row(Text(finding.severity, style), Text(_line(finding)))
     return Panel(grid, title=title, title_align="left")
+
+
+def _line(finding: Finding) -> str:
+    """A finding in one line."""
+    said = f"{finding.code} at {places(finding.steps)}: {finding.sentence}"
+    return printable(said)
 
 
 def _shares(flags: np.ndarray) -> str:

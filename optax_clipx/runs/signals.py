@@ -108,6 +108,8 @@ class Signals:
             return None
         values = np.asarray(self.columns[name], np.float64)
         there = present(values)
+        if there.all():  # the usual case, and hundreds of leaves need no copies
+            return Line(name, self.steps, values)
         return Line(name, self.steps[there], values[there]) if there.any() else None
 
     @cached_property
@@ -240,7 +242,7 @@ def _column(name: str, values: Any) -> np.ndarray:
         if found.dtype.kind == "O":
             lacking = [x is None for x in found.flat]
             found = np.where(np.reshape(lacking, found.shape), MISSING, found)
-        found = found.astype(np.float64)
+        found = found.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         raise ReadError(f"Expected numbers in {name!r}, got {values!r:.60}.") from None
     if found.ndim != 1:

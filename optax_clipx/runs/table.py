@@ -104,6 +104,13 @@ class Table:
     def __contains__(self, name: str) -> bool:
         return name in self._columns
 
+    def last(self, rows: int) -> Columns:
+        """A copy of the last rows; steps are integers."""
+        start = max(0, len(self) - rows)
+        found = {name: np.array(x[start:]) for name, x in self._columns.items()}
+        found[STEP] = found[STEP].astype(np.int64)
+        return found
+
     def arrays(self) -> Columns:
         """A copy of each column; steps are integers."""
         found = {name: np.array(values) for name, values in self._columns.items()}

@@ -1,0 +1,96 @@
+"""Findings as they come: the last steps of a run that grows are judged now and then."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from .findings import SEVERITIES, Finding
+from .jsonl import ReadError
+from .judging import judge
+from .merging import Restarts
+from .signals import Names, Signals
+from .table import STEP, Columns, Table, present
+
+# Rules need the steps around a fault, and some need a hundred after it.
+_KEPT = 2000
+_EVERY = 100
+# The place of one fault may move a little when more steps are known.
+_SAME = 20
+_AT_STEPS = frozenset(("spikes", "level-shift", "update-before-loss", "nonfinite"))
+
+
+class Alarm:
+    """Tells which findings are new; a fault that goes on is told once."""
+
+    def __init__(self, names: Names | None = None) -> None:
+        self.names = names or Names()
+        self.found: list[Finding] = []
+        self._told: dict[str, Finding] = {}
+        self._rows = 0
+
+    def follow(self, columns: Columns) -> None:
+        """Looks at columns that may have grown: at all, then near what is new."""
+        rows = len(columns[STEP])
+        if rows != self._rows:
+            start = max(0, min(self._rows, rows) - _KEPT)
+            self._rows = rows
+            self.look({name: values[start:] for name, values in columns.items()})
+
+    def look(self, columns: Columns) -> list[Finding]:
+        """The warnings and errors in these columns that were not told before."""
+        seen = Signals(columns, self.names, Restarts())
+        new = [x for x in judge(seen).findings if x.severity != "info"]
+        new = [finding for finding in new if self._is_new(finding)]
+        self._told |= {finding.code: finding for finding in new}
+        self.found += new
+        return new
+
+    def told(self, code: str) -> bool:
+        """Whether such a finding was told."""
+        return code in self._told
+
+    def _is_new(self, finding: Finding) -> bool:
+        before = self._told.get(finding.code)
+        if before is None:
+            return True
+        worse = SEVERITIES.index(finding.severity) < SEVERITIES.index(before.severity)
+        further = finding.steps[-1] > before.steps[-1] + _SAME
+        return worse or (further and finding.code in _AT_STEPS)
+
+
+class Listener:
+    """Calls a function for each new finding in a table that grows."""
+
+    def __init__(self, call: Callable[[Finding], object]) -> None:
+        self._call = call
+        self._alarm: Alarm | None = Alarm()
+        self._judged = self._checked = 0
+
+    def hear(self, table: Table) -> None:
+        """Looks at the table, if it has grown enough or is no longer finite."""
+        count = len(table)
+        if self._alarm is None or count == self._checked:
+            return
+        broke = not self._alarm.told("nonfinite") and not _finite(
+            table.last(max(1, count - self._checked))
+        )
+        self._checked = count
+        # Fewer rows than before: the run went back to a checkpoint.
+        if broke or not self._judged <= count < self._judged + _EVERY:
+            self._judged = count
+            for finding in self._new(self._alarm, table):
+                self._call(finding)
+
+    def _new(self, alarm: Alarm, table: Table) -> list[Finding]:
+        try:
+            return alarm.look(table.last(_KEPT))
+        except ReadError as error:
+            self._alarm = None  # to say it once is enough
+            warnings.warn(f"on_finding is not called. {error}", stacklevel=5)
+            return []
+
+
+def _finite(columns: Columns) -> bool:
+    values = [x[present(x)] for name, x in columns.items() if name != STEP]
+    return all(np.isfinite(x).all() for x in values)

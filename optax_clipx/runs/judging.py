@@ -1,0 +1,84 @@
+"""All rules, and what each needs: from the signals of a run to its diagnosis."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from .advice import ADVICE
+from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
+from .diagnosis import Diagnosis
+from .drawing import Envelope, envelope
+from .findings import SEVERITIES, Finding
+from .signals import Signals
+from .table import present
+
+# What a rule needs, as it is called in what could not be judged.
+_NEEDS = {
+    "loss": "the loss",
+    "norm": "the gradient norm",
+    "threshold": "the threshold",
+    "clipped": "the threshold",
+    "update_norm": "the norm of the updates",
+    "schedule": "the learning rate",
+    "skipped": "the steps that were skipped",
+    "leaves": "norms of leaves",
+}
+
+
+class _Rule(NamedTuple):
+    judge: Callable[[Signals], list[Finding]]
+    needs: tuple[str, ...]
+    codes: tuple[str, ...]
+
+
+_RULES = (
+    _Rule(interruptions.nonfinite, (), ("nonfinite",)),
+    _Rule(divergence.loss, ("loss",), ("loss-diverged",)),
+    _Rule(divergence.norms, ("norm",), ("growing-norms",)),
+    _Rule(divergence.updates, ("update_norm", "loss"), ("update-before-loss",)),
+    _Rule(interruptions.locked, ("skipped",), ("lock-out",)),
+    _Rule(spikes.judge, ("norm",), ("spikes", "periodic-spikes")),
+    _Rule(shifts.level, ("norm",), ("level-shift",)),
+    _Rule(shifts.schedule, ("norm", "schedule"), ("rises-with-schedule",)),
+    _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",)),
+    _Rule(rates.always, ("norm", "clipped"), ("always-clipped",)),
+    _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
+    _Rule(leaves.dominant, ("leaves",), ("dominant-leaf",)),
+    _Rule(leaves.starved, ("leaves", "threshold"), ("starved-leaves",)),
+    _Rule(leaves.dead, ("leaves",), ("dead-leaf",)),
+    _Rule(leaves.depth, ("leaves",), ("vanishing-by-depth", "exploding-by-depth")),
+    _Rule(interruptions.restarts, (), ("restarts",)),
+)
+
+
+def judge(seen: Signals) -> Diagnosis:
+    """What the rules find in some signals."""
+    found: list[Finding] = []
+    lacking: dict[str, str] = {}
+    rules = _RULES[-1:] if seen.restarts.mixed else _RULES
+    for rule in rules:
+        missing = [name for name in rule.needs if not getattr(seen, name)]
+        if missing:
+            lacking |= dict.fromkeys(rule.codes, _NEEDS[missing[0]])
+        else:
+            found += rule.judge(seen)
+    if seen.restarts.mixed:
+        others = [code for code in ADVICE if code != "restarts"]
+        lacking = dict.fromkeys(others, "a log of one run")
+    found.sort(key=_rank)
+    return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
+
+
+def _rank(finding: Finding) -> tuple[int, int]:
+    return SEVERITIES.index(finding.severity), list(ADVICE).index(finding.code)
+
+
+def _pictures(seen: Signals, found: list[Finding]) -> dict[str, Envelope]:
+    """What a page draws: the column of each finding, thinned out."""
+    pictures = {}
+    for name in {finding.evidence["column"] for finding in found}:
+        values = np.asarray(seen.columns[name], np.float64)
+        there = present(values)
+        pictures[name] = envelope(seen.steps[there], values[there])
+    return pictures
