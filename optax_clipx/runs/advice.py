@@ -53,7 +53,7 @@ ADVICE = {
         "spikes-at-equal-distances",
     ),
     "level-shift": Advice(
-        "The norm takes another level at once, {factor} times that before.",
+        "The norm takes another level at once, {factors} times the one before.",
         "optax.chain(clipx.zclip(patience=20), optax.adam(learning_rate))",
         "the-gradient-norm-changes-at-one-step",
     ),

@@ -62,7 +62,8 @@ def judge(seen: Signals) -> Diagnosis:
         if missing:
             lacking |= dict.fromkeys(rule.codes, _NEEDS[missing[0]])
         else:
-            found += rule.judge(seen)
+            with np.errstate(all="ignore"):  # files may hold any number
+                found += rule.judge(seen)
     if seen.restarts.mixed:
         others = [code for code in ADVICE if code != "restarts"]
         lacking = dict.fromkeys(others, "a log of one run")

@@ -19,6 +19,7 @@ from .levels import piece_starts, pieces
 from .merging import Restarts, one_row_a_step, restarts
 from .table import MISSING, STEP, Columns, Table, present
 
+_HUGE = 1e100
 _OWN = {"update_norm": "track/update_norm", "target": "clip/target"}
 
 
@@ -38,8 +39,9 @@ class Line(NamedTuple):
         return self.chosen(self.steps < step)
 
     def finite(self) -> "Line":
-        """The steps whose number is finite."""
-        return self.chosen(np.isfinite(self.values))
+        """The steps whose number is finite, and so are its square and sums."""
+        line = self.chosen(np.isfinite(self.values))
+        return line._replace(values=np.clip(line.values, -_HUGE, _HUGE))
 
     def logs(self) -> "Line":
         """The logarithms of positive numbers; a zero says nothing of the level."""
@@ -175,7 +177,7 @@ class Signals:
     @cached_property
     def leaf_levels(self) -> tuple[np.ndarray, np.ndarray]:
         """The medians of pieces of the run, a row a leaf, and their first steps."""
-        rows = [pieces(x.finite().values) for x in self.leaves.values()]
+        rows = [pieces(np.abs(x.finite().values)) for x in self.leaves.values()]
         count = max(map(len, rows))
         time = np.linspace(0, 1, count)
         table = np.stack(  # leaves are recorded together: nearly always as they are

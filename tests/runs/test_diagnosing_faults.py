@@ -76,7 +76,15 @@ def test_the_factor_of_a_level_shift_is_told():
     norms[400:] = 4.0
     (found,) = clipx.diagnose({"norm": norms}).findings
     assert (found.code, found.steps) == ("level-shift", (400,))
-    assert found.evidence["factor"] == pytest.approx(4.0)
+    assert found.evidence["factors"] == pytest.approx([4.0])
+
+
+def test_all_level_shifts_are_one_finding():
+    norms = np.ones(1000)
+    norms[300:700] = 4.0
+    (found,) = clipx.diagnose({"norm": norms}).findings
+    assert found.steps == (300, 700)
+    assert found.evidence["factors"] == pytest.approx([4.0, 0.25])
 
 
 def test_a_loss_that_does_not_recover_from_a_spike_is_an_error():

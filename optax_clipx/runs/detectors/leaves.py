@@ -9,6 +9,8 @@ from ..findings import Finding, finding
 from ..levels import ranks_agree
 from ..signals import Signals
 
+_LONGEST_NAME = 1000  # characters: files may hold anything
+
 
 def dominant(run: Signals) -> list[Finding]:
     """One leaf that holds most of the squared norm in most of the steps."""
@@ -134,6 +136,8 @@ def _stacks(names: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Leaves that differ in one number of their name: depths, and their rows."""
     stacks: dict[tuple[str, str], dict[int, int]] = {}
     for row, name in enumerate(names):
+        if len(name) > _LONGEST_NAME:
+            continue
         for match in re.finditer(r"\d{1,9}", name):
             around = name[: match.start()], name[match.end() :]
             stacks.setdefault(around, {})[int(match[0])] = row

@@ -12,15 +12,17 @@ def level(run: Signals) -> list[Finding]:
     """Steps at which the norm takes another level at once."""
     assert run.norm is not None
     norm = run.norm.logs()
+    found = shifts(norm.values)
+    if not found:
+        return []
     return [
         finding(
             "level-shift",
             "warning",
-            [norm.steps[place]],
-            factor=float(np.exp(change)),
+            [norm.steps[place] for place, _ in found],
+            factors=[float(np.exp(change)) for _, change in found],
             column=run.norm.name,
         )
-        for place, change in shifts(norm.values)
     ]
 
 

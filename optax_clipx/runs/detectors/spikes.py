@@ -7,6 +7,8 @@ from ..findings import Finding, finding
 from ..levels import around, peaks, residuals, spread
 from ..signals import Line, Signals
 
+_TRIED = 500  # of the spikes, to find out whether they are periodic
+
 
 def judge(run: Signals) -> list[Finding]:
     """Single spikes and periodic ones; one spike counts as one of the two."""
@@ -73,20 +75,24 @@ def _period(steps: np.ndarray) -> tuple[int, np.ndarray]:
     none = 0, np.zeros(len(steps), bool)
     if len(steps) < criteria.PERIODIC_LEAST:
         return none
-    gaps = np.diff(steps)
+    gaps = np.diff(steps)[:_TRIED]
     allowed = np.maximum(1, criteria.PERIODIC_TOLERANCE * gaps)
-    near = np.abs(gaps[:, None] - gaps[None, :1000]) <= allowed[:, None]
+    near = np.abs(gaps[:, None] - gaps[None, :]) <= allowed[:, None]
     period = float(np.median(gaps[near[:, near.sum(axis=0).argmax()]]))
     if period < 2 * criteria.SPIKE_GAP:
         return none
-    phases = steps[:, None] - steps[None, :100]
-    times = np.round(phases / period)
-    tolerance = np.maximum(1, criteria.PERIODIC_TOLERANCE * period)
-    fits = np.abs(phases - times * period) <= tolerance
-    in_time = fits[:, fits.sum(axis=0).argmax()]
+    first = steps[:_TRIED]
+    best = _in_time(first[:, None], first[None, :], period).sum(axis=0).argmax()
+    in_time = _in_time(steps, first[best : best + 1], period)
     chosen = steps[in_time]
     possible = 1 + (chosen[-1] - chosen[0]) / period
     enough = in_time.sum() >= max(
         criteria.PERIODIC_LEAST, criteria.PERIODIC_SHARE * possible
     )
     return (round(period), in_time) if enough else none
+
+
+def _in_time(steps: np.ndarray, start: np.ndarray, period: float) -> np.ndarray:
+    """Which steps are whole periods away from the start."""
+    phase = np.abs(steps - start - np.round((steps - start) / period) * period)
+    return phase <= max(1, criteria.PERIODIC_TOLERANCE * period)

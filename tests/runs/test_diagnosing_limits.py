@@ -1,0 +1,127 @@
+"""Speed, memory, and runs that hold anything."""
+
+import json
+import re
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx.runs.advice import ADVICE
+
+
+def long_run(count):
+    rng = np.random.default_rng(0)
+    run = {
+        "loss": 2 * np.exp(-np.arange(count) / count) + 0.03 * rng.normal(size=count),
+        "norm": np.exp(0.3 * rng.normal(size=count)),
+        "threshold": np.full(count, 1.4),
+    }
+    run["norm"][rng.integers(0, count, 50)] *= 40
+    return run
+
+
+def leaves(count, names):
+    rng = np.random.default_rng(0)
+    noise = np.exp(0.3 * rng.normal(size=count))
+    run = {f"track_norms/layers/{i}/w": np.roll(noise, i) for i in range(names)}
+    return run | {"clip/norm": np.full(count, names**0.5)}
+
+
+def test_many_steps_take_little_time():
+    run = long_run(300_000)
+    start = time.perf_counter()
+    assert clipx.diagnose(run).codes == ("spikes",)
+    assert time.perf_counter() - start < 3.0  # about 0.2 s
+
+
+def test_many_leaves_take_little_time_and_memory():
+    run = leaves(30_000, 100)
+    tracemalloc.start()
+    start = time.perf_counter()
+    assert clipx.diagnose(run).codes == ()
+    took, (_, most) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 3.0  # about 0.3 s
+    assert most < 12e6  # the columns themselves are 24 MB
+
+
+def walk(rng, count):
+    return np.exp(np.clip(np.cumsum(0.1 * rng.normal(size=count)), -300, 300))
+
+
+def two_levels(rng, count):
+    return np.where(rng.random(count) < 0.3, 1e3, 1.0)
+
+
+def stairs(rng, count):
+    return np.exp(rng.normal(size=count // 200).repeat(200))
+
+
+@pytest.mark.parametrize("make", [walk, two_levels, stairs])
+def test_runs_full_of_faults_have_short_answers(make):
+    values = make(np.random.default_rng(0), 100_000)
+    run = {"norm": values, "loss": values, "update_norm": values}
+    start = time.perf_counter()
+    diagnosis = clipx.diagnose(run, threshold=1.0)
+    page, text = diagnosis._repr_html_(), str(diagnosis)
+    assert time.perf_counter() - start < 5.0  # about 0.3 s
+    assert len(page) < 1_000_000
+    assert len(text) < 10_000
+
+
+def anything(rng, count):
+    """Numbers of every kind, ordinary and not."""
+    choices = (
+        np.zeros(count),
+        np.full(count, 1e308),
+        np.full(count, np.nan),
+        np.arange(count) * 1e300,
+        -np.ones(count),
+        np.full(count, 5e-324),
+        np.exp(100 * rng.normal(size=count)),
+        np.where(rng.random(count) < 0.5, 1.0, 1e6),
+        rng.choice([0, 1, np.nan, np.inf, -np.inf, 1e308, -1e308], count),
+        np.where(rng.random(count) < 0.9, None, 1.0),
+    )
+    return choices[rng.integers(len(choices))]
+
+
+NAMES = (
+    *("loss", "clip/norm", "clip/threshold", "clip/clipped", "track/update_norm"),
+    *("learning_rate", "skip/skipped", "skip/norm", "clip/target"),
+    *(f"track_norms/{{layer}}{i}/{{0}}" for i in range(6)),
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_numbers_are_judged(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        count = int(rng.choice([1, 2, 5, 39, 40, 41, 50, 100, 101, 500]))
+        run = {n: anything(rng, count) for n in NAMES if rng.random() < 0.7}
+        run["norm"] = anything(rng, count)
+        diagnosis = clipx.diagnose(run | {"loss": np.zeros(count)}, norm="norm")
+        assert set(diagnosis.codes) <= set(ADVICE)
+        assert json.dumps(diagnosis._asdict(), allow_nan=False)
+        assert str(diagnosis)
+        assert diagnosis._repr_html_()
+
+
+def test_a_name_full_of_numbers_takes_no_time():
+    run = leaves(100, 5) | {
+        f"track_norms/{'1a' * 50_000}{i}": [1.0] * 100 for i in "ab"
+    }
+    start = time.perf_counter()
+    clipx.diagnose(run)
+    assert time.perf_counter() - start < 3.0
+
+
+def test_each_advice_leads_to_an_entry_of_the_page():
+    page = Path(clipx.__file__).parents[1] / "docs/troubleshooting.md"
+    titles = [x[4:] for x in page.read_text().splitlines() if x.startswith("### ")]
+    anchors = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
+    assert {advice.anchor for advice in ADVICE.values()} <= anchors
