@@ -150,6 +150,7 @@ def skip_spikes(
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
 
     def init_fn(params: Any) -> SkipState:
+        flatten(params, updates=False)  # refuses what has no gradient, and says so
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             scalar = jnp.zeros((), jnp.float32)
             return SkipState(
