@@ -228,6 +228,14 @@ def policy_gradient(rng):
     return run
 
 
+def surrogate(rng):
+    """A surrogate loss that goes back to zero as the policy gets sure."""
+    run = healthy(rng)
+    fall = np.exp(-(((np.arange(1000) - 400) / 200) ** 2))
+    run["loss"] = -0.5 * fall + 0.03 * rng.normal(size=1000)
+    return run
+
+
 def plateau(rng):
     """A loss that stays for long, then falls in tens of steps, with higher norms."""
     run = healthy(rng)
@@ -254,6 +262,7 @@ HEALTHY = {
     "remembering": remembering,
     "heavy-tailed": heavy_tailed,
     "policy gradient": policy_gradient,
+    "surrogate": surrogate,
     "plateau": plateau,
     "short": short,
     "layered": layered,

@@ -51,6 +51,9 @@ GROWTH = log(10.0)
 GROWTH_BEFORE_DIVERGENCE = log(3.0)
 GROWTH_RANK = 0.9  # correlation of the ranks of level and time
 GROWTH_PIECES = 5
+# Growth begins after the last level that is above the lowest by no more of it.
+GROWTH_FLAT = 0.1
+GROWTH_ABOVE = log(2.0)  # the level before: norms that fell and came back are none
 GROWTH_AT_ONCE = 0.7  # the part of it within one piece, which is then a level shift
 WARNED = log(2.0)  # above the lowest level: here a rule would have warned
 
@@ -59,10 +62,15 @@ SCHEDULE_FALL = log(3.0)
 SCHEDULE_RISE = log(1.5)
 SCHEDULE_RANK = -0.8
 
-# A loss that gave back half of what it had gained, by more than its noise.
-LOST_SHARE = 0.5
-LOST_DEVIATIONS = 6.0
+# A loss that gave back much of what it had gained, by more than its noise.
+LOST_SHARE = 0.4
+# A loss below zero may be a surrogate, as in policy gradients, which goes back to zero
+# when the policy is sure. There it has to lose four times what it had gained.
+LOST_SHARE_BELOW_ZERO = 4.0
+LOST_DEVIATIONS = 2.0  # of one step, which are eight of the medians that are compared
+LOST_PART = 0.3  # of the best level, where losses are positive
 DEPARTED_DEVIATIONS = 4.0
+DEPARTED_PART = 0.02  # of what is lost, where there is next to no noise
 
 # A step of the updates' norm before that of the loss: within so many steps.
 UPDATE_LEAD = 20
@@ -77,7 +85,7 @@ NEVER_STEPS = 200
 NEVER_FAR = 10.0  # a threshold so many times the 99% quantile lets pass any spike
 
 # A warm-up spike is in the first part of a run, and blinds a rule whose threshold then
-# is far above all norms.
+# is far above the norms of the steps after it.
 WARMUP_PART = 0.2
 WARMUP_STEPS = 200
 WARMUP_SPIKE = log(5.0)

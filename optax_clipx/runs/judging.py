@@ -22,7 +22,7 @@ _NEEDS = {
     "update_norm": "the norm of the updates",
     "schedule": "the learning rate",
     "skipped": "the steps that were skipped",
-    "leaves": "norms of leaves",
+    "sound_leaves": "norms of leaves",
 }
 
 
@@ -32,6 +32,7 @@ class _Rule(NamedTuple):
     codes: tuple[str, ...]
 
 
+_DEPTH = ("vanishing-by-depth", "exploding-by-depth")
 _RULES = (
     _Rule(interruptions.nonfinite, (), ("nonfinite",)),
     _Rule(divergence.loss, ("loss",), ("loss-diverged",)),
@@ -44,10 +45,12 @@ _RULES = (
     _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",)),
     _Rule(rates.always, ("norm", "clipped"), ("always-clipped",)),
     _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
-    _Rule(leaves.dominant, ("leaves",), ("dominant-leaf",)),
-    _Rule(leaves.starved, ("leaves", "threshold"), ("starved-leaves",)),
-    _Rule(leaves.dead, ("leaves",), ("dead-leaf",)),
-    _Rule(leaves.depth, ("leaves",), ("vanishing-by-depth", "exploding-by-depth")),
+    _Rule(leaves.dominant, ("sound_leaves",), ("dominant-leaf",)),
+    _Rule(leaves.starved, ("sound_leaves", "threshold"), ("starved-leaves",)),
+    _Rule(leaves.dead, ("sound_leaves",), ("dead-leaf",)),
+    _Rule(
+        leaves.depth, ("sound_leaves",), ("vanishing-by-depth", "exploding-by-depth")
+    ),
     _Rule(interruptions.restarts, (), ("restarts",)),
 )
 

@@ -120,16 +120,16 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
     )
     found = {}
     for k in np.flatnonzero((size > least) & (size == around_it.max(axis=1))):
-        place = _sharpest(values, (int(k) + side) * each, side * each)
+        place = split(values, int(k) * each, (int(k) + 2 * side) * each)
         if place >= criteria.SHIFT_SIDE and _is_sharp(values, place, float(change[k])):
             found[place] = float(change[k])
     return sorted(found.items())
 
 
-def _sharpest(values: np.ndarray, near: int, side: int) -> int:
-    """Where two levels, one before and one after, describe the values best."""
-    low = max(0, near - side)
-    part = values[low : near + side]
+def split(values: np.ndarray, low: int, high: int) -> int:
+    """Where two levels, one before and one after, describe a stretch best."""
+    low = max(0, low)
+    part = values[low:high]
     middle, wide = np.median(part), 3 * spread(part)
     part = np.clip(part, middle - wide, middle + wide)  # a spike is no level
     count = np.arange(1, len(part))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import naming, readers
+from . import criteria, naming, readers
 from .drawing import Norms, norms_of
 from .jsonl import ReadError
 from .levels import piece_starts, pieces
@@ -34,7 +34,7 @@ class Line(NamedTuple):
         """Some of the steps."""
         return Line(self.name, self.steps[which], self.values[which])
 
-    def before(self, step: float) -> "Line":
+    def before(self, step: float | int) -> "Line":
         """The steps before one."""
         return self.chosen(self.steps < step)
 
@@ -175,17 +175,38 @@ class Signals:
         return {leaf: line for leaf, line in lines.items() if line is not None}
 
     @cached_property
+    def sound_leaves(self) -> dict[str, Line]:
+        """The same up to where the run breaks: what follows a NaN says nothing."""
+        ends = [breaks_at(self.norm), breaks_at(self.loss)]
+        end = min((end for end in ends if end is not None), default=None)
+        if end is None:
+            return self.leaves
+        lines = {leaf: line.before(end) for leaf, line in self.leaves.items()}
+        return {leaf: line for leaf, line in lines.items() if len(line.steps)}
+
+    @cached_property
     def leaf_levels(self) -> tuple[np.ndarray, np.ndarray]:
         """The medians of pieces of the run, a row a leaf, and their first steps."""
-        rows = [pieces(np.abs(x.finite().values)) for x in self.leaves.values()]
+        rows = [pieces(np.abs(x.finite().values)) for x in self.sound_leaves.values()]
         count = max(map(len, rows))
         time = np.linspace(0, 1, count)
         table = np.stack(  # leaves are recorded together: nearly always as they are
             [np.interp(time, np.linspace(0, 1, len(row)), row) for row in rows]
         )
-        longest = max(self.leaves.values(), key=lambda line: len(line.steps))
+        longest = max(self.sound_leaves.values(), key=lambda line: len(line.steps))
         starts = piece_starts(len(longest.steps), count)
         return longest.steps[starts], table
+
+
+def breaks_at(line: Line | None) -> int | None:
+    """The step from which on a line is not finite to its end."""
+    if line is None:
+        return None
+    finite = np.isfinite(line.values)
+    if finite[-criteria.NONFINITE_STEPS :].any():
+        return None
+    last = np.flatnonzero(finite)
+    return int(line.steps[last[-1] + 1 if len(last) else 0])
 
 
 def _is_of_training(name: str, what: str) -> bool:

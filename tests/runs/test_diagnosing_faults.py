@@ -12,7 +12,6 @@ SEEDS = range(100, 103)
 BESIDE = {
     "level-shift": {"always-clipped"},
     "growing-norms": {"always-clipped", "loss-diverged"},
-    "nonfinite": {"loss-diverged"},
     "warmup-spike": {"spikes", "never-clipped"},
     "starved-leaves": {"dominant-leaf", "always-clipped"},
     "vanishing-by-depth": {"dominant-leaf"},
@@ -165,3 +164,28 @@ def test_the_worst_comes_first():
     run, _ = FAULTS["growing-norms"](np.random.default_rng(3))
     severities = [finding.severity for finding in clipx.diagnose(run).findings]
     assert severities == ["error", "error", "warning"]
+
+
+def test_leaves_without_gradient_after_a_nan_are_not_dead():
+    run = {f"track_norms/layer{i}": np.ones(300) for i in range(5)}
+    run |= {"clip/norm": np.full(300, 5**0.5), "loss": np.ones(300)}
+    for name in ("clip/norm", "loss"):
+        run[name][150:] = np.nan
+    for i in range(3):
+        run[f"track_norms/layer{i}"][150:] = 0.0
+    assert clipx.diagnose(run).codes == ("nonfinite",)
+
+
+def test_norms_that_fell_and_come_back_do_not_grow():
+    time = np.arange(1000.0)
+    fell = {"norm": np.exp(-6 * np.exp(-(((time - 400) / 150) ** 2)))}
+    assert "growing-norms" not in clipx.diagnose(fell).codes
+
+
+def test_a_loss_that_loses_little_more_than_its_noise_is_found_where_it_does():
+    noise = 0.1 * np.random.default_rng(0).normal(size=1000)
+    loss = 0.6 + np.exp(-np.arange(1000) / 100) + noise
+    loss[700:] += 0.5
+    (found,) = clipx.diagnose({"loss": loss}).findings
+    assert found.code == "loss-diverged"
+    assert abs(found.steps[0] - 700) <= 5

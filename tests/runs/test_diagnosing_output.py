@@ -51,7 +51,8 @@ def test_json_has_everything(files, capsys):
 
 
 def test_json_has_no_nan():
-    diagnosis = clipx.diagnose({"loss": [1.0] * 50 + [float("nan")] * 50})
+    loss = [3.0] * 50 + [1.0] * 50 + [9.0] * 50 + [float("nan")] * 50
+    diagnosis = clipx.diagnose({"loss": loss})
     text = json.dumps(diagnosis._asdict(), allow_nan=False)
     assert '"end": "NaN"' in text
 

@@ -4,64 +4,79 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..levels import bend, piece_starts, pieces, ranks_agree, residuals, rises, spread
-from ..signals import Line, Signals
+from ..levels import (
+    bend,
+    piece_starts,
+    pieces,
+    ranks_agree,
+    residuals,
+    rises,
+    split,
+    spread,
+)
+from ..signals import Line, Signals, breaks_at
 
 
 def loss(run: Signals) -> list[Finding]:
-    """A loss that ends far above its best level, or is not finite to the end."""
+    """A loss that ends far above its best level."""
     assert run.loss is not None
-    step = diverged_at(run)
-    if step is None:
+    line = run.loss.finite()
+    place = _departure(line)
+    if place is None:
         return []
-    finite = run.loss.finite()
-    levels = pieces(finite.values) if len(finite.values) else np.array([np.nan])
     return [
         finding(
             "loss-diverged",
             "error",
-            [step],
-            best=float(np.min(levels)),
+            [line.steps[place]],
+            best=float(pieces(line.values).min()),
             end=float(run.loss.values[-1]),
-            column=run.loss.name,
+            column=line.name,
         )
     ]
 
 
 def diverged_at(run: Signals) -> int | None:
-    """The step at which the loss begins to leave its good level for good."""
-    if run.loss is None or not len(run.loss.steps):
+    """The step at which the loss leaves its good level, or stops to be finite."""
+    if run.loss is None:
         return None
-    line = run.loss
-    finite = np.isfinite(line.values)
-    usable = line.finite()
-    if len(usable.steps) >= criteria.LEAST_STEPS:
-        place = _departure(usable)
-        if place is not None:
-            return int(usable.steps[place])
-    if not finite[-criteria.NONFINITE_STEPS :].any():
-        last = np.flatnonzero(finite)
-        return int(line.steps[last[-1] + 1 if len(last) else 0])
-    return None
+    line = run.loss.finite()
+    place = _departure(line)
+    return breaks_at(run.loss) if place is None else int(line.steps[place])
 
 
 def _departure(line: Line) -> int | None:
+    """Where the loss leaves its best level for good; None if it does not."""
+    if len(line.steps) < criteria.LEAST_STEPS:
+        return None
     levels, starts = pieces(line.values), piece_starts(len(line.values))
-    if len(levels) < 4:
-        return None
     best = int(levels.argmin())
-    noise = spread(residuals(line.values))
-    end = float(np.median(line.values[-criteria.WINDOW :]))
-    lost = end - levels[best]
-    gained = max(levels[0], line.values[0]) - levels[best]
-    least = max(criteria.LOST_SHARE * gained, criteria.LOST_DEVIATIONS * noise)
-    if best == len(levels) - 1 or lost <= least:
+    lost = float(np.median(line.values[-criteria.WINDOW :])) - levels[best]
+    if best == len(levels) - 1 or lost <= _least_loss(line, levels):
         return None
-    # The last step on the good level; a spike that was recovered from is before it.
     local = spread(line.values[starts[best] : starts[best + 1]])
-    bound = levels[best] + max(criteria.DEPARTED_DEVIATIONS * local, 0.02 * lost)
+    enough = criteria.DEPARTED_DEVIATIONS * local
+    if lost < 2 * enough:  # single steps are on the good level by chance
+        return split(line.values, int(starts[best]), len(line.values))
+    # The last step on the good level; a spike that was recovered from is before it.
+    bound = levels[best] + max(enough, criteria.DEPARTED_PART * lost)
     good = np.flatnonzero(line.values[starts[best] :] <= bound)
     return int(min(starts[best] + good[-1] + 1, len(line.values) - 1))
+
+
+def _least_loss(line: Line, levels: np.ndarray) -> float:
+    """How far above its best level a loss has to end to have diverged."""
+    best = levels.min()
+    above = residuals(line.values)
+    before = above[: piece_starts(len(above))[int(levels.argmin())]]
+    noise = max(spread(before), spread(above[-2 * criteria.WINDOW :]))
+    if best < 0:
+        gained = max(levels[0], line.values[0]) - best
+        least = criteria.LOST_SHARE_BELOW_ZERO * gained
+    else:
+        gained = levels[0] - best
+        least = max(criteria.LOST_SHARE * gained, criteria.LOST_PART * best)
+    return float(max(least, criteria.LOST_DEVIATIONS * noise))
 
 
 def norms(run: Signals) -> list[Finding]:
@@ -81,12 +96,7 @@ def norms(run: Signals) -> list[Finding]:
 
 def _end(run: Signals) -> float:
     """The step at which a run diverges; infinity if it does not."""
-    ends = [diverged_at(run) if run.loss is not None else None]
-    if run.norm is not None and len(run.norm.values):
-        bad = ~np.isfinite(run.norm.values)
-        if bad[-criteria.NONFINITE_STEPS :].all():
-            good = np.flatnonzero(~bad)
-            ends.append(int(run.norm.steps[good[-1] + 1 if len(good) else 0]))
+    ends = [diverged_at(run), breaks_at(run.norm)]
     return min((float(end) for end in ends if end is not None), default=np.inf)
 
 
@@ -94,7 +104,9 @@ def _growth(run: Signals, norm: Line, end: float) -> list[Finding]:
     if len(norm.steps) < criteria.LEAST_STEPS:
         return []
     levels, starts = pieces(norm.values), piece_starts(len(norm.values))
-    low = int(levels.argmin())
+    lowest = levels.min()
+    flat = levels <= lowest + criteria.GROWTH_FLAT * (levels[-1] - lowest)
+    low = int(np.flatnonzero(flat)[-1])
     rising = levels[low:]
     rise = float(rising[-1] - rising[0])
     least = criteria.GROWTH if end == np.inf else criteria.GROWTH_BEFORE_DIVERGENCE
@@ -103,12 +115,14 @@ def _growth(run: Signals, norm: Line, end: float) -> list[Finding]:
     at_once = np.diff(rising).max() > criteria.GROWTH_AT_ONCE * rise
     together = ranks_agree(rising, np.arange(len(rising)))
     begin = int(norm.steps[starts[low]])
-    if at_once or together < criteria.GROWTH_RANK:
+    before = float(np.median(levels[: low + 1]))
+    back = rising[-1] < before + criteria.GROWTH_ABOVE
+    if at_once or back or together < criteria.GROWTH_RANK:
         return []
     if end == np.inf and _loss_falls(run, begin):
         return []
-    before = norm.chosen(np.arange(len(norm.steps)) >= starts[low] // 2)
-    onset = before.steps[bend(before.values)]
+    around_it = norm.chosen(np.arange(len(norm.steps)) >= starts[low] // 2)
+    onset = around_it.steps[bend(around_it.values)]
     warned = starts[low + int(np.argmax(rising > rising[0] + criteria.WARNED))]
     return [
         finding(

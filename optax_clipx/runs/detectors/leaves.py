@@ -14,7 +14,7 @@ _LONGEST_NAME = 1000  # characters: files may hold anything
 
 def dominant(run: Signals) -> list[Finding]:
     """One leaf that holds most of the squared norm in most of the steps."""
-    if len(run.leaves) < criteria.LEAST_LEAVES:
+    if len(run.sound_leaves) < criteria.LEAST_LEAVES:
         return []
     steps, table = run.leaf_levels
     tiny = np.finfo(float).tiny
@@ -25,7 +25,7 @@ def dominant(run: Signals) -> list[Finding]:
     next_largest = np.sort(share)[-2] * criteria.DOMINANT_FACTOR**2
     if share[at] < max(criteria.DOMINANT, next_largest):
         return []
-    name = list(run.leaves)[at]
+    name = list(run.sound_leaves)[at]
     return [
         finding(
             "dominant-leaf",
@@ -33,14 +33,14 @@ def dominant(run: Signals) -> list[Finding]:
             _stretch(steps, shares[at] >= criteria.DOMINANT),
             leaf=name,
             **{"share": float(share[at])},
-            column=run.leaves[name].name,
+            column=run.sound_leaves[name].name,
         )
     ]
 
 
 def starved(run: Signals) -> list[Finding]:
     """All leaves whose steps are much smaller by one leaf's part in the norm."""
-    if len(run.leaves) < criteria.LEAST_LEAVES or run.threshold is None:
+    if len(run.sound_leaves) < criteria.LEAST_LEAVES or run.threshold is None:
         return []
     steps, table = run.leaf_levels
     limit = run.threshold
@@ -55,7 +55,7 @@ def starved(run: Signals) -> list[Finding]:
     starving = factor >= criteria.STARVED
     if starving.mean() < criteria.STARVED_STEPS:
         return []
-    names = list(run.leaves)
+    names = list(run.sound_leaves)
     by = int(np.bincount(table.argmax(axis=0)).argmax())
     return [
         finding(
@@ -64,7 +64,7 @@ def starved(run: Signals) -> list[Finding]:
             _stretch(steps, starving),
             leaves=[name for i, name in enumerate(names) if i != by],
             **{"starved_by": names[by], "factor": float(np.median(factor[starving]))},
-            column=run.leaves[names[by]].name,
+            column=run.sound_leaves[names[by]].name,
         )
     ]
 
@@ -74,7 +74,7 @@ def dead(run: Signals) -> list[Finding]:
     _, table = run.leaf_levels
     usual = float(np.median(table))
     found = []
-    for name, line in run.leaves.items():
+    for name, line in run.sound_leaves.items():
         least = criteria.DEAD * min(usual, float(np.max(line.values, initial=0.0)))
         alive = np.flatnonzero(~(line.values <= least))
         start = int(alive[-1]) + 1 if len(alive) else 0
@@ -89,7 +89,7 @@ def dead(run: Signals) -> list[Finding]:
             "warning",
             [step for step, _ in sorted(found)],
             leaves=names,
-            column=run.leaves[names[0]].name,
+            column=run.sound_leaves[names[0]].name,
         )
     ]
 
@@ -99,11 +99,11 @@ def depth(run: Signals) -> list[Finding]:
     steps, table = run.leaf_levels
     tiny = np.finfo(float).tiny
     levels = np.log(np.maximum(np.median(table, axis=1), tiny))
-    names, worst, found = list(run.leaves), 0.0, []
+    names, worst, found = list(run.sound_leaves), 0.0, []
     for depths, rows in _stacks(names):
         per_layer = levels[rows]
-        if per_layer.min() <= np.log(criteria.DEAD) + np.median(per_layer):
-            per_layer, depths = per_layer[per_layer > -700], depths[per_layer > -700]
+        alive = per_layer > np.log(tiny)
+        per_layer, depths = per_layer[alive], depths[alive]
         if len(per_layer) < criteria.LEAST_DEPTH:
             continue
         change = _first_over_last(depths, per_layer)
@@ -121,7 +121,7 @@ def depth(run: Signals) -> list[Finding]:
             first=found[0],
             last=found[1],
             **{"first_over_last": float(np.exp(worst))},
-            column=run.leaves[found[0]].name,
+            column=run.sound_leaves[found[0]].name,
         )
     ]
 

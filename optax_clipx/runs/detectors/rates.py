@@ -72,7 +72,8 @@ def warmup(run: Signals) -> list[Finding]:
         return []
     early = min(criteria.WARMUP_STEPS, int(criteria.WARMUP_PART * count))
     at = int(norms[:early].argmax())
-    level = float(np.median(norms[at + 1 :]))
+    near = max(criteria.WARMUP_STEPS, int(criteria.BLIND_PART * count))
+    level = float(np.median(norms[at + 1 : at + 1 + near]))
     if norms[at] < level * np.exp(criteria.WARMUP_SPIKE):
         return []
     later = limits[at + 1 :] > criteria.BLIND * level
