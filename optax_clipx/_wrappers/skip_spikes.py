@@ -150,14 +150,13 @@ def skip_spikes(
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
 
     def init_fn(params: Any) -> SkipState:
-        flatten(params, updates=False)  # refuses what has no gradient, and says so
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             scalar = jnp.zeros((), jnp.float32)
             return SkipState(
                 metrics.fresh(True),
                 rule.init(scalar),
                 loss_rule.init(scalar),
-                _checked(inner.init(params)),
+                _checked(_inner_state(inner, params)),
                 skipped=jnp.zeros((), jnp.bool_),
                 reason=jnp.zeros((), jnp.int32),
                 num_skipped=jnp.zeros((), jnp.int32),
@@ -272,6 +271,14 @@ def _select(condition: jax.Array, this: Any, that: Any) -> Any:
         return jnp.where(condition, a, b if b.dtype == a.dtype else b.astype(a.dtype))
 
     return jax.tree.map(one, this, that)
+
+
+def _inner_state(inner: optax.GradientTransformation, params: Any) -> Any:
+    try:
+        return inner.init(params)
+    except TypeError:
+        flatten(params, updates=False)  # says what to do with leaves that are no arrays
+        raise
 
 
 def _checked(inner_state: Any) -> Any:
