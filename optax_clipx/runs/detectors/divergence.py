@@ -115,7 +115,7 @@ def _growth(run: Signals, norm: Line, end: float) -> list[Finding]:
     at_once = np.diff(rising).max() > criteria.GROWTH_AT_ONCE * rise
     together = ranks_agree(rising, np.arange(len(rising)))
     begin = int(norm.steps[starts[low]])
-    before = float(np.median(levels[: low + 1]))
+    before = float(np.quantile(levels[: low + 1], 0.8))
     back = rising[-1] < before + criteria.GROWTH_ABOVE
     if at_once or back or together < criteria.GROWTH_RANK:
         return []
