@@ -17,11 +17,13 @@ class Restarts(NamedTuple):
         steps: with which a stretch begins again.
         before: the step that was recorded before each.
         mixed: they go back as often as where several runs are mixed.
+        dropped: the records that were run again are in a file of their own.
     """
 
     steps: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
     mixed: bool = False
+    dropped: bool = False
 
 
 def restarts(table: Table) -> Restarts:

@@ -218,7 +218,8 @@ def _is_of_training(name: str, what: str) -> bool:
 def read(run: Any, step: str | None, names: Names) -> Signals:
     """The signals of a path, a history or a mapping of columns."""
     if isinstance(run, str | Path) or hasattr(run, "__fspath__"):
-        return _of_table(Path(run), readers.rows(run, step), names)
+        path = readers.file_of_run(Path(run))
+        return _of_table(path, readers.rows(path, step), names)
     if isinstance(run, Mapping):
         columns = _checked(run, step)
         if not np.all(np.diff(columns[STEP]) > 0):
@@ -229,16 +230,35 @@ def read(run: Any, step: str | None, names: Names) -> Signals:
         columns = readers.columns_of_run(run)
         if not len(columns[STEP]):
             raise ReadError("There are no records to judge. Was anything appended?")
+        written = getattr(run, "path", None)
+        if written is not None:
+            return Signals(columns, names, _dropped(written), written)
     return Signals(columns, names, Restarts())
 
 
 def _of_table(path: Path, table: Table, names: Names) -> Signals:
     back = restarts(table)
+    if not back.steps:
+        back = _dropped(path)
     if back.mixed:  # of which run a row is, nobody can tell
         return Signals(table.arrays(), names, back, path)
     with warnings.catch_warnings():  # it is a finding
         warnings.filterwarnings("ignore", ".*steps go back at record", UserWarning)
         return Signals(one_row_a_step(path, table).arrays(), names, back, path)
+
+
+def _dropped(path: Path) -> Restarts:
+    """The restarts of a `History`: what is run again goes to a file beside it."""
+    try:
+        steps = readers.rows(f"{path}.dropped", STEP).arrays()[STEP]
+    except (ReadError, OSError):
+        return Restarts()
+    gaps = np.diff(steps)
+    usual = np.median(gaps[gaps > 0]) if (gaps > 0).any() else 1
+    begins = np.append(True, (gaps <= 0) | (gaps > 2 * usual))
+    ends = np.append(begins[1:], True)
+    first, last = steps[begins].tolist(), steps[ends].tolist()
+    return Restarts(tuple(first), tuple(last), dropped=True)
 
 
 def _checked(run: Mapping[str, Any], step: str | None) -> Columns:

@@ -136,3 +136,27 @@ def test_a_restart_with_resume_is_read_from_the_file_as_it_is(tmp_path):
     (found,) = clipx.diagnose(path).findings
     assert (found.code, found.steps) == ("restarts", (40,))
     assert found.evidence["before"] == [59]
+
+
+def resumed(path):
+    """A run that reached step 59, and went on from 40; then 79, and from 70."""
+    for start, end in ((0, 60), (40, 80), (70, 100)):
+        with clipx.History(path, resume=True) as history:
+            for step in range(start, end):
+                history.append(step, {"norm": 1.0})
+
+
+def test_restarts_of_a_history_are_known_from_what_it_dropped(tmp_path):
+    path = tmp_path / "run.jsonl"
+    resumed(path)
+    for run in (path, tmp_path, clipx.History(path, resume=True)):
+        (found,) = clipx.diagnose(run).findings
+        assert (found.code, found.severity) == ("restarts", "info")
+        assert (found.steps, found.evidence["before"]) == ((40, 70), [59, 79])
+
+
+def test_a_broken_file_of_dropped_records_is_not_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    resumed(path)
+    path.with_name("run.jsonl.dropped").write_bytes(b"\0" * 100)
+    assert clipx.diagnose(path).codes == ()

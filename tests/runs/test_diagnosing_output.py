@@ -1,6 +1,7 @@
 """How a diagnosis is shown: as text, as JSON, as a page, and by the exit status."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -103,3 +104,13 @@ def test_a_picture_of_huge_or_equal_numbers_is_drawn():
         shown = clipx.diagnose({"norm": norms})._repr_html_()
         assert "<path" in shown
         assert "nan" not in shown.split("<svg")[1].split("</svg>")[0]
+
+
+def test_a_picture_shows_the_line_and_marks_the_step():
+    norms = np.ones(101)
+    norms[60] = 30.0
+    shown = clipx.diagnose({"norm": norms})._repr_html_()
+    (path,) = set(re.findall(r'<path d="([^"]*)"/>', shown))
+    points = np.array(re.findall(r"[ML](\S+) ([\d.]+)", path), float)
+    assert points.tolist() == [[6.0 * i, 0.0 if i == 60 else 90.0] for i in range(101)]
+    assert re.findall(r'<line x1="([\d.]+)"', shown) == ["360.0"]

@@ -73,7 +73,7 @@ def restarts(run: Signals) -> list[Finding]:
     return [
         finding(
             "restarts",
-            "error" if back.mixed else "warning",
+            "error" if back.mixed else "info" if back.dropped else "warning",
             back.steps,
             count=len(back.steps),
             kind="several runs mixed" if back.mixed else "resumed",
