@@ -42,6 +42,7 @@ SHIFT = log(1.5)
 SHIFT_DEVIATIONS = 6.0
 SHIFT_SHARP = 0.6
 SHIFT_STAYS = 0.7
+SHIFT_EARLY = 0.05  # of the run, in which norms find their level
 SHIFT_SIDE = 50  # steps that have to be there before and after it
 
 # Growth of norms: healthy norms double or triple while the loss falls. They grow

@@ -119,9 +119,10 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
         np.pad(size, side), 2 * side + 1
     )
     found = {}
+    early = max(criteria.SHIFT_SIDE, criteria.SHIFT_EARLY * len(values))
     for k in np.flatnonzero((size > least) & (size == around_it.max(axis=1))):
         place = split(values, int(k) * each, (int(k) + 2 * side) * each)
-        if place >= criteria.SHIFT_SIDE and _is_sharp(values, place, float(change[k])):
+        if place >= early and _is_sharp(values, place, float(change[k])):
             found[place] = float(change[k])
     return sorted(found.items())
 
@@ -140,13 +141,14 @@ def split(values: np.ndarray, low: int, high: int) -> int:
 
 
 def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
-    far, near = 2 * criteria.SHIFT_SIDE, 8
-    earlier = np.median(values[max(0, place - criteria.SHIFT_SIDE) : place])
-    later = np.median(values[place : place + far])
-    before = np.median(values[max(0, place - near) : place])
-    after = np.median(values[place : place + near])
-    stays = (later - earlier) / change > criteria.SHIFT_STAYS
-    return bool(stays and (after - before) / change > criteria.SHIFT_SHARP)
+    def level(start: int, stop: int) -> float:
+        return float(np.median(values[max(0, place + start) : place + stop]))
+
+    side, near = criteria.SHIFT_SIDE, 8
+    stays = level(0, 2 * side) - level(-side, 0)
+    at_once = level(0, near) - level(-near, 0)
+    kept = stays / change > criteria.SHIFT_STAYS
+    return kept and at_once / change > criteria.SHIFT_SHARP
 
 
 def ranks_agree(a: np.ndarray, b: np.ndarray) -> float:

@@ -78,6 +78,13 @@ def test_the_factor_of_a_level_shift_is_told():
     assert found.evidence["factors"] == pytest.approx([4.0])
 
 
+def test_norms_that_find_their_level_at_the_start_do_not_shift():
+    norms = np.ones(2000)
+    norms[:70] = 4.0
+    assert clipx.diagnose({"norm": norms}).codes == ()
+    assert clipx.diagnose({"norm": norms[:1000]}).codes == ("level-shift",)
+
+
 def test_all_level_shifts_are_one_finding():
     norms = np.ones(1000)
     norms[300:700] = 4.0
