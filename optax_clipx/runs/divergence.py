@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .levels import spread
 from .table import STEP, Columns, present
 
 SKIPPED = "skip/skipped"
@@ -13,7 +14,6 @@ REASONS = ("nonfinite", "loss", "skipped")
 
 _FEWEST = 20  # losses: with fewer there is no limit yet
 _SMALLEST_RISE = 0.1  # of a loss; less is bad at no distance from the others
-_TO_DEVIATION = 1.4826  # of a normal distribution, from its median absolute deviation
 
 
 class BadStretch(NamedTuple):
@@ -73,5 +73,4 @@ def _limit(losses: np.ndarray, band: float) -> float:
         return math.inf
     with np.errstate(over="ignore"):
         middle = np.median(usual)
-        spread = _TO_DEVIATION * np.median(np.abs(usual - middle))
-        return float(middle + max(band * spread, _SMALLEST_RISE * abs(middle)))
+        return float(middle + max(band * spread(usual), _SMALLEST_RISE * abs(middle)))
