@@ -315,7 +315,7 @@ def _limits(
 def _refuse_state_of_others(
     rule: Threshold, state: Any, groups: Groups, leaves: Leaves, measure: Measure
 ) -> None:
-    """What a rule remembers of one leaf would broadcast to two, in silence."""
+    """Refuses a state of other leaves, which might broadcast without an error."""
     usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
     kinds = {type(s) for s in (usual, state) if not jax.tree_util.all_leaves([s])}
     if len(kinds) > 1:

@@ -24,8 +24,8 @@ def auto_clip(
 
     where :math:`m` follows the norm that 19 of 20 exceed: :func:`thresholds.auto` has
     the rule. Where norms vary little, twice that is above nearly all of them, and only
-    what stands out is clipped; where they have heavy tails it is below their middle,
-    and most steps are. One norm of 200 times the usual one in the first 100 steps hides
+    spikes are clipped. Where norms have heavy tails, it is below their median, and most
+    steps are clipped. One norm of 200 times the usual one in the first 100 steps hides
     later ones of 20 times for at most 4 steps. A loss multiplied by any constant clips
     the same steps by the same factors.
 

@@ -72,7 +72,7 @@ def margin(above: np.ndarray, least: float) -> float:
 
 
 def peaks(values: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where values stand out above the levels before and after, and by how much."""
+    """Where values are above the levels before and after, and by how much."""
     above = residuals(values)
     enough = margin(above, least)
     at = np.flatnonzero(above > 0.5 * enough)
