@@ -5,15 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 from .._devices.mesh import mesh_of, placements
+from .._devices.programs import replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
-from .._thresholds.base import Context, Threshold, no_memory
+from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float
-from .._trees.arithmetic import accumulator
+from .._trees.arithmetic import accumulator, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
@@ -252,8 +255,16 @@ def clip_norms(
         bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
         summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
     summary, lost, zero = by_policy(leaves, summary, options)
-    scales, zeroed = scaling.settle(scales, lost, zero, groups.starts())
-    flag = zeroed if options.nonfinite == "zero" else None
+
+    if measure.scope == "tree":
+        scales = where(lost, np.nan, where(zero, 0, scales))
+        summary, scales = _summary.computed_once(summary, scales)
+    else:
+        # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
+        value = where(lost, np.nan, lax.full_like(summary.norm, 0))
+        scales = replaced_if(lax.bitwise_or(lost, zero), value, scales)
+        summary, _ = _summary.computed_once(summary)
+    flag = zero if options.nonfinite == "zero" else None
     clipped = scaling.apply(arrays, groups, scales, flag)
     return Step(clipped, summary, new_rule, norm)
 
@@ -278,7 +289,7 @@ def _limits(
     narrow = bool(arrays_in(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
-        finite = jnp.where(jnp.isfinite(n), n, 0)
+        finite = where(lax.is_finite(n), n, lax.full_like(n, 0))
         return _metrics.to_float32(finite) if narrow else finite
 
     context = Context(
@@ -292,17 +303,9 @@ def _limits(
     if rule.init is not no_memory:
         _refuse_state_of_others(rule, rule_state, groups, leaves, measure)
     limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
-    if jax.tree_util.all_leaves([limits]):
-        limits = jax.tree.map(lambda n: limits, norm.value)
-    elif not isinstance(limits, tuple):
+    if not isinstance(limits, tuple) and not jax.tree_util.all_leaves([limits]):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
-    # Zeros made from the norms: under vmap over an Explicit axis a constant does not
-    # lie as a value for each member does, and the two cannot be stacked.
-    limits = jax.tree.map(
-        lambda t, n: jnp.asarray(t).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
-        limits,
-        norm.value,
-    )
+    limits = like(limits, norm.value)
     if narrow:  # what the rule saw as within its limit is so in float64 too
         limits = jax.tree.map(
             lambda t, n: _within(t, n, seen(n)) if n.dtype == jnp.float64 else t,
@@ -354,7 +357,7 @@ def _checked_norm(norm: Any, dtype: Any) -> Norms:
         raise ValueError(f"Expected norm >= 0, got norm={norm}.")
     norm = norm.astype(dtype)
     norm = jnp.where(norm < 0, jnp.nan, norm)
-    return Norms(norm, norm, jnp.ones_like(norm), jnp.square(norm))
+    return Norms(norm, norm, jnp.ones_like(norm))
 
 
 def params_like(leaves: Leaves, params: Any) -> list[Any]:

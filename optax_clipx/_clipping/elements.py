@@ -19,7 +19,7 @@ from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
 from .._trees.leaves import Leaves
 from . import bounds, policies
 from .responses import rescale
-from .scaling import Response, scales
+from .scaling import Response, scales, times_scale
 from .summary import Summary
 from .transformation import Options, Step, by_policy, transformation
 
@@ -152,19 +152,17 @@ def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
     root = magnitude = jnp.abs(wide)
-    factor = jnp.ones_like(magnitude)
+    unit = jnp.ones_like(magnitude)
     if jnp.iscomplexobj(wide):  # of finite parts the magnitude may be infinite
         most = jnp.maximum(jnp.abs(wide.real), jnp.abs(wide.imag))
         large = most > float(jnp.finfo(most.dtype).max) / 2
-        factor = jnp.where(large, 0.5, 1).astype(most.dtype)
-        root = jnp.abs(times(wide, factor))
-        magnitude = saturated_quotient(root, factor)
-    itself = Norms(magnitude, root, factor, jnp.square(root))
+        unit = jnp.where(large, 2, 1).astype(most.dtype)
+        root = jnp.abs(times(wide, 1 / unit))
+        magnitude = saturated_quotient(root, 1 / unit)
+    itself = Norms(magnitude, root, unit)
     limits = jnp.broadcast_to(limit, magnitude.shape)
     found = scales(itself, limits, response)
-    fine = jnp.where(jnp.isnan(limits), jnp.nan, found.fine)
-    scaled = times(times(wide, found.coarse), fine).astype(array.dtype)
-    return jnp.where(found.coarse * fine == 1, array, scaled)
+    return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))
 
 
 def _finish(

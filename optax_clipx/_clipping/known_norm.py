@@ -20,9 +20,9 @@ _KNOWN: ContextVar[_Known | None] = ContextVar("optax_clipx_known_norm", default
 
 
 @contextlib.contextmanager
-def known_norm(arrays: list[Any], norms: Norms) -> Iterator[None]:
+def known_norm(arrays: list[Any], norms: Norms | None) -> Iterator[None]:
     """While it lasts, the 2-norm of these very arrays need not be measured again."""
-    token = _KNOWN.set(_Known(arrays, norms))
+    token = _KNOWN.set(None if norms is None else _Known(arrays, norms))
     try:
         yield
     finally:

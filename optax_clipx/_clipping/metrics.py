@@ -1,12 +1,12 @@
 """What a clipper did: the numbers that it keeps in its state, and their reader."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int
 
@@ -119,15 +119,14 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
     steps = count(last.steps, True)
     if last.norm is None:
         return last._replace(steps=steps)
-    # Copies: a state that held the caller's own array could not be donated.
-    own = functools.partial(jnp.array, copy=True)
     return ClipMetrics(
-        norm=own(to_float32(summary.norm)),
-        clipped_norm=own(to_float32(summary.clipped_norm)),
-        scale=own(to_float32(summary.scale)),
-        threshold=own(to_float32(summary.threshold)),
-        clipped=own(to_float32(summary.clipped)),
-        nonfinite=own(summary.nonfinite),
+        norm=to_float32(summary.norm),
+        clipped_norm=to_float32(summary.clipped_norm),
+        scale=to_float32(summary.scale),
+        # A copy: a state that held the caller's own array could not be donated.
+        threshold=jnp.array(to_float32(summary.threshold), copy=True),
+        clipped=to_float32(summary.clipped),
+        nonfinite=summary.nonfinite,
         steps=steps,
         num_clipped=count(last.num_clipped, summary.any_clipped),
         num_nonfinite=count(last.num_nonfinite, summary.nonfinite),
@@ -137,7 +136,9 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
 def count(number: Any, happened: Any) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
     largest = jnp.iinfo(jnp.int32).max
-    return number + (jnp.asarray(happened) & (number < largest)).astype(jnp.int32)
+    most = lax.full_like(number, largest)
+    after = lax.select(lax.lt(number, most), lax.add(number, np.int32(1)), most)
+    return after if happened is True else lax.select(happened, after, number)
 
 
 def to_float32(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ limit as well; an infinite limit and a norm of 0 change nothing, whatever it say
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -40,10 +41,15 @@ def rescale(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
         networks, 2013, arXiv 1211.5063.
     """
-    shifted = norms + jnp.asarray(eps, norms.dtype)
-    over = shifted > limits
+    shifted = (
+        norms
+        if isinstance(eps, float) and eps == 0
+        else norms + jnp.asarray(eps, norms.dtype)
+    )
+    over = lax.gt(shifted, limits)
+    one = lax.full_like(norms, 1)
     # The untaken side of a where must stay finite, or its gradient is NaN.
-    return jnp.where(over, _ratio(limits, jnp.where(over, shifted, 1)), 1)
+    return lax.select(over, _ratio(limits, lax.select(over, shifted, one)), one)
 
 
 def normalize(
@@ -155,7 +161,7 @@ def drop(
 @jax.custom_jvp
 def _ratio(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x / y`, whose derivative does not form the square of `y`."""
-    return x / y
+    return lax.div(x, y)
 
 
 @_ratio.defjvp

@@ -1,6 +1,12 @@
-"""From norms and limits to scales, and from scales to clipped leaves."""
+"""From norms and limits to scales, and from scales to clipped leaves.
 
-import functools
+A scale `s = response(norm, limit)` is about `limit / norm`, and may be too small for a
+float: of a norm of 1e38 and a limit of 1e-6 it is 1e-44. Below 2^-100 its root is kept
+in its place, with a minus sign, and a leaf is multiplied by it twice. So far above its
+limit a response falls as `limit / norm`: `response(norm * low, limit * high)` is
+`s * high / low`, and that is in range.
+"""
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,208 +14,138 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from .._devices.mesh import Placement, lies_whole, map_local
-from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
+from .._devices.programs import traced_once
+from .._reductions.groups import Groups, Packed
 from .._reductions.norms import Norms
-from .._reductions.parts import Part, cut, unknown
-from .._trees.arithmetic import times, widened
+from .._trees.arithmetic import safe_sqrt, times, where, widened
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class Scales(NamedTuple):
-    """Packed scales in two factors, since one may be too small for a float."""
+class _Extremes(NamedTuple):
+    """When a scale is extreme, and the factors in which it is in range."""
 
-    coarse: Packed  # 1, but where a scale is extreme
-    fine: Packed
-    clipped_norm: Packed
-    starts: tuple[Any, ...] | None = None  # where what a leaf needs begins
-    tame: jax.Array | None = None  # of units: whether every first factor is 1
-
-    def product(self) -> Packed:
-        """The scales as single numbers."""
-        return jax.tree.map(jnp.multiply, self.coarse, self.fine)
+    extreme: float  # scales below are
+    low: float  # the factor of the norm
+    high: float  # the factor of the limit
+    far: float  # scales below far / raised are too small with these, too
+    raised: float
+    higher: float  # and take this factor of the limit
 
 
-def scales(norms: Norms, limits: Packed, response: Response) -> Scales:
-    """What each group is multiplied by, whatever the magnitudes."""
-    found = jax.tree.map(
-        functools.partial(_scale, response),
-        norms.value,
-        norms.root,
-        norms.factor,
-        norms.squares,
-        limits,
-    )
-    return Scales(*(_field(found, norms.value, i) for i in range(3)))
+_EXTREMES = {
+    jnp.dtype("float32"): _Extremes(
+        2.0**-100, 2.0**-30, 2.0**22, 2.0**-126, 2.0**52, 2.0**96
+    ),
+    jnp.dtype("float64"): _Extremes(
+        2.0**-900, 2.0**-200, 2.0**300, 2.0**-1022, 2.0**500, 2.0**822
+    ),
+}
 
 
-def _field(found: Any, like: Packed, index: int) -> Packed:
-    if isinstance(like, tuple):
-        return tuple(x[index] for x in found)
-    return found[index]
+def scales(norms: Norms, limits: Packed, response: Response) -> Packed:
+    """What each group is multiplied by, whatever the magnitudes: packed, as above."""
+
+    def one(*numbers: jax.Array) -> jax.Array:
+        return _scale(*numbers, response)
+
+    return jax.tree.map(one, norms.value, norms.root, norms.unit, limits)
 
 
-def _scale(
-    response: Response,
+def _scale_once(
     value: jax.Array,
     root: jax.Array,
-    factor: jax.Array,
-    squares: jax.Array,
+    unit: jax.Array,
     limit: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    info = jnp.finfo(value.dtype)
-    # The norm itself, or where it is beyond the largest number its root.
-    beyond = (value >= info.max) & (factor < 1) & jnp.isfinite(root)
-    beyond = beyond & ~jnp.isposinf(limit)
-    nonzero = jnp.where(value > 0, value, 1)
-    norm = jnp.where(beyond, root, nonzero)
-    unit = jnp.where(beyond, jnp.sqrt(factor), 1)
-    # Far above its limit, the scale is split evenly over two factors.
-    extreme = beyond | (limit < norm * 2.0 ** (info.minexp * 3 // 4))
-    extreme = extreme & (limit > 0) & jnp.isfinite(limit) & jnp.isfinite(norm)
-    extreme = extreme & (value > 0)
-    half = jnp.sqrt(jnp.where(extreme, limit, 1)) / jnp.sqrt(
-        jnp.where(extreme, norm, 1)
-    )
-    half = lax.stop_gradient(half)
-    coarse = lax.stop_gradient(half * unit)
-    fine = response(norm, (limit / half) * unit)
-    plain = ~extreme & (factor == 1) & (fine != 1)
-    fine = jnp.where(plain, _sharpened(fine, norm, squares, limit), fine)
-    fine = jnp.minimum(fine, info.max)
-    # An infinite limit, like a zero norm, changes nothing.
-    fine = jnp.where((value == 0) | jnp.isposinf(limit), 1, fine)
-    clipped = jnp.where(value == 0, 0, (norm * fine) * (half / unit))
-    clipped = jnp.where(jnp.isposinf(limit), value, clipped)
-    return coarse, fine, clipped
-
-
-def _sharpened(
-    scale: jax.Array, norm: jax.Array, squares: jax.Array, limit: jax.Array
+    response: Response,
 ) -> jax.Array:
-    """A scale that aims at the limit, from the squares: one rounding less.
+    most, extremes = float(jnp.finfo(value.dtype).max), _EXTREMES[value.dtype]
 
-    It makes the clipped norm the limit to the last bit more often. Dividing each entry
-    would too, but on CPU it makes a whole step of Adam 2.4 times as long.
-    """
-    info = jnp.finfo(norm.dtype)
-    aims = jnp.abs(scale * norm - limit) <= 4 * float(info.eps) * limit
-    low, high = float(info.tiny) * 1e8, float(info.max)
-    wanted = jnp.square(limit)
-    in_range = (wanted > low) & (wanted < high) & (squares > low) & (squares < high)
-    usable = aims & in_range & (wanted / jnp.where(in_range, squares, 1) > low)
-    ratio = jnp.where(usable, wanted, 1) / jnp.where(usable, squares, 1)
-    sharp = lax.stop_gradient(jnp.sqrt(ratio) - scale)
-    return scale + jnp.where(usable, sharp, 0)
+    def number(x: float | int) -> jax.Array:
+        return lax.full_like(value, x)
+
+    one, no_limit = number(1), lax.eq(limit, number(np.inf))
+    # The norm in a unit in which none is too large.
+    reduced = lax.mul(root, lax.mul(unit, number(extremes.low)))
+    below = lax.mul(reduced, number(extremes.extreme / extremes.low))
+    extreme = lax.bitwise_and(lax.lt(limit, below), lax.gt(limit, number(0)))
+    raised = lax.mul(limit, number(extremes.raised))
+    far = lax.lt(raised, lax.mul(reduced, number(extremes.far / extremes.low)))
+    saturated = lax.bitwise_and(lax.gt(unit, one), lax.ge(value, number(most)))
+    # What takes the place of norm and limit.
+    elsewhere = lax.bitwise_or(extreme, saturated)
+    norm = where(elsewhere, reduced, where(lax.gt(value, number(0)), value, one))
+    high = where(far, extremes.higher, number(extremes.high))
+    factor = where(extreme, high, where(saturated, extremes.low, one))
+    scale = lax.min(response(norm, lax.mul(limit, factor)), number(most))
+    back = where(
+        far,
+        -((extremes.low / extremes.higher) ** 0.5),
+        number(-((extremes.low / extremes.high) ** 0.5)),
+    )
+    scale = where(extreme, lax.mul(safe_sqrt(scale), back), scale)
+    # An infinite limit, like a zero norm, changes nothing.
+    return where(lax.bitwise_or(no_limit, lax.eq(value, number(0))), one, scale)
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
-def settle(
-    scales: Scales, lost: jax.Array, zero: jax.Array, starts: tuple[int, ...]
-) -> tuple[Scales, jax.Array]:
-    """The scales, NaN where everything is lost, and the flag for zeros.
+_scale = traced_once(_scale_once, (4,))
 
-    On CPU they come out of a cond, which computes them once: XLA may fuse what led to
-    them into the loop of every leaf. docs/design.md has what was measured.
-    """
-    units = isinstance(scales.fine, tuple) and all(map(lies_whole, scales.fine))
 
-    def usual(scales: Scales, lost: Any, zero: Any) -> Any:
-        if not units:
-            return scales, zero
-        tame = jnp.stack([jnp.all(c == 1) for c in scales.coarse])
-        return scales._replace(tame=jnp.all(tame)), zero
+def second_factor(scale: jax.Array) -> jax.Array:
+    """By what is multiplied after the scale itself: by an extreme one once more."""
+    return where(lax.lt(scale, lax.full_like(scale, 0)), scale, lax.full_like(scale, 1))
 
-    def rare(scales: Scales, lost: Any, zero: Any) -> Any:
-        # Both factors change here: one that does not is left outside of the cond.
-        # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        def either(c: jax.Array) -> jax.Array:
-            return jnp.where(lost, jnp.nan, jnp.where(zero, 1, c))
 
-        coarse = jax.tree.map(either, scales.coarse)
-        fine = jax.tree.map(either, scales.fine)
-        tame = jnp.zeros((), jnp.bool_) if units else None
-        return scales._replace(coarse=coarse, fine=fine, tame=tame), zero
+def as_numbers(scales: Packed) -> Packed:
+    """The scales as single numbers, of which extreme ones may be 0."""
+    return jax.tree.map(lambda s: lax.mul(s, second_factor(s)), scales)
 
-    def on_cpu(scales: Scales, lost: Any, zero: Any) -> Any:
-        # With starts of 0: then all scales are NaN, or all entries become 0.
-        scales, flag = lax.cond(lost | zero, rare, usual, scales, lost, zero)
-        return scales._replace(starts=unknown(starts, ~(lost | zero))), flag
 
-    def elsewhere(scales: Scales, lost: Any, zero: Any) -> Any:
-        scales, zero = rare(scales, lost, zero)
-        return scales._replace(starts=tuple(map(np.uint32, starts))), zero
+def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
+    """The norms of what has been multiplied by its scale."""
+    each = (norms.value, norms.root, norms.unit, limits, scales)
+    return jax.tree.map(_clipped_norm, *each)
 
-    return lax.platform_dependent(scales, lost, zero, cpu=on_cpu, default=elsewhere)
+
+def _clipped_norm_once(
+    value: jax.Array, root: jax.Array, unit: jax.Array, limit: jax.Array, s: jax.Array
+) -> jax.Array:
+    most = lax.full_like(value, jnp.finfo(value.dtype).max)
+    # In this order no product leaves the range.
+    first = where(
+        lax.ge(value, most), lax.mul(lax.mul(root, s), unit), lax.mul(value, s)
+    )
+    clipped = lax.min(lax.mul(first, second_factor(s)), most)
+    same = lax.bitwise_or(lax.is_finite(limit), lax.ne(limit, limit))
+    return where(same, clipped, value)
+
+
+_clipped_norm = traced_once(_clipped_norm_once)
 
 
 def apply(
-    arrays: list[Any], groups: Groups, scales: Scales, zero: jax.Array | None
+    arrays: Sequence[Any], groups: Groups, scales: Packed, zero: jax.Array | None
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
-
-    def local(shards: Sequence[Any], places: Any, extras: Any) -> list[jax.Array]:
-        zero, starts, tame = extras
-        parts = iter(shards)
-        leaves = [next(parts) for _ in arrays]
-        coarse, fine = (
-            groups.spread(tuple(next(parts) for _ in packed), starts)
-            for packed in (scales.coarse, scales.fine)
-        )
-        pairs = zip(leaves, coarse, fine, strict=True)
-        return [_apply(x, c, f, tame, zero) for x, c, f in pairs]
-
-    if isinstance(groups, UnitGroups) and groups.buckets:
-        flat = [*arrays, *scales.coarse, *scales.fine]
-        nowhere = [Placement((), None)] * len(flat)
-        return map_local(
-            local,
-            flat,
-            nowhere,
-            (zero, scales.starts, scales.tame),
-            lambda dims: [PartitionSpec(*d) for d in dims[: len(arrays)]],
-        )
-    coarse = groups.spread(scales.coarse, scales.starts)
-    fine = groups.spread(scales.fine, scales.starts)
-    both = None
-    if isinstance(groups, ScalarGroups) and groups.count is None:
-        # A vector, or XLA for GPUs would not fuse the kernels of different leaves.
-        both = lax.optimization_barrier(jnp.stack([scales.coarse, scales.fine]))
-    pairs = zip(arrays, coarse, fine, strict=True)
-    return [_apply(x, c, f, scales.tame, zero, both) for x, c, f in pairs]
+    pairs = zip(arrays, groups.spread(scales), strict=True)
+    return [times_scale(x, scale, zero) for x, scale in pairs]
 
 
-@jax.jit
-def _apply(
-    array: Any,
-    coarse_part: jax.Array | Part,
-    fine_part: jax.Array | Part,
-    tame: jax.Array | None,
-    zero: jax.Array | None,
-    both: jax.Array | None = None,
+def _times_scale_once(
+    array: Any, scale: jax.Array, zero: jax.Array | None = None
 ) -> jax.Array:
-    coarse, fine = cut(coarse_part), cut(fine_part)
-    if both is not None:
-        coarse, fine = lax.platform_dependent(
-            coarse,
-            fine,
-            both,
-            cuda=lambda coarse, fine, both: (both[0], both[1]),
-            default=lambda coarse, fine, both: (coarse, fine),
-        )
+    """A leaf times its scale, or scales; zeros where the flag is set."""
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
-    wide = array.astype(widened(array, fine.dtype))
-    scaled = times(times(wide, coarse), fine).astype(array.dtype)
+    wide = lax.convert_element_type(array, widened(array, scale.dtype))
+    scaled = times(times(wide, scale), second_factor(scale)).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    same = coarse * fine == 1
-    if tame is not None:  # XLA for CPU has a loop for it that reads one factor only
-        scaled = jnp.where(tame, times(wide, fine).astype(array.dtype), scaled)
-        same = jnp.where(tame, fine == 1, same)
+    same = lax.eq(scale, lax.full_like(scale, 1))
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
-        same = same & ((scaled == scaled) | True)
-    return jnp.where(same, array, scaled)
+        return jnp.where(same & ((scaled == scaled) | True), array, scaled)
+    return lax.select(same, array, scaled)
+
+
+times_scale = traced_once(_times_scale_once)

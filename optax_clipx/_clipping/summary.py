@@ -10,12 +10,13 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
+from .._devices.programs import entries, stacked, traced_once, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
-from .._reductions.whole_norm import combine, whole
+from .._reductions.whole_norm import as_norm, combine, whole
 from .._trees.leaves import Path
 from .._trees.sizes import as_number, is_known
-from .scaling import Scales
+from . import scaling
 
 
 class Summary(NamedTuple):
@@ -34,7 +35,7 @@ class Summary(NamedTuple):
 def summarize(
     norms: Norms,
     limits: Packed,
-    scales: Scales,
+    scales: Packed,
     groups: Groups,
     ord: Ord,
     arrays: list[Any],
@@ -49,27 +50,32 @@ def summarize(
     """
     if not isinstance(groups, UnitGroups) and groups.count is None:
         return _of_tree(norms, limits, scales)
+    clipped = scaling.clipped_norms(norms, limits, scales)
     places = mesh.placements(arrays, paths, axis_name, specs)
     sizes = groups.sizes(arrays, places)
-    fields = (norms.value, limits, scales.product(), scales.clipped_norm)
+    fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
-        weights = [1.0]
-        row = _row(*fields, sizes, ord, weights)
-        return _from_rows(row[None], ord, *_extent(norms.value, sizes, weights))
+        row = _row_of(*fields, jnp.asarray(sizes, norms.value.dtype), 1.0, ord)
+        return _from_row(row, ord, *_extent(norms.value, sizes, [1.0]))
 
     def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
-        parts = [tuple(shards[i : i + each]) for i in range(0, len(shards), each)]
+        parts = [shards[i : i + each] for i in range(0, len(shards), each)]
         kept = tuple(sorted({name for place in places for name in place.axes}))
         # A unit that several rows have counts once.
         weights = [
             1 / mesh.size_of(tuple(set(kept) - set(place.axes)))
             for place in places[:each]
         ]
-        before, limits, scales, after = parts
-        row = _row(before, limits, scales, after, sizes, ord, weights)
-        table = _gathered(row, kept)
+        dtype = parts[0][0].dtype
+        rows = [
+            _row_of(*of_leaf, jnp.asarray(size, dtype), weight, ord)
+            for *of_leaf, size, weight in zip(*parts, sizes, weights, strict=True)
+        ]
+        table = _gathered(_folded(stacked(rows), ord), kept)
         count, size = _extent(parts[0], sizes, weights)
-        return _from_rows(table, ord, count * len(table), size * len(table))
+        return _from_row(
+            _folded(table, ord), ord, count * len(table), size * len(table)
+        )
 
     flat = [x for field in fields for x in field]
     kept, each = groups.kept(places), len(norms.value)
@@ -96,63 +102,76 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
     count: Any = 0.0
     size: Any = 0.0
     leaves = jax.tree.leaves(norms)
-    for n, entries, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
+    for n, inside, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
         count += as_number(n.size) * weight
-        if is_known(n.size) and not isinstance(entries, jax.Array):
-            size += float(np.sum(np.broadcast_to(entries, n.shape))) * weight
+        if is_known(n.size) and not isinstance(inside, jax.Array):
+            size += float(np.sum(np.broadcast_to(inside, n.shape))) * weight
         else:
-            size += jnp.sum(jnp.broadcast_to(entries, n.shape)) * weight
+            size += jnp.sum(jnp.broadcast_to(inside, n.shape)) * weight
     return count, size
 
 
-def _of_tree(norms: Norms, limits: Packed, scales: Scales) -> Summary:
-    over = norms.value > limits
+def computed_once(
+    summary: Summary, scale: jax.Array | None = None
+) -> tuple[Summary, Any]:
+    """The same numbers, and the scale of a tree, all from one kernel."""
+    names = ("norm", "clipped_norm", "scale", "clipped", "nonfinite")
+    numbers = [getattr(summary, name).astype(summary.norm.dtype) for name in names]
+    found = entries(vector_of([*numbers, *([] if scale is None else [scale])]))
+    summary = summary._replace(**dict(zip(names, found, strict=False)))
+    happened = {"any_clipped": summary.clipped > 0, "nonfinite": summary.nonfinite > 0}
+    return summary._replace(**happened), None if scale is None else found[-1]
+
+
+def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
+    over = lax.gt(norms.value, limits)
     return Summary(
         norm=norms.value,
-        clipped_norm=scales.clipped_norm,
-        scale=scales.product(),
+        clipped_norm=scaling.clipped_norms(norms, limits, scales),
+        scale=scaling.as_numbers(scales),
         threshold=limits,
         clipped=over.astype(norms.value.dtype),
         any_clipped=over,
-        nonfinite=~jnp.isfinite(norms.value),
-        unusable=~(limits >= 0),
+        nonfinite=lax.bitwise_not(lax.is_finite(norms.value)),
+        unusable=lax.bitwise_not(lax.ge(limits, lax.full_like(limits, 0))),
     )
 
 
-def _row(
-    norms: Packed,
-    limits: Packed,
-    scales: Packed,
-    clipped_norms: Packed,
-    sizes: Packed,
+def _row_of_once(
+    norms: jax.Array,
+    limits: jax.Array,
+    scales: jax.Array,
+    clipped_norms: jax.Array,
+    size: jax.Array,
+    weight: float,
     ord: Ord,
-    weights: list[float],
 ) -> jax.Array:
-    """What `_from_rows` needs to know of these groups, as one short vector."""
-    dtype = jax.tree.leaves(norms)[0].dtype
-    over, bad, unusable, each = [], [], [], []
-    columns = map(jax.tree.leaves, (norms, limits, scales))
-    for n, t, s, weight in zip(*columns, weights, strict=True):
-        over.append(jnp.sum((n > t).astype(dtype)) * jnp.asarray(weight, dtype))
-        bad.append(jnp.any(~jnp.isfinite(n)))
-        unusable.append(jnp.any(~(t >= 0)))
-        finite = jnp.isfinite(n) & (t > 0)
-        ratio = jnp.where(finite, n, 0) / jnp.where(finite, t, 1)
-        ratio = jnp.where(finite | (n == 0), ratio, jnp.inf)
-        each.append(_worst(ratio, t, s))
-    ratios, thresholds, scale_of = zip(*each, strict=True)
-    worst = _worst(jnp.stack(ratios), jnp.stack(thresholds), jnp.stack(scale_of))
-    before = whole(norms, sizes, ord, weights)
-    after = whole(clipped_norms, sizes, ord, weights)
-    numbers = [
-        *before,
-        *after,
-        jnp.sum(jnp.stack(over)),
-        jnp.any(jnp.stack(bad)).astype(dtype),
-        jnp.any(jnp.stack(unusable)).astype(dtype),
-        *worst,
+    """What is to be known of the groups in one array, as a short vector."""
+    dtype = norms.dtype
+    finite = jnp.isfinite(norms) & (limits > 0)
+    ratio = jnp.where(finite, norms, 0) / jnp.where(finite, limits, 1)
+    ratio = jnp.where(finite | (norms == 0), ratio, jnp.inf)
+    over = jnp.sum((norms > limits).astype(dtype)) * weight
+    weights = (size if ord == "rms" else jnp.ones((), dtype)) * weight
+    wholes = [whole(n, weights, ord) for n in (norms, clipped_norms)]
+    numbers = (*wholes[0], *wholes[1], over, jnp.min(limits))
+    return vector_of([*numbers, *_worst(ratio, limits, scales)])
+
+
+_row_of = traced_once(_row_of_once, (5, 6))
+
+
+def _folded(table: jax.Array, ord: Ord) -> jax.Array:
+    """Several rows as one."""
+    if table.shape[0] == 1:
+        return table[0]
+    columns = list(table.T)
+    peak, total, peak_after, total_after, over, low = columns[:6]
+    wholes = [
+        *combine(peak, total, ord),
+        *combine(peak_after, total_after, ord),
     ]
-    return jnp.stack(numbers)
+    return vector_of([*wholes, jnp.sum(over), jnp.min(low), *_worst(*columns[6:])])
 
 
 def _worst(
@@ -172,24 +191,23 @@ def _worst(
     )
 
 
-def _from_rows(table: jax.Array, ord: Ord, count: Any, size: Any) -> Summary:
-    columns = list(table.T)
-    peak, total, peak_after, total_after, over, bad, unusable = columns[:7]
-    _, threshold, scale = _worst(*columns[7:])
-    num_over = jnp.sum(over)
+def _from_row(row: jax.Array, ord: Ord, count: Any, size: Any) -> Summary:
+    peak, total, peak_after, total_after, over, low, _, threshold, scale = list(row)
+    norm = as_norm(peak, total, size, ord)
     return Summary(
-        norm=combine(peak, total, size, ord),
-        clipped_norm=combine(peak_after, total_after, size, ord),
+        norm=norm,
+        clipped_norm=as_norm(peak_after, total_after, size, ord),
         scale=scale,
         threshold=threshold,
-        clipped=num_over / count,
-        any_clipped=num_over > 0,
-        nonfinite=jnp.any(bad > 0),
-        unusable=jnp.any(unusable > 0),
+        clipped=over / count,
+        any_clipped=over > 0,
+        nonfinite=~jnp.isfinite(norm),
+        unusable=~(low >= 0),
     )
 
 
 def nothing() -> Summary:
     """A step without any leaf."""
-    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.bool_)
-    return Summary(zero, zero, jnp.ones((), jnp.float32), zero, zero, no, no, no)
+    # Each an array of its own: a state that holds one twice cannot be donated.
+    numbers = [jnp.full((), x, jnp.float32) for x in (0, 0, 1, 0, 0)]
+    return Summary(*numbers, *[jnp.zeros((), jnp.bool_) for _ in range(3)])

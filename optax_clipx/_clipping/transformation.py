@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 from .._devices.mesh import mesh_of
 from .._thresholds.base import Threshold
+from .._trees.arithmetic import is_concrete, where
 from .._trees.leaves import Leaves, flatten
 from . import metrics as _metrics, policies, summary as _summary
+from .known_norm import find_norm, known_norm
 from .metrics import ClipState
 from .summary import Summary
 
@@ -48,6 +52,27 @@ def transformation(
     """
     policies.check_policy(options.nonfinite)
 
+    def one_step(
+        leaves: Leaves,
+        params: Any,
+        rule_state: Any,
+        steps: Any,
+        extra: Any,
+        metrics: Any,
+        known: Any,
+    ) -> tuple[list[jax.Array], Any, Any]:
+        with known_norm(leaves.arrays, known):
+            found = step(leaves, params, rule_state, steps, extra)
+        new_rule = found.rule
+        if not found.settled:
+            new_rule = _unless(found.summary.nonfinite, new_rule, rule_state)
+        if metrics is not None:
+            metrics = _metrics.advance(metrics, found.summary)
+        return found.arrays, metrics, new_rule
+
+    compiled = jax.jit(one_step)
+    used: list[bool] = []
+
     def init_fn(params: Any) -> Any:
         with mesh_of(jax.tree.leaves(params), auto=True):
             rule_state: Any = ()
@@ -82,15 +107,20 @@ def transformation(
                 return updates, state
             new_metrics = _metrics.advance(state.metrics, _summary.nothing())
             return updates, ClipState(new_metrics, rule_state)
+        metrics = state.metrics if kept else None
+        known = find_norm(leaves.arrays)
+        given = [leaves, params, rule_state, steps, extra, metrics, known]
+        if not rule.uses_params:
+            given[1] = None
+        run = one_step
+        if is_concrete(given) and options.nonfinite != "raise":
+            # From the second step on: `inject_hyperparams` makes each step a new one.
+            run = compiled if used and options.norm_arg not in extra else one_step
+            used[:] = [True]
         with mesh_of(leaves.arrays):
-            found = step(leaves, params, rule_state, steps, extra)
-            if not isinstance(state, ClipState):
-                return leaves.rebuild(found.arrays), state
-            new_rule = found.rule
-            if not found.settled:
-                new_rule = _unless(found.summary.nonfinite, new_rule, rule_state)
-            new_metrics = _metrics.advance(state.metrics, found.summary)
-        return leaves.rebuild(found.arrays), ClipState(new_metrics, new_rule)
+            arrays, metrics, rule_state = run(*given)
+        after = ClipState(metrics, rule_state) if kept else state
+        return leaves.rebuild(arrays), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -139,25 +169,27 @@ def by_policy(
     First match wins: an unusable limit, then entries that are not finite.
     """
     nonfinite, policy = summary.nonfinite, options.nonfinite
-    zero = jnp.zeros_like(nonfinite)
+    zero = lax.full_like(nonfinite, False)
     if policy == "raise":
         policies.raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
     lost = summary.unusable
     if policy in ("propagate", "raise"):
-        lost = lost | nonfinite
+        lost = lax.bitwise_or(lost, nonfinite)
     if policy == "zero":
-        zero = nonfinite & ~lost
+        zero = lax.bitwise_and(nonfinite, lax.bitwise_not(lost))
 
     def after(value: jax.Array) -> jax.Array:
-        value = jnp.where(lost, jnp.nan, value)
-        return jnp.where(zero, 0, value)
+        value = where(lost, np.nan, value)
+        return where(zero, 0, value) if policy == "zero" else value
+
+    changed = lax.bitwise_or(lost, zero)
 
     summary = summary._replace(
         nonfinite=nonfinite,
         clipped_norm=after(summary.clipped_norm),
         scale=after(summary.scale),
-        clipped=jnp.where(lost | zero, 0, summary.clipped),
-        any_clipped=summary.any_clipped & ~(lost | zero),
+        clipped=where(changed, 0, summary.clipped),
+        any_clipped=lax.bitwise_and(summary.any_clipped, lax.bitwise_not(changed)),
     )
     return summary, lost, zero
 

@@ -193,8 +193,8 @@ def _clip(
     to_one = scaling.scales(norm, ones, normalize)
     wide = [x.astype(widened(x, limits.dtype)) for x in arrays]
     unit = [
-        jnp.where(n > 0, (x * c) * f, 0)
-        for x, c, f, n in zip(wide, to_one.coarse, to_one.fine, norm.value, strict=True)
+        jnp.where(n > 0, (x * scale) * scaling.second_factor(scale), 0)
+        for x, scale, n in zip(wide, to_one, norm.value, strict=True)
     ]
     places = mesh.placements(arrays, paths, options.axis_name, options.specs)
     found = [

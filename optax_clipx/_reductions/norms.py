@@ -1,65 +1,65 @@
 """Norms of groups of leaves that are right at any magnitude.
 
 A float32 sum of squares is right while the norm is within about 1e-11..1e15. Beyond,
-the squares under- or overflow, and the same sum is taken of values multiplied by a
-power of two. On accelerators all three sums stand side by side,
-to be fused; on CPU, where each sum is a pass of its own, the second pass runs only when
-the first one needs it.
+squares under- or overflow. There the same sum is taken of `x / unit`, where the unit is
+a power of two, and the norm is `root * unit`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import log2
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._devices import mesh
+from .._devices.mesh import knows_shards
+from .._devices.programs import if_needed, sum_on_cpu, sums_by_parts, traced_once
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
-    clamp_to_one,
+    is_concrete,
     power,
     quotient,
     safe_sqrt,
-    saturated_quotient,
     times,
+    where,
     widened,
 )
 from .._trees.leaves import Path
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
-from .leaf_sums import Terms, can_go_by_parts, sums_by_parts
-from .parts import cut, unknown
+from .leaf_sums import Where, can_go_by_parts, sum_over_axes
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
 
 
 class Norms(NamedTuple):
-    """Packed norms. `value` is `root / factor`, saturated at the largest number."""
+    """Packed norms. `value` is `root * unit`, saturated at the largest number."""
 
     value: Packed
     root: Packed
-    factor: Packed
-    squares: Packed  # root squared, without the rounding of the root
+    unit: Packed
 
 
 class _Range(NamedTuple):
-    """Sums of squares within low..high lost nothing to under- or overflow.
+    """Roots of sums of squares within low..high lost nothing to under- or overflow.
 
-    Nor do derivatives: root times factor must stay a finite number as well.
+    What is below is measured in the unit `small`, what is above in the unit `large`.
     """
 
     low: float
     high: float
-    up: float  # multiplies what is below, a power of two
-    down: float  # multiplies what is above
+    small: float
+    large: float
 
 
 _RANGES = {
-    jnp.dtype("float32"): _Range(2.0**-76, 2.0**100, 2.0**80, 2.0**-80),
-    jnp.dtype("float64"): _Range(2.0**-500, 2.0**1000, 2.0**600, 2.0**-600),
+    jnp.dtype("float32"): _Range(2.0**-38, 2.0**50, 2.0**-80, 2.0**80),
+    jnp.dtype("float64"): _Range(2.0**-250, 2.0**500, 2.0**-600, 2.0**600),
 }
 
 
@@ -97,28 +97,24 @@ def norms(
     def local(shards: Sequence[Any], places: Any, extras: Any) -> list[Norms]:
         each = len(paths)
         split = tuple(tuple(shards[i : i + each]) for i in range(0, len(shards), each))
-        return _norms(split, extras, groups, ord, tuple(places[:each]), derive)
+        return local_norms(split, extras, groups, ord, tuple(places[:each]), derive)
 
     def out_specs(dims: Any) -> Any:
-        if isinstance(groups, ScalarGroups):
-            return jax.sharding.PartitionSpec()
-        specs = tuple(jax.sharding.PartitionSpec(b.explicit) for b in groups.buckets)
-        leaf_specs = specs or tuple(
-            jax.sharding.PartitionSpec(
-                *(() if i in axes else d for i, d in enumerate(leaf))
+        spec: Any = jax.sharding.PartitionSpec()
+        if isinstance(groups, UnitGroups):
+            spec = tuple(
+                jax.sharding.PartitionSpec(
+                    *(() if i in axes else d for i, d in enumerate(leaf))
+                )
+                for leaf, axes in zip(dims, groups.axes, strict=False)
             )
-            for leaf, axes in zip(dims, groups.axes, strict=False)
-        )
-        count = len(derive(trees, extras))
-        return [Norms(*[leaf_specs] * 4)] * count
+        return [Norms(spec, spec, spec)] * len(derive(trees, extras))
 
     places = mesh.placements(flat, paths * len(trees), axis_name, specs)
     return mesh.map_local(local, flat, places, extras, out_specs)
 
 
-# Traced once for each structure, also where `update` is called outside of jit.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
-def _norms(
+def local_norms(
     trees: Any,
     extras: Any,
     groups: Groups,
@@ -126,236 +122,330 @@ def _norms(
     places: tuple[mesh.Placement, ...],
     derive: Callable[[Any, Any], Any],
 ) -> list[Norms]:
+    """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
-    kinds = jax.eval_shape(derive, trees, extras)
-    times = len(kinds)
-    found = _Measured(
-        kinds=jax.tree.leaves(kinds),
-        at_risk=[
-            not isinstance(tree, Indicators) and _can_leave_range(x.dtype, dtype)
-            for tree in kinds
-            for x in jax.tree.leaves(tree)
-        ],
-        derive=derive,
-        groups=groups.repeated(times),
-        places=places * times,
-        dtype=dtype,
-    )
-    if ord in (2, "rms"):
-        squares, factor = _sums_of_squares(found, trees, extras)
-        if ord == "rms":
-            sizes = found.groups.sizes(found.kinds, found.places)
-            squares = jax.tree.map(
-                lambda s, n: s / jnp.asarray(n, dtype), squares, sizes
-            )
-        root = jax.tree.map(safe_sqrt, squares)
-    else:
-        root, factor = _power_norms(found, trees, extras, ord)
-        squares = jax.tree.map(jnp.square, root)
-    factor = jax.tree.map(lax.stop_gradient, factor)
-    value = jax.tree.map(saturated_quotient, root, factor)
-    fields = [groups.split(field, times) for field in (value, root, factor, squares)]
-    return [Norms(*each) for each in zip(*fields, strict=True)]
+    measured = _Measured(derive, Where(groups, places), dtype, ord)
+    measure = _two_norms if ord in (2, "rms") else _power_norms
+    given = (trees, extras)
+    # Outside of a trace compiled once for all that is measured alike.
+    if is_concrete(given) and all(map(knows_shards, jax.tree.leaves(trees))):
+        return _compiled(measure, measured, given)
+    return measure(measured, given)
 
 
-class _Measured(NamedTuple):
+@dataclass(frozen=True)
+class _Measured:
     """What is static about a reduction."""
 
-    kinds: list[Any]  # shapes and dtypes of the derived leaves
-    at_risk: list[bool]  # whether the squares of each may leave the range
     derive: Callable[[Any, Any], Any]
-    groups: Groups
-    places: tuple[mesh.Placement, ...]
+    where: Where
     dtype: Any
+    ord: Ord
 
-    def leaves(self, trees: Any, extras: Any) -> list[jax.Array]:
-        """The derived leaves, tree after tree; for derivatives they are made again."""
-        derive = self.derive
-        if derive is not as_they_are:
-            derive = jax.checkpoint(derive)
-        return jax.tree.leaves(derive(trees, extras))
+    def rows(self, given: Any) -> list[list[Any]]:
+        """The leaves of each derived tree."""
+        return [list(jax.tree.leaves(tree)) for tree in self.derive(*given)]
 
-    def wide(self, trees: Any, extras: Any) -> list[jax.Array]:
-        """The same in the accumulator's dtype."""
-        return [x.astype(widened(x, self.dtype)) for x in self.leaves(trees, extras)]
-
-    def totals(
-        self, terms: Terms, leaves: list[Any], *others: Any, known: Any = None
-    ) -> list[Packed]:
-        """For each term of the leaves its total over each group."""
-        known = known or [None] * len(leaves)
-        operands = list(zip(leaves, known, *others, strict=True))
-        return self.groups.totals(operands, self.places, terms)
-
-    def known_on_cpu(self, trees: Any, extras: Any, factors: Any = ()) -> Any:
-        """For each derived leaf its sum of squares, times a factor, or None."""
-        if self.derive is as_they_are or type(self.groups) is not ScalarGroups:
-            return None
-        each = len(trees[0])
-        found = [
-            _squares_by_parts(
-                [tree[i] for tree in trees],
-                extras[i] if extras else (),
-                factors[i::each],
-                self.derive,
-                self.dtype,
+    def at_risk(self, given: Any) -> list[bool]:
+        """For each derived tree whether squares of its numbers may leave the range."""
+        trees = jax.eval_shape(self.derive, *given)
+        return [
+            not isinstance(tree, Indicators)
+            and any(
+                _can_leave_range(x.dtype, self.dtype) for x in jax.tree.leaves(tree)
             )
-            for i in range(each)
+            for tree in trees
         ]
-        times = len(self.kinds) // each
-        rows = zip(*(row or [None] * times for row in found), strict=True)
-        return [x for row in rows for x in row]
 
+    def spread(self, packed: Sequence[Packed]) -> list[list[Any]]:
+        """For each derived tree, and each of its leaves, what its group has."""
+        return [self.where.groups.spread(p) for p in packed]
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _squares_by_parts(
-    arrays: list[jax.Array], extras: Any, factors: Any, derive: Any, dtype: Any
-) -> list[jax.Array] | None:
-    """The sums of squares of what is derived of the leaves at one place."""
+    def sizes(self, given: Any) -> Packed:
+        """The number of entries of each group."""
+        return self.where.groups.sizes(given[0][0], self.where.places)
 
-    def squares(*given: Any) -> list[jax.Array]:
-        *parts, (extras, factors) = given
-        derived = jax.tree.leaves(derive([[x] for x in parts], [extras]))
-        wide = [x.astype(widened(x, dtype)) for x in derived]
-        if factors:
-            wide = list(map(times, wide, factors))
-        return list(map(abs_squared, wide))
+    def roots(self, given: Any, how: str, factors: Any = None) -> list[list[Packed]]:
+        """The roots of the sums of squares of each derived tree's groups.
 
-    if not can_go_by_parts(arrays):
-        return None
-    return sums_by_parts(squares, arrays, (extras, factors))
+        One collective for all. Factors are those of each tree and leaf, or None.
+        `how` is "plain", "on_cpu", or "at_three": plain, and in two other units.
+        """
+        parts = self._sums_by_parts(given, factors) if how == "on_cpu" else None
+        rows = parts or [
+            [
+                self._sums(i, x, how, factors and factors[k][i])
+                for i, x in enumerate(row)
+            ]
+            for k, row in enumerate(self.rows(given))
+        ]
+        flat = [x for tree in given[0] for x in tree]
+        # Each choice of a unit has a row of its own.
+        turned = [list(row) for each in rows for row in zip(*each, strict=True)]
+        totals = self.where.totals(turned, flat)
+        sizes = self.sizes(given) if self.ord == "rms" else None
+        roots = [
+            jax.tree.map(_root, total)
+            if sizes is None
+            else jax.tree.map(_root, total, sizes)
+            for total in totals
+        ]
+        choices = len(roots) // len(rows)
+        return [roots[k::choices] for k in range(choices)]
 
-
-def _sums_of_squares(
-    measured: _Measured, trees: Any, extras: Any
-) -> tuple[Packed, Packed]:
-    """Sums of squares of values times a factor, and the factors."""
-    groups, dtype = measured.groups, measured.dtype
-    limits = _RANGES[dtype]
-
-    if not any(measured.at_risk):
-        (squares,) = measured.totals(_PLAIN, measured.wide(trees, extras))
-        return squares, jax.tree.map(jnp.ones_like, squares)
-    group_at_risk = groups.any_member(measured.at_risk)
-
-    def choose(squares: jax.Array, at_risk: Any) -> jax.Array:
-        fits = squares <= limits.high  # false for NaN
-        factor = jnp.where(
-            squares < limits.low, limits.up, jnp.where(fits, 1, limits.down)
+    def _sums(self, leaf: int, array: Any, how: str, factor: Any) -> list[jax.Array]:
+        return _sums_of_squares(
+            array, factor, self.where.groups.spans(leaf), self.dtype, how
         )
-        return lax.stop_gradient(jnp.where(at_risk, factor, 1).astype(dtype))
 
-    def pick(f: Any, plain: Any, raised: Any, lowered: Any) -> jax.Array:
-        return jnp.where(f == 1, plain, jnp.where(f > 1, raised, lowered))
+    def _squares(self, x: jax.Array, factor: Any) -> jax.Array:
+        return _squares(x, factor, self.dtype)
+
+    def _sums_by_parts(self, given: Any, factors: Any) -> list[Any] | None:
+        """The sums of squares of each derived leaf in one read of what it is made of.
+
+        None where leaves are small or nothing is derived.
+        """
+        trees, extras = given
+        if self.derive is as_they_are or not isinstance(
+            self.where.groups, ScalarGroups
+        ):
+            return None
+        columns = []
+        for i, arrays in enumerate(zip(*trees, strict=True)):
+            if not can_go_by_parts(arrays):
+                return None
+            others = (extras[i] if extras else (), [f[i] for f in factors or ()])
+            columns.append(sums_by_parts(self._squares_of_parts, arrays, others))
+        return [[[x] for x in row] for row in zip(*columns, strict=True)]
+
+    def _squares_of_parts(self, *given: Any) -> list[jax.Array]:
+        *parts, (extras, factors) = given
+        derived = jax.tree.leaves(self.derive([[x] for x in parts], [extras]))
+        each = zip(derived, factors or [None] * len(derived), strict=True)
+        return [self._squares(x, factor) for x, factor in each]
+
+
+def _squares(x: jax.Array, factor: Any, dtype: Any) -> jax.Array:
+    x = lax.convert_element_type(x, widened(x, dtype))
+    return abs_squared(x if factor is None else times(x, factor))
+
+
+def _sums_once(
+    x: Any, factor: Any, axes: tuple[int, ...] | None, dtype: Any, how: str
+) -> list[jax.Array]:
+    if how == "on_cpu":
+        return [sum_on_cpu(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
+    factors = [factor]
+    if how == "at_three":
+        limits = _RANGES[dtype]
+        units = [np.asarray(1 / u, dtype) for u in (limits.small, limits.large)]
+        # Behind a barrier: of an array with one entry XLA would square the factor.
+        factors += lax.optimization_barrier(units)
+    return [sum_over_axes(_squares(x, f, dtype), axes) for f in factors]
+
+
+_sums_of_squares = traced_once(_sums_once, (2, 3, 4))
+
+
+def _root_once(total: jax.Array, size: Any = None) -> jax.Array:
+    return safe_sqrt(total if size is None else total / jnp.asarray(size, total.dtype))
+
+
+def _choose_once(root: jax.Array, small: float, large: float) -> jax.Array:
+    """1 where the root is in range, else one of two numbers."""
+    limits = _RANGES[root.dtype]
+    usual = where(
+        lax.gt(root, lax.full_like(root, limits.high)), large, lax.full_like(root, 1)
+    )
+    return where(lax.lt(root, lax.full_like(root, limits.low)), small, usual)
+
+
+def _pick_once(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
+    """The root that was taken in the right unit."""
+    limits = _RANGES[plain.dtype]
+    usual = where(lax.gt(plain, lax.full_like(plain, limits.high)), large, plain)
+    return where(lax.lt(plain, lax.full_like(plain, limits.low)), small, usual)
+
+
+def _outside_once(root: jax.Array) -> jax.Array:
+    """Whether any root is out of range."""
+    limits = _RANGES[root.dtype]
+    low = lax.lt(root, lax.full_like(root, limits.low))
+    flags = lax.bitwise_or(low, lax.gt(root, lax.full_like(root, limits.high)))
+    return jnp.any(flags) if flags.ndim else flags
+
+
+_root = traced_once(_root_once)
+_choose = traced_once(_choose_once, (1, 2))
+_pick = traced_once(_pick_once)
+_outside = traced_once(_outside_once)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
+    """The norm of each derived tree's groups, whatever their magnitude."""
+    limits, risks = _RANGES[measured.dtype], measured.at_risk(given)
+    if not any(risks):
+        (roots,) = measured.roots(given, "plain")
+        return [_norms_of(root, jax.tree.map(jnp.ones_like, root)) for root in roots]
+
+    def chosen(roots: Sequence[Packed], small: float, large: float) -> list[Packed]:
+        return [
+            jax.tree.map(lambda x: _choose(x, small, large), root)
+            if risk
+            else jax.tree.map(jnp.ones_like, root)
+            for root, risk in zip(roots, risks, strict=True)
+        ]
+
+    def once(given: Any) -> Any:
+        (roots,) = measured.roots(given, "on_cpu")
+        return roots, roots
+
+    def judge(first: Any) -> tuple[jax.Array, list[Packed]]:
+        at_risk = [r for r, risk in zip(first[0], risks, strict=True) if risk]
+        flags = map(_outside, jax.tree.leaves(at_risk))
+        factors = chosen(first[0], 1 / limits.small, 1 / limits.large)
+        return functools.reduce(lax.bitwise_or, flags), factors
+
+    def again(factors: list[Packed], first: Any, given: Any) -> Any:
+        each = lax.optimization_barrier(measured.spread(factors))
+        return first[0], *measured.roots(given, "on_cpu", each)
+
+    def side_by_side(given: Any) -> Any:
+        plain, small, large = measured.roots(given, "at_three")
+        found = zip(risks, plain, small, large, strict=True)
+        return plain, [
+            jax.tree.map(_pick, *roots) if risk else roots[0] for risk, *roots in found
+        ]
 
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
-    together = isinstance(groups, UnitGroups) and any(p.axes for p in measured.places)
-    leaves = measured.leaves(trees, extras)
-    # Behind a barrier: of an array with one entry XLA would square the factor.
-    up, down = lax.optimization_barrier(
-        (jnp.asarray(limits.up, dtype), jnp.asarray(limits.down, dtype))
-    )
-    terms = _at_three_scales(dtype, not together)
-    ups, downs = [up] * len(leaves), [down] * len(leaves)
-    known = measured.known_on_cpu(trees, extras)
-    sums = measured.totals(terms, leaves, ups, downs, known=known)
-    factor = jax.tree.map(choose, sums[0], group_at_risk)
-    squares = jax.tree.map(pick, factor, *sums)
-    if together:
-        return squares, factor
+    groups, places = measured.where
+    if isinstance(groups, UnitGroups) and any(place.axes for place in places):
+        plain, roots = side_by_side(given)
+    else:
+        plain, roots = if_needed(once, judge, again, side_by_side, given)
+    return list(map(_norms_of, roots, chosen(plain, limits.small, limits.large)))
 
-    def second_pass(
-        trees: Any, extras: Any, factor: Any, squares: Any, again: Any
-    ) -> Packed:
-        starts = unknown(groups.starts(), again)
-        # Behind a barrier: XLA would write out one factor for leaves of one shape.
-        factors = lax.optimization_barrier(
-            list(map(cut, groups.spread(factor, starts)))
+
+@_two_norms.defjvp
+def _two_norms_jvp(
+    measured: _Measured, primals: Any, tangents: Any
+) -> tuple[list[Norms], list[Norms]]:
+    """The slope of a norm: the sum of `x / norm` times the change of x; 0 at 0."""
+    (given,), (changes,) = primals, tangents
+    here, dtype = measured.where, measured.dtype
+    found = _two_norms(measured, given)
+    rows, moved = jax.jvp(lambda *given: measured.rows(given), given, changes)
+    count = measured.sizes(given) if measured.ord == "rms" else None
+
+    def inverse(root: jax.Array, size: Any = 1) -> jax.Array:
+        there = root > 0
+        return jnp.where(there, 1 / (jnp.where(there, root, 1) * size), 0).astype(dtype)
+
+    def slope(
+        leaf: int, x: Any, change: Any, unit: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        def along(x: Any, change: Any) -> jax.Array:
+            wide = widened(x, dtype)
+            way = times(times(x.astype(wide), 1 / unit), weight)
+            return (way.conj() * change.astype(wide)).real
+
+        return here.local(along, leaf, x, change)
+
+    slopes = []
+    for norm, leaves, change in zip(found, rows, moved, strict=True):
+        sizes = () if count is None else (count,)
+        weights = here.groups.spread(jax.tree.map(inverse, norm.root, *sizes))
+        units = here.groups.spread(norm.unit)
+        each = zip(leaves, change, units, weights, strict=True)
+        slopes.append([slope(i, *x) for i, x in enumerate(each)])
+    totals = here.totals(slopes, [x for tree in given[0] for x in tree])
+    return found, [
+        Norms(
+            total,
+            jax.tree.map(jnp.divide, total, norm.unit),
+            jax.tree.map(jnp.zeros_like, norm.unit),
         )
-        leaves = measured.leaves(trees, extras)
-        known = measured.known_on_cpu(trees, extras, factors)
-        return measured.totals(_scaled(dtype), leaves, factors, known=known)[0]
-
-    def first_pass(
-        trees: Any, extras: Any, factor: Any, squares: Any, again: Any
-    ) -> Packed:
-        return squares
-
-    def again_if_needed(trees: Any, extras: Any, factor: Any, squares: Any) -> Packed:
-        outside = [jnp.any(f != 1) for f in jax.tree.leaves(factor)]
-        again = jnp.any(jnp.stack(outside))
-        return lax.cond(
-            again, second_pass, first_pass, trees, extras, factor, squares, again
-        )
-
-    def done(trees: Any, extras: Any, factor: Any, squares: Any) -> Packed:
-        return squares
-
-    squares = lax.platform_dependent(
-        trees, extras, factor, squares, cpu=again_if_needed, default=done
-    )
-    return squares, factor
+        for total, norm in zip(totals, found, strict=True)
+    ]
 
 
-def _power_norms(
-    measured: _Measured, trees: Any, extras: Any, ord: Any
-) -> tuple[Packed, Packed]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(measure: Callable[..., Any], measured: _Measured, given: Any) -> Any:
+    return measure(measured, given)
+
+
+def _norms_of(root: Packed, unit: Packed) -> Norms:
+    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
+
+
+def _saturated_once(root: jax.Array, unit: jax.Array) -> jax.Array:
+    """`root * unit`, at most the largest number; what is not finite stays."""
+    largest = lax.full_like(root, jnp.finfo(root.dtype).max)
+    found = lax.min(lax.mul(root, unit), largest)
+    return where(lax.is_finite(root), found, root)
+
+
+_saturated = traced_once(_saturated_once)
+
+
+def _power_norms(measured: _Measured, given: Any) -> list[Norms]:
     """Norms of other orders, relative to the largest magnitude of each group."""
-    groups, dtype = measured.groups, measured.dtype
-    leaves = measured.wide(trees, extras)
-    peak = measured.totals(_PEAK, leaves)[0]
+    here, dtype, ord = measured.where, measured.dtype, float(measured.ord)
+    flat = [x for tree in given[0] for x in tree]
+    rows = [[x.astype(widened(x, dtype)) for x in row] for row in measured.rows(given)]
+
+    def _peak(leaf: int, x: jax.Array) -> jax.Array:
+        axes = here.groups.spans(leaf)
+        return jnp.max(_magnitude(x), axis=axes, keepdims=axes is not None)
+
+    peaks = here.totals(
+        [[_peak(i, x) for i, x in enumerate(row)] for row in rows],
+        flat,
+        largest=True,
+    )
     if ord == float("inf"):
-        return peak, jax.tree.map(jnp.ones_like, peak)
-    peak = jax.tree.map(lax.stop_gradient, peak)
-    safe = jax.tree.map(lambda m: jnp.where((m > 0) & jnp.isfinite(m), m, 1), peak)
-    sums = measured.totals(_of_power(ord), leaves, groups.spread(safe))[0]
-    large, down = _RANGES[dtype].high ** 0.5, _RANGES[dtype].down
-    factor = jax.tree.map(lambda m: jnp.where(m > large, down, 1).astype(dtype), safe)
-    root = jax.tree.map(lambda s, m, f: (m * f) * power(s, 1 / ord), sums, safe, factor)
-    return root, factor
+        return [_norms_of(peak, jax.tree.map(jnp.ones_like, peak)) for peak in peaks]
+
+    def safe(peak: jax.Array) -> jax.Array:
+        peak = lax.stop_gradient(peak)
+        return jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+
+    def term(leaf: int, x: jax.Array, peak: jax.Array) -> jax.Array:
+        return here.local(lambda x: power(quotient(jnp.abs(x), peak), ord), leaf, x)
+
+    peaks = [jax.tree.map(safe, peak) for peak in peaks]
+    terms = [
+        [
+            term(i, x, peak)
+            for i, (x, peak) in enumerate(
+                zip(row, here.groups.spread(peak), strict=True)
+            )
+        ]
+        for row, peak in zip(rows, peaks, strict=True)
+    ]
+    limits = _RANGES[dtype]
+
+    def norm(total: Packed, peak: Packed) -> Norms:
+        unit = jax.tree.map(
+            lambda m: jnp.where(m > limits.high, limits.large, 1).astype(dtype), peak
+        )
+        root = jax.tree.map(
+            lambda s, m, u: (m / u) * power(s, 1 / ord), total, peak, unit
+        )
+        return _norms_of(root, unit)
+
+    return list(map(norm, here.totals(terms, flat), peaks))
 
 
-def _plain(x: jax.Array) -> tuple[jax.Array]:
-    return (abs_squared(x),)
-
-
-@functools.cache
-def _scaled(dtype: Any) -> Terms:
-    def of(x: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
-        return (abs_squared(times(x.astype(widened(x, dtype)), factor)),)
-
-    return Terms(of, one_on_cpu=True, dtype=dtype)
-
-
-@functools.cache
-def _at_three_scales(dtype: Any, one_on_cpu: bool) -> Terms:
-    def of(
-        x: jax.Array, up: jax.Array, down: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = x.astype(widened(x, dtype))
-        # What is above 1 is not chosen raised, but must stay finite for gradients.
-        raised = abs_squared(times(clamp_to_one(x), up))
-        return abs_squared(x), raised, abs_squared(times(x, down))
-
-    return Terms(of, one_on_cpu=one_on_cpu, dtype=dtype, in_turn=True)
-
-
-def _magnitude(x: jax.Array) -> tuple[jax.Array]:
+def _magnitude(x: jax.Array) -> jax.Array:
     # Not every all-reduce passes a NaN through a max; every one passes infinity.
-    return (jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)),)
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
 
 
-_PLAIN = Terms(_plain)
-_PEAK = Terms(_magnitude, jnp.max)
-
-
-@functools.cache
-def _of_power(ord: float) -> Terms:
-    return Terms(lambda x, peak: (power(quotient(jnp.abs(x), peak), ord),))
-
-
-def _can_leave_range(leaf: Any, dtype: Any) -> bool:
-    """Whether squares of this leaf's numbers may under- or overflow the sums'."""
-    info, limits = jnp.finfo(leaf), _RANGES[jnp.dtype(dtype)]
-    return 2.0 * info.maxexp > log2(limits.high) or 2.0 * info.minexp < log2(limits.low)
+def _can_leave_range(dtype: Any, sums: Any) -> bool:
+    """Whether squares of numbers of a dtype may under- or overflow the sums'."""
+    info, limits = jnp.finfo(dtype), _RANGES[jnp.dtype(sums)]
+    return info.maxexp > log2(limits.high) or info.minexp < log2(limits.low)

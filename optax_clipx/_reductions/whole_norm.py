@@ -1,54 +1,54 @@
-"""The norm of the whole tree from the norms of its groups, and no other pass."""
+"""The norm of the whole tree from the norms of its groups, and no other pass.
 
-from collections.abc import Sequence
-from typing import Any
+A whole norm is carried as `(peak, total)`: it is `peak * total^(1/p)`, and no power of
+a norm leaves the range.
+"""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._trees.arithmetic import power, quotient
-from .groups import Packed
 from .norms import Ord
 
+Whole = tuple[jax.Array, jax.Array]
 
-def whole(
-    norms: Packed, sizes: Packed, ord: Ord, weights: Sequence[float]
-) -> tuple[jax.Array, jax.Array]:
-    """`(peak, total)` of packed norms, from which `combine` makes the whole norm."""
-    leaves = jax.tree.leaves(norms)
-    peak = jnp.max(jnp.stack([jnp.max(n) for n in leaves]))
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+
+def whole(norms: jax.Array, weights: jax.Array, ord: Ord) -> Whole:
+    """The whole norm of an array of norms, each of so many entries or copies."""
+    peak = jnp.max(norms)
     if ord == float("inf"):
         return peak, peak
-    terms = []
-    for n, size, weight in zip(leaves, jax.tree.leaves(sizes), weights, strict=True):
-        known = np.asarray(size) if not isinstance(size, jax.Array) else size
-        factor = known * weight if ord == "rms" else weight
-        powers = power(quotient(n, safe), _exponent(ord))
-        terms.append(jnp.sum(powers * jnp.asarray(factor, n.dtype)))
-    return peak, jnp.sum(jnp.stack(terms))
+    powers = power(quotient(norms, _safe(peak)), _exponent(ord))
+    return peak, jnp.sum(powers * weights)
+
+
+def combine(peaks: jax.Array, totals: jax.Array, ord: Ord) -> Whole:
+    """One whole norm from those of several parts."""
+    peak = jnp.max(peaks)
+    if ord == float("inf"):
+        return peak, peak
+    powers = power(quotient(peaks, _safe(peak)), _exponent(ord))
+    return peak, jnp.sum(totals * powers)
+
+
+def as_norm(peak: jax.Array, total: jax.Array, size: object, ord: Ord) -> jax.Array:
+    """The norm as a number, of so many entries."""
+    if ord == float("inf"):
+        return peak
+    if ord == "rms":
+        total = total / jnp.asarray(size, total.dtype)
+    norm = _safe(peak) * power(total, 1 / _exponent(ord))
+    largest = jnp.finfo(norm.dtype).max
+    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, largest), norm)
 
 
 def whole_norm(norms: jax.Array) -> jax.Array:
     """The 2-norm of norms: that of all groups together."""
-    peak, total = whole(norms, jnp.zeros(norms.shape), 2.0, [1.0])
-    return combine(peak[None], total[None], 1, 2.0)
+    return as_norm(*whole(norms, jnp.ones((), norms.dtype), 2.0), 1, 2.0)
 
 
-def combine(peaks: jax.Array, totals: jax.Array, size: Any, ord: Ord) -> jax.Array:
-    """The whole norm from vectors of peaks and totals."""
-    peak = jnp.max(peaks)
-    if ord == float("inf"):
-        return peak
-    exponent = _exponent(ord)
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    total = jnp.sum(totals * power(quotient(peaks, safe), exponent))
-    if ord == "rms":
-        total = total / jnp.asarray(size, total.dtype)
-    norm = safe * power(total, 1 / exponent)
-    largest = jnp.finfo(norm.dtype).max
-    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, largest), norm)
+def _safe(peak: jax.Array) -> jax.Array:
+    return jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
 
 
 def _exponent(ord: Ord) -> float:

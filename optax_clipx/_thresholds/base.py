@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
@@ -117,12 +118,16 @@ def is_pair(value: Any) -> bool:
 
 
 def like(limit: Any, norms: Any) -> Any:
-    """One limit in the form of the norms, in their dtype."""
-    # Zeros made from the norms let it lie on the mesh as they do.
-    return jax.tree.map(
-        lambda n: jnp.asarray(limit).astype(n.dtype) + (n != n).astype(n.dtype) * 0,
-        norms,
-    )
+    """One limit, or one of each array, in the form of the norms and in their dtype."""
+    if not isinstance(limit, tuple):
+        return jax.tree.map(lambda n: _like(limit, n), norms)
+    return jax.tree.map(_like, limit, norms)
+
+
+def _like(limit: Any, norm: jax.Array) -> jax.Array:
+    if isinstance(limit, float | int):
+        return lax.full_like(norm, limit)
+    return jnp.broadcast_to(jnp.asarray(limit).astype(norm.dtype), norm.shape)
 
 
 def per_norm(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -19,18 +20,39 @@ def at_least_float32(array: Any) -> Any:
     return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
 
 
+# What every update computes is written with `jax.lax`: JAX traces it in a quarter of
+# the time that `jax.numpy` takes.
+
+
+def where(mask: jax.Array, x: Any, y: Any) -> jax.Array:
+    """`jnp.where` of arrays of one shape, one of which may be a number."""
+    like = x if getattr(x, "shape", None) == mask.shape and hasattr(x, "aval") else y
+    return lax.select(mask, _alike(x, like), _alike(y, like))
+
+
+def _alike(x: Any, like: Any) -> Any:
+    if getattr(x, "shape", None) == like.shape and x.dtype == like.dtype:
+        return x
+    return lax.full_like(like, x)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of all entries."""
+    return lax.reduce(x, np.zeros((), x.dtype), lax.add, tuple(range(x.ndim)))
+
+
 def abs_squared(x: jax.Array) -> jax.Array:
     """The square of a magnitude; of a complex number without taking its root first."""
-    if jnp.iscomplexobj(x):
+    if is_complex(x):
         return x.real * x.real + x.imag * x.imag
-    return x * x
+    return lax.mul(x, x)
 
 
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+def times(x: Any, factor: jax.Array | np.ndarray) -> jax.Array:
     """A real or complex array times a real one, part by part."""
-    if jnp.iscomplexobj(x):
+    if is_complex(x):
         return lax.complex(x.real * factor, x.imag * factor)
-    return x * factor
+    return x * factor if x.shape != np.shape(factor) else lax.mul(x, factor)
 
 
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -41,6 +63,20 @@ def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     small = jnp.where(y > jnp.finfo(y.dtype).max * 2.0**-28, 2.0**-30, 1)
     small = small.astype(y.dtype)
     return (x * small) / (y * small)
+
+
+def is_concrete(given: Any) -> bool:
+    """Whether all of this are arrays and numbers that are not traced."""
+    kinds = jax.Array | np.ndarray | np.generic | float | int
+    return all(
+        isinstance(x, kinds) and not isinstance(x, jax.core.Tracer)
+        for x in jax.tree.leaves(given)
+    )
+
+
+def is_complex(x: Any) -> bool:
+    """Whether an array has complex numbers."""
+    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
 def widened(x: Any, dtype: Any) -> Any:
@@ -63,8 +99,8 @@ def power(x: jax.Array, p: float) -> jax.Array:
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The root, with a derivative of 0 at 0."""
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+    zero = lax.eq(x, lax.full_like(x, 0))
+    return where(zero, 0, lax.sqrt(where(zero, 1, x)))
 
 
 def saturated_quotient(root: jax.Array, factor: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Which leaves of a pytree are clipped, and what they are called."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,12 @@ from jax.tree_util import GetAttrKey
 Path = tuple[str, ...]
 
 
-class Leaves(NamedTuple):
-    """A flattened pytree: `arrays` are measured, the rest passes through."""
+@dataclass
+class Leaves:
+    """A flattened pytree: `arrays` are measured, the rest passes through.
+
+    Itself a pytree of its arrays, without what passes through.
+    """
 
     arrays: list[Any]
     keys: list[Any]
@@ -25,12 +30,24 @@ class Leaves(NamedTuple):
         """The path of each array, as strings."""
         return [path_of(keys) for keys in self.keys]
 
+    def _replace(self, **changes: Any) -> "Leaves":
+        return replace(self, **changes)
+
     def rebuild(self, arrays: list[Any]) -> Any:
         """The pytree with its arrays replaced."""
         everything = list(self.everything)
         for index, array in zip(self.indices, arrays, strict=True):
             everything[index] = array
         return jax.tree.unflatten(self.treedef, everything)
+
+
+jax.tree_util.register_pytree_node(
+    Leaves,
+    lambda x: ((x.arrays,), (tuple(x.keys), tuple(x.indices), x.treedef)),
+    lambda static, children: Leaves(
+        children[0], list(static[0]), list(static[1]), [], static[2]
+    ),
+)
 
 
 def path_of(keys: tuple[Any, ...]) -> Path:
@@ -93,10 +110,8 @@ def flatten(tree: Any, *, updates: bool = True) -> Leaves:
 
 
 def _as_jax_has_it(leaf: Any) -> Any:
-    """A NumPy array of a dtype that JAX has: without x64 float64 becomes float32."""
-    dtype = leaf.dtype
-    number = dtype != jax.dtypes.float0 and dtype.kind in "iufc"
-    if not number or jax.dtypes.canonicalize_dtype(dtype) == dtype:
+    """A NumPy array of numbers as a JAX array; without x64 float64 becomes float32."""
+    if leaf.dtype == jax.dtypes.float0 or leaf.dtype.kind not in "iufcV":
         return leaf
     return jnp.asarray(leaf)
 

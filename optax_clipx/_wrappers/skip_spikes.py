@@ -197,7 +197,7 @@ def skip_spikes(
             feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in found.arrays]
             # A clipper that comes first inside need not measure the same again.
             known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), found.norms)
-            known = known._replace(factor=jnp.where(skipped, 1, found.norms.factor))
+            known = known._replace(unit=jnp.where(skipped, 1, found.norms.unit))
         with known_norm(feed, known):
             inner_updates, after = wrapped.update(
                 leaves.rebuild(feed), state.inner, params, **extra

@@ -172,13 +172,10 @@ def _far(
 
 def _together(found: Norms) -> Norms:
     """The norm of the whole tree from the groups' sums of squares."""
-    # In the scale of the largest: what is lost beside it is below its rounding.
-    largest = jnp.argmax(jnp.where(jnp.isnan(found.value), jnp.inf, found.value))
-    factor = found.factor[largest]
-    change = factor / found.factor
-    squares = jnp.sum(found.squares * change * change)
-    root = safe_sqrt(squares)
-    return Norms(saturated_quotient(root, factor), root, factor, squares)
+    # In the largest unit: what is lost beside it is below its rounding.
+    unit = jnp.max(found.unit)
+    root = safe_sqrt(jnp.sum(jnp.square(found.root * (found.unit / unit))))
+    return Norms(saturated_quotient(root, 1 / unit), root, unit)
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:

@@ -6,16 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .._clipping import scaling
 from .._clipping.scaling import Response
 from .._devices import mesh
-from .._devices.mesh import Placement, size_of
+from .._devices.mesh import Axes, Placement
 from .._reductions.groups import Packed, ScalarGroups
-from .._reductions.leaf_sums import Operands, Terms, reduced
-from .._reductions.norms import Norms, Ord, _norms, as_they_are
+from .._reductions.norms import Norms, Ord, as_they_are, local_norms
 from .._trees.arithmetic import accumulator, times, widened
 
 
@@ -30,26 +28,24 @@ class ExampleGroups(ScalarGroups):
 
     ndims: tuple[int, ...] = ()  # of each leaf, with the axis of examples
 
-    def totals(
-        self, leaves: Sequence[Operands], places: Sequence[Placement], terms: Terms
-    ) -> list[jax.Array]:
-        """For each term its total over each group of each example."""
-        each = zip(
-            *(reduced(x, terms, tuple(range(1, x[0].ndim))) for x in leaves),
-            strict=True,
-        )
-        columns = jnp.stack([jnp.stack(column) for column in each])
-        axes = tuple(sorted({name for place in places for name in place.axes}))
-        if axes and terms.total is jnp.sum:
-            copies = np.array([size_of(tuple(set(axes) - set(p.axes))) for p in places])
-            columns = columns / jnp.asarray(copies, columns.dtype)[None, :, None]
-        totals = terms.over(self._combine(columns, terms.total), axes)
-        return [total if self.count is None else total.T for total in totals]
+    def spans(self, leaf: int) -> tuple[int, ...] | None:
+        """The axes of one example."""
+        return tuple(range(1, self.ndims[leaf]))
 
-    def any_member(self, flags: Sequence[bool]) -> Packed:
-        """For each group whether any of its leaves has the flag."""
-        found = super().any_member(flags)
-        return found if self.count is None else found[None]
+    def combine(
+        self,
+        found: Sequence[jax.Array],
+        arrays: Sequence[Any],
+        places: Sequence[Placement],
+        largest: bool,
+    ) -> list[tuple[jax.Array, Axes]]:
+        """For each example one value for each group."""
+        rows = [x.reshape(x.shape[0]) for x in found]
+        return super().combine(rows, arrays, places, largest)
+
+    def mesh_axes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
+        """The mesh axes over which the parts of one example lie."""
+        return tuple(sorted({name for place in places for name in place.axes}))
 
     def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
         """The number of entries of each group of one example, on the whole mesh."""
@@ -57,15 +53,11 @@ class ExampleGroups(ScalarGroups):
         sizes = super().sizes(one, places)
         return sizes if self.count is None else sizes[None]
 
-    def starts(self) -> tuple[int, ...]:
-        """None: entries of examples are cut out as they stand."""
-        return ()
-
-    def spread(self, packed: Packed, starts: Sequence[Any] | None = None) -> list[Any]:
+    def spread(self, packed: Packed) -> list[Any]:
         """For each leaf what its group has, of a shape that broadcasts against it."""
-        columns = super().spread(packed if self.count is None else packed.T)
-        pairs = zip(columns, self.ndims, strict=True)
-        return [along(column, ndim) for column, ndim in pairs]
+        columns = [packed] if self.count is None else list(packed.T)
+        each = zip(self.ids, self.ndims, strict=True)
+        return [along(columns[group], ndim) for group, ndim in each]
 
 
 def along(values: jax.Array, ndim: int) -> jax.Array:
@@ -96,18 +88,22 @@ def measured(
     places: Sequence[Placement],
 ) -> Measured:
     """Norms and scales; `limits` is a scalar for the tree, else one for each group."""
-    (norms,) = _norms((tuple(arrays),), (), groups, ord, tuple(places), as_they_are)
+    (norms,) = local_norms(
+        (tuple(arrays),), (), groups, ord, tuple(places), as_they_are
+    )
     limits = like_norms(limits, norms.value)
     scales = scaling.scales(norms, limits, response)
-    return Measured(norms.value, scales.coarse, scales.fine)
+    return _measured(norms.value, scales)
 
 
-def scales_of(
-    norms: jax.Array, limits: jax.Array, response: Response
-) -> scaling.Scales:
+def scales_of(norms: jax.Array, limits: jax.Array, response: Response) -> Measured:
     """The scales of norms below the largest number, from nothing but the norms."""
-    known = Norms(norms, norms, jnp.ones_like(norms), jnp.square(norms))
-    return scaling.scales(known, like_norms(limits, norms), response)
+    known = Norms(norms, norms, jnp.ones_like(norms))
+    return _measured(norms, scaling.scales(known, like_norms(limits, norms), response))
+
+
+def _measured(norms: jax.Array, scales: jax.Array) -> Measured:
+    return Measured(norms, jnp.abs(scaling.second_factor(scales)), jnp.abs(scales))
 
 
 def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:

@@ -66,14 +66,12 @@ def test_collectives_on_cpu(scope, leaves, way):
     found = hlo.collectives(program.as_text())
     usual = [c for c in found if not c.in_branch]
     groups = {"leaf": leaves, "group": 2}.get(scope, 1)
-    # Sums of squares have room for those at two other scales, which CPU leaves out.
-    rows = 1 if scope in ("inf", "3") else 3
     assert [c.kind for c in found] == ["all-reduce"] * len(found)
     # Other orders take a maximum first; infinity takes nothing else.
     assert len(usual) == (2 if scope == "3" else 1)
     for collective in usual:
         assert collective.dtypes == ["f32"]
-        assert collective.bytes == 4 * rows * groups
+        assert collective.bytes == 4 * groups
     # The branch for extreme magnitudes holds the only other one.
     assert len(found) - len(usual) == (scope in ("tree", "leaf", "group"))
     sizes = program.memory_analysis()

@@ -6,6 +6,7 @@ the code, so that one changed sign, bound or default is seen at once.
 
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx._reductions import leaf_sums, norms as reductions
+from optax_clipx._devices import programs
+from optax_clipx._reductions import norms as reductions
 from optax_clipx._reductions.whole_norm import whole_norm
 from optax_clipx._thresholds import quantile as _quantile
 from optax_clipx._trees import arguments, arithmetic
@@ -52,16 +54,18 @@ def test_the_norm_of_norms():
 
 def test_factors_are_powers_of_two_that_undo_each_other():
     for limits in reductions._RANGES.values():
-        assert limits.up * limits.down == 1
+        assert limits.small * limits.large == 1
         assert {np.frexp(number)[0] for number in limits} == {0.5}
         assert limits.low < 1 < limits.high
 
 
 def test_small_leaves_are_summed_as_vectors():
     for shape, flat in (((2, 2**12), True), ((2, 2**12 + 1), False), ((7,), True)):
-        vector = functools.partial(leaf_sums._for_a_sum_on_cpu, axes=None, narrow=False)
-        found = jax.eval_shape(vector, jnp.ones(shape))
-        assert (found.ndim == 1) == flat
+        total = functools.partial(
+            programs.sum_on_cpu, jnp.abs, axes=None, sums=jnp.float32
+        )
+        text = str(jax.make_jaxpr(total)(jnp.ones(shape)))
+        assert (f"f32[{math.prod(shape)}] = abs" in text) == flat
 
 
 def test_a_second_pass_stands_behind_a_branch_also_on_a_mesh():
@@ -155,7 +159,9 @@ def test_which_dtypes_leave_the_range():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ranges_hold_what_they_promise(dtype):
-    low, high, up, down = reductions._RANGES[jnp.dtype(dtype)]
+    limits = reductions._RANGES[jnp.dtype(dtype)]
+    low, high = limits.low**2, limits.high**2
+    up, down = 1 / limits.small, 1 / limits.large
     info = np.finfo(dtype)
     # The smallest normal number raised, and the largest lowered, are within.
     assert (float(info.tiny) * up) ** 2 > float(info.tiny) / float(info.eps)
