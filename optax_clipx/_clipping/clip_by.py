@@ -357,7 +357,7 @@ def _checked_norm(norm: Any, dtype: Any) -> Norms:
         raise ValueError(f"Expected norm >= 0, got norm={norm}.")
     norm = norm.astype(dtype)
     norm = jnp.where(norm < 0, jnp.nan, norm)
-    return Norms(norm, norm, jnp.ones_like(norm))
+    return Norms(norm, norm, jnp.ones_like(norm), jnp.square(norm))
 
 
 def params_like(leaves: Leaves, params: Any) -> list[Any]:

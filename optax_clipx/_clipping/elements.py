@@ -159,7 +159,7 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
         unit = jnp.where(large, 2, 1).astype(most.dtype)
         root = jnp.abs(times(wide, 1 / unit))
         magnitude = saturated_quotient(root, 1 / unit)
-    itself = Norms(magnitude, root, unit)
+    itself = Norms(magnitude, root, unit, jnp.square(root))
     limits = jnp.broadcast_to(limit, magnitude.shape)
     found = scales(itself, limits, response)
     return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))

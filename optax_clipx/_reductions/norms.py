@@ -43,10 +43,11 @@ class Norms(NamedTuple):
     value: Packed
     root: Packed
     unit: Packed
+    squares: Packed  # root squared, without the rounding of the root
 
 
 class _Range(NamedTuple):
-    """Roots of sums of squares within low..high lost nothing to under- or overflow.
+    """Sums of squares within low..high lost nothing to under- or overflow.
 
     What is below is measured in the unit `small`, what is above in the unit `large`.
     """
@@ -58,8 +59,8 @@ class _Range(NamedTuple):
 
 
 _RANGES = {
-    jnp.dtype("float32"): _Range(2.0**-38, 2.0**50, 2.0**-80, 2.0**80),
-    jnp.dtype("float64"): _Range(2.0**-250, 2.0**500, 2.0**-600, 2.0**600),
+    jnp.dtype("float32"): _Range(2.0**-76, 2.0**100, 2.0**-80, 2.0**80),
+    jnp.dtype("float64"): _Range(2.0**-500, 2.0**1000, 2.0**-600, 2.0**600),
 }
 
 
@@ -108,7 +109,7 @@ def norms(
                 )
                 for leaf, axes in zip(dims, groups.axes, strict=False)
             )
-        return [Norms(spec, spec, spec)] * len(derive(trees, extras))
+        return [Norms(spec, spec, spec, spec)] * len(derive(trees, extras))
 
     places = mesh.placements(flat, paths * len(trees), axis_name, specs)
     return mesh.map_local(local, flat, places, extras, out_specs)
@@ -165,8 +166,8 @@ class _Measured:
         """The number of entries of each group."""
         return self.where.groups.sizes(given[0][0], self.where.places)
 
-    def roots(self, given: Any, how: str, factors: Any = None) -> list[list[Packed]]:
-        """The roots of the sums of squares of each derived tree's groups.
+    def squares(self, given: Any, how: str, factors: Any = None) -> list[list[Packed]]:
+        """The sums of squares of each derived tree's groups.
 
         One collective for all. Factors are those of each tree and leaf, or None.
         `how` is "plain", "on_cpu", or "at_three": plain, and in two other units.
@@ -183,15 +184,11 @@ class _Measured:
         # Each choice of a unit has a row of its own.
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
         totals = self.where.totals(turned, flat)
-        sizes = self.sizes(given) if self.ord == "rms" else None
-        roots = [
-            jax.tree.map(_root, total)
-            if sizes is None
-            else jax.tree.map(_root, total, sizes)
-            for total in totals
-        ]
-        choices = len(roots) // len(rows)
-        return [roots[k::choices] for k in range(choices)]
+        if self.ord == "rms":
+            sizes = self.sizes(given)
+            totals = [jax.tree.map(_mean, total, sizes) for total in totals]
+        choices = len(totals) // len(rows)
+        return [totals[k::choices] for k in range(choices)]
 
     def _sums(self, leaf: int, array: Any, how: str, factor: Any) -> list[jax.Array]:
         return _sums_of_squares(
@@ -248,35 +245,33 @@ def _sums_once(
 _sums_of_squares = traced_once(_sums_once, (2, 3, 4))
 
 
-def _root_once(total: jax.Array, size: Any = None) -> jax.Array:
-    return safe_sqrt(total if size is None else total / jnp.asarray(size, total.dtype))
+def _mean(total: jax.Array, size: Any) -> jax.Array:
+    return total / jnp.asarray(size, total.dtype)
 
 
-def _choose_once(root: jax.Array, small: float, large: float) -> jax.Array:
-    """1 where the root is in range, else one of two numbers."""
-    limits = _RANGES[root.dtype]
-    usual = where(
-        lax.gt(root, lax.full_like(root, limits.high)), large, lax.full_like(root, 1)
-    )
-    return where(lax.lt(root, lax.full_like(root, limits.low)), small, usual)
+def _choose_once(squares: jax.Array, small: float, large: float) -> jax.Array:
+    """1 where the squares are in range, else one of two numbers."""
+    limits = _RANGES[squares.dtype]
+    above = lax.gt(squares, lax.full_like(squares, limits.high))
+    usual = where(above, large, lax.full_like(squares, 1))
+    return where(lax.lt(squares, lax.full_like(squares, limits.low)), small, usual)
 
 
 def _pick_once(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
-    """The root that was taken in the right unit."""
+    """The squares that were taken in the right unit."""
     limits = _RANGES[plain.dtype]
     usual = where(lax.gt(plain, lax.full_like(plain, limits.high)), large, plain)
     return where(lax.lt(plain, lax.full_like(plain, limits.low)), small, usual)
 
 
-def _outside_once(root: jax.Array) -> jax.Array:
-    """Whether any root is out of range."""
-    limits = _RANGES[root.dtype]
-    low = lax.lt(root, lax.full_like(root, limits.low))
-    flags = lax.bitwise_or(low, lax.gt(root, lax.full_like(root, limits.high)))
+def _outside_once(squares: jax.Array) -> jax.Array:
+    """Whether any squares are out of range."""
+    limits = _RANGES[squares.dtype]
+    low = lax.lt(squares, lax.full_like(squares, limits.low))
+    flags = lax.bitwise_or(low, lax.gt(squares, lax.full_like(squares, limits.high)))
     return jnp.any(flags) if flags.ndim else flags
 
 
-_root = traced_once(_root_once)
 _choose = traced_once(_choose_once, (1, 2))
 _pick = traced_once(_pick_once)
 _outside = traced_once(_outside_once)
@@ -287,8 +282,8 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     """The norm of each derived tree's groups, whatever their magnitude."""
     limits, risks = _RANGES[measured.dtype], measured.at_risk(given)
     if not any(risks):
-        (roots,) = measured.roots(given, "plain")
-        return [_norms_of(root, jax.tree.map(jnp.ones_like, root)) for root in roots]
+        (squares,) = measured.squares(given, "plain")
+        return [_norms_of(s, jax.tree.map(jnp.ones_like, s)) for s in squares]
 
     def chosen(roots: Sequence[Packed], small: float, large: float) -> list[Packed]:
         return [
@@ -299,7 +294,7 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
         ]
 
     def once(given: Any) -> Any:
-        (roots,) = measured.roots(given, "on_cpu")
+        (roots,) = measured.squares(given, "on_cpu")
         return roots, roots
 
     def judge(first: Any) -> tuple[jax.Array, list[Packed]]:
@@ -310,10 +305,10 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
 
     def again(factors: list[Packed], first: Any, given: Any) -> Any:
         each = lax.optimization_barrier(measured.spread(factors))
-        return first[0], *measured.roots(given, "on_cpu", each)
+        return first[0], *measured.squares(given, "on_cpu", each)
 
     def side_by_side(given: Any) -> Any:
-        plain, small, large = measured.roots(given, "at_three")
+        plain, small, large = measured.squares(given, "at_three")
         found = zip(risks, plain, small, large, strict=True)
         return plain, [
             jax.tree.map(_pick, *roots) if risk else roots[0] for risk, *roots in found
@@ -367,6 +362,7 @@ def _two_norms_jvp(
             total,
             jax.tree.map(jnp.divide, total, norm.unit),
             jax.tree.map(jnp.zeros_like, norm.unit),
+            jax.tree.map(lambda s, u, r: 2 * r * (s / u), total, norm.unit, norm.root),
         )
         for total, norm in zip(totals, found, strict=True)
     ]
@@ -377,8 +373,14 @@ def _compiled(measure: Callable[..., Any], measured: _Measured, given: Any) -> A
     return measure(measured, given)
 
 
-def _norms_of(root: Packed, unit: Packed) -> Norms:
-    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
+def _norms_of(squares: Packed, unit: Packed) -> Norms:
+    root = jax.tree.map(_root, squares)
+    return Norms(jax.tree.map(_saturated, root, unit), root, unit, squares)
+
+
+def _of_roots(root: Packed, unit: Packed) -> Norms:
+    value = jax.tree.map(_saturated, root, unit)
+    return Norms(value, root, unit, jax.tree.map(jnp.square, root))
 
 
 def _saturated_once(root: jax.Array, unit: jax.Array) -> jax.Array:
@@ -389,6 +391,7 @@ def _saturated_once(root: jax.Array, unit: jax.Array) -> jax.Array:
 
 
 _saturated = traced_once(_saturated_once)
+_root = traced_once(safe_sqrt)
 
 
 def _power_norms(measured: _Measured, given: Any) -> list[Norms]:
@@ -407,7 +410,7 @@ def _power_norms(measured: _Measured, given: Any) -> list[Norms]:
         largest=True,
     )
     if ord == float("inf"):
-        return [_norms_of(peak, jax.tree.map(jnp.ones_like, peak)) for peak in peaks]
+        return [_of_roots(peak, jax.tree.map(jnp.ones_like, peak)) for peak in peaks]
 
     def safe(peak: jax.Array) -> jax.Array:
         peak = lax.stop_gradient(peak)
@@ -427,15 +430,16 @@ def _power_norms(measured: _Measured, given: Any) -> list[Norms]:
         for row, peak in zip(rows, peaks, strict=True)
     ]
     limits = _RANGES[dtype]
+    high = limits.high**0.5
 
     def norm(total: Packed, peak: Packed) -> Norms:
         unit = jax.tree.map(
-            lambda m: jnp.where(m > limits.high, limits.large, 1).astype(dtype), peak
+            lambda m: jnp.where(m > high, limits.large, 1).astype(dtype), peak
         )
         root = jax.tree.map(
             lambda s, m, u: (m / u) * power(s, 1 / ord), total, peak, unit
         )
-        return _norms_of(root, unit)
+        return _of_roots(root, unit)
 
     return list(map(norm, here.totals(terms, flat), peaks))
 
@@ -448,4 +452,4 @@ def _magnitude(x: jax.Array) -> jax.Array:
 def _can_leave_range(dtype: Any, sums: Any) -> bool:
     """Whether squares of numbers of a dtype may under- or overflow the sums'."""
     info, limits = jnp.finfo(dtype), _RANGES[jnp.dtype(sums)]
-    return info.maxexp > log2(limits.high) or info.minexp < log2(limits.low)
+    return 2 * info.maxexp > log2(limits.high) or 2 * info.minexp < log2(limits.low)

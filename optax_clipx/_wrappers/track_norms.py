@@ -174,8 +174,10 @@ def _together(found: Norms) -> Norms:
     """The norm of the whole tree from the groups' sums of squares."""
     # In the largest unit: what is lost beside it is below its rounding.
     unit = jnp.max(found.unit)
-    root = safe_sqrt(jnp.sum(jnp.square(found.root * (found.unit / unit))))
-    return Norms(saturated_quotient(root, 1 / unit), root, unit)
+    change = found.unit / unit
+    squares = jnp.sum(found.squares * change * change)
+    root = safe_sqrt(squares)
+    return Norms(saturated_quotient(root, 1 / unit), root, unit, squares)
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def test_no_loop_adds_up_all_leaves(scope):
         found = loops(step.lower(kinds).compile().as_text())
         return max(len(loop.splitlines()) for loop in found)
 
-    assert largest(200) <= largest(100) < 100
+    assert largest(200) <= largest(100) < 200
 
 
 @pytest.mark.parametrize(
