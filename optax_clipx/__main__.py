@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m optax_clipx",
-        description="Shows what clipping does to a run, and which limit to choose.",
+        description="Shows what clipping does to a run, and which threshold to choose.",
         epilog=_RUNS + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,14 +117,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = command("plot", _plot, "draw norms, clip rate and histogram")
     _norm_options(plot)
-    plot.add_argument("--limit", type=_number, help="draw this limit")
+    plot.add_argument("--limit", type=_number, help="draw this threshold")
     plot.add_argument("--html", type=Path, metavar="PAGE", help="an interactive page")
     _picture_options(plot)
 
-    suggest = command("suggest", _suggest, "suggest a limit from recorded norms")
+    suggest = command("suggest", _suggest, "suggest a threshold from recorded norms")
     _norm_options(suggest)
     suggest.add_argument(
-        "--clip-rate", type=_number, default=0.1, help="the share of steps to clip"
+        "--clip-rate", type=_number, default=0.1, help="the fraction of steps to clip"
     )
     suggest.add_argument("--json", action="store_true", help="print JSON")
 
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", metavar="NAME", help="the column with the learning rate"
     )
     diagnose.add_argument(
-        "--target", type=_number, help="the share of steps that the rule is to clip"
+        "--target", type=_number, help="the fraction of steps that the rule is to clip"
     )
     diagnose.add_argument("--json", action="store_true", help="print JSON")
     diagnose.add_argument("--html", type=Path, metavar="PAGE", help="a page")

@@ -45,7 +45,7 @@ def scale_by_acclip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum that each entry's own usual magnitude limits (ACClip).
+    r"""Clips each entry of the momentum to that entry's usual magnitude (ACClip).
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
               \tau^\alpha \leftarrow \beta_2 \tau^\alpha + (1 - \beta_2) |g|^\alpha,

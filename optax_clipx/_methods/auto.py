@@ -18,7 +18,7 @@ def auto_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms to a limit that nobody has to choose.
+    r"""Clips norms to a threshold that it finds by itself.
 
     .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
 

@@ -46,5 +46,5 @@ def measure_of(scope: Any) -> Measure:
 
 
 def capped(rule: Threshold, max_norm: Any) -> Threshold:
-    """A rule with an absolute limit on top, which it does not hear of."""
+    """The rule, and an absolute threshold that does not enter its statistics."""
     return rule if max_norm is None else minimum(rule, constant(max_norm, "max_norm"))

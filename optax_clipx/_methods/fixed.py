@@ -1,4 +1,4 @@
-"""Fixed limits: by value, leaf, block, tree and group; relative to the parameters."""
+"""Fixed thresholds: for entries, leaves, blocks, trees, groups, and units."""
 
 import functools
 from typing import Any
@@ -323,8 +323,8 @@ def clip_by_group_norm(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if a limit is negative or NaN, or ``ord`` or the policy unknown;
-            from ``update`` if a leaf has no label or a label no limit.
+        ValueError: if a threshold is negative or NaN, or ``ord`` or the policy unknown;
+            from ``update`` if a leaf has no label or a label no threshold.
         TypeError: if ``max_norms`` is no dict; from ``update`` for integer leaves and
             leaves that are no arrays.
 
@@ -343,7 +343,8 @@ def clip_by_group_norm(
     """
     if not isinstance(max_norms, dict):
         raise TypeError(
-            f"Expected max_norms to be a dict from label to limit, got {max_norms!r}."
+            "Expected max_norms to be a dict from label to threshold, got"
+            f" {max_norms!r}."
         )
     return clip_by(
         group_norms(labels, ord),

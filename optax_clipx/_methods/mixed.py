@@ -67,7 +67,7 @@ def mixed_clip(
             schedule.
         nu: :math:`\nu`, from 0 to 1.
         decay: :math:`\beta`, from 0 to below 1.
-        response: what happens above the limit, as in :func:`clip_by`;
+        response: what happens above the threshold, as in :func:`clip_by`;
             :func:`responses.rescale` unless given.
         nonfinite: as in :func:`clip_by`; on such a step the momentum stays as it is.
         axis_name: as in :func:`clip_by`.

@@ -1,4 +1,4 @@
-"""Limits that are quantiles of the norms so far: AutoClip, a window, and a tracker."""
+"""Thresholds that are quantiles of the norms so far, as in AutoClip."""
 
 from typing import Any
 
@@ -39,8 +39,8 @@ def quantile_clip(
     those of up to 10 steps, and a tracker those of 300 and more.
 
     Args:
-        quantile: :math:`q`, the share of norms that lie below the limit, between 0 and
-            1. A share of :math:`1 - q` of the steps is clipped.
+        quantile: :math:`q`, the fraction of norms that lie below the threshold, between
+            0 and 1. A fraction of :math:`1 - q` of the steps is clipped.
         estimator: ``"histogram"`` keeps a histogram of 4,000 bytes of the whole
             history, within 2.9% of the quantile; see
             :func:`thresholds.quantile`. ``"tracker"`` keeps one number;

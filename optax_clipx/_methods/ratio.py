@@ -1,4 +1,4 @@
-"""Limits in proportion to norms before: AdaGC, OLMo, Fira."""
+"""Thresholds in proportion to earlier norms: AdaGC, OLMo, Fira."""
 
 from typing import Any
 
@@ -44,8 +44,8 @@ def adagc(
     Args:
         ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some ports.
         decay: :math:`\beta`; 0.99 in the paper, 0.98 in some ports.
-        warmup_max_norm: the limit of the tree's norm in the warm-up, in the unit of the
-            updates. It limits nothing afterwards.
+        warmup_max_norm: the threshold of the tree's norm in the warm-up, in the unit of
+            the updates. It limits nothing afterwards.
         warmup_steps: how many steps the warm-up takes.
         init: what the average starts with: ``"min"``, ``"mean"`` or ``"first"``.
         floor: the average counts as at least this, in the unit of the updates.

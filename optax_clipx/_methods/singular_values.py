@@ -32,14 +32,14 @@ def clip_matrices(
     """Clips matrices `unit * norm`; with the largest singular values before, after."""
     finite = jnp.isfinite(unit).all(axis=(-2, -1), keepdims=True)
     unit = jnp.where(finite, unit, 0)
-    ratio = limit / jnp.where(norm > 0, norm, 1)  # the limit at a norm of 1
+    ratio = limit / jnp.where(norm > 0, norm, 1)  # the threshold at a norm of 1
     if ways.method == "svd" or 1 in unit.shape[-2:]:
         new, top, top_after = _by_svd(unit, norm, limit, ways.form)
     else:
         tiny = float(jnp.finfo(unit.dtype).tiny) ** 0.5
         # Beyond 2^30 clipping at a norm of 1 changes nothing that a float can hold.
         new = _by_products(unit, jnp.clip(ratio, tiny, 2.0**30), ways)
-        # A limit of zero leaves nothing, and one above the norm everything.
+        # A threshold of zero leaves nothing, and one above the norm everything.
         new = jnp.where(ratio[..., None] > tiny, new, 0)
         top_after = _power_iteration(new) * norm[..., 0]
         top = _power_iteration(unit) * norm[..., 0]
@@ -99,8 +99,8 @@ def _bend(s: jax.Array, limit: jax.Array, form: str) -> _Bend:
     t = jnp.clip(limit, float(jnp.finfo(s.dtype).tiny) ** 0.5, 2.0**30)
     i, j = s[..., :, None], s[..., None, :]
     if form == "hard":
-        # Values that are equal to the limit up to rounding count as below: of the two
-        # derivatives there, all of them get the same one.
+        # Values that are equal to the threshold up to rounding count as below: of the
+        # two derivatives there, all of them get the same one.
         below = s <= t * (1 + 8 * float(jnp.finfo(s.dtype).eps))
         f = jnp.where(below, s, t)
         by_limit = (~below).astype(s.dtype)
@@ -117,7 +117,7 @@ def _bend(s: jax.Array, limit: jax.Array, form: str) -> _Bend:
         mixed = _quotient_or_one(t[..., None] * (i + j), i * hj + j * hi)
         of_sym = (t[..., None] / hi) * (t[..., None] / hj) * mixed
     of_skew = _quotient_or_one(f[..., :, None] + f[..., None, :], i + j)
-    some = (limit > 0)[..., None]  # a limit of zero leaves nothing
+    some = (limit > 0)[..., None]  # a threshold of zero leaves nothing
     return _Bend(
         jnp.where(some, of_sym, 0),
         jnp.where(some, of_skew, 0),

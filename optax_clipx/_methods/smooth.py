@@ -1,4 +1,4 @@
-"""Other responses than a corner at the limit."""
+"""Responses that change smoothly at the threshold, and normalization."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ def smooth_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Bends the norm under a limit without a corner.
+    r"""Reduces the norm smoothly, so that it stays below a threshold.
 
     .. math:: u \leftarrow \bigl(1 + (\|u\| / t)^p\bigr)^{-1/p}\, u
 

@@ -59,7 +59,7 @@ def clip_by_spectral_norm(
         method: ``"svd"`` is exact up to rounding. ``"newton_schulz"`` uses products of
             matrices alone, as accelerators like: its error is at most
             :math:`\|G\|_F\,(2^{-0.9(k - 4)} + 10^{-5})` for ``steps`` :math:`k`, and no
-            singular value ends above the limit by more than that.
+            singular value ends above the threshold by more than that.
         steps: iterations of Newton-Schulz, 24 unless given; for ``"hard"`` there are
             two rounds.
         axis: the axes that make up the rows of a matrix, the inputs of a layer, as in
@@ -77,7 +77,7 @@ def clip_by_spectral_norm(
         device that holds a part of it.
 
     Raises:
-        ValueError: for a negative or NaN limit, an unknown form or method, and from
+        ValueError: for a negative or NaN threshold, an unknown form or method, and from
             ``update`` for axes out of range.
         TypeError: from ``update`` as :func:`clip_by`, and for complex leaves.
 

@@ -57,7 +57,7 @@ def stabilize_norm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each leaf's norm by a smoothed one (AdaClip and AdaGN).
 
-    First the largest entries come down to a limit that follows them,
+    First the largest entries come down to a threshold that follows them,
 
     .. math:: T = \mathrm{EMA}_{\beta_3}(\max_j |g_j|), \qquad
               g_j \leftarrow g_j\, T / \max_j |g_j| \;\text{ where } |g_j| > T,
@@ -187,7 +187,7 @@ def _raw_and_cut(trees: Any, extras: Any) -> Any:
 
 
 def _cut(arrays: Any, extras: Any) -> list[jax.Array]:
-    """The leaves with what is above its limit brought down."""
+    """The leaves, with entries above their threshold reduced to it."""
     cut = []
     for x, (limit, ratio) in zip(arrays, extras, strict=True):
         wide = x.astype(at_least_float32(x))

@@ -55,7 +55,7 @@ def scale_by_stable_adam(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam whose step each leaf's RMS limits: update clipping as in Adafactor.
+    r"""Adam with update clipping, which limits the RMS of each leaf's step (Adafactor).
 
     .. math:: u = \frac{1}{\max(1, \rho)} \cdot \frac{m}{\sqrt{v} + \epsilon}, \qquad
               \rho = \sqrt{\operatorname{mean}
@@ -184,7 +184,7 @@ def stable_adamw(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW whose step each leaf's RMS limits.
+    r"""AdamW with update clipping, which limits the RMS of each leaf's step.
 
     .. math:: \theta \leftarrow \theta - \eta \Bigl(u + \lambda \theta\Bigr)
 

@@ -1,4 +1,4 @@
-"""Limits some deviations above the mean: ZClip, Chorowski et al., Levanter."""
+"""Thresholds some deviations above the mean: ZClip, Chorowski et al., Levanter."""
 
 from typing import Any
 

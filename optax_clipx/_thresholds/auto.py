@@ -1,4 +1,4 @@
-"""A limit that nobody has to choose."""
+"""A threshold that is found from the norms, with no number to choose."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .base import Context, Threshold, memory, per_norm, put, ranked
 
 _SHARE = 0.05  # of the norms are below the level
-_FACTOR = 2.0  # of the level is the limit
+_FACTOR = 2.0  # the threshold divided by the level
 _PACE = 0.02  # of the level's logarithm, after the first steps
 _DOUBLING = 50  # norms in a row above the level double its pace upward
 _MOST_DOUBLINGS = 8
@@ -39,11 +39,11 @@ def auto() -> Threshold:
     where :math:`a_k` counts the norms in a row above :math:`m`, this one included, up
     to 400. After the fifth norm :math:`m` is at most the median of the five, so that a
     spike at the very first step is forgotten. Nothing has a unit: norms multiplied by a
-    constant have limits multiplied by it.
+    constant have thresholds multiplied by it.
 
-    A norm above, however large, raises the limit by :math:`e^{0.1 / (k + 1)}` at most
-    in the first 50 steps and by 0.1% later, one below lowers it by 1.9%. So an
-    explosion does not carry the limit along: 50 steps raise it by 7%. What lasts is
+    A norm above, however large, raises the threshold by :math:`e^{0.1 / (k + 1)}` at
+    most in the first 50 steps and by 0.1% later, one below lowers it by 1.9%. So an
+    explosion does not carry the threshold along: 50 steps raise it by 7%. What lasts is
     believed faster and faster: a level 30 times as high is reached in about 260 steps.
     Norms of zero and steps that are not finite leave no trace.
 
@@ -60,8 +60,8 @@ def auto() -> Threshold:
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 1.1, 0.9, 50.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(f"{limit:.3f}")
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(f"{threshold:.3f}")
         2.000
         1.244
         1.265
@@ -71,7 +71,7 @@ def auto() -> Threshold:
     References:
         A quantile tracked by the signs alone: Andrew et al., Differentially private
         learning with adaptive clipping, 2021, arXiv 1905.03871. A low percentile as the
-        limit: Seetharaman et al., AutoClip, 2020, arXiv 2007.14469. The factor, the
+        threshold: Seetharaman et al., AutoClip, 2020, arXiv 2007.14469. The factor, the
         start and the growing pace are this package's own.
     """
 

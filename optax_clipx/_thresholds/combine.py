@@ -11,10 +11,10 @@ from .constant import as_threshold
 
 
 def minimum(*rules: Any) -> Threshold:
-    r"""The least of several limits: :math:`t = \min_j t_j`.
+    r"""The smallest of several thresholds: :math:`t = \min_j t_j`.
 
-    Each rule keeps its own statistics and hears of its own limit only: an absolute cap
-    does not pull down what an adaptive rule remembers.
+    Each rule keeps its own statistics and receives its own threshold only: an
+    absolute threshold does not lower the statistics of an adaptive rule.
 
     Args:
         rules: threshold rules, numbers, schedules or prefixes.
@@ -32,14 +32,15 @@ def minimum(*rules: Any) -> Threshold:
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 9.0, 9.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(limit)
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(threshold)
         3.0
         2.0
         3.0
 
     References:
-        ZClip's ``max_grad_norm`` is such a cap: Kumar et al., 2025, arXiv 2504.02507.
+        ZClip's ``max_grad_norm`` is such an absolute threshold: Kumar et al., 2025,
+        arXiv 2504.02507.
     """
     if not rules:
         raise ValueError("Expected one rule or more, got none.")
@@ -89,14 +90,14 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (4.0, 5.0, 6.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(limit)
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(threshold)
         1.0
         1.0
         5.0
 
     References:
-        AdaGC warms up with a fixed limit: Wang et al., 2025, arXiv 2502.11034.
+        AdaGC warms up with a fixed threshold: Wang et al., 2025, arXiv 2502.11034.
     """
     check_count(steps, "steps", 0)
     parts = [as_threshold(rule), as_threshold(then)]
@@ -125,9 +126,9 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
 
 
 def scaled(rule: Any, factor: Any) -> Threshold:
-    r"""The limit of another rule, times a factor: :math:`t = \alpha\, t'`.
+    r"""The threshold of another rule, times a factor: :math:`t = \alpha\, t'`.
 
-    The rule hears of its own limit and not of the product.
+    The statistics of the rule see its own threshold and not the product.
 
     Args:
         rule: a threshold rule, number, schedule or prefix.
@@ -144,14 +145,14 @@ def scaled(rule: Any, factor: Any) -> Threshold:
         >>> import optax_clipx as clipx
         >>> median = clipx.thresholds.quantile(0.5, window=9)
         >>> rule = clipx.thresholds.scaled(median, 2.0)
-        >>> limit, _ = rule.update(
+        >>> threshold, _ = rule.update(
         ...     jnp.float32(3.0), rule.init(jnp.float32(0)), clipx.thresholds.Context(0)
         ... )
-        >>> print(limit)
+        >>> print(threshold)
         6.0
 
     References:
-        A multiple of a typical norm, as of the median, is a limit in many practices.
+        Many training codes use a multiple of the median norm as the threshold.
     """
     check_between(factor, "factor", 0, float("inf"))
     inner = as_threshold(rule)
@@ -161,7 +162,7 @@ def scaled(rule: Any, factor: Any) -> Threshold:
         return jax.tree.map(scale, _in_form(limits, norms)), state
 
     def scale(limit: jax.Array) -> jax.Array:
-        # No limit stays none, also times zero.
+        # An infinite threshold stays infinite, also times zero.
         times = limit * float32(factor).astype(limit.dtype)
         return jnp.where(jnp.isinf(limit), limit, times)
 
@@ -178,7 +179,7 @@ def _combined(parts: list[Threshold], init: Any, update: Any) -> Threshold:
 
 
 def _in_form(limits: Any, norms: Any) -> Any:
-    """Limits in the form of the norms, where a rule returned a single one."""
+    """The thresholds, one for each norm, where a rule returned a single one."""
     if jax.tree_util.all_leaves([limits]) and not _same_form(limits, norms):
         return like(limits, norms)
     return jax.tree.map(lambda t, n: jnp.asarray(t).astype(n.dtype), limits, norms)
@@ -189,7 +190,7 @@ def _same_form(limits: Any, norms: Any) -> bool:
 
 
 def _least(limits: tuple[jax.Array, ...]) -> jax.Array:
-    # A limit of NaN is unusable, and must stay so.
+    # A threshold of NaN is unusable, and must stay so.
     least = limits[0]
     for limit in limits[1:]:
         least = jnp.minimum(least, limit)

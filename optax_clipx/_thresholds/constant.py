@@ -1,4 +1,4 @@
-"""Limits that do not depend on the norms: numbers, arrays, schedules, one a leaf."""
+"""Thresholds that do not depend on the norms: numbers, arrays, schedules."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from .base import Context, Threshold, is_pair, like, stateless
 
 
 def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Threshold:
-    r"""A limit that is given: :math:`t`.
+    r"""A threshold that is given: :math:`t`.
 
     Args:
         limit: a number or scalar array; an optax schedule, called with the number of
             updates so far, from 0; or a pytree prefix of the updates with one of
-            these for each leaf. For labelled groups a dict from label to limit.
-        name: what an error message calls the limit.
+            these for each leaf. For labelled groups a dict from label to threshold.
+        name: what an error message calls the threshold.
         signed: whether it may be negative, as one end of an interval may.
 
     Returns:
@@ -26,8 +26,8 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
 
     Raises:
         ValueError: if a number is negative or NaN, an array is no scalar, or a leaf
-            or group has no limit.
-        TypeError: if a limit is no number, array or schedule.
+            or group has no threshold.
+        TypeError: if a threshold is no number, array or schedule.
 
     Example:
         >>> import jax.numpy as jnp
@@ -35,8 +35,8 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
         >>> import optax_clipx as clipx
         >>> rule = clipx.thresholds.constant(optax.linear_schedule(4.0, 1.0, 3))
         >>> context = clipx.thresholds.Context(step=2)
-        >>> limits, _ = rule.update(jnp.float32(9.0), (), context)
-        >>> print(limits)
+        >>> thresholds, _ = rule.update(jnp.float32(9.0), (), context)
+        >>> print(thresholds)
         2.0
 
     References:
@@ -82,7 +82,7 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
         return value
     if isinstance(value, optax.GradientTransformation):
         raise TypeError(
-            f"Expected {name} to be a limit or a threshold rule, got an optax"
+            f"Expected {name} to be a threshold or a threshold rule, got an optax"
             f" transformation: {value!r}."
         )
     if is_pair(value):
@@ -91,18 +91,18 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
 
 
 def at(limit: Any, step: Any) -> Any:
-    """The limit at this step."""
+    """The threshold at this step."""
     return as_float(limit(step) if callable(limit) else limit)
 
 
 def _of_label(limits: Any, label: Any, name: str) -> Any:
     if not isinstance(limits, dict):
         raise TypeError(
-            f"Expected {name} to be a dict from label to limit, got {limits!r}."
+            f"Expected {name} to be a dict from label to threshold, got {limits!r}."
         )
     if label not in limits:
         raise ValueError(
-            f"Expected a limit for every label, got none for {label!r}: {name} has"
+            f"Expected a threshold for every label, got none for {label!r}: {name} has"
             f" {sorted(limits, key=str)}."
         )
     return limits[label]

@@ -1,4 +1,4 @@
-"""Limits in proportion to a moving average of the norms, or to the last one."""
+"""Thresholds in proportion to a moving average of the norms, or to the last one."""
 
 from typing import Any, NamedTuple
 
@@ -60,31 +60,31 @@ def ema_ratio(
     stats: str = "clipped",
     patience: Any = None,
 ) -> Threshold:
-    r"""A limit in proportion to a moving average of the norms.
+    r"""A threshold in proportion to a moving average of the norms.
 
     .. math:: t = \lambda \max(g, \text{floor}), \qquad
               g \leftarrow \beta g + (1 - \beta) x
 
-    In the first ``warmup_steps`` norms the whole tree is limited to ``warmup_limit``,
-    and :math:`g` becomes the least (``init="min"``) or the mean of the norms so
-    clipped; with ``"first"`` it is the first norm after them.
+    In the first ``warmup_steps`` norms the threshold of the whole tree is
+    ``warmup_limit``, and :math:`g` becomes the least (``init="min"``) or the mean of
+    the norms so clipped; with ``"first"`` it is the first norm after them.
 
     State: three numbers for each norm. Norms of zero and steps that are not finite
     never enter.
 
-    What enters on a spike, :math:`x`: ``stats="clipped"`` the limit, so the average
+    What enters on a spike, :math:`x`: ``stats="clipped"`` the threshold, so the average
     grows by at most the factor :math:`1 + (1-\beta)(\lambda - 1)` a step, 1.0004 at
     AdaGC's defaults. If it starts below the natural norm (a small ``warmup_limit``,
     ``init="min"``), clipping stays engaged for thousands of steps; ``patience``,
     ``init="mean"`` or a ``floor`` help. ``"raw"`` follows a new level in about
-    :math:`1/(1-\beta)` steps, and one spike raises the limit; ``"skip"`` never follows
-    without patience.
+    :math:`1/(1-\beta)` steps, and one spike raises the threshold; ``"skip"`` never
+    follows without patience.
 
     Args:
         ratio: :math:`\lambda`, at least 1.
         decay: :math:`\beta`, between 0 and 1.
-        warmup_steps: how many norms to see before the average limits.
-        warmup_limit: the limit of the norm of the whole tree meanwhile; ``None`` is
+        warmup_steps: how many norms to see before the average is used.
+        warmup_limit: the threshold of the norm of the whole tree meanwhile; ``None`` is
             none. Not for units.
         init: what the average starts with: ``"first"``, ``"min"`` or ``"mean"``.
         floor: the average counts as at least this, in the unit of the norms.
@@ -106,8 +106,8 @@ def ema_ratio(
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 1.0, 9.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(limit)
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(threshold)
         1.5
         1.5
         1.5
@@ -186,13 +186,13 @@ def norm_growth(
     stats: str = "clipped",
     patience: Any = None,
 ) -> Threshold:
-    r"""A limit on the growth of the norm from one step to the next.
+    r"""A threshold on the growth of the norm from one step to the next.
 
     .. math:: t_k = \gamma \max(x_{k-1}, \text{floor})
 
     State: two numbers for each norm. Norms of zero and steps that are not finite never
-    enter. What enters on a spike, :math:`x`: ``stats="clipped"`` the limit, so one very
-    small norm is recovered from by the factor :math:`\gamma` a step only, 1% by
+    enter. What enters on a spike, :math:`x`: ``stats="clipped"`` the threshold, so one
+    very small norm is recovered from by the factor :math:`\gamma` a step only, 1% by
     default: set a ``floor``, or ``patience``. ``"raw"`` clips the first norm of a new
     level and no more; ``"skip"`` keeps the last one that was within.
 
@@ -217,8 +217,8 @@ def norm_growth(
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 9.0, 9.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(limit)
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(threshold)
         inf
         1.5
         2.25
@@ -260,10 +260,10 @@ def group_band(
 
     Norms below the band are raised to it: use it with the response
     :func:`optax_clipx.responses.normalize`, which gives everything the norm of its
-    limit, and mostly with :func:`optax_clipx.measures.group_norms`. Norms enter as they
-    are, this one before it is judged: one spike of :math:`k` times the average raises
-    the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm. Norms of zero and
-    steps that are not finite never enter.
+    threshold, and mostly with :func:`optax_clipx.measures.group_norms`. Norms enter as
+    they are, this one before it is judged: one spike of :math:`k` times the average
+    raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm. Norms of
+    zero and steps that are not finite never enter.
 
     Args:
         low: :math:`\alpha_{low}`, between 0 and 1; a number or a schedule.

@@ -1,4 +1,4 @@
-"""Limits that are quantiles of the norms so far."""
+"""Thresholds that are quantiles of the norms so far."""
 
 import math
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class TrackerState(NamedTuple):
 
 
 def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
-    r"""A limit that is a quantile of the norms so far, this one included.
+    r"""A threshold that is a quantile of the norms so far, this one included.
 
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
 
@@ -49,8 +49,8 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
 
     Norms enter as they are: a spike is one norm among many, so it moves the quantile by
     one rank and cannot lock anything out; a new level is taken over once it fills the
-    share :math:`1 - q` of the history, which a window bounds. Norms of zero and steps
-    that are not finite do not enter.
+    fraction :math:`1 - q` of the history, which a window bounds. Norms of zero and
+    steps that are not finite do not enter.
 
     Args:
         q: between 0 and 1; may be traced.
@@ -72,8 +72,8 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (1.0, 2.0, 9.0, 3.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(limit)
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(threshold)
         1.0
         1.5
         2.0
@@ -101,19 +101,19 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
 
 
 def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
-    r"""A limit that moves by a factor towards a quantile of the norms.
+    r"""A threshold that moves by a factor towards a quantile of the norms.
 
     .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr),
               \qquad t_1 = n_1
 
-    One number for each norm. A spike, however large, moves the limit by the factor
+    One number for each norm. A spike, however large, moves the threshold by the factor
     :math:`e^{\eta q}`; a new level is reached in steps of this size (30 times as high:
     190 steps at the defaults and :math:`q = 0.9`). From above it comes down slowly
     there, by :math:`e^{-\eta(1-q)}` a step: a first norm of 25 times the level is felt
     for 1,600 steps. Norms of zero and steps that are not finite do not move it.
 
     Args:
-        q: the share of norms that should be at most the limit, between 0 and 1.
+        q: the fraction of norms that should be at most the threshold, between 0 and 1.
         learning_rate: :math:`\eta`; 0.01 to 0.05 for one norm a step.
 
     Returns:
@@ -129,8 +129,8 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (4.0, 1.0, 1.0, 1e6):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(f"{limit:.3f}")
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(f"{threshold:.3f}")
         4.000
         3.115
         2.426
@@ -185,13 +185,13 @@ def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
     position = (jnp.log(jnp.where(norm > 0, norm, 1)) - _LOW) / _WIDTH
     index = jnp.clip(jnp.floor(position), 0, _BINS - 1).astype(jnp.int32)
     here = numbered(_BINS, norm) == index[..., None]
-    # Before the sum of all counts overflows they are halved, which keeps the shares.
+    # Before the sum of all counts overflows they are halved, which keeps their ratios.
     full = jnp.any(state.counts >= jnp.iinfo(jnp.int32).max // _BINS, axis=-1)
     before = jnp.where(full[..., None], state.counts // 2, state.counts)
     counts = before + here.astype(jnp.int32)
     outside = (position < 0) | (position >= _BINS)
     ranks = jnp.cumsum(counts, axis=-1)
-    # The smallest bin up to which the share q of all norms lies.
+    # The smallest bin up to which the fraction q of all norms lies.
     wanted = jnp.maximum(jnp.ceil(float32(q) * ranks[..., -1].astype(jnp.float32)), 1)
     bin_ = jnp.sum((ranks.astype(jnp.float32) < wanted[..., None]), axis=-1)
     limit = jnp.exp(_LOW + (bin_.astype(jnp.float32) + 0.5) * _WIDTH)

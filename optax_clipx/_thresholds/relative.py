@@ -1,4 +1,4 @@
-"""Limits relative to the norm of the parameters."""
+"""Thresholds relative to the norm of the parameters."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from .constant import at
 
 
 def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
-    r"""A limit in proportion to the norm of the parameters.
+    r"""A threshold in proportion to the norm of the parameters.
 
     .. math:: t = \lambda \max(\|w\|, \epsilon)
 
     The parameters are measured as the updates are: with
-    :func:`optax_clipx.measures.unit_norms` this is the limit of adaptive gradient
+    :func:`optax_clipx.measures.unit_norms` this is the threshold of adaptive gradient
     clipping.
 
     Args:

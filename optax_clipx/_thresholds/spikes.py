@@ -1,4 +1,4 @@
-"""The limits of `skip_spikes`: robust from the first norms on, in a few numbers."""
+"""The thresholds of `skip_spikes`: robust from the first norms on, in a few numbers."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from .base import (
     ranked,
 )
 
-_FIRST = 8  # values before there is a limit
+_FIRST = 8  # values before there is a threshold
 _LEVEL_MEMORY = 16  # values over which the level is a mean
 _SPREAD_MEMORY = 64
 _FIRST_SPREAD = 0.4  # at least, while there are few values
@@ -67,7 +67,7 @@ def spikes_of_losses(patience: Any) -> Threshold:
 
 
 class _Spikes(NamedTuple):
-    above: Any  # by how much a limit is above the level, from the spread
+    above: Any  # by how much a threshold is above the level, from the spread
     patience: Any
     of_logarithms: bool
 
@@ -81,7 +81,7 @@ class _Spikes(NamedTuple):
         )
 
     def update(self, value: jax.Array, state: SpikeState) -> tuple[jax.Array, Any]:
-        """A limit for the value; what is far away does not enter, on either side."""
+        """The threshold; values far above or below the level do not enter it."""
         active = state.seen >= _FIRST
         above = self.above(state.spread)
         limit = state.level + above

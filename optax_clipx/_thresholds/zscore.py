@@ -1,4 +1,4 @@
-"""Limits some standard deviations above the mean of the norms so far."""
+"""Thresholds some standard deviations above the mean of the norms so far."""
 
 from typing import Any, NamedTuple
 
@@ -61,36 +61,36 @@ def zscore(
     patience: Any = None,
     min_relative_sd: Any = 0.01,
 ) -> Threshold:
-    r"""A limit some standard deviations above the mean of the norms so far.
+    r"""A threshold some standard deviations above the mean of the norms so far.
 
     .. math:: z = (n - \mu) / \sigma, \qquad
               t = \begin{cases} \text{target} & z > z^* \\ \mu + z^* \sigma
               & \text{else} \end{cases}
 
-    In the first ``warmup_steps`` norms there is no limit, and :math:`\mu, \sigma` are
-    their mean and population standard deviation. After them either moving averages,
+    In the first ``warmup_steps`` norms there is no threshold, and :math:`\mu, \sigma`
+    are their mean and population standard deviation. After them either moving averages,
 
     .. math:: \mu \leftarrow \beta\mu + (1-\beta) x, \qquad
               \sigma^2 \leftarrow \beta\sigma^2 + (1-\beta)(x - \mu_{new})^2,
 
-    or mean and population standard deviation of the last ``window`` norms. In
-    ``"log"`` space all of this is of :math:`\log n`, the limit is the exponential, and
-    the moving variance is :math:`E[l^2] - E[l]^2`; with ``warmup_steps=0`` averages are
+    or mean and population standard deviation of the last ``window`` norms. In ``"log"``
+    space all of this is of :math:`\log n`, the threshold is the exponential, and the
+    moving variance is :math:`E[l^2] - E[l]^2`; with ``warmup_steps=0`` averages are
     plain until :math:`k` norms outweigh the decay, :math:`k > 1/(1-\beta)`.
 
     State: four numbers for each norm, or the window and two. Norms of zero and steps
     that are not finite never enter.
 
     What enters on a spike, :math:`x`: ``stats="raw"`` the norm (the deviation grows and
-    hides an equal spike soon after); ``"clipped"`` the limit (a real shift of the level
-    is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never but for
-    ``patience``); ``"skip"`` nothing (the same).
+    hides an equal spike soon after); ``"clipped"`` the threshold (a real shift of the
+    level is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never
+    but for ``patience``); ``"skip"`` nothing (the same).
 
     Args:
         z_threshold: :math:`z^*`.
         decay: :math:`\beta`, between 0 and 1.
         window: how many norms to keep instead of moving averages.
-        warmup_steps: how many norms to see before there is a limit.
+        warmup_steps: how many norms to see before there is a threshold.
         space: ``"linear"`` or ``"log"``.
         target: where a norm above goes: ``"threshold"`` :math:`\mu + z^*\sigma`,
             ``"mean"`` :math:`\mu`, ``"reciprocal"``
@@ -105,7 +105,7 @@ def zscore(
             would make the smallest change a spike.
 
     Returns:
-        A threshold rule; with ``target`` other than ``"threshold"`` its limits lie
+        A threshold rule; with ``target`` other than ``"threshold"`` its thresholds lie
         below norms that they do not touch only when these are spikes.
 
     Raises:
@@ -119,8 +119,8 @@ def zscore(
         >>> state = rule.init(jnp.float32(0))
         >>> context = clipx.thresholds.Context(step=0)
         >>> for norm in (0.9, 1.0, 1.1, 9.0, 1.0):
-        ...     limit, state = rule.update(jnp.float32(norm), state, context)
-        ...     print(f"{norm}: {limit:.2f}")
+        ...     threshold, state = rule.update(jnp.float32(norm), state, context)
+        ...     print(f"{norm}: {threshold:.2f}")
         0.9: inf
         1.0: inf
         1.1: inf

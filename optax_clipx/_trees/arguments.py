@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-Schedule = Callable[[Any], Any]  # from the number of updates to a limit
+Schedule = Callable[[Any], Any]  # from the number of updates to a threshold
 Limit = float | np.ndarray | jax.Array | Schedule | PyTree  # or a prefix of these
 AxisNames = str | Iterable[Any] | None
 Specs = PartitionSpec | PyTree | None  # or a prefix of these
@@ -146,14 +146,14 @@ def _check_size(value: Any, name: str) -> None:
 
 
 def is_limit(value: Any) -> bool:
-    """Whether this is one limit: a number, an array or a schedule."""
+    """Whether this is one threshold: a number, an array or a schedule."""
     return callable(value) or isinstance(
         value, int | float | np.ndarray | np.generic | jax.Array
     )
 
 
 def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
-    """Refuses at construction what cannot be a limit."""
+    """Refuses at construction what cannot be a threshold."""
     if callable(value):
         return
     check_number(value, name)
@@ -187,5 +187,5 @@ def check_number(value: Any, name: str) -> None:
     if np.ndim(value) != 0:
         raise ValueError(
             f"Expected a scalar {name}, got an array of shape {np.shape(value)}. For a"
-            " limit for each leaf pass a pytree prefix of the updates."
+            " threshold for each leaf pass a pytree prefix of the updates."
         )

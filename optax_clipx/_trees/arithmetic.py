@@ -10,7 +10,7 @@ from jax import lax
 
 
 def accumulator(arrays: Sequence[Any]) -> Any:
-    """The dtype of sums, limits and scales: float64 if any leaf has it."""
+    """The dtype of sums, thresholds and scales: float64 if any leaf has it."""
     wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
     return jnp.dtype("float64" if wide else "float32")
 

@@ -29,7 +29,7 @@ def error_feedback(
 
     Clipped gradients are biased where their noise is skewed. Here the sum of all
     updates differs from the sum of all gradients by :math:`e` only, which stays bounded
-    as long as the limit is above the norm of the mean gradient; below it, :math:`e`
+    as long as the threshold is above the norm of the mean gradient; below it, :math:`e`
     grows without end, and the clipper's metrics show a norm that does.
 
     An entry of a gradient that is infinite or NaN counts as 0 in these sums, whatever

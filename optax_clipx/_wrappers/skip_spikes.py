@@ -192,7 +192,7 @@ def skip_spikes(
             )
             spike = summary.any_clipped
             skipped = summary.nonfinite | spike | loss_bad | loss_spike
-            # A limit that cannot be used made every leaf NaN, which must be seen.
+            # A threshold that cannot be used made every leaf NaN, which must be seen.
             keep = skipped & ~summary.unusable
             feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in found.arrays]
             # A clipper that comes first inside need not measure the same again.

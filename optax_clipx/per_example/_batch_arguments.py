@@ -1,4 +1,4 @@
-"""What functions of batches are given: checks, limits of groups, shapes of answers."""
+"""Arguments of functions of batches: checks, thresholds of groups, shapes."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def numbers(value: Any, name: str) -> tuple[int, ...]:
 
 
 def check_max_norm(max_norm: Any) -> None:
-    """Refuses limits that cannot be."""
+    """Raises an error for thresholds that cannot be used."""
     if callable(max_norm):
         raise TypeError(
             f"Expected max_norm to be a number or array, got {max_norm!r}. Call a"
@@ -130,7 +130,7 @@ def limits_of_groups(
     shares: str,
     dtype: Any,
 ) -> Float[Array, "..."]:
-    """The limit of each group; a scalar for the whole tree."""
+    """The threshold of each group; a scalar for the whole tree."""
     max_norm = jax.tree.map(as_float, max_norm)
     if is_limit(max_norm):
         if of_one.count is None:

@@ -107,8 +107,8 @@ def _measured(norms: jax.Array, scales: jax.Array) -> Measured:
 
 
 def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
-    """The limits of the groups for each example."""
-    # Zeros made from the norms, so that limits lie on the mesh as they do.
+    """The thresholds of the groups for each example."""
+    # Zeros made from the norms, so that thresholds lie on the mesh as they do.
     zeros = (norms != norms).astype(norms.dtype) * 0
     limits = limits.astype(norms.dtype)
     return zeros + (limits if norms.ndim == 1 else limits[None])

@@ -46,8 +46,8 @@ class ClippedExamples(NamedTuple):
         norms: the norm of each example before clipping, float32 or wider, in the order
             of the batch. A vector for the tree, a pytree of vectors for leaves, a dict
             of vectors for labelled groups. In ``shard_map`` those of this device.
-        clipped: the share of examples above the limit, non-finite ones included, from
-            0 to 1; in the structure of ``norms``.
+        clipped: the fraction of examples above the threshold, non-finite ones included,
+            from 0 to 1; in the structure of ``norms``.
         num_nonfinite: how many examples were not finite, and so added zero.
         num_examples: how many examples there were, without padding.
         aux: what ``fun`` returned besides the loss, for each example; else ``None``.
@@ -113,11 +113,10 @@ def clipped_grad(
     ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
 
     ==================  ==================  =========================================
-    norm of an example  limit               what it adds
-    ==================  ==================  =========================================
-    0                   any                 zero
-    any finite          infinity            its gradient
-    at most the limit   finite              its gradient, times the response's scale: 1
+    norm of an example  threshold               what it adds ==================
+    ==================  ========================================= 0
+    any                 zero any finite          infinity            its gradient at
+    most the threshold   finite              its gradient, times the response's scale: 1
                                             with ``rescale``
     above               0                   zero
     infinite or NaN     any                 zero; counted in ``num_nonfinite``
@@ -129,8 +128,8 @@ def clipped_grad(
             What lies along axis 0 of the batch is clipped together, so an entry may as
             well be a user with all of their examples: see :func:`group_by_user`.
         max_norm: :math:`C`, in the unit of the gradients, for the example as a whole; a
-            number or a scalar array, which may be traced. Or a limit for each leaf, as
-            a pytree prefix, or for each label, as a dict.
+            number or a scalar array, which may be traced. Or a threshold for each leaf,
+            as a pytree prefix, or for each label, as a dict.
         argnums: by which arguments to differentiate, as for :func:`jax.grad`.
         batch_argnums: the arguments with the examples along axis 0 of each leaf.
         microbatch_size: how many examples are taken at a time; if ``None`` all, or with
@@ -143,9 +142,9 @@ def clipped_grad(
             :func:`optax_clipx.measures.group_norms` to clip leaves or groups by
             themselves.
         response: :func:`optax_clipx.responses.rescale`, or any function of norms and
-            limits: ``functools.partial(clipx.responses.normalize, eps=0.01)`` is
+            thresholds: ``functools.partial(clipx.responses.normalize, eps=0.01)`` is
             AUTO-S, :func:`psac` is DP-PSAC.
-        shares: how :math:`K` leaves or groups share one limit: ``"equal"`` gives
+        shares: how :math:`K` leaves or groups share one threshold: ``"equal"`` gives
             :math:`C/\sqrt{K}` to each, ``"size"`` :math:`C \sqrt{d_k/d}`.
         two_pass: whether to take the norms first.
         reduction: ``"sum"`` or ``"mean"``.
@@ -164,7 +163,7 @@ def clipped_grad(
         :class:`ClippedExamples`.
 
     Raises:
-        ValueError: for a negative or NaN limit, argument numbers that overlap, an
+        ValueError: for a negative or NaN threshold, argument numbers that overlap, an
             unknown option; and from the function for a batch whose leaves differ in
             length, or a ``microbatch_size`` that does not divide it.
         TypeError: for a ``fun`` that is no function, or parameters that are no

@@ -12,13 +12,13 @@ def psac(
 ) -> Float[Array, "..."]:
     r"""Normalizes, but does not enlarge small gradients: :math:`t / (n + r/(n + r))`.
 
-    Large norms come close to their limit, as with
+    Large norms come close to their threshold, as with
     :func:`optax_clipx.responses.normalize`; a norm near 0 is multiplied by about
     :math:`t`, and not by :math:`t/n`.
 
     Args:
         norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape.
+        limits: thresholds :math:`t`, the same shape.
         r: the scale of norms that count as small, above 0.
 
     Returns:

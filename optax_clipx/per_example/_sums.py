@@ -29,7 +29,7 @@ from ._examples import (
 class Counts(NamedTuple):
     """How many examples were seen."""
 
-    over: jax.Array  # above the limit, for each group
+    over: jax.Array  # above the threshold, for each group
     nonfinite: jax.Array
     number: jax.Array
 

@@ -78,7 +78,7 @@ UPDATE_LEAD = 20
 UPDATE_RISE = log(1.5)
 LOSS_RISE = log(1.2)
 
-# Clipped shares. A rule that is to clip 90% is 8 points above at 98%.
+# Clip rates. A rule that is to clip 90% is 8 points above at 98%.
 ALWAYS = 0.95
 ABOVE_TARGET = 0.08
 ALWAYS_STRETCH = 0.5  # of the run, up to its end
@@ -95,11 +95,11 @@ BLIND_STEPS = 50
 BLIND_PART = 0.1
 
 # Leaves.
-DOMINANT = 0.9  # share of the squared norm, in most of the steps
+DOMINANT = 0.9  # fraction of the squared norm, in most of the steps
 DOMINANT_FACTOR = 5.0  # above the next largest leaf's norm
 LEAST_LEAVES = 3
 STARVED = 5.0  # how much smaller all other leaves' steps are by the dominant one
-STARVED_STEPS = 0.5  # share of the steps
+STARVED_STEPS = 0.5  # fraction of the steps
 DEAD_STEPS = 50
 DEAD = 1e-6  # of the median leaf, and of the leaf's own earlier level
 

@@ -44,8 +44,8 @@ def diagnose(
         threshold: the column with the threshold, or the threshold itself.
         update_norm: the column with the norm of the optimizer's updates.
         schedule: the column with the learning rate.
-        target: the share of steps that the rule is to clip: 0.9 for AutoClip with its
-            default quantile of 0.1.
+        target: the fraction of steps that the rule is to clip: 0.9 for AutoClip with
+            its default quantile of 0.1.
         step: the column with the step.
 
     Returns:

@@ -128,7 +128,7 @@ class Sweep(Protocol):
 
     @property
     def best(self) -> float:
-        """The best limit."""
+        """The best threshold."""
         ...
 
     @property
@@ -138,7 +138,7 @@ class Sweep(Protocol):
 
     @property
     def limits(self) -> tuple[float, ...]:
-        """The limits tried, rising."""
+        """The thresholds tried, rising."""
         ...
 
     @property
@@ -148,7 +148,7 @@ class Sweep(Protocol):
 
     @property
     def scores(self) -> np.ndarray:
-        """Limits by learning rates by seeds; NaN where training failed."""
+        """Thresholds by learning rates by seeds; NaN where training failed."""
         ...
 
     @property
@@ -163,7 +163,7 @@ class Sweep(Protocol):
 
 
 class Norms(NamedTuple):
-    """The norms that were recorded, their limits, and what was done to which step."""
+    """The recorded norms, their thresholds, and which steps were clipped or skipped."""
 
     steps: np.ndarray
     norms: np.ndarray
@@ -173,12 +173,12 @@ class Norms(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """The share of clipped steps."""
+        """The fraction of clipped steps."""
         return None if self.clipped is None else float(np.mean(self.clipped))
 
     @property
     def skip_rate(self) -> float | None:
-        """The share of skipped steps."""
+        """The fraction of skipped steps."""
         return None if self.skipped is None else float(np.mean(self.skipped))
 
 

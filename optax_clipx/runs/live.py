@@ -128,7 +128,7 @@ def _panel(
     grid.add_row("step", f"{columns[STEP][-1]:,}")
     grid.add_row("norm", f"{seen.norms[-1]:.4g}  {sparkline(seen.norms)}")
     if seen.limits is not None and seen.clipped is not None:
-        grid.add_row("limit", f"{seen.limits[-1]:.4g}")
+        grid.add_row("threshold", f"{seen.limits[-1]:.4g}")
         grid.add_row("clipped", _shares(seen.clipped))
     if seen.skipped is not None:
         grid.add_row("skipped", _shares(seen.skipped))

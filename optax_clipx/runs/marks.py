@@ -29,7 +29,7 @@ def line(
 
 
 def clipped_dots(ax: Any, seen: Norms, colours: Theme) -> None:
-    """Dots on the clipped steps, and their share in the legend."""
+    """Dots on the clipped steps, and their fraction in the legend."""
     if seen.clipped is None or not seen.clipped.any():
         return
     dots = envelope(seen.steps, np.where(seen.clipped, seen.norms, np.nan))
@@ -39,7 +39,7 @@ def clipped_dots(ax: Any, seen: Norms, colours: Theme) -> None:
 
 
 def skipped_marks(ax: Any, seen: Norms, colours: Theme) -> None:
-    """Triangles on the skipped steps, and their share in the legend."""
+    """Triangles on the skipped steps, and their fraction in the legend."""
     if seen.skipped is None or not seen.skipped.any():
         return
     marks = envelope(seen.steps, np.where(seen.skipped, seen.norms, np.nan))
@@ -49,16 +49,16 @@ def skipped_marks(ax: Any, seen: Norms, colours: Theme) -> None:
 
 
 def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
-    """The usual limit as a vertical line, with a band where it varied."""
+    """The usual threshold as a vertical line, with a band where it varied."""
     limits = limits[np.isfinite(limits)]
     if not len(limits):
         return
     low, middle, high = np.quantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
         style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
-        ax.axvspan(low, high, label="limit, 5 to 95%", **style)
+        ax.axvspan(low, high, label="threshold, 5 to 95%", **style)
     style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
-    ax.axvline(middle, label=f"limit {middle:.3g}", **style)
+    ax.axvline(middle, label=f"threshold {middle:.3g}", **style)
 
 
 def mark_nonfinite(

@@ -124,7 +124,7 @@ def _ends_in(name: str, kind: str) -> bool:
 
 
 def limits_beside(columns: Columns, norm: str) -> np.ndarray | None:
-    """The limits that a column of norms was clipped with, if they were recorded."""
+    """The thresholds that a column of norms was clipped with, if they were recorded."""
     name = f"{norm.removesuffix('norm')}threshold"
     if not norm.endswith("norm") or name not in columns:
         return None

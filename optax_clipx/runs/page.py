@@ -140,7 +140,7 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
             chart.add_scatter(
                 x=limits.steps,
                 y=limits.middle,
-                name=f"limit of {label}",
+                name=f"threshold of {label}",
                 line={"color": "#888888", "dash": "dash", "width": 1.5},
             )
     return chart
@@ -167,7 +167,7 @@ def _marked(chart: Any, seen: Norms, label: str) -> None:
 
 
 def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
-    chart = _chart(go, "Clipped and skipped steps", "step", "share")
+    chart = _chart(go, "Clipped and skipped steps", "step", "fraction of steps")
     chart.update_yaxes(tickformat=".0%", rangemode="tozero")
     for index, (label, (columns, name)) in enumerate(runs.items()):
         seen = norms_of(columns, name, limit)
@@ -189,7 +189,7 @@ def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
 
 
 def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
-    chart = _chart(go, "Norms", "norm", "share of the steps", barmode="overlay")
+    chart = _chart(go, "Norms", "norm", "fraction of steps", barmode="overlay")
     chart.update_xaxes(type="log", exponentformat="power", dtick=1)
     chart.update_yaxes(tickformat=".0%")
     for index, (label, (columns, name)) in enumerate(runs.items()):
@@ -243,7 +243,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
         "not finite",
         "clipped",
         "skipped",
-        "suggested limit",
+        "suggested threshold",
     ]
     rows = []
     for label, (columns, name) in runs.items():

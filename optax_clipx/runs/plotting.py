@@ -33,7 +33,7 @@ def norms(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws the norms before clipping over the steps, with limit and clipped steps.
+    """Draws the norms before clipping over the steps, with threshold and clipped steps.
 
     Skipped steps are marked apart from clipped ones. Long runs are drawn as the median
     and the range of stretches of steps.
@@ -41,7 +41,7 @@ def norms(
     Args:
         run: a history, the path of a recorded run, or a dict of columns.
         norm: the column with the norms, if it is not ``"clip/norm"`` or the like.
-        limit: a limit to draw; without it the recorded one.
+        limit: a threshold to draw; without it the recorded one.
         theme: ``"light"`` or ``"dark"``.
         ax: axes to draw on instead of new ones.
 
@@ -68,7 +68,7 @@ def norms(
         if seen.limits is not None and np.isfinite(seen.limits).any():
             limits = envelope(seen.steps, seen.limits)
             style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
-            ax.plot(limits.steps, limits.middle, label="limit", zorder=4, **style)
+            ax.plot(limits.steps, limits.middle, label="threshold", zorder=4, **style)
         marks.clipped_dots(ax, seen, colours)
         marks.skipped_marks(ax, seen, colours)
         marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
@@ -86,7 +86,7 @@ def clip_rate(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws the share of clipped steps, and of skipped ones, stretch by stretch.
+    """Draws the fraction of clipped steps, and of skipped ones, stretch by stretch.
 
     Args:
         run: as for :func:`norms`.
@@ -99,7 +99,7 @@ def clip_rate(
         The ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: if there is no limit in the run and none is given.
+        ValueError: if there is no threshold in the run and none is given.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -116,7 +116,7 @@ def clip_rate(
     known = {what: given for what, given in flags.items() if given is not None}
     if not known:
         raise ReadError(
-            "There is no limit in this run to compare the norms with. Pass limit=."
+            "There is no threshold in this run to compare the norms with. Pass limit=."
         )
     with canvas(theme, ax) as (figure, ax, colours):
         top = 0.0
@@ -147,7 +147,7 @@ def histogram(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws how the norms are distributed, and where the limit is among them.
+    """Draws how the norms are distributed, and where the threshold is among them.
 
     All steps are in it; norms very far from the others are in the outermost bars.
 
@@ -202,12 +202,12 @@ def histogram(
         if seen.limits is not None:
             marks.limit_line(ax, seen.limits, colours)
         ax.set_xscale("log")
-        title = "Norms and the limit"
+        title = "Norms and the threshold"
         if seen.limits is None:
-            title = "Norms; the limit is not recorded"
+            title = "Norms; the threshold is not recorded"
         elif not np.isfinite(seen.limits).any():
-            title = "Norms; the limit is infinite"
-        ax.set(title=title, xlabel="norm", ylabel="share of the steps")
+            title = "Norms; the threshold is infinite"
+        ax.set(title=title, xlabel="norm", ylabel="fraction of steps")
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
         ax.legend()
     return figure
@@ -345,7 +345,7 @@ def compare(
 
 
 def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
-    """Draws the scores of a sweep over its limits.
+    """Draws the scores of a sweep over its thresholds.
 
     Args:
         found: from :func:`optax_clipx.find_threshold`.
@@ -360,14 +360,14 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
 
     Example:
         >>> import optax_clipx as clipx
-        >>> train_fn = lambda limit: (limit - 1.0) ** 2
+        >>> train_fn = lambda threshold: (threshold - 1.0) ** 2
         >>> found = clipx.find_threshold(train_fn, 0.1, 10.0, num=5, progress=False)
         >>> figure = clipx.plotting.sweep(found)
         >>> figure.axes[0].get_xlabel()
-        'limit'
+        'threshold'
 
     References:
-        Pascanu et al., 2013, arXiv 1211.5063, on the choice of the limit.
+        Pascanu et al., 2013, arXiv 1211.5063, on the choice of the threshold.
     """
     with canvas(theme, ax) as (figure, ax, colours):
         for index, rate in enumerate(found.learning_rates):
@@ -394,13 +394,13 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.minorticks_off()
         if not found.higher_is_better:
             marks.log_scale(ax, found.scores)
-        ax.set(title="Score with each limit", xlabel="limit", ylabel="score")
+        ax.set(title="Score with each threshold", xlabel="threshold", ylabel="score")
         marks.legend_above(ax)
     return figure
 
 
 def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
-    """Draws the scores of a sweep over limits and learning rates, as a map.
+    """Draws the scores of a sweep over thresholds and learning rates, as a map.
 
     Args:
         found: from :func:`optax_clipx.find_threshold` with ``learning_rates``.
@@ -416,7 +416,7 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
     Example:
         >>> import optax_clipx as clipx
         >>> found = clipx.find_threshold(
-        ...     lambda limit, learning_rate: limit + learning_rate,
+        ...     lambda threshold, learning_rate: threshold + learning_rate,
         ...     0.1, 10.0, num=3, learning_rates=[0.1, 1.0], progress=False,
         ... )
         >>> figure = clipx.plotting.sweep_map(found)
@@ -453,8 +453,8 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(rates)), rates)
         ax.grid(False)
-        title = "Score of each limit and learning rate"
-        ax.set(title=title, xlabel="limit", ylabel="learning rate")
+        title = "Score of each threshold and learning rate"
+        ax.set(title=title, xlabel="threshold", ylabel="learning rate")
         figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
     return figure
 

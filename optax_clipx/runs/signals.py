@@ -161,7 +161,7 @@ class Signals:
 
     @cached_property
     def target(self) -> float | None:
-        """The share of steps that the rule is to clip."""
+        """The fraction of steps that the rule is to clip."""
         if self.names.target is not None:
             return float(self.names.target)
         line = self._line(self._find("target", None))

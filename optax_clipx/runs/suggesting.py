@@ -1,4 +1,4 @@
-"""`suggest_threshold`: a limit from the norms of a run."""
+"""`suggest_threshold`: a threshold from the norms of a run."""
 
 from typing import Any, NamedTuple
 
@@ -10,25 +10,25 @@ from .table import present
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
 _MANY = 0.01
-_NEARLY_ALL = 0.95  # of the steps clipped: the limit alone set how long they were
+_NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long they were
 
 
 class Suggestion(NamedTuple):
-    """A limit, and what it would have done to the run that it comes from.
+    """A threshold, and what it would have done to the run that it comes from.
 
     Attributes:
-        value: the limit.
-        clip_rate: the share of steps after the warm-up that were above it.
+        value: the threshold.
+        clip_rate: the fraction of steps after the warm-up that were above it.
         rates: the same for each tenth of these steps.
         drift: the usual norm in the last third over that in the first.
         warmup: how many steps at the start were left out.
-        spikes: the share of steps far outside of the others.
+        spikes: the fraction of steps far outside of the others.
         nonfinite: how many norms were infinite or NaN.
-        recorded: the limit that the run was clipped with and that nearly all its
+        recorded: the threshold that the run was clipped with and that nearly all its
             norms are above; ``None`` if there was none, or if fewer are.
-        warning: what speaks against one fixed limit; empty if nothing does.
-        rule: an adaptive rule to use instead, as code; ``None`` if a limit will do.
-        asked: the share of steps that was asked for.
+        warning: why a fixed threshold may be wrong here; empty if it is not.
+        rule: an adaptive rule to use instead, as code; ``None`` if a threshold will do.
+        asked: the fraction of steps that was asked for.
         why: why ``clip_rate`` is not ``asked``; empty if it is.
     """
 
@@ -48,8 +48,8 @@ class Suggestion(NamedTuple):
     def __str__(self) -> str:
         low, high = min(self.rates), max(self.rates)
         lines = [
-            f"limit {self.value:.4g}: clips {self.clip_rate:.1%} of the steps (between"
-            f" {low:.1%} and {high:.1%} in each tenth of the run);"
+            f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
+            f" (between {low:.1%} and {high:.1%} in each tenth of the run);"
             f" {_percent(self.asked)} was asked for"
         ]
         if self.why:
@@ -64,37 +64,40 @@ class Suggestion(NamedTuple):
             # With max_norm=, a rule helps only where the norms go on to fall.
             case = "if they fall further" if self.drift < 1 else "to follow the norms"
             lines.append(f"{case}: {self.rule}")
-            lines.append("with no number to choose: optax_clipx.auto_clip()")
+            lines.append("without a number to choose: optax_clipx.auto_clip()")
         return "\n".join(lines)
 
 
 def suggest_threshold(
     norms: Any, clip_rate: float | int = 0.1, *, limit: Any = None
 ) -> Suggestion:
-    r"""Suggests the limit that would have clipped a wanted share of a run's steps.
+    r"""Suggests the threshold that would have clipped a given fraction of the steps.
 
     .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}
 
-    Left out are steps at the start whose level is another than later on. Infinite and
-    NaN norms count as above any limit. Spikes, norms far outside of the others, cannot
-    push the limit up, even where there are more of them than are to be clipped: then
-    it is the quantile of the rest. Where norms fall so much during the run that the
-    rate is another at its end, the limit is the quantile of the last third.
+    Here :math:`n_k` is the norm at step :math:`k` and :math:`r` the ``clip_rate``.
+    Steps at the start are left out if their level differs from that of later steps.
+    Infinite and NaN norms count as above any threshold. Spikes, which are norms far
+    above the others, do not raise the threshold: if they are more than the fraction
+    :math:`r`, the quantile of the other norms is used. If the norms fall during the
+    run, so that the clip rate at its end would be much lower, the threshold is the
+    quantile of the last third.
 
-    A run of which nearly every step was clipped tells what its own limit does, and
-    nothing of any higher one: with longer steps its norms would be others. There the
-    limit is that of the run at most.
+    A run of which nearly every step was clipped gives no information about higher
+    thresholds: with longer steps its norms would be different. The suggestion is then
+    at most the threshold of that run.
 
     Args:
         norms: the gradient norms before clipping, in the order of the steps; or a
             :class:`History`, or the path of a recorded run.
-        clip_rate: :math:`r`, the share of steps to clip.
-        limit: what the run was clipped with, if it was: a number, or one for each
-            step. A :class:`History` tells this itself.
+        clip_rate: :math:`r`, the fraction of steps to clip.
+        limit: the threshold that the run was clipped with, if it was: a number, or
+            one for each step. A :class:`History` contains it.
 
     Returns:
-        A :class:`Suggestion`: the limit ``value``, its ``clip_rate`` on this run, how
-        steady that was, and a ``warning`` with an adaptive ``rule`` if the norms drift.
+        A :class:`Suggestion`: the threshold ``value``, its ``clip_rate`` on this run,
+        the rate in each tenth of the run, and a ``warning`` with an adaptive ``rule``
+        if the norms drift.
 
     Raises:
         ValueError: if ``clip_rate`` is not between 0 and 1, or if there is no positive
@@ -110,7 +113,7 @@ def suggest_threshold(
         3.42 10%
 
     References:
-        A quantile of the norms as the limit: Seetharaman et al., AutoClip, 2020,
+        A quantile of the norms as the threshold: Seetharaman et al., AutoClip, 2020,
         arXiv 2007.14469; watching average norms: Pascanu et al., 2013, arXiv
         1211.5063.
     """
@@ -118,13 +121,14 @@ def suggest_threshold(
         raise ValueError(f"Expected 0 < clip_rate < 1, got clip_rate={clip_rate}.")
     values, limits = _norms(norms, limit)
     nonfinite = int(np.sum(~np.isfinite(values)))
-    # A norm of zero says nothing of the level; one that overflowed is above any limit.
+    # A norm of zero says nothing of the level; one that overflowed is above any
+    # threshold.
     values = np.where(np.isnan(values), np.inf, values)
     used, limits = values[values > 0], limits[values > 0]
     if not np.isfinite(used).any():
         raise ValueError(
             f"Expected positive finite norms, got none among {len(values)}. Record a"
-            " run with a limit, or with a lower learning rate."
+            " run with a threshold, or with a lower learning rate."
         )
     skipped = _warmup(used)
     steady = used[skipped:]
@@ -136,8 +140,8 @@ def suggest_threshold(
     value = min(_limit(steady, cutoff, clip_rate), ceiling)
     drift, drifting = _drift(steady, value, clip_rate)
     if drifting and drift < 1:
-        # A limit for the high norms of the start would let pass what is a spike later,
-        # and too low a limit does less harm than too high a one.
+        # A threshold for the high norms of the start would let pass what is a spike
+        # later, and too low a threshold does less harm than too high a one.
         value = min(_limit(_cut(steady, 3)[-1], cutoff, clip_rate), ceiling)
     rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
     found = Suggestion(
@@ -159,9 +163,9 @@ def suggest_threshold(
 
 
 def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The norms that were recorded, and the limit of each step.
+    """The norms that were recorded, and the threshold of each step.
 
-    The limit is infinite if there was none, and NaN where it was not recorded.
+    The threshold is infinite if there was none, and NaN where it was not recorded.
     """
     of_run = isinstance(norms, str) or hasattr(norms, "__fspath__")
     if of_run or hasattr(norms, "steps"):
@@ -184,8 +188,8 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
     limits = np.asarray(np.inf if limit is None else limit, np.float64)
     if limits.ndim and limits.shape != values.shape:
         raise ValueError(
-            f"Expected one limit, or one for each of the {len(values)} norms, got shape"
-            f" {limits.shape}."
+            f"Expected one limit, or one for each of the {len(values)} norms, got"
+            f" limit of shape {limits.shape}."
         )
     if np.any(limits < 0):
         raise ValueError(f"Expected limit >= 0, got {np.nanmin(limits):g}.")
@@ -194,7 +198,7 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recorded(norms: np.ndarray, limits: np.ndarray) -> float | None:
-    """The usual limit of a run of which nearly every step was clipped."""
+    """The usual threshold of a run of which nearly every step was clipped."""
     known = ~np.isnan(limits)
     norms, limits = norms[known], limits[known]
     if not known.any() or np.mean(norms > limits) <= _NEARLY_ALL:
@@ -236,7 +240,7 @@ def _limit(norms: np.ndarray, cutoff: float, clip_rate: float | int) -> float:
 
 
 def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bool]:
-    """How much the level changed, and whether one limit is wrong for a part of it."""
+    """How much the level changed, and whether one threshold misses a part of it."""
     thirds = _cut(norms, 3)
     if len(thirds) < 3:
         return 1.0, False
@@ -252,34 +256,36 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
 
 
 def _rule(quantile: float, value: float, drift: float) -> str:
-    # Norms that fell are followed down, and never up beyond the limit: where clipping
-    # is what keeps them low, a rule that follows them up lets training explode.
+    # Norms that fell are followed down, and never up beyond the threshold: where
+    # clipping is what keeps them low, a rule that follows them up lets training
+    # explode.
     most = f", max_norm={value:.4g}" if drift < 1 else ""
     return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker"{most})'
 
 
 def _why(found: Suggestion, count: int) -> str:
-    """Why the limit does not clip the share of the steps that was asked for."""
+    """Why the threshold does not clip the fraction of the steps that was asked for."""
     if abs(found.clip_rate - found.asked) <= max(0.005, 1 / count):
         return ""
     if found.recorded is not None and found.recorded == found.value:
         return (
-            "no limit above that of the run is suggested, and nearly all its norms are"
-            " above that"
+            "nearly all norms of this run are above its own threshold, and no higher"
+            " threshold is suggested"
         )
     if found.rule and found.drift < 1:
         return (
-            f"the norms fall, and the limit is chosen to clip {_percent(found.asked)}"
-            " of the last third of the run; earlier norms are higher"
+            "the norms fall, and the threshold is chosen to clip"
+            f" {_percent(found.asked)} of the last third of the run; earlier norms are"
+            " higher"
         )
     if found.spikes > found.asked:
         return (
-            f"{_percent(found.spikes)} of the steps are spikes, and the limit clips"
+            f"{_percent(found.spikes)} of the steps are spikes, and the threshold clips"
             f" them and {_percent(found.asked)} of the other steps"
         )
     return (
-        f"norms that are equal to the limit are not clipped, and the {count} norms"
-        " have no value with this share above it"
+        f"norms that are equal to the threshold are not clipped, and the {count} norms"
+        " have no value with this fraction above it"
     )
 
 
@@ -291,29 +297,30 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     said = []
     if found.recorded == found.value:
         said.append(
-            f"nearly every step of this run was clipped to {found.value:.4g}, so that"
-            " it says nothing of higher limits, and none is suggested"
+            f"nearly every step of this run was clipped to {found.value:.4g}; such a"
+            " run gives no information about higher thresholds, so none is suggested"
         )
     if found.nonfinite > _MANY * count:
         said.append(
-            "this run exploded, and its norms may be too high for one that does not:"
-            " record one with this limit"
+            "this run exploded, so its norms may be higher than those of a stable run:"
+            " train with this threshold, and choose again from that run"
         )
     if found.rule:
         said.append(
             f"the norms drift (the usual norm in the last third of the run is"
-            f" {found.drift:.3g} times that in the first), so that a fixed limit clips"
-            f" {min(found.rates):.0%} of the steps at one time and"
+            f" {found.drift:.3g} times that in the first), so that a fixed threshold"
+            f" clips {min(found.rates):.0%} of the steps at one time and"
             f" {max(found.rates):.0%} at another"
             + ("; this one is for the last third" if found.drift < 1 else "")
         )
     if found.spikes > clip_rate:
         said.append(
-            f"{found.spikes:.0%} of the steps are spikes, which is more than"
-            f" {clip_rate:.0%} already; the limit is that of the other steps"
+            f"{found.spikes:.0%} of the steps are spikes, which is more than the"
+            f" {clip_rate:.0%} that was asked for; the threshold comes from the other"
+            " steps"
         )
     if count < _FEW:
-        said.append(f"there are only {count} norms to go by")
+        said.append(f"there are only {count} norms to choose from")
     return "; ".join(said)
 
 

@@ -1,4 +1,4 @@
-"""`find_threshold`: a short sweep over limits."""
+"""`find_threshold`: a short sweep over thresholds."""
 
 import itertools
 import json
@@ -17,17 +17,18 @@ _KEYS = ("limit", "learning_rate", "seed")
 
 
 class Sweep(NamedTuple):
-    """What a sweep over limits found.
+    """What a sweep over thresholds found.
 
     Attributes:
-        best: the limit with the best median score over seeds (and, with several
+        best: the threshold with the best median score over seeds (and, with several
             learning rates, at its best one).
         best_learning_rate: the learning rate of the best score, or ``None``.
-        limits: the limits tried, rising.
+        limits: the thresholds that were tried, in rising order.
         learning_rates: the learning rates tried, or ``(None,)``.
-        scores: shape ``(limits, learning_rates, seeds)``; NaN where training failed.
+        scores: shape ``(thresholds, learning_rates, seeds)``; NaN where training
+            failed.
         higher_is_better: what a good score is.
-        warning: what speaks against the result; empty if nothing does.
+        warning: why the result may be wrong; empty if nothing suggests it.
     """
 
     best: float
@@ -45,9 +46,9 @@ class Sweep(NamedTuple):
         theme: str = "light",
         force: bool = False,
     ) -> Any:
-        """Draws the scores over the limits, or as a map of limit and learning rate.
+        """Draws the scores for each threshold, and for each learning rate if several.
 
-        A picture that is there is overwritten with ``force=True`` alone.
+        An existing picture is overwritten only with ``force=True``.
         """
         from . import plotting
 
@@ -75,22 +76,23 @@ def find_threshold(
     force: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    r"""Trains with each of a few limits and finds the best one.
+    r"""Trains with each of a few thresholds and finds the best one.
 
-    The limits are :math:`t_i = a (b / a)^{i / (m - 1)}`, evenly apart in the logarithm.
+    The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}`, evenly apart in the
+    logarithm.
 
     Args:
         train_fn: trains and returns a score, by default the lower the better:
-            ``train_fn(limit)``. With ``seeds`` it is called with ``seed=``, with
+            ``train_fn(threshold)``. With ``seeds`` it is called with ``seed=``, with
             ``learning_rates`` with ``learning_rate=`` as well. The score is a number
             or an array with one entry; NaN says that training failed.
-        low: :math:`a`, the smallest limit; a fifth of what :func:`suggest_threshold`
-            says is a good start.
-        high: :math:`b`, the largest limit; five times that.
-        num: :math:`m`, how many limits to try.
+        low: :math:`a`, the smallest threshold; a fifth of what
+            :func:`suggest_threshold` says is a good start.
+        high: :math:`b`, the largest threshold; five times that.
+        num: :math:`m`, how many thresholds to try.
         seeds: whole numbers; train with each of these. Scores are compared by their
             median.
-        learning_rates: try each limit with each of these.
+        learning_rates: try each threshold with each of these.
         higher_is_better: the score is an accuracy and not a loss.
         path: a JSONL file that gets each score as it comes. A sweep that was stopped
             goes on where it was, and what is in the file is not trained again.
@@ -102,9 +104,9 @@ def find_threshold(
         A :class:`Sweep`.
 
     Raises:
-        ValueError: if the limits are not ``0 < low < high``, if a seed is not whole, if
-            the file holds something else, if a score is no single number, or if
-            training failed with every limit.
+        ValueError: if the thresholds are not ``0 < low < high``, if a seed is not
+            whole, if the file holds something else, if a score is no single number, or
+            if training failed with every threshold.
         FileExistsError: if there is such a picture and ``force`` is false; before
             anything is trained.
         ImportError: if tqdm or, for a picture, matplotlib is not installed.
@@ -112,14 +114,14 @@ def find_threshold(
     Example:
         >>> import optax_clipx as clipx
         >>> found = clipx.find_threshold(
-        ...     lambda limit: (limit - 1.0) ** 2, 0.1, 10.0, num=5, progress=False
+        ...     lambda t: (t - 1.0) ** 2, 0.1, 10.0, num=5, progress=False
         ... )
         >>> found.best
         1.0
 
     References:
         Pascanu et al., 2013, arXiv 1211.5063: training is not very sensitive to the
-        limit, so that a coarse grid will do.
+        threshold, so that a coarse grid will do.
     """
     if not (0 < low < high < np.inf):
         raise ValueError(f"Expected 0 < low < high, got low={low}, high={high}.")
@@ -138,7 +140,7 @@ def find_threshold(
     bar = _bar(len(settings), progress)
     again = sum(setting in known for setting in settings)
     if bar is not None and again:  # of a training that may have changed since
-        bar.set_description_str(f"limits ({again} read from {path})")
+        bar.set_description_str(f"thresholds ({again} read from {path})")
     for setting in settings:
         if setting not in known:
             extra = dict(zip(_KEYS[1:], setting[1:], strict=True))
@@ -147,7 +149,7 @@ def find_threshold(
             if path is not None:
                 _add(Path(path), setting, known[setting])
         if bar is not None:
-            bar.set_postfix_str(f"limit {setting[0]:g}: {known[setting]:.4g}")
+            bar.set_postfix_str(f"threshold {setting[0]:g}: {known[setting]:.4g}")
             bar.update()
     if bar is not None:
         bar.close()
@@ -190,8 +192,8 @@ def _chosen(
     middle = np.median(np.where(np.isfinite(scores), scores, worst), axis=2)
     if not np.isfinite(middle).any():
         raise ValueError(
-            f"Training failed with every limit from {limits[0]:g} to {limits[-1]:g}."
-            " Try smaller ones, or a lower learning rate."
+            f"Training failed with every threshold from {limits[0]:g} to"
+            f" {limits[-1]:g}. Try smaller ones, or a lower learning rate."
         )
     flat = np.argmax(middle) if higher_is_better else np.argmin(middle)
     at, rate = np.unravel_index(int(flat), middle.shape)
@@ -199,14 +201,16 @@ def _chosen(
     warnings = []
     if edge is not None:
         warnings.append(
-            f"the best limit, {limits[at]:g}, is the {edge[0]} that was tried; a"
-            f" {'lower' if edge[1] == 'low' else 'higher'} {edge[1]}= may be better"
+            f"the best threshold, {limits[at]:g}, is the {edge[0]} that was tried; a"
+            f" {'lower' if edge[1] == 'low' else 'higher'} one may be better: change"
+            f" {edge[1]}="
         )
     of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
-    if of_seeds > of_limits:  # false if anything failed: that tells limits apart
+    if of_seeds > of_limits:  # false if anything failed: that tells thresholds apart
         warnings.append(
-            f"seeds differ by {of_seeds:.2g} at this limit, limits by {of_limits:.2g}:"
-            " which is best is chance; more seeds, or a wider range, may tell"
+            f"the scores of the seeds at this threshold differ by {of_seeds:.2g}, those"
+            f" of the thresholds by only {of_limits:.2g}: the best one may be chance;"
+            " try more seeds or a wider range"
         )
     return Sweep(
         limits[at],
@@ -259,4 +263,4 @@ def _bar(total: int, progress: bool) -> Any:
         raise ImportError(
             "tqdm is missing. Run: pip install tqdm, or pass progress=False."
         ) from None
-    return tqdm(total=total, desc="limits", unit="run")
+    return tqdm(total=total, desc="thresholds", unit="run")

@@ -78,7 +78,7 @@ ERRORS = {
     "group's limits": (
         lambda: clipx.clip_by_group_norm(1.0, "a"),
         TypeError,
-        r"dict from label to limit, got 1\.0",
+        r"dict from label to threshold, got 1\.0",
     ),
     "scope": (lambda: clipx.zclip(scope="all"), ValueError, "got scope='all'"),
     "smooth p": (
@@ -100,7 +100,7 @@ ERRORS = {
             )
         ),
         TypeError,
-        r"dict from label to limit, got \[1\.0, 2\.0\]",
+        r"dict from label to threshold, got \[1\.0, 2\.0\]",
     ),
     "warmup_limit of units": (
         lambda: clipx.adagc(scope=clipx.measures.unit_norms()).init(GRADS),
@@ -475,7 +475,7 @@ def test_pictures_of_runs_with_little_in_them(tmp_path):
     moving = {"step": np.arange(9), "norm": np.linspace(1, 9, 9)}
     figure = clipx.plotting.histogram(moving | {"threshold": np.linspace(1, 2, 9)})
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert "limit, 5 to 95%" in labels
+    assert "threshold, 5 to 95%" in labels
     failed = {"step": np.arange(9), "loss": np.full(9, np.nan)}
     assert clipx.plotting.compare({"failed": failed}) is not None
 

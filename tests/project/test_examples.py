@@ -183,7 +183,7 @@ def test_monitoring_writes_everything(tmp_path):
     assert "plotly" in (out / "run.html").read_text()
     (log,) = (out / "logs").glob("*tfevents*")
     assert b"track_norms/head/kernel" in log.read_bytes()
-    assert len(re.findall(r"^limit ", found.stdout, re.M)) == 2
+    assert len(re.findall(r"^threshold ", found.stdout, re.M)) == 2
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_infinite_limits_are_drawn_without_warnings(limits, tmp_path):
 
 def test_an_infinite_limit_is_recorded(tmp_path):
     axes = plotting.histogram(record(tmp_path / "run.jsonl", np.inf)).axes[0]
-    assert axes.get_title(loc="left") == "Norms; the limit is infinite"
+    assert axes.get_title(loc="left") == "Norms; the threshold is infinite"
 
 
 @pytest.mark.parametrize("option", ["--limit", "--clip-rate", "--every"])

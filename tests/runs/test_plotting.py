@@ -109,7 +109,7 @@ def test_norms_show_limit_and_clipped_steps():
     run = run_of()
     lines = lines_of(plotting.norms(run))
     np.testing.assert_array_equal(lines["norm"].get_ydata(), run["clip/norm"])
-    assert set(lines["limit"].get_ydata()) == {1.0}
+    assert set(lines["threshold"].get_ydata()) == {1.0}
     clipped = run["clip/norm"] > 1
     (label,) = [name for name in lines if name.startswith("clipped")]
     assert f"{clipped.mean():.1%}" in label
@@ -215,7 +215,7 @@ def test_plot(run, capsys):
 def test_suggest(run, capsys):
     assert call("suggest", "run.jsonl", "other.csv", "--clip-rate", 0.2) == 0
     want = clipx.suggest_threshold(run_of()["clip/norm"], 0.2)
-    assert f"limit {want.value:.4g}" in capsys.readouterr().out
+    assert f"threshold {want.value:.4g}" in capsys.readouterr().out
     assert call("suggest", "run.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["run"]["clip_rate"] == pytest.approx(0.1, abs=0.01)
@@ -323,7 +323,7 @@ def test_the_page_is_whole_and_asks_for_nothing(run, capsys):
     own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!data:)', own)
     assert not re.search(r"<script[^>]*src=", text)
-    assert "suggested limit" in text
+    assert "suggested threshold" in text
     assert call("plot", "run.jsonl", "--html", "page.html") == 2
     assert (run / "page.html").read_text() == text
     odd = history_of(layers=False)
@@ -405,7 +405,7 @@ def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "logs" / "a.png").exists()
     assert call("suggest", "logs/a") == 0
     want = clipx.suggest_threshold(run["clip/norm"].astype(np.float32)).value
-    assert f"limit {want:.4g}" in capsys.readouterr().out
+    assert f"threshold {want:.4g}" in capsys.readouterr().out
     if importlib.util.find_spec("rich"):
         assert call("watch", "logs/a", "--once") == 0
 
