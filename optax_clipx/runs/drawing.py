@@ -11,11 +11,16 @@ from . import naming, readers
 from .jsonl import ReadError
 from .table import STEP, Columns, present
 
+DASHES = ("solid", "dashed", "dotted")  # where there are more runs than colours
 POINTS = 1000  # more than the pixels of a line at README width
 
 
 class Theme(NamedTuple):
-    """Colours that everyone can tell apart (Okabe and Ito), on a light or dark page."""
+    """Colours that everyone can tell apart (Okabe and Ito), on a light or dark page.
+
+    ``lines`` are the colours of runs, the same in pictures and on the page. Clipped and
+    skipped steps have colours that no run has.
+    """
 
     page: str
     text: str
@@ -36,7 +41,7 @@ THEMES = {
         limit="#1f2328",
         clipped="#D55E00",
         skipped="#009E73",
-        lines=("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+        lines=("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#6E7781", "#8A6D3B"),
     ),
     "dark": Theme(
         page="#0d1117",
@@ -46,7 +51,7 @@ THEMES = {
         limit="#e6edf3",
         clipped="#E69F00",
         skipped="#2CC59B",
-        lines=("#E69F00", "#56B4E9", "#2CC59B", "#E29AC5", "#F0E442", "#F07F3C"),
+        lines=("#56B4E9", "#F0E442", "#E29AC5", "#3F8CC9", "#9AA4B2", "#C9A66B"),
     ),
 }
 
@@ -71,7 +76,18 @@ def canvas(
             'matplotlib is missing. Run: pip install "optax_clipx[plot]"'
         ) from None
     colours = theme_of(theme)
-    style: Any = {
+    with mpl.rc_context(rc(theme)):
+        if ax is None:
+            # No pyplot: nothing is registered, so nothing has to be closed.
+            figure = Figure(figsize=size, layout="constrained")
+            ax = figure.add_subplot()
+        yield ax.figure, ax, colours
+
+
+def rc(theme: str) -> dict[str, Any]:
+    """Matplotlib's settings for all pictures of this package, its docs and examples."""
+    colours = theme_of(theme)
+    return {
         "font.size": 11,
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
@@ -94,12 +110,6 @@ def canvas(
         **dict.fromkeys(("xtick.color", "ytick.color"), colours.text),
         "axes.edgecolor": colours.text,
     }
-    with mpl.rc_context(style):
-        if ax is None:
-            # No pyplot: nothing is registered, so nothing has to be closed.
-            figure = Figure(figsize=size, layout="constrained")
-            ax = figure.add_subplot()
-        yield ax.figure, ax, colours
 
 
 def columns_of(run: Any) -> Columns:

@@ -134,7 +134,7 @@ def _panel(
         grid.add_row("skipped", _shares(seen.skipped))
     lost = int(np.sum(~np.isfinite(seen.norms)))
     if lost:
-        grid.add_row("[bold red]not finite", f"{lost} norms")
+        grid.add_row("[bold red]non-finite", naming.counted(lost, "norm"))
     losses = [n for n in columns if n.lower().rsplit("/", 1)[-1] == "loss"]
     for loss in losses[:3]:
         values = columns[loss][present(columns[loss])]

@@ -8,6 +8,7 @@ import numpy as np
 from . import naming
 from .drawing import Envelope, Norms, Theme, columns_of, envelope
 from .jsonl import ReadError
+from .naming import counted
 from .table import STEP, present
 
 
@@ -16,16 +17,22 @@ def line(
     points: Envelope,
     colour: str,
     label: str,
-    width: float = 1.3,
-    marker: str | None = None,
+    **style: Any,
 ) -> None:
-    """A line through the middles, with a band from low to high."""
+    """A line through the middles, with a band from low to high.
+
+    A value between two that are missing is a dot, as no line leads to it.
+    """
     if not np.array_equal(points.low, points.high, equal_nan=True):
         band = {"color": colour, "alpha": 0.25, "lw": 0}
         ax.fill_between(points.steps, points.low, points.high, **band)
     ax.plot(
-        points.steps, points.middle, color=colour, lw=width, label=label, marker=marker
+        points.steps, points.middle, color=colour, label=label, **{"lw": 1.3} | style
     )
+    there = np.isfinite(np.pad(points.middle, 1, constant_values=np.nan))
+    alone = there[1:-1] & ~there[:-2] & ~there[2:]
+    if alone.any() and "marker" not in style:
+        ax.plot(points.steps[alone], points.middle[alone], ".", color=colour)
 
 
 def clipped_dots(ax: Any, seen: Norms, colours: Theme) -> None:
@@ -34,7 +41,7 @@ def clipped_dots(ax: Any, seen: Norms, colours: Theme) -> None:
         return
     dots = envelope(seen.steps, np.where(seen.clipped, seen.norms, np.nan))
     style = {"color": colours.clipped, "ms": 4, "zorder": 3}
-    label = f"clipped: {seen.rate:.1%} of the steps"
+    label = f"clipped: {seen.rate:.1%} of steps"
     ax.plot(dots.steps, dots.high, ".", label=label, **style)
 
 
@@ -44,8 +51,20 @@ def skipped_marks(ax: Any, seen: Norms, colours: Theme) -> None:
         return
     marks = envelope(seen.steps, np.where(seen.skipped, seen.norms, np.nan))
     style = {"color": colours.skipped, "ms": 6, "mec": colours.page, "zorder": 3.5}
-    label = f"skipped: {seen.skip_rate:.1%} of the steps"
+    label = f"skipped: {seen.skip_rate:.1%} of steps"
     ax.plot(marks.steps, marks.high, "v", label=label, **style)
+
+
+def threshold(ax: Any, seen: Norms, colours: Theme) -> None:
+    """The threshold over the steps; an infinite one is said in the legend alone."""
+    if seen.limits is None:
+        return
+    style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
+    if not np.isfinite(seen.limits).any():
+        ax.plot([], [], label="threshold: infinite", **style)
+        return
+    limits = envelope(seen.steps, seen.limits)
+    ax.plot(limits.steps, limits.middle, label="threshold", zorder=4, **style)
 
 
 def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
@@ -70,7 +89,7 @@ def mark_nonfinite(
         few = lost[:: -(-len(lost) // 200)]
         ax.plot(few, [0.97] * len(few), "x", color=colours.clipped, mew=2, zorder=5,
                 transform=ax.get_xaxis_transform(),
-                label=f"not finite: {len(lost)} steps")  # fmt: skip
+                label=f"non-finite: {counted(len(lost), 'step')}")  # fmt: skip
 
 
 def log_scale(ax: Any, values: np.ndarray) -> None:
@@ -81,11 +100,47 @@ def log_scale(ax: Any, values: np.ndarray) -> None:
 
 
 def legend_above(ax: Any) -> None:
-    """A legend above the axes; a wide one goes below the title, not over it."""
-    if len(ax.get_legend_handles_labels()[1]) > 3:
-        ax.set_title(ax.get_title(loc="left"), loc="left", pad=26)
+    """A legend between the title and the axes, in as many columns as there is room for.
+
+    It stands beside the title if both fit on one line.
+    """
+    labels = ax.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    room = ax.bbox.width / ax.figure.dpi * 72  # in points, as the sizes of fonts
+    if ax.figure.figure.get_layout_engine() is not None:
+        room *= 1.15  # axes become wider in the layout, which is not computed yet
+    columns = len(labels)
+    while columns > 1 and _width(labels, columns) > room:
+        columns -= 1
+    rows = -(-len(labels) // columns)
+    title = ax.get_title(loc="left")
+    beside = _text_width(title, 12, bold=True) + _width(labels, columns) < 0.95 * room
+    if not (rows == 1 and beside):
+        ax.set_title(title, loc="left", pad=10 + _LINE * rows)
     place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
-    ax.legend(ncols=4, columnspacing=1.2, handlelength=1.6, **place)
+    if not (rows == 1 and beside):
+        place |= {"loc": "lower left", "bbox_to_anchor": (0, 0.99)}
+    style = {"columnspacing": 1.2, "handlelength": 1.6, "labelspacing": 0.3}
+    ax.legend(ncols=columns, **style, **place)
+
+
+_LINE = 16  # points from one line of a legend to the next
+_BESIDE_LABEL = 40  # points for the handle of a label and the space around both
+
+
+def _width(labels: Sequence[str], columns: int) -> float:
+    """How wide a legend is, in points; it is filled column by column."""
+    widths = np.array([_BESIDE_LABEL + _text_width(label, 10) for label in labels])
+    return float(sum(part.max() for part in np.array_split(widths, columns)))
+
+
+def _text_width(text: str, size: int, bold: bool = False) -> float:
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(weight="bold" if bold else "normal")
+    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width)
 
 
 def log_norm(values: np.ndarray) -> Any:

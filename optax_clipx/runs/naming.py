@@ -145,3 +145,8 @@ def norms_of_all_steps(columns: Columns, name: str) -> np.ndarray:
     measured = np.asarray(columns["skip/norm"], np.float64)
     skipped = np.asarray(columns["skip/skipped"], np.float64) > 0
     return np.where(skipped & present(measured), measured, norms)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 step, 2 steps."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

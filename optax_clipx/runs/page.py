@@ -1,6 +1,6 @@
 """One self-contained page with interactive charts, drawn by Plotly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ from .suggesting import suggest_threshold
 from .table import STEP, present
 
 _POINTS = 2000
-# Apart from each other for everyone, and from both pages.
-_COLOURS = ("#2F8FD8", "#E0700A", "#12A37A", "#C66FA3", "#B8A200", "#7A7FD6")
+_THEMES = (THEMES["light"], THEMES["dark"])
 _HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -25,9 +24,12 @@ _HEAD = """<!DOCTYPE html>
   --text: {dark.text}; --line: {dark.grid}; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem;
   padding: 0 1rem; background: var(--page); color: var(--text); }}
+h1 {{ font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 0; }}
 table {{ border-collapse: collapse; margin: 1rem 0; display: block;
   overflow-x: auto; }}
-th, td {{ text-align: left; padding: .3rem .9rem .3rem 0;
+td {{ white-space: nowrap; }}
+th, td {{ text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }}
 </style></head><body>
 <h1>{title}</h1>
@@ -40,7 +42,20 @@ function restyle() {{
   const text = dark.matches ? "{dark.text}" : "{light.text}";
   const grid = dark.matches ? "{dark.grid}" : "{light.grid}";
   for (const chart of document.querySelectorAll(".plotly-graph-div")) {{
-    const change = {{"font.color": text}};
+    chart.data.forEach((trace, i) => {{
+      if (!trace.meta) return;
+      const [colour, faint] = trace.meta[dark.matches ? 1 : 0];
+      const change = {{"line.color": colour, "marker.color": colour}};
+      if (trace.fill) change.fillcolor = faint;
+      Plotly.restyle(chart, change, [i]);
+    }});
+    const change = {{"font.color": text, "modebar.activecolor": text}};
+    const names = chart.data[0].type === "heatmap" ? chart.data[0].y : [];
+    if (names.length && window.innerWidth < 600) {{
+      change["yaxis.tickvals"] = names;
+      change["yaxis.ticktext"] = Array.from(names, x => x.length > 20
+        ? "\u2026" + x.slice(-19) : x);
+    }}
     for (const axis of Object.keys(chart.layout).filter(k => /^[xy]axis/.test(k))) {{
       change[axis + ".gridcolor"] = grid; change[axis + ".linecolor"] = text;
       change[axis + ".zerolinecolor"] = grid;
@@ -76,7 +91,8 @@ def page(
     drawn = [chart for chart in charts if chart is not None and chart.data]
     config = {"displaylogo": False, "responsive": True}
     parts = [
-        chart.to_html(full_html=False, include_plotlyjs=i == 0, config=config)
+        f"<h2>{chart.layout.meta}</h2>"
+        + chart.to_html(full_html=False, include_plotlyjs=i == 0, config=config)
         for i, chart in enumerate(drawn)
     ]
     return _PAGE.format(
@@ -96,26 +112,49 @@ def head(title: str) -> str:
 def _chart(go: Any, title: str, x: str, y: str, **layout: Any) -> Any:
     chart = go.Figure()
     chart.update_layout(
-        title={"text": title, "x": 0},
+        meta=title,  # a heading above, which breaks into lines where the page is narrow
         xaxis_title=x,
         yaxis_title=y,
         template="plotly",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        height=380,
-        margin={"l": 70, "r": 20, "t": 60, "b": 50},
-        legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"},
+        height=400,
+        hovermode="x",  # a value shows wherever the pointer is above or below it
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#808080"},
+        margin={"l": 60, "r": 10, "t": 34, "b": 50},
+        legend={"orientation": "h", "y": -0.25, "x": 0, "yanchor": "top"},
         **layout,
     )
+    chart.update_yaxes(automargin=True)
+    chart.update_xaxes(tickangle=0, nticks=7)
     return chart
+
+
+def _coloured(colours: Sequence[str]) -> dict[str, Any]:
+    """The colour of a line on a light and on a dark page, for the script."""
+    return {"meta": [(colour, _faint(colour)) for colour in colours]}
+
+
+def _of_run(index: int) -> tuple[str, ...]:
+    """The colour of a run in both themes, as in pictures."""
+    return tuple(theme.lines[index % len(theme.lines)] for theme in _THEMES)
+
+
+def _log_ticks(values: np.ndarray) -> dict[str, Any]:
+    """A logarithmic axis with at most eight powers of ten on it."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    decades = np.ptp(np.log10(positive)) if len(positive) else 0
+    return {"type": "log", "exponentformat": "power", "dtick": 1 + int(decades // 8)}
 
 
 def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Gradient norm before clipping", "step", "norm")
-    chart.update_yaxes(type="log", exponentformat="power", dtick=1)
-    for index, (label, (columns, name)) in enumerate(runs.items()):
-        seen = norms_of(columns, name, limit)
-        colour = _COLOURS[index % len(_COLOURS)]
+    everything = [norms_of(columns, name, limit) for columns, name in runs.values()]
+    chart.update_yaxes(
+        **_log_ticks(np.concatenate([seen.norms for seen in everything]))
+    )
+    for index, (label, seen) in enumerate(zip(runs, everything, strict=True)):
+        colour = _of_run(index)[0]
         points = envelope(seen.steps, seen.norms, _POINTS)
         if not np.array_equal(points.low, points.high, equal_nan=True):
             style: dict[str, Any] = {
@@ -126,6 +165,7 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
             style |= {"showlegend": False, "legendgroup": label}
             chart.add_scatter(x=points.steps, y=points.high, **style)
             shade = {"fill": "tonexty", "fillcolor": _faint(colour)}
+            shade |= _coloured(_of_run(index))
             chart.add_scatter(x=points.steps, y=points.low, **style, **shade)
         chart.add_scatter(
             x=points.steps,
@@ -133,6 +173,7 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
             name=label,
             legendgroup=label,
             line={"color": colour, "width": 1.5},
+            **_coloured(_of_run(index)),
         )
         _marked(chart, seen, label)
         if seen.limits is not None and np.isfinite(seen.limits).any():
@@ -141,18 +182,17 @@ def _norms(go: Any, runs: Any, limit: float | int | None) -> Any:
                 x=limits.steps,
                 y=limits.middle,
                 name=f"threshold of {label}",
-                line={"color": "#888888", "dash": "dash", "width": 1.5},
+                line={"color": _THEMES[0].limit, "dash": "dash", "width": 1.5},
+                **_coloured([theme.limit for theme in _THEMES]),
             )
     return chart
 
 
 def _marked(chart: Any, seen: Norms, label: str) -> None:
-    """The clipped steps as dots and the skipped ones as triangles."""
-    style = {
-        "clipped": ("circle", "#D55E00", 4),
-        "skipped": ("triangle-down", "#009E73", 9),
-    }
-    for what, (symbol, colour, size) in style.items():
+    """Clipped steps as dots, skipped ones as triangles, non-finite norms as crosses."""
+    style = {"clipped": ("circle", 4), "skipped": ("triangle-down", 9)}
+    for what, (symbol, size) in style.items():
+        colours = [getattr(theme, what) for theme in _THEMES]
         flags = getattr(seen, what)
         if flags is not None and flags.any():
             points = envelope(seen.steps, np.where(flags, seen.norms, np.nan), _POINTS)
@@ -162,39 +202,55 @@ def _marked(chart: Any, seen: Norms, label: str) -> None:
                 y=points.high[shown],
                 mode="markers",
                 name=f"{what}: {label}",
-                marker={"symbol": symbol, "color": colour, "size": size},
+                marker={"symbol": symbol, "color": colours[0], "size": size},
+                **_coloured(colours),
             )
+    lost = ~np.isfinite(seen.norms)
+    if lost.any() and not lost.all():
+        colours = [theme.clipped for theme in _THEMES]
+        few = seen.steps[lost][:: -(-int(lost.sum()) // 200)]
+        chart.add_scatter(
+            x=few,
+            y=np.full(len(few), seen.norms[~lost].max()),
+            mode="markers",
+            name=f"non-finite: {label}",
+            marker={"symbol": "x", "color": colours[0], "size": 8},
+            **_coloured(colours),
+        )
 
 
 def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Clipped and skipped steps", "step", "fraction of steps")
-    chart.update_yaxes(tickformat=".0%", rangemode="tozero")
+    chart.update_yaxes(tickformat=".2~%", rangemode="tozero")
     for index, (label, (columns, name)) in enumerate(runs.items()):
         seen = norms_of(columns, name, limit)
         for what, flags in (("clipped", seen.clipped), ("skipped", seen.skipped)):
             if flags is None:
                 continue
-            shares, each = means(flags, min(200, max(1, len(seen.steps) // 10)))
+            parts, each = means(flags, min(200, max(1, len(seen.steps) // 10)))
             chart.add_scatter(
-                x=seen.steps[::each],
-                y=shares,
-                name=label if what == "clipped" else f"{label}, skipped",
+                x=np.append(seen.steps[::each], seen.steps[-1] + 1),
+                y=np.append(parts, parts[-1]),
+                name=f"{what}: {label}",
                 line={
-                    "color": _COLOURS[index % len(_COLOURS)],
+                    "color": _of_run(index)[0],
                     "shape": "hv",
                     "dash": "solid" if what == "clipped" else "dot",
                 },
+                **_coloured(_of_run(index)),
             )
     return chart
 
 
 def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Norms", "norm", "fraction of steps", barmode="overlay")
-    chart.update_xaxes(type="log", exponentformat="power", dtick=1)
-    chart.update_yaxes(tickformat=".0%")
-    for index, (label, (columns, name)) in enumerate(runs.items()):
-        values = norms_of(columns, name, limit).norms
-        values = values[np.isfinite(values) & (values > 0)]
+    chart.update_yaxes(tickformat=".2~%")
+    everything = [
+        norms_of(columns, name, limit).norms for columns, name in runs.values()
+    ]
+    chart.update_xaxes(**_log_ticks(np.concatenate(everything)))
+    for index, (label, norms) in enumerate(zip(runs, everything, strict=True)):
+        values = norms[np.isfinite(norms) & (norms > 0)]
         if not len(values):
             continue
         edges = bins(values, 60)
@@ -204,10 +260,9 @@ def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
             y=counts / len(values),
             name=label,
             fill="tozeroy",
-            line={
-                "color": _COLOURS[index % len(_COLOURS)],
-                "shape": "hvh",
-            },
+            fillcolor=_faint(_of_run(index)[0]),
+            line={"color": _of_run(index)[0], "shape": "hvh"},
+            **_coloured(_of_run(index)),
         )
     return chart
 
@@ -227,9 +282,15 @@ def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
         y=[for_page(name.removeprefix(start)) for name in names],
         z=np.log10(np.where(table > 0, table, np.nan)),
         colorscale="Cividis",
-        colorbar={"title": "log10"},
+        colorbar={
+            "title": "log10(norm)",
+            "orientation": "h",
+            "y": 1,
+            "yanchor": "bottom",
+        }
+        | {"thickness": 12, "title_side": "top"},
     )
-    chart.update_yaxes(autorange="reversed", automargin=True)
+    chart.update_yaxes(autorange="reversed")
     chart.update_layout(height=max(300, 120 + 24 * len(names)))
     return chart
 
@@ -239,10 +300,11 @@ def _table(runs: Any, limit: float | int | None) -> str:
         "run",
         "steps",
         "median norm",
-        "largest",
-        "not finite",
-        "clipped",
-        "skipped",
+        "largest norm",
+        "non-finite norms",
+        "usual threshold",
+        "clipped steps",
+        "skipped steps",
         "suggested threshold",
     ]
     rows = []
@@ -260,6 +322,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
                 f"{np.median(finite):.4g}",
                 f"{np.max(finite):.4g}",
                 str(len(seen.norms) - len(finite)),
+                _usual(seen.limits),
                 "-" if seen.rate is None else f"{seen.rate:.1%}",
                 "-" if seen.skip_rate is None else f"{seen.skip_rate:.1%}",
                 suggested,
@@ -271,6 +334,14 @@ def _table(runs: Any, limit: float | int | None) -> str:
         cells = "".join(f"<td>{cell}</td>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return "<table>" + "".join(lines) + "</table>"
+
+
+def _usual(limits: np.ndarray | None) -> str:
+    """The median threshold of a run."""
+    if limits is None or not present(limits).any():
+        return "not recorded"
+    middle = np.nanmedian(limits[present(limits)])
+    return "infinite" if np.isinf(middle) else f"{middle:.4g}"
 
 
 def _faint(colour: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import marks
 from .drawing import (
+    DASHES,
     Envelope,
     Sweep,
     bins,
@@ -65,10 +66,7 @@ def norms(
     with canvas(theme, ax) as (figure, ax, colours):
         points = envelope(seen.steps, seen.norms)
         marks.line(ax, points, colours.norm, "norm")
-        if seen.limits is not None and np.isfinite(seen.limits).any():
-            limits = envelope(seen.steps, seen.limits)
-            style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
-            ax.plot(limits.steps, limits.middle, label="threshold", zorder=4, **style)
+        marks.threshold(ax, seen, colours)
         marks.clipped_dots(ax, seen, colours)
         marks.skipped_marks(ax, seen, colours)
         marks.mark_nonfinite(ax, seen.steps, seen.norms, colours)
@@ -135,7 +133,7 @@ def clip_rate(
         said = "; ".join(f"{what}: {np.mean(x):.1%}" for what, x in known.items())
         ax.set_title(said.capitalize() + ("" if len(known) > 1 else " of all steps"))
         if len(known) > 1:
-            ax.legend()
+            marks.legend_above(ax)
     return figure
 
 
@@ -190,7 +188,7 @@ def histogram(
         known = seen.limits is not None or seen.skipped is not None
         base = np.zeros(len(edges) - 1)
         for label, colour, chosen in (
-            ("left alone" if known else "norms", colours.norm, ~clipped & ~skipped),
+            ("unchanged" if known else "norms", colours.norm, ~clipped & ~skipped),
             ("clipped", colours.clipped, clipped),
             ("skipped", colours.skipped, skipped),
         ):
@@ -209,7 +207,7 @@ def histogram(
             title = "Norms; the threshold is infinite"
         ax.set(title=title, xlabel="norm", ylabel="fraction of steps")
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
-        ax.legend()
+        marks.legend_above(ax)
     return figure
 
 
@@ -282,7 +280,8 @@ def heatmap(
         ax.grid(False)
         what = "Update-to-parameter ratio" if "ratio" in start else "Gradient norm"
         ax.set(title=f"{what} of each layer", xlabel="step")
-        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
+        label = "ratio" if "ratio" in start else "norm"
+        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05, label=label)
     return figure
 
 
@@ -327,10 +326,11 @@ def compare(
         for index, (label, given) in enumerate(runs.items()):
             seeds = list(given) if isinstance(given, list | tuple) else [given]
             colour = colours.lines[index % len(colours.lines)]
+            dash = DASHES[index // len(colours.lines) % len(DASHES)]
             band, lost = marks.seed_band(seeds, column)
             shown = for_picture(label)
             shown += f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
-            marks.line(ax, band, colour, shown, width=1.8)
+            marks.line(ax, band, colour, shown, lw=1.8, ls=dash)
             everything.append(band.middle)
             if len(lost):
                 ax.plot(lost, [0.97] * len(lost), "x", color=colour, mew=2, clip_on=0,
@@ -339,7 +339,8 @@ def compare(
         # A run that explodes must not press the others flat.
         marks.leave_out_explosions(ax, everything)
         name = for_picture(column)
-        ax.set(title=f"{name}, run by run", xlabel="step", ylabel=name)
+        better = " (lower is better)" if "loss" in name else ""
+        ax.set(title=f"{name} of each run{better}", xlabel="step", ylabel=name)
         marks.legend_above(ax)
     return figure
 
@@ -371,7 +372,7 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
     """
     with canvas(theme, ax) as (figure, ax, colours):
         for index, rate in enumerate(found.learning_rates):
-            colour = colours.lines[(index + 1) % len(colours.lines)]
+            colour = colours.lines[index % len(colours.lines)]
             scores = found.scores[:, index]
             shown = np.where(np.isfinite(scores), scores, np.nan)
             band = Envelope(
@@ -381,11 +382,14 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
                 np.array([marks.of_finite(np.max, s) for s in shown]),
             )
             name = "score" if rate is None else f"learning rate {rate:g}"
-            marks.line(ax, band, colour, name, width=1.8, marker="o")
+            dash = DASHES[index // len(colours.lines) % len(DASHES)]
+            marks.line(ax, band, colour, name, lw=1.8, ls=dash, marker="o")
             failed = band.steps[~np.isfinite(band.middle)]
             if len(failed):
+                named = "failed" in ax.get_legend_handles_labels()[1]
+                label = None if named else "failed"
                 ax.plot(failed, [0.03] * len(failed), "x", color=colours.clipped, mew=2,
-                        transform=ax.get_xaxis_transform(), label="failed")  # fmt: skip
+                        transform=ax.get_xaxis_transform(), label=label)  # fmt: skip
         style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
         ax.axvline(found.best, label=f"best: {found.best:.3g}", **style)
         ax.set_xscale("log")
@@ -394,7 +398,8 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.minorticks_off()
         if not found.higher_is_better:
             marks.log_scale(ax, found.scores)
-        ax.set(title="Score with each threshold", xlabel="threshold", ylabel="score")
+        title = f"Score with each threshold ({_better(found)})"
+        ax.set(title=title, xlabel="threshold", ylabel="score")
         marks.legend_above(ax)
     return figure
 
@@ -453,10 +458,14 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(rates)), rates)
         ax.grid(False)
-        title = "Score of each threshold and learning rate"
+        title = f"Score of each threshold and learning rate ({_better(found)})"
         ax.set(title=title, xlabel="threshold", ylabel="learning rate")
-        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
+        figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05, label="score")
     return figure
+
+
+def _better(found: Sweep) -> str:
+    return "higher is better" if found.higher_is_better else "lower is better"
 
 
 def overview(

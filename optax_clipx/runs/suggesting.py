@@ -55,9 +55,10 @@ class Suggestion(NamedTuple):
         if self.why:
             lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
         if self.warmup:
-            lines.append(f"the first {self.warmup} norms are warm-up and left out")
+            warmup = naming.counted(self.warmup, "norm")
+            lines.append(f"left out as warm-up: {warmup} at the start")
         if self.nonfinite:
-            lines.append(f"{self.nonfinite} norms are infinite or NaN")
+            lines.append(f"non-finite: {naming.counted(self.nonfinite, 'norm')}")
         if self.warning:
             lines.append(f"warning: {self.warning}")
         if self.rule:
@@ -320,7 +321,7 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
             " steps"
         )
     if count < _FEW:
-        said.append(f"there are only {count} norms to choose from")
+        said.append(f"only {naming.counted(count, 'norm')} to choose from")
     return "; ".join(said)
 
 

@@ -85,6 +85,34 @@ def test_the_page_is_drawn_without_errors_or_requests(browser, tmp_path, scheme)
     assert asked == [page_file.as_uri()]
 
 
+def overlaps(a, b):
+    apart = a["x"] >= b["x"] + b["width"] or b["x"] >= a["x"] + a["width"]
+    return not (
+        apart or a["y"] >= b["y"] + b["height"] or b["y"] >= a["y"] + a["height"]
+    )
+
+
+def test_the_page_fits_a_phone(browser, tmp_path):
+    """No sideways scrolling, and no legend over lines, ticks or axis titles."""
+    record(tmp_path)
+    page_file = tmp_path / "page.html"
+    runs = [str(tmp_path / f"{name}.jsonl") for name in ("short", "long")]
+    assert command_line.main(["plot", *runs, "--html", str(page_file)]) == 0
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(page_file.as_uri())
+    page.wait_for_function(
+        "document.querySelectorAll('.plotly-graph-div .main-svg').length >= 5"
+    )
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    charts = page.locator(".plotly-graph-div").all()
+    for chart in charts:
+        for legend in chart.locator(".legend").all():
+            for other in (".cartesianlayer .plot", ".xtick", ".xtitle", ".modebar"):
+                for part in chart.locator(other).all():
+                    assert not overlaps(legend.bounding_box(), part.bounding_box())
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

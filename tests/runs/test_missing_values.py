@@ -128,12 +128,12 @@ def test_pictures_show_the_steps_that_have_a_norm():
     assert seen.rate == np.mean(norms > 2.0)
 
 
-def test_pictures_count_only_recorded_values_as_not_finite():
+def test_pictures_count_only_recorded_values_as_non_finite():
     history = clipx.History()
     for step, norm in enumerate((1.0, NAN, None, 2.0)):
         history.append(step, {"norm": norm, "loss": 1.0})
-    labels = [x.get_label() for x in plotting.norms(history).axes[0].get_lines()]
-    assert labels == ["norm", "not finite: 1 steps"]
+    _, labels = plotting.norms(history).axes[0].get_legend_handles_labels()
+    assert labels == ["norm", "non-finite: 1 step"]
 
 
 def test_layers_that_are_recorded_less_often_are_drawn_without_gaps():
@@ -176,7 +176,7 @@ def test_the_page_counts_what_was_recorded():
     text = page({"a": (history.columns, "clip/norm")})
     row = f"<td>a</td><td>4,000</td><td>{np.median(norms):.4g}</td>"
     assert row in text
-    assert "<td>0</td>" in text  # not finite
+    assert "<td>0</td>" in text  # non-finite
 
 
 def test_watch_shows_the_last_value_that_was_recorded(tmp_path, monkeypatch, capsys):
@@ -191,7 +191,7 @@ def test_watch_shows_the_last_value_that_was_recorded(tmp_path, monkeypatch, cap
     assert "2.5" in shown
     assert "1.25" in shown
     assert "nan" not in shown
-    assert "not finite" not in shown
+    assert "non-finite" not in shown
 
 
 def test_watch_merges_the_rows_of_a_step(tmp_path):

@@ -116,9 +116,9 @@ def test_norms_show_limit_and_clipped_steps():
     assert np.isfinite(lines[label].get_ydata()).sum() == clipped.sum()
     # another limit than the recorded one
     lines = lines_of(plotting.norms(run, limit=2))
-    assert f"clipped: {(run['clip/norm'] > 2).mean():.1%} of the steps" in lines
+    assert f"clipped: {(run['clip/norm'] > 2).mean():.1%} of steps" in lines
     bare = lines_of(plotting.norms({"norm": [1.0, 2.0, np.nan, np.inf]}))
-    assert list(bare) == ["norm", "not finite: 2 steps"]
+    assert list(bare) == ["norm", "non-finite: 2 steps"]
 
 
 def test_long_runs_keep_their_extremes():
