@@ -1,9 +1,9 @@
-"""What an adaptive limit costs beyond a fixed one, in a step of Adam.
+"""What an adaptive threshold costs beyond a fixed one, in a step of Adam.
 
 Each method in the place of `clip_by_global_norm`, as many bytes and operations as XLA
 counts, and the time of alternated pairs. Methods that measure by leaf or unit stand
-beside the fixed limit of that scope. Those that remember something of each entry need
-more passes, and stand beside the same rule in a few lines of JAX.
+beside the fixed threshold of that scope. Those that remember something of each entry
+need more passes, and stand beside the same rule in a few lines of JAX.
 
     python benchmarks/adaptive.py --output docs/results/adaptive
 """
@@ -153,7 +153,7 @@ def pairs(
 
 
 def measure(scope: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one scope: the fixed limit first."""
+    """The rows of one scope: the fixed threshold first."""
     shapes = models.equal(options.megabytes, options.leaves)
     makers = {f"fixed, {scope}": FIXED[scope]}
     makers |= {name: make for name, (own, make, _) in METHODS.items() if own == scope}

@@ -1,9 +1,9 @@
 """How near clipping alone comes to the memory's bandwidth, and how its time grows.
 
-The gradients are donated, so that they are scaled in place: above the limit the least
-is two reads and one write, else one read. The bandwidth is measured beside it, by a
-program that multiplies the same leaves in place. Time, above the limit, is drawn over
-bytes and over the number of leaves.
+The gradients are donated, so that they are scaled in place: above the threshold the
+least is two reads and one write, else one read. The bandwidth is measured beside it, by
+a program that multiplies the same leaves in place. Time, above the threshold, is drawn
+over bytes and over the number of leaves.
 
     python benchmarks/alone.py --output docs/results/alone --picture docs/images
 """
@@ -23,6 +23,7 @@ import optax
 from steps import by_hand
 
 import optax_clipx as clipx
+from optax_clipx.runs.drawing import rc, theme_of
 
 CLIPPERS = {
     "tree": lambda: clipx.clip_by_global_norm(1.0),
@@ -50,7 +51,7 @@ def timed(
 ) -> harness.Times:
     """Each clipper on the same donated leaves, a read and a multiplication in place.
 
-    All entries are one before each, which is above the limits, or below them.
+    All entries are one before each, which is above the thresholds, or below them.
     """
     held = {"leaves": harness.normal_tree(0, shapes, dtype)}
     fill = harness.compiled(
@@ -95,10 +96,10 @@ def timed(
 def at_the_limit(
     megabytes: float, leaves: int, dtype: str, rounds: int, above: bool = True
 ) -> Any:
-    """One row for each clipper: the share of the bandwidth that it reaches."""
+    """One row for each clipper: the fraction of the bandwidth that it reaches."""
     shapes = models.equal(megabytes * 4 / jnp.dtype(dtype).itemsize, leaves)
     title = f"{megabytes:g} MB of {dtype} in {leaves} leaves"
-    title += ", above the limit" if above else ", not above the limit"
+    title += ", above the threshold" if above else ", not above the threshold"
     times = timed(shapes, dtype, [*CLIPPERS], rounds, title, above)
     size = jnp.dtype(dtype).itemsize * sum(map(math.prod, shapes))
     copy = times["multiply in place"]  # one read and one write
@@ -139,8 +140,17 @@ def growth(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def picture(found: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-    """Time against bytes and against leaves, both axes logarithmic."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    """Time against bytes and against leaves, on a light and on a dark page."""
+    for theme, name in (("light", "growth.png"), ("dark", "growth_dark.png")):
+        with plt.rc_context(rc(theme)):
+            figure = draw_growth(found, theme_of(theme))
+            figure.savefig(path / name, dpi=150)
+            plt.close(figure)
+
+
+def draw_growth(found: dict[str, list[dict[str, Any]]], colours: Any) -> Any:
+    """Both axes are logarithmic; the dashed lines are what is at best possible."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for panel, (kind, x, label) in zip(
         panels,
         (
@@ -149,15 +159,15 @@ def picture(found: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         ),
         strict=True,
     ):
-        for name in GROWTH:
+        for name, colour in zip(GROWTH, colours.lines, strict=False):
             rows = [row for row in found[kind] if name in row]
             style = "--" if name in ("read", "multiply in place") else "o-"
             xs, ys = [row[x] for row in rows], [row[name] for row in rows]
-            panel.loglog(xs, ys, style, label=name, markersize=4)
-        panel.set(xlabel=label, ylabel="ms, clipping alone")
-        panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    figure.savefig(path / "growth.png", dpi=130)
+            panel.loglog(xs, ys, style, color=colour, label=name, markersize=4)
+        panel.set(xlabel=label, ylabel="ms, clipping alone (lower is better)")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=len(GROWTH))
+    return figure
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -170,7 +180,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Medians of {found['rounds']} alternated rounds.",
             "",
         ]
-        head = ["clipping alone, in place", "ms", "GB/s", "share of the bandwidth"]
+        head = ["clipping alone, in place", "ms", "GB/s", "fraction of the bandwidth"]
         head += ["time / read + multiply"]
         both = found["rows"]["read"]["ms"] + found["rows"]["multiply in place"]["ms"]
         rows = [

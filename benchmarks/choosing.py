@@ -1,9 +1,9 @@
-"""Is the suggested limit a good one? Against a grid of ten, on the main example.
+"""Is the suggested threshold a good one? Against a grid of ten, on the main example.
 
 Records the norms of one seed of ``examples/exploding_gradients.py``, as the example
-trains it with ``clip_by_global_norm`` or without clipping, asks `suggest_threshold`
-for a limit, trains with that on five seeds, and compares the test score (accuracy, or
-explained variance) with the best of ten limits from a hundredth to ten times the
+trains it with ``clip_by_global_norm`` or without clipping, asks `suggest_threshold` for
+a threshold, trains with that on five seeds, and compares the test score (accuracy, or
+explained variance) with the best of ten thresholds from a hundredth to ten times the
 example's, or thirty for the regression.
 
     python benchmarks/choosing.py
@@ -59,7 +59,7 @@ def rows_of(task: Any, seeds: int) -> list[dict[str, Any]]:
     for recorded in ("global", "none"):
         run = example.train(task, recorded, 1)
         norms = run.history["norm"][0]
-        shown = f"limit {run.limit:g}" if recorded == "global" else "no clipping"
+        shown = f"threshold {run.limit:g}" if recorded == "global" else "no clipping"
         for rate in RATES:
             suggestion = clipx.suggest_threshold(norms, rate, limit=run.limit)
             row = {**base, "recorded": shown, "how": f"clip_rate={rate:g}"}
@@ -76,7 +76,7 @@ def rows_of(task: Any, seeds: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| task | recorded with | suggestion | limit | score | of the best |"]
+    lines = ["| task | recorded with | suggestion | threshold | score | of the best |"]
     lines.append("|---|---|---|---:|---:|---:|")
     for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']:.3g}"

@@ -206,7 +206,8 @@ def contenders(
 ) -> tuple[dict[str, harness.Contender], dict[str, dict[str, int]]]:
     """Some steps of each; all share parameters, gradients and the optimizer's state.
 
-    No program here branches on a GPU: the clip takes as long below the limit as above.
+    No program here branches on a GPU: the clip takes as long below the threshold as
+    above.
     """
     params, grads = harness.normal_tree(0, shapes), harness.normal_tree(1, shapes)
     held = {

@@ -127,7 +127,7 @@ def autoclip_published() -> Any:
 
 
 def adagc_published() -> Any:
-    """AdaGC: ratio 1.04, decay .99, limit 1 in the first 100 steps."""
+    """AdaGC: ratio 1.04, decay .99, threshold 1 in the first 100 steps."""
     t, g, out = 0, np.float64(math.inf), np.float64(0)
     while True:
         n = yield out

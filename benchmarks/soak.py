@@ -102,7 +102,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def no_nan(tree: Any) -> jax.Array:
-    """Whether there is no NaN; the limit of a warm-up may be infinite."""
+    """Whether there is no NaN; the threshold of a warm-up may be infinite."""
     return ~jnp.any(jnp.stack([jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(tree)]))
 
 

@@ -30,7 +30,7 @@ import tasks  # noqa: E402
 
 
 def trainer(steps: int) -> Callable[..., dict[str, np.ndarray]]:
-    """A function from limit, learning rate and seeds to what every step recorded."""
+    """A function from threshold, rate and seeds to what every step recorded."""
     data = image_sequences.load("digits", None)
     task = tasks.images("rows", "rnn", data, batch_size=64, steps=steps)
     graph, _, rest = nnx.split(task.build(nnx.Rngs(0)), nnx.Param, ...)
@@ -93,8 +93,8 @@ def main() -> None:
     train, seeds = trainer(arguments.steps), range(arguments.seeds)
 
     runs = {
-        "without clipping": histories(train(jnp.inf, 0.1, seeds)),
         "clip_by_global_norm(0.3)": histories(train(0.3, 0.1, seeds)),
+        "without clipping": histories(train(jnp.inf, 0.1, seeds)),
     }
     run = runs["clip_by_global_norm(0.3)"][0]
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import optax_clipx as clipx
+from optax_clipx.runs.drawing import rc, theme_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SPIKES = {80: 30.0, 150: 5.0, 154: 5.0}
@@ -49,12 +49,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "scale_by_acclip": clipx.scale_by_acclip,
     "mixed_clip": lambda: clipx.mixed_clip(2.0),
 }
-THEMES = {
-    "light": {"axes": "#333333", "before": "#b0b0b0", "after": "#1f6fb4"},
-    "dark": {"axes": "#cccccc", "before": "#6a6a6a", "after": "#6cb8ff"},
-}
-LIMIT = "#e0872b"
-# Their limits are not of the norm that is drawn.
+THEMES = ("light", "dark")
+# Their thresholds are not of the norm that is drawn.
 OF_OTHERS = ("clip", "clip_by_second_moment", "stabilize_norm", "clip_by_leaf_norm")
 OF_OTHERS += ("clip_by_block_rms", "clip_by_spectral_norm", "scale_by_stable_adam")
 # What the 64 entries are where they are no vector.
@@ -80,7 +76,7 @@ def run(steps: int = 300) -> np.ndarray:
 
 
 def at_work(name: str, gradients: Any) -> Any:
-    """The norm after each step, and the limit where the method has one."""
+    """The norm after each step, and the threshold where the method has one."""
     tx, form = METHODS[name](), FORMS.get(name, lambda x: x)
     params = form(jnp.full(64, 1 / 8.0))
 
@@ -96,26 +92,21 @@ def at_work(name: str, gradients: Any) -> Any:
 
 def draw(name: str, theme: str, before: Any, after: Any, limits: Any) -> Any:
     """The picture of one method."""
-    colours = THEMES[theme]
-    figure, ax = plt.subplots(figsize=(7.5, 2.6), layout="constrained")
+    colours = theme_of(theme)
+    grey = colours.lines[4]
+    figure, ax = plt.subplots(figsize=(8, 3), layout="constrained")
     steps = np.arange(len(before))
-    ax.plot(steps, before, color=colours["before"], lw=1.2, label="before")
-    ax.plot(steps, after, color=colours["after"], lw=1.2, label="after")
+    ax.plot(steps, before, color=grey, lw=1.2, label="norm before")
+    ax.plot(steps, after, color=colours.norm, lw=1.4, label="norm after")
     drawn = np.where((limits > 0) & (limits < 1e3), limits, np.nan)
     if np.isfinite(drawn).any() and name not in OF_OTHERS:
-        ax.plot(steps, drawn, color=LIMIT, lw=1, ls="--", label="limit")
+        style = {"color": colours.limit, "lw": 1.2, "ls": (0, (5, 2))}
+        ax.plot(steps, drawn, label="threshold", **style)
     ax.set_yscale("log")
     ax.set_ylim(max(0.02, 0.5 * after[after > 0].min()), 1.5 * before.max())
-    ax.set_xlabel("step")
-    ax.set_ylabel("norm")
-    ax.legend(ncols=3, frameon=False, loc="upper right", labelcolor=colours["axes"])
-    for spine in ("top", "right"):
-        ax.spines[spine].set_visible(False)
-    for part in (ax.spines["left"], ax.spines["bottom"]):
-        part.set_color(colours["axes"])
-    ax.tick_params(colors=colours["axes"], which="both")
-    ax.xaxis.label.set_color(colours["axes"])
-    ax.yaxis.label.set_color(colours["axes"])
+    ax.set(xlabel="step", ylabel="norm")
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0.2}
+    ax.legend(ncols=3, **place)
     return figure
 
 
@@ -130,13 +121,13 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     gradients = run()
     before = np.linalg.norm(gradients, axis=1)
-    for name in tqdm(options.only, unit="method"):
+    for name in options.only:
         after, limits = map(np.asarray, at_work(name, gradients))
         for theme in THEMES:
-            figure = draw(name, theme, before, after, limits)
-            path = options.output / f"{name}_{theme}.png"
-            figure.savefig(path, dpi=100, transparent=True)
-            plt.close(figure)
+            with plt.rc_context(rc(theme)):
+                figure = draw(name, theme, before, after, limits)
+                figure.savefig(options.output / f"{name}_{theme}.png", dpi=150)
+                plt.close(figure)
     print(f"Wrote {2 * len(options.only)} pictures to {options.output}.")
 
 

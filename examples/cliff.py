@@ -19,19 +19,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import pictures
 from jaxtyping import Array, Float
+from matplotlib.axes import Axes
 
 import optax_clipx as clipx
 
-mpl.use("Agg")  # draws files, opens no windows
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
-ORANGE, BLUE = "#D55E00", "#0072B2"
 WEIGHTS, BIASES = (4.0, 6.4), (-3.4, -1.2)  # the part of the plane that is drawn
 
 
@@ -65,7 +61,7 @@ def error(params: Float[Array, "2"]) -> Float[Array, ""]:
 def descend(
     start: tuple[float, float], learning_rate: float, max_norm: float, num_steps: int
 ) -> Descent:
-    """Gradient descent with clipped gradients; an infinite limit only measures."""
+    """Gradient descent with clipped gradients; an infinite threshold only measures."""
     optimizer = optax.chain(
         clipx.clip_by_global_norm(max_norm), optax.sgd(learning_rate)
     )
@@ -114,67 +110,65 @@ def draw(unclipped: Descent, clipped: Descent, max_norm: float, path: Path) -> N
     grid = jnp.stack([weights.ravel(), biases.ravel()], axis=-1)
     errors = np.asarray(jax.jit(jax.vmap(error))(grid)).reshape(weights.shape)
 
-    with plt.rc_context({"font.size": 11, "legend.frameon": True}):
-        figure = plt.figure(figsize=(11, 5))
-        surface = figure.add_axes((0.03, 0.04, 0.41, 0.84), projection="3d")
-        draw_surface(surface, weights, biases, errors)
-        plane = figure.add_axes((0.53, 0.12, 0.46, 0.78))
-        draw_plane(plane, weights, biases, errors)
-        draw_path(plane, unclipped, ORANGE, "without clipping", ms=3.5, zorder=4)
-        label = f"clip_by_global_norm({max_norm:g})"
-        draw_path(plane, clipped, BLUE, label, ms=6, zorder=3)
-        draw_exit(plane, unclipped)
-        plane.plot(*unclipped.params[0], "o", ms=9, color="black", zorder=6)
-        plane.annotate(
-            "start",
-            unclipped.params[0],
-            xytext=(9, 4),
-            textcoords="offset points",
-        )
-        plane.legend(loc="lower left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+    landscape = weights, biases, errors
+    for theme in ("light", "dark"):
+        with pictures.style(theme) as colours:
+            figure = plt.figure(figsize=(11, 5))
+            surface = figure.add_axes((0.06, 0.04, 0.41, 0.84), projection="3d")
+            draw_surface(surface, landscape, colours)
+            plane = figure.add_axes((0.53, 0.12, 0.46, 0.74))
+            draw_plane(plane, landscape, theme)
+            blue, orange = colours.lines[:2]
+            without = {"ms": 3.5, "zorder": 4, "label": "without clipping"}
+            draw_path(plane, unclipped, orange, **without)
+            label = f"clip_by_global_norm({max_norm:g})"
+            draw_path(plane, clipped, blue, ms=6, zorder=3, label=label)
+            draw_exit(plane, unclipped, colours)
+            start = unclipped.params[0]
+            plane.plot(*start, "o", ms=9, color=colours.text, zorder=6)
+            beside = {"xytext": (9, 4), "textcoords": "offset points"}
+            plane.annotate("start", start, **beside)
+            above = {"loc": "lower left", "bbox_to_anchor": (0, 0.99)}
+            plane.legend(ncols=2, borderaxespad=0.2, **above)
+            pictures.save(figure, path, theme)
 
 
-def draw_surface(
-    axis: Axes, weights: np.ndarray, biases: np.ndarray, errors: np.ndarray
-) -> None:
+def draw_surface(axis: Axes, landscape: Any, colours: Any) -> None:
     """The error as a landscape."""
+    dark = colours.page != "#ffffff"
     axis.plot_surface(
-        weights,
-        biases,
-        errors,
-        color="0.93",
-        edgecolor="0.3",
+        *landscape,
+        color="0.25" if dark else "0.93",
+        edgecolor="0.7" if dark else "0.3",
         lw=0.25,
         rcount=60,
         ccount=60,
         shade=False,
     )
-    axis.set(xlabel="weight w", ylabel="bias b", zlabel="error")
-    axis.set_title("The error has a cliff", weight="bold")
+    axis.set(xlabel="weight w", ylabel="bias b")
+    axis.set_zlabel("error", labelpad=10)
+    for part in (axis.xaxis, axis.yaxis, axis.zaxis):
+        part.set_pane_color(colours.page)
+    axis.set_title("The error has a cliff")
     axis.view_init(elev=28, azim=35)
     axis.set_box_aspect(None, zoom=0.9)
 
 
-def draw_plane(
-    axis: Axes, weights: np.ndarray, biases: np.ndarray, errors: np.ndarray
-) -> None:
-    """The error as a map: white is low."""
+def draw_plane(axis: Axes, landscape: Any, theme: str) -> None:
+    """The error as a map: low is as bright or dark as the page."""
+    weights, biases, errors = landscape
     levels = np.linspace(0, errors.max(), 25)
     # Half of the colour map: no grey is so dark that the paths are hard to see.
-    colours = axis.contourf(
-        weights, biases, errors, levels, cmap="Greys", vmax=2 * errors.max()
-    )
-    axis.figure.colorbar(colours, ax=axis, label="error", format="%.2f")
+    grey = {"cmap": "Greys" if theme == "light" else "gray", "vmax": 2 * errors.max()}
+    areas = axis.contourf(weights, biases, errors, levels, **grey)
+    label = "error (lower is better)"
+    axis.figure.colorbar(areas, ax=axis, label=label, format="%.2f")
+    axis.grid(False)
     axis.set(xlabel="weight w", ylabel="bias b", xlim=WEIGHTS, ylim=BIASES)
-    axis.set_title("Gradient descent meets it", weight="bold")
+    axis.set_title("Gradient descent meets it", pad=28)
 
 
-def draw_path(
-    axis: Axes, descent: Descent, colour: str, label: str, **style: Any
-) -> None:
+def draw_path(axis: Axes, descent: Descent, colour: str, **style: Any) -> None:
     """A path with a dot for each step."""
     axis.plot(
         *np.asarray(descent.params).T,
@@ -183,12 +177,11 @@ def draw_path(
         mew=0.5,
         lw=1.6,
         color=colour,
-        label=label,
         **style,
     )
 
 
-def draw_exit(axis: Axes, descent: Descent) -> None:
+def draw_exit(axis: Axes, descent: Descent, colours: Any) -> None:
     """Says where a path goes that leaves the picture."""
     params = np.asarray(descent.params)
     low, high = np.transpose([WEIGHTS, BIASES])
@@ -205,8 +198,7 @@ def draw_exit(axis: Axes, descent: Descent) -> None:
         textcoords="offset points",
         ha="right",
         va="center",
-        color="black",
-        bbox={"fc": "white", "ec": ORANGE, "boxstyle": "round"},
+        bbox={"fc": colours.page, "ec": colours.lines[1], "boxstyle": "round"},
         zorder=7,
     )
 
@@ -219,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=int, default=150, help="of gradient descent")
     add("--learning-rate", type=float, default=0.3)
-    add("--max-norm", type=float, default=0.3, help="the limit of the clipped path")
+    add("--max-norm", type=float, default=0.3, help="the threshold of the clipped path")
     add("--start", type=float, nargs=2, metavar=("W", "B"), default=(5.5, -1.5))
     add("--output", type=Path, default=Path("runs/cliff"), help="folder of the picture")
     arguments = parser.parse_args()
@@ -239,6 +231,13 @@ def main() -> None:
     picture = arguments.output / "cliff.png"
     draw(unclipped, clipped, arguments.max_norm, picture)
     print(f"Wrote the picture to {picture}")
+    norm = float(unclipped.norms.max())
+    print(
+        "\nOn the cliff the gradient is so large that one unclipped step leaves the"
+        f" valley: its norm is {norm:.3g}.\n"
+        f"With clipping, no step is longer than {arguments.learning_rate:g} times the"
+        " threshold, so the path follows the cliff to the minimum."
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
-from tqdm import tqdm
+from progress import bar_of
 from transformer import Transformer, batches, loss_of, text
 
 import optax_clipx as clipx
@@ -55,7 +55,7 @@ def parser():
     add("--dim", type=int, default=64)
     add("--layers", type=int, default=2)
     add("--heads", type=int, default=4)
-    add("--max-norm", type=float, default=0.5, help="limit of the global norm")
+    add("--max-norm", type=float, default=0.5, help="threshold of the global norm")
     add("--learning-rate", type=float, default=3e-3)
     add("--devices", type=int, default=8, help="CPU devices, of all processes")
     add("--model-axis", type=int, default=2, help="devices of tensor parallelism")
@@ -96,7 +96,7 @@ def train(args):
     model, optimizer = create(args)
     tokens = batches(text(), args.batch_size, args.length)
     log = []
-    with tqdm(total=args.steps, disable=not first, unit="step") as bar:
+    with bar_of(total=args.steps, disable=not first, unit="step") as bar:
         for _ in range(args.steps):
             loss, clipped = train_step(model, optimizer, on_mesh(mesh, next(tokens)))
             log.append([float(loss), float(clipped["clip/norm"])])
@@ -108,6 +108,11 @@ def train(args):
             f"loss {log[0][0]:.3f} -> {log[-1][0]:.3f} nats a byte;"
             f" norm {log[-1][1]:.2f};"
             f" clipped {number} of {args.steps} steps at {args.max_norm}"
+        )
+        print(
+            f"\nThe gradients on {num_devices} devices were clipped by one norm, that"
+            " of the whole model.\nWith --compare you see that one device gives the"
+            " same losses up to rounding."
         )
         if args.output:
             losses, norms = zip(*log, strict=True)

@@ -2,7 +2,7 @@
 
 A plain recurrent network reads digits row by row. Every step's loss, norms and
 metrics go to a JSONL file and to TensorBoard; at the end there are a picture, an
-interactive page, and a suggestion for the limit.
+interactive page, and a suggestion for the threshold.
 
     python examples/monitor.py
     python -m optax_clipx watch runs/monitor/run.jsonl      # in another terminal
@@ -21,8 +21,8 @@ import optax
 import tasks
 from flax import nnx
 from jaxtyping import Array
+from progress import bar_of
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 import optax_clipx as clipx
 from optax_clipx.__main__ import main as clipx_command
@@ -60,7 +60,7 @@ def train(task: tasks.Task, limit: float, output: Path) -> clipx.History:
         clipx.History(output / "run.jsonl") as history,
         SummaryWriter(str(output / "logs")) as writer,
     ):
-        for number in tqdm(range(task.steps), unit="step"):
+        for number in bar_of(range(task.steps), unit="step"):
             chosen = rng.integers(len(inputs), size=task.batch_size)
             batch, labels = jnp.asarray(inputs[chosen]), jnp.asarray(targets[chosen])
             metrics = step(model, state, batch, labels)
@@ -92,6 +92,13 @@ def main() -> None:
     print(f"Loss: {np.median(history['loss'][-50:]):.3f}")
     for rate in (0.1, 0.5):
         print(clipx.suggest_threshold(history, rate))
+    norm, clipped = history["clip/norm"], history["clip/num_clipped"][-1]
+    print(
+        f"\nThe gradient norm was between {norm.min():.2g} and {norm.max():.2g}, and"
+        f" {clipped / len(norm):.0%} of the steps were clipped to"
+        f" {arguments.max_norm:g}.\nThe lines above say which threshold would have"
+        " clipped 10% and 50% of the steps of this run."
+    )
 
 
 if __name__ == "__main__":

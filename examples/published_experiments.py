@@ -13,16 +13,14 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import pictures
 from jax import lax
-from tqdm import tqdm
+from progress import bar_of
 
 import optax_clipx as clipx
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STEPS = 100_000
 
@@ -37,21 +35,34 @@ def main():
         "--quick", action="store_true", help="a tenth of the steps and seeds"
     )
     options = parser.parse_args()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
     experiments = (heavy_tails, smoothness, quantiles_and_bias, one_spike)
-    rows = []
-    for experiment, panel in zip(
-        tqdm(experiments, unit="experiment"), axes.flat, strict=True
-    ):
-        rows += experiment(panel, options.quick)
+    rows, panels = [], []
+    for experiment in bar_of(experiments, unit="experiment"):
+        found, draw = experiment(options.quick)
+        rows += found
+        panels.append(draw)
     width = max(len(name) for name, *_ in rows)
     print(f"\n{'':{width}}  {'here':>22}  {'reference':>10}")
     for name, here, reference in rows:
         print(f"{name:{width}}  {here:>22}  {reference:>10}")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.output, dpi=110)
-        print(f"\nwrote {options.output}")
+        picture(panels, options.output)
+        print(f"\nWrote the picture to {options.output}")
+    print(
+        "\nClipping makes the loss independent of rare large gradients, and saves steps"
+        " where the slope grows quickly.\nIt also biases the mean of the gradients,"
+        " unless the part that was cut off is applied later, as error feedback does."
+    )
+
+
+def picture(panels, path):
+    """Draws the panels on a light and on a dark page."""
+    for theme in ("light", "dark"):
+        with pictures.style(theme) as colours:
+            figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+            for draw, panel in zip(panels, axes.flat, strict=True):
+                draw(panel, colours)
+            pictures.save(figure, path, theme)
 
 
 # Gorbunov et al., 2020, arXiv 2005.10785: f(x) = |x|^2 / 2 with heavy-tailed noise.
@@ -96,41 +107,47 @@ def tails_of_the_loss(noise, limit, steps, seeds):
     return jax.vmap(run)(jax.random.split(jax.random.key(0), seeds))
 
 
-def heavy_tails(panel, quick):
+def heavy_tails(quick):
     """The tail of the loss, without and with clipping: the median run, and 9 of 10.
 
     One draw of the noise in ten million decides the tail of a run, so that single runs
     differ much, and the published figures are of single runs. The noise is drawn in
     float64: in float32 a uniform number knows no draws as rare.
     """
-    rows, names = [], list(NOISES)
+    rows, bars = [], []
     steps, seeds = (STEPS // 10, 4) if quick else (STEPS, 40)
-    for i, noise in enumerate(names):
+    for i, noise in enumerate(NOISES):
         for j, (label, limit) in enumerate((("SGD", jnp.inf), ("clipped", 100.0))):
             with jax.enable_x64(True):
                 tails = tails_of_the_loss(noise, float(limit), steps, seeds)
             low, middle, high = np.quantile(np.asarray(tails), (0.05, 0.5, 0.95))
             here = f"{middle:.3f} ({low:.3f} to {high:.3f})"
             rows.append((f"tail of the loss, {noise}, {label}", here, TAILS[noise][j]))
-            panel.bar(
-                i + 0.4 * j,
-                middle,
-                0.36,
-                yerr=[[middle - low], [high - middle]],
-                color=("C3", "C0")[j],
-                ecolor="0.3",
-                label=label if i == 0 else None,
-            )
-            published = float(TAILS[noise][j])
-            known = {"label": "published"} if i == j == 0 else {}
-            panel.plot(i + 0.4 * j, published, "kx", **known)
-    panel.set_xticks([i + 0.2 for i in range(len(names))], names)
-    panel.set_title("Heavy-tailed noise")
-    panel.set_ylabel("loss, 99.9th percentile of a run")
+            bars.append((i, j, label, low, middle, high, float(TAILS[noise][j])))
+    return rows, functools.partial(draw_tails, bars=bars)
+
+
+def draw_tails(panel, colours, bars):
+    """Bars of the loss, and crosses for what was published."""
+    for i, j, label, low, middle, high, published in bars:
+        first = {"label": label} if i == 0 else {}
+        spread = [[middle - low], [high - middle]]
+        style = {"color": colours.lines[1 - j], "ecolor": colours.text}
+        panel.bar(i + 0.4 * j, middle, 0.36, yerr=spread, **style, **first)
+        known = {"label": "published"} if i == j == 0 else {}
+        panel.plot(i + 0.4 * j, published, "x", color=colours.text, **known)
+    panel.set_xticks([i + 0.2 for i in range(len(NOISES))], list(NOISES))
+    panel.set_ylabel("loss, 99.9th percentile\n(lower is better)")
     panel.set_yscale("log")
-    panel.set_ylim(0.01, 10)
-    panel.legend(frameon=False, loc="upper left")
-    return rows
+    title_and_legend(panel, "Heavy-tailed noise")
+
+
+def title_and_legend(panel, title, columns=3):
+    """The legend between the title and the axes, over no line."""
+    rows = -(-len(panel.get_legend_handles_labels()[1]) // columns)
+    panel.set_title(title, pad=10 + 16 * rows)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0.2}
+    panel.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **place)
 
 
 # Zhang et al., 2020, arXiv 1905.11881: functions whose smoothness grows.
@@ -180,7 +197,7 @@ def steps_to_the_minimum(function, start, rate, limit, tolerance):
         return int(run(jnp.asarray(start, jnp.float64))[1])
 
 
-def smoothness(panel, quick):
+def smoothness(quick):
     """Steps of plain gradient descent at its best constant rate, and of clipped."""
     rows, labels, plain_steps, clipped_steps = [], [], [], []
     for name, spec in FUNCTIONS.items():
@@ -197,25 +214,32 @@ def smoothness(panel, quick):
             labels.append(f"{name}\nfrom {start:g}")
             plain_steps.append(plain)
             clipped_steps.append(clipped)
+    draw = functools.partial(
+        draw_steps, labels=labels, plain=plain_steps, clipped=clipped_steps
+    )
+    return rows, draw
+
+
+def draw_steps(panel, colours, labels, plain, clipped):
+    """Bars of the steps to the minimum."""
     places = np.arange(len(labels))
-    panel.bar(places, plain_steps, 0.36, color="C3", label="gradient descent")
-    panel.bar(places + 0.4, clipped_steps, 0.36, color="C0", label="clipped")
+    blue, orange = colours.lines[:2]
+    panel.bar(places, plain, 0.36, color=orange, label="gradient descent")
+    panel.bar(places + 0.4, clipped, 0.36, color=blue, label="clipped")
     panel.set_yscale("log")
-    panel.set_xticks(places + 0.2, labels)
-    panel.set_title("Growing smoothness")
-    panel.set_ylabel("steps")
-    panel.legend(frameon=False)
-    return rows
+    panel.set_xticks(places + 0.2, labels, fontsize=9)
+    panel.set_ylabel("steps (lower is better)")
+    title_and_legend(panel, "Growing smoothness")
 
 
 # Andrew et al., 2021, arXiv 1905.03871, and the bias of clipping (arXiv 2302.02971).
 
 
 def tracked_quantile():
-    """The limit of each round, towards the median of LogNormal(0, 1)."""
+    """The threshold of each round, towards the median of LogNormal(0, 1)."""
     rule = clipx.thresholds.quantile_tracker(0.5, learning_rate=0.2)
     state = rule.init(jnp.float32(0))
-    # Begins at .1 and sees the share of a batch of 100 at once: the mean of the moves.
+    # Begins at .1 and sees a batch of 100 at once: the mean of the moves.
     limit, limits = jnp.float32(0.1), []
     for key in jax.random.split(jax.random.key(0), 100):
         norms = jnp.exp(jax.random.normal(key, (100,)))
@@ -244,12 +268,12 @@ def biased_mean(clipper, steps, per_example):
     return jax.jit(lambda: lax.scan(step, start, jnp.arange(steps))[1])()
 
 
-def quantiles_and_bias(panel, quick):
+def quantiles_and_bias(quick):
     """Rounds until the tracked median is within 10%, and three ends of descent."""
     limits = tracked_quantile()
     first = int(np.nonzero(np.abs(np.array(limits) - 1) <= 0.1)[0][0]) + 1
     rows = [("rounds to 10% of the median", str(first), "46")]
-    steps = 6_000 if quick else 30_000
+    steps, paths = 6_000 if quick else 30_000, {}
     unit = clipx.clip_by_global_norm(1.0)
     for name, clipper, per_example, reference in (
         ("clipped", unit, True, ".5"),
@@ -264,13 +288,22 @@ def quantiles_and_bias(panel, quick):
         path = np.asarray(biased_mean(clipper, steps, per_example))
         end = float(path[-steps // 10 :].mean())
         rows.append((f"mean of 9, 0, 0: {name}", f"{end:.2f}", reference))
-        panel.plot(path[:: steps // 300], label=name)
-    panel.axhline(3, color="0.6", lw=0.8)
-    panel.set_title("The bias of clipping: targets 9, 0, 0")
-    panel.set_xlabel(f"step / {steps // 300}")
-    panel.set_ylabel("estimate of the mean, 3")
-    panel.legend(frameon=False)
-    return rows
+        paths[name] = path
+    return rows, functools.partial(draw_bias, paths=paths)
+
+
+def draw_bias(panel, colours, paths):
+    """Where each way of clipping ends, and where the mean is."""
+    for (name, path), colour in zip(paths.items(), colours.lines, strict=False):
+        every = len(path) // 300
+        steps = np.arange(len(path))[::every]
+        panel.plot(steps, path[::every], color=colour, label=name)
+    panel.axhline(3, color=colours.limit, lw=1, ls="--")
+    panel.annotate("the mean", (1, 3), xycoords=("axes fraction", "data"), ha="right",
+                   xytext=(0, -5), textcoords="offset points", va="top")  # fmt: skip
+    panel.set_xlabel("step")
+    panel.set_ylabel("estimate of the mean")
+    title_and_legend(panel, "The bias of clipping: targets 9, 0, 0")
 
 
 # Adam and one gradient of noise a thousand times as large.
@@ -306,25 +339,32 @@ def adam_on_a_quadratic(name, seeds):
     return jax.vmap(run)(jax.random.split(jax.random.key(0), seeds))
 
 
-def one_spike(panel, quick):
+def one_spike(quick):
     """Mean loss after the spike: the median run, and 9 of 10.
 
     The reference does not state its setting, nor over how many runs it is a mean. This
     setting was found by a search for one in which all six figures agree.
     """
-    rows = []
+    rows, curves = [], {}
     for name, (_, reference) in AFTER_A_SPIKE.items():
         losses = np.asarray(adam_on_a_quadratic(name, 20 if quick else 200))
         low, middle, high = np.quantile(losses[:, SPIKE:].mean(1), (0.05, 0.5, 0.95))
         here = f"{middle:.3f} ({low:.3f} to {high:.3f})"
         rows.append((f"loss after a spike, Adam, {name}", here, reference))
-        panel.plot(losses.mean(0), label=name)
+        curves[name] = losses.mean(0)
+    return rows, functools.partial(draw_spike, curves=curves)
+
+
+def draw_spike(panel, colours, curves):
+    """The mean loss of each method; without clipping in orange, as elsewhere."""
+    order = [colours.lines[i] for i in (1, 0, 2, 3, 4, 5)]
+    for (name, losses), colour in zip(curves.items(), order, strict=True):
+        panel.plot(losses, color=colour, label=name)
+    panel.axvline(SPIKE, color=colours.limit, lw=1, ls="--")
     panel.set_yscale("log")
-    panel.set_title(f"Adam: one spike of 1000 in step {SPIKE}")
     panel.set_xlabel("step")
-    panel.set_ylabel("loss")
-    panel.legend(frameon=False, loc="upper right", ncols=2, fontsize="small")
-    return rows
+    panel.set_ylabel("loss (lower is better)")
+    title_and_legend(panel, f"Adam: a spike of 1,000 at step {SPIKE}", columns=2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from image_sequences import Images, as_sequences
 from jaxtyping import Array, Float
 from sklearn.datasets import make_regression
 
-# The limit of each method for the recurrent networks. All but the last are in the
+# The threshold of each method for the recurrent networks. All but the last are in the
 # unit of the gradients; the last is relative to the norm of the parameters.
 RECURRENT_LIMITS = {"value": 0.01, "leaf": 0.3, "global": 0.3, "adaptive": 0.01}
 REGRESSION_LIMITS = {"value": 1.0, "leaf": 10.0, "global": 10.0, "adaptive": 0.5}
@@ -44,7 +44,7 @@ class Task:
         momentum: of the same.
         batch_size: examples per step; the whole training data if it has no more.
         steps: how many updates.
-        limits: the limit of each method of clipping.
+        limits: the threshold of each method of clipping.
     """
 
     name: str

@@ -3,7 +3,7 @@
     pip install -e ".[bench,examples]" && python benchmarks/clipbench
 
 Every task trains with every optimizer and every method, several seeds side by side. The
-learning rate of a task and an optimizer is tuned together with a fixed limit; each
+learning rate of a task and an optimizer is tuned together with a fixed threshold; each
 method then has the best of this rate, a third of it and three times it. Results are
 added to OUTPUT.jsonl as they come: an interrupted run goes on where it was.
 """

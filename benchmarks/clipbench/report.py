@@ -1,6 +1,7 @@
 """Tables and pictures of what the methods reached."""
 
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipbench.methods import FIXED, METHODS, RELATIVE_LIMITS
+from optax_clipx.runs.drawing import rc, theme_of
 
 Record = dict[str, Any]
 Cell = tuple[str, str, str]  # half, task, optimizer
@@ -15,6 +17,7 @@ NEAR = 1.03  # what counts as equal
 TUNED = 1  # the place of the tuned learning rate among the three
 HALVES = ("design", "held out")
 NUMBERS = ("the default", "second number", "third number")
+BAR = "loss / loss of the best fixed threshold (lower is better)"
 
 
 def write_report(records: list[Record], path: Path, pictures: Path | None) -> None:
@@ -50,7 +53,7 @@ def losses(record: Record) -> np.ndarray:
 
 
 def best_fixed(row: dict[str, Record], tuned: bool = False) -> float:
-    """The loss at the best fixed limit, chosen in hindsight with its rate."""
+    """The loss at the best fixed threshold, chosen in hindsight with its rate."""
     found = losses(row[FIXED])
     return float(found[TUNED].min() if tuned else found.min())
 
@@ -58,7 +61,7 @@ def best_fixed(row: dict[str, Record], tuned: bool = False) -> float:
 def ratio(
     row: dict[str, Record], method: str, number: int = 0, tuned: bool = False
 ) -> float:
-    """The loss of a method over that of the best fixed limit.
+    """The loss of a method over that of the best fixed threshold.
 
     Both at the best of three learning rates, or both at the tuned one.
     """
@@ -67,7 +70,7 @@ def ratio(
 
 
 def chosen_elsewhere(row: dict[str, Record]) -> float:
-    """What a fixed limit and rate reach that were chosen by the other half of seeds.
+    """What a fixed threshold and rate reach that the other half of the seeds chose.
 
     Over the best in hindsight: by so much luck decides, for any method.
     """
@@ -125,10 +128,12 @@ def line(method: str, rows: list[dict[str, Record]]) -> str:
 
 
 def line_of_luck(rows: list[dict[str, Record]]) -> str:
-    """How the best fixed limit does on other seeds than those that chose it."""
+    """How the best fixed threshold does on other seeds than those that chose it."""
     cells = judged([chosen_elsewhere(row) for row in rows], rows)
     return (
-        "| best fixed limit, chosen by other seeds | " + " | ".join(cells) + " | | | |"
+        "| best fixed threshold, chosen by other seeds | "
+        + " | ".join(cells)
+        + " | | | |"
     )
 
 
@@ -152,9 +157,9 @@ def times(value: float) -> str:
 
 
 def whole_table(found: dict[Cell, dict[str, Record]]) -> list[str]:
-    """Every cell: the best fixed limit, and all others over its loss."""
+    """Every cell: the best fixed threshold, and all others over its loss."""
     others = [m for m in METHODS if m != FIXED]
-    head = ["task", "optimizer", "best limit / first norms", "its loss", *others]
+    head = ["task", "optimizer", "best threshold / first norms", "its loss", *others]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for (half, task, optimizer), row in found.items():
         best = RELATIVE_LIMITS[int(losses(row[FIXED]).min(axis=0).argmin())]
@@ -166,75 +171,95 @@ def whole_table(found: dict[Cell, dict[str, Record]]) -> list[str]:
 
 
 def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
-    """The whole table as a picture, and what each number changes."""
+    """The whole table as a picture, and what each number changes; light and dark."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"clipbench": draw_table, "clipbench_sensitivity": draw_sensitivity}
+    for theme, end in (("light", ""), ("dark", "_dark")):
+        for name, draw_one in pictures.items():
+            with plt.rc_context(rc(theme)):
+                figure = draw_one(found, theme_of(theme), plt)
+                figure.savefig(folder / f"{name}{end}.png", dpi=150)
+                plt.close(figure)
+
+
+def draw_table(found: dict[Cell, dict[str, Record]], colours: Any, plt: Any) -> Any:
+    """One cell for each task, optimizer and method; diverged cells are hatched."""
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Patch
 
     there = {method for row in found.values() for method in row} - {FIXED}
     others = [m for m in METHODS if m in there]
     cells = sorted(found, key=lambda c: (HALVES.index(c[0]), c))
-    values = np.array(
-        [
-            [ratio(found[c], m) if m in found[c] else np.nan for m in others]
-            for c in cells
-        ]
-    )
-    figure, ax = plt.subplots(figsize=(9, 0.24 * len(cells) + 2), layout="constrained")
-    image = ax.imshow(
-        np.minimum(values, 3), norm=LogNorm(0.8, 3), cmap="RdYlGn_r", aspect="auto"
-    )
+    rows = [
+        [ratio(found[c], m) if m in found[c] else np.nan for m in others] for c in cells
+    ]
+    values = np.array(rows)
+    size = (9, 0.26 * len(cells) + 2.4)
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    finite = np.where(np.isfinite(values), values, np.nan)
+    scale = {"norm": LogNorm(0.8, 3), "cmap": "cividis_r", "aspect": "auto"}
+    image = ax.imshow(np.clip(finite, 0.8, 3), **scale)
     ax.set_xticks(range(len(others)), others, rotation=45, ha="right")
-    ax.set_yticks(range(len(cells)), [f"{t}, {o}" for _, t, o in cells], fontsize=8)
+    ax.set_yticks(range(len(cells)), [f"{t}, {o}" for _, t, o in cells], fontsize=8.5)
+    ax.grid(False)
+    hatched = {"facecolor": colours.page, "edgecolor": colours.text, "hatch": "////"}
     for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            shown = f"{value:.2f}" if math.isfinite(value) else "div."
-            ax.text(j, i, shown, ha="center", va="center", fontsize=7)
+        if math.isinf(value):
+            ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, lw=0, **hatched))
+        elif not np.isnan(value):
+            red, green, blue, _ = image.cmap(image.norm(min(value, 3)))
+            bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
+            style = {"ha": "center", "va": "center", "fontsize": 7.5}
+            ink = "black" if bright else "white"
+            ax.text(j, i, f"{value:.3g}", color=ink, **style)
     edge = sum(c[0] == HALVES[0] for c in cells)
-    ax.axhline(edge - 0.5, color="black", lw=2)
-    ax.set_title(
-        "Final loss over that of the best fixed limit; below the line: held out"
-    )
-    bar = figure.colorbar(image, ax=ax, extend="max", shrink=0.5)
+    ax.axhline(edge - 0.5, color=colours.text, lw=2)
+    ax.set_title("Final loss divided by that of the best fixed threshold", pad=10)
+    bar = figure.colorbar(image, ax=ax, extend="both", shrink=0.5, label=BAR)
     bar.set_ticks([0.8, 1, 1.5, 2, 3], labels=["0.8", "1", "1.5", "2", "3"])
     bar.minorticks_off()
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "clipbench.png", dpi=110)
-    plt.close(figure)
-    sensitivity(found, folder, plt)
+    text = "Below the line: held-out tasks"
+    figure.supxlabel(text, fontsize=10, ha="left", x=0.02, color=colours.text)
+    patch = Patch(label="diverged", **hatched)
+    figure.legend(handles=[patch], loc="outside lower right")
+    return figure
 
 
-def sensitivity(found: dict[Cell, dict[str, Record]], folder: Path, plt: Any) -> None:
+def draw_sensitivity(
+    found: dict[Cell, dict[str, Record]], colours: Any, plt: Any
+) -> Any:
     """How much worse a method is at another number than its default."""
     tried = {method for row in found.values() for method in row} - {FIXED}
     asked = [m for m in METHODS if METHODS[m].asks_for and m in tried]
-    if not asked:
-        return
-    figure, ax = plt.subplots(figsize=(11, 4.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(11, 5), layout="constrained")
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
         for number in range(3):
             there = [row for row in rows if number < losses(row[method]).shape[1]]
             spread = np.array([ratio(row, method, number) for row in there])
             spread = np.clip(spread, 0.5, 10)
-            at = np.full(len(spread), place + (number - 1) * 0.22)
+            at = np.full(len(spread), place + (number - 1) * 0.24)
             name = NUMBERS[number] if place == 0 else None
-            ax.scatter(at, spread, s=9, alpha=0.6, color=f"C{number}", label=name)
-            ends = at[0] - 0.09, at[0] + 0.09
-            ax.hlines(np.median(spread), *ends, color="black", zorder=3)
+            style = {"s": 14, "alpha": 0.7, "marker": "os^"[number]}
+            ax.scatter(at, spread, color=colours.lines[number], label=name, **style)
+            ends = at[0] - 0.1, at[0] + 0.1
+            ax.hlines(np.median(spread), *ends, color=colours.text, lw=2, zorder=3)
     ax.set_yscale("log")
-    labels = [
-        f"{m}\n{METHODS[m].asks_for}\n"
-        + ", ".join(f"{n:g}" for n in METHODS[m].numbers)
-        for m in asked
-    ]
-    ax.set_xticks(range(len(asked)), labels, fontsize=7)
+    labels = []
+    for method in asked:
+        name = re.sub(r"(?<=_)(?=clip|update)|(?<=, )", "\n", method)
+        numbers = ", ".join(f"{n:g}" for n in METHODS[method].numbers)
+        labels.append(f"{name}\n{METHODS[method].asks_for}\n{numbers}")
+    ax.set_xticks(range(len(asked)), labels, fontsize=9)
     ax.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10 or diverged"])
     ax.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    ax.set_ylabel("loss over the best fixed limit's")
-    ax.set_title("Each method at three values of its number (medians in black)")
-    figure.savefig(folder / "clipbench_sensitivity.png", dpi=110)
-    plt.close(figure)
+    ax.set_ylabel(BAR.replace(" (", "\n("))
+    ax.set_title("Three values of each method's number (dashes: medians)", pad=30)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "borderaxespad": 0.2}
+    ax.legend(ncols=3, **place)
+    return figure

@@ -1,7 +1,8 @@
-"""The tasks: small problems on which the limit of gradients makes a difference.
+"""The tasks: small problems on which the threshold of gradients makes a difference.
 
-Each is a set of pure functions, so that many seeds and limits train side by side. Half
-of the tasks were at hand when `auto_clip` was designed; the others were not looked at.
+Each is a set of pure functions, so that many seeds and thresholds train side by side.
+Half of the tasks were at hand when `auto_clip` was designed; the others were not looked
+at.
 """
 
 import functools

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 def tuned(name: str, optimizer: str) -> Record:
-    """The learning rate with the lowest loss at the best of the fixed limits.
+    """The learning rate with the lowest loss at the best of the fixed thresholds.
 
     It is what somebody finds who tunes both; a lower rate may need no clipping.
     """
@@ -54,8 +54,8 @@ def tuned(name: str, optimizer: str) -> Record:
 def compared(name: str, optimizer: str, label: str, rate: float) -> Record:
     """One method with its numbers, at the tuned learning rate and beside it.
 
-    A limit below all norms makes steps shorter, and a higher rate makes up for it: so
-    every method, and every fixed limit, may have the best of three rates.
+    A threshold below all norms makes steps shorter, and a higher rate makes up for it:
+    so every method, and every fixed threshold, may have the best of three rates.
     """
     start = time.perf_counter()
     what, method = task(name), METHODS[label]

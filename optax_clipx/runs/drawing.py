@@ -84,7 +84,7 @@ def canvas(
         yield ax.figure, ax, colours
 
 
-def rc(theme: str) -> dict[str, Any]:
+def rc(theme: str) -> Any:
     """Matplotlib's settings for all pictures of this package, its docs and examples."""
     colours = theme_of(theme)
     return {

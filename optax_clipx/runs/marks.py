@@ -11,6 +11,9 @@ from .jsonl import ReadError
 from .naming import counted
 from .table import STEP, present
 
+_LINE = 16  # points from one line of a legend to the next
+_BESIDE_LABEL = 40  # points for the handle of a label and the space around both
+
 
 def line(
     ax: Any,
@@ -123,10 +126,6 @@ def legend_above(ax: Any) -> None:
         place |= {"loc": "lower left", "bbox_to_anchor": (0, 0.99)}
     style = {"columnspacing": 1.2, "handlelength": 1.6, "labelspacing": 0.3}
     ax.legend(ncols=columns, **style, **place)
-
-
-_LINE = 16  # points from one line of a legend to the next
-_BESIDE_LABEL = 40  # points for the handle of a label and the space around both
 
 
 def _width(labels: Sequence[str], columns: int) -> float:

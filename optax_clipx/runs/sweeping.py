@@ -4,6 +4,7 @@ import itertools
 import json
 import operator
 import os
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,4 +264,8 @@ def _bar(total: int, progress: bool) -> Any:
         raise ImportError(
             "tqdm is missing. Run: pip install tqdm, or pass progress=False."
         ) from None
-    return tqdm(total=total, desc="thresholds", unit="run")
+
+    bar = tqdm(total=total, desc="thresholds", unit="run", delay=1e-9)
+    if not sys.stderr.isatty():
+        bar.refresh = lambda *_, **__: None  # in a file: one line, when it is closed
+    return bar

@@ -297,3 +297,9 @@ def test_the_suggested_limit_trains_as_well_as_the_best_of_ten(task, tmp_path):
     }
     for rate in (0.1, 0.5, 0.9):
         assert found[f"clip_rate={rate:g}"] > 0.97
+
+
+def test_in_a_file_the_progress_bar_is_one_line(capsys):
+    clipx.find_threshold(lambda limit: limit, 1, 9, num=9)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("thresholds: 100%")
