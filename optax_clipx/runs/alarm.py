@@ -8,7 +8,7 @@ import numpy as np
 from .findings import SEVERITIES, Finding
 from .jsonl import ReadError
 from .judging import judge
-from .merging import Restarts
+from .merging import NO_RESTARTS, Restarts
 from .signals import Names, Signals
 from .table import STEP, Columns, Table, present
 
@@ -17,7 +17,9 @@ _KEPT = 2000
 _EVERY = 100
 # The place of one fault may move a little when more steps are known.
 _SAME = 20
-_AT_STEPS = frozenset(("spikes", "level-shift", "update-before-loss", "nonfinite"))
+_AT_STEPS = frozenset(
+    ("spikes", "level-shift", "update-before-loss", "nonfinite", "restarts")
+)
 
 
 class Alarm:
@@ -27,19 +29,19 @@ class Alarm:
         self.names = names or Names()
         self.found: list[Finding] = []
         self._told: dict[str, Finding] = {}
-        self._rows = 0
+        self._rows, self._back = 0, NO_RESTARTS
 
-    def follow(self, columns: Columns) -> None:
+    def follow(self, columns: Columns, back: Restarts = NO_RESTARTS) -> None:
         """Looks at columns that may have grown: at all, then near what is new."""
         rows = len(columns[STEP])
-        if rows != self._rows:
+        if rows != self._rows or back != self._back:
             start = max(0, min(self._rows, rows) - _KEPT)
-            self._rows = rows
-            self.look({name: values[start:] for name, values in columns.items()})
+            self._rows, self._back = rows, back
+            self.look({name: x[start:] for name, x in columns.items()}, back)
 
-    def look(self, columns: Columns) -> list[Finding]:
+    def look(self, columns: Columns, back: Restarts = NO_RESTARTS) -> list[Finding]:
         """The warnings and errors in these columns that were not told before."""
-        seen = Signals(columns, self.names, Restarts())
+        seen = Signals(columns, self.names, back)
         new = [x for x in judge(seen).findings if x.severity != "info"]
         new = [finding for finding in new if self._is_new(finding)]
         self._told |= {finding.code: finding for finding in new}
@@ -67,17 +69,18 @@ class Listener:
         self._alarm: Alarm | None = Alarm()
         self._judged = self._checked = 0
 
-    def hear(self, table: Table) -> None:
-        """Looks at the table, if it has grown enough or is no longer finite."""
+    def hear(self, table: Table, at_end: bool = False) -> None:
+        """Looks at the table, if it has grown enough, breaks, or will grow no more."""
         count = len(table)
-        if self._alarm is None or count == self._checked:
+        if self._alarm is None or count == (self._judged if at_end else self._checked):
             return
         broke = not self._alarm.told("nonfinite") and not _finite(
             table.last(max(1, count - self._checked))
         )
         self._checked = count
         # Fewer rows than before: the run went back to a checkpoint.
-        if broke or not self._judged <= count < self._judged + _EVERY:
+        enough = not self._judged <= count < self._judged + _EVERY
+        if broke or enough or at_end:
             self._judged = count
             for finding in self._new(self._alarm, table):
                 self._call(finding)

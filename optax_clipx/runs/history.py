@@ -41,9 +41,9 @@ class History:
             file without ``force=True``, or ``--force`` on the command line.
         on_finding: a function that is called with each new :class:`Finding` of severity
             ``"warning"`` or ``"error"``, such as ``print``. The last 2,000 records are
-            judged as :func:`diagnose` does, after every 100 records, and at once when a
-            number is not finite. What the function raises comes out of ``append``,
-            which has recorded the step then.
+            judged as :func:`diagnose` does, after every 100 records, at once when a
+            number is not finite, and by ``close``. What the function raises comes out
+            of ``append``, which has recorded the step then, or of ``close``.
 
     Raises:
         FileExistsError: if the file has something in it and neither ``resume`` nor
@@ -149,8 +149,10 @@ class History:
         self._writer.write()
 
     def close(self) -> None:
-        """Writes the last record and closes the file."""
+        """Writes the last record, closes the file, and judges the last records."""
         self._close()
+        if self._listener is not None:
+            self._listener.hear(self._writer.table, at_end=True)
 
     def __enter__(self) -> "History":
         return self

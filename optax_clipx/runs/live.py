@@ -13,7 +13,7 @@ from .alarm import Alarm
 from .drawing import means, norms_of
 from .escaping import printable
 from .findings import Finding, places
-from .merging import one_row_a_step
+from .merging import NO_RESTARTS, one_row_a_step, restarts
 from .signals import Names
 from .table import STEP, Columns, Table, present
 
@@ -33,17 +33,21 @@ class Follower:
 
     def _begin(self) -> None:
         self.table, self.offset, self.lines, self.last = Table(), 0, 0, b""
+        self.restarts = NO_RESTARTS
 
     def look(self) -> Columns:
-        """The columns as of now."""
+        """The columns as of now; `restarts` then has where their steps went back."""
         path = readers.file_of_run(self.path)
         if _is_jsonl(path):
             self._read_new_lines(path)
+            self.restarts = restarts(self.table)
             return one_row_a_step(path, self.table).arrays()
         files = [path, *path.rglob("*")]
         state = {file: file.stat().st_mtime_ns for file in files}
         if state != self.seen:
-            self.table, self.seen = readers.read(path, self.step), state
+            rows, self.seen = readers.rows(path, self.step), state
+            self.restarts = restarts(rows)
+            self.table = one_row_a_step(path, rows)
         return self.table.arrays()
 
     def _was_cut(self, path: Path) -> bool:
@@ -97,7 +101,7 @@ def follow(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a last line may well be half written
             shown = [
-                _panel(label, follower.path, follower.look(), norm, alarms[label])
+                _panel(label, follower, norm, alarms[label])
                 for label, follower in followers.items()
             ]
         return Group(*shown)
@@ -112,17 +116,15 @@ def follow(
             live.update(view(), refresh=True)
 
 
-def _panel(
-    label: str, path: Path, columns: Columns, norm: str | None, alarm: Alarm
-) -> Any:
+def _panel(label: str, follower: Follower, norm: str | None, alarm: Alarm) -> Any:
     from rich.panel import Panel
     from rich.table import Table as Grid
     from rich.text import Text  # a str would be read as markup
 
-    title = Text(printable(label))
+    columns, title = follower.look(), Text(printable(label))
     if not len(columns[STEP]):
         return Panel("nothing is recorded yet", title=title, title_align="left")
-    name = naming.pick(columns, "norm", norm, path)
+    name = naming.pick(columns, "norm", norm, follower.path)
     seen = norms_of(columns, name, None)
     grid = Grid.grid(padding=(0, 2))
     grid.add_row("step", f"{columns[STEP][-1]:,}")
@@ -141,7 +143,7 @@ def _panel(
         if len(values):
             shown = f"{values[-1]:.4g}  {sparkline(values)}"
             grid.add_row(Text(printable(loss)), shown)
-    alarm.follow(columns)
+    alarm.follow(columns, follower.restarts)
     for finding in alarm.found[: -_FINDINGS - 1 : -1]:  # the newest first
         style = {"error": "bold red", "warning": "yellow"}[finding.severity]
         grid.add_row(Text(finding.severity, style), Text(_line(finding)))

@@ -26,6 +26,9 @@ class Restarts(NamedTuple):
     dropped: bool = False
 
 
+NO_RESTARTS = Restarts()
+
+
 def restarts(table: Table) -> Restarts:
     """Where the steps of a table go back, before its rows are merged."""
     if table.rises:

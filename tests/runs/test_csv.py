@@ -1,9 +1,12 @@
 """CSV: what is cut off or ambiguous is told, and what is saved loads again."""
 
+import sys
+
 import numpy as np
 import pytest
 
 import optax_clipx as clipx
+from optax_clipx.runs import csv_files
 
 
 def load(tmp_path, text, name="run.csv"):
@@ -116,3 +119,56 @@ def test_watch_reads_past_a_byte_order_mark(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 1, "norm": 2}\n')
     assert follower.look()["norm"].tolist() == [1, 2]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(csv_files, "_BLOCK", 12)  # of a few lines
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("without", [(), ("orjson",)])
+def test_blocks_of_numbers_are_read_at_once(
+    without, delimiter, end, tmp_path, monkeypatch
+):
+    for name in without:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(csv_files, "_blocks", lambda *_: iter(()))  # one by one: none
+    rows = ["step,a,b", "0,1.5,-2e-3", "1,nan,inf", "2,,.5", "3,7,", "4,,", "5,1,-inf"]
+    text = end.join([*rows, ""]).replace(",", delimiter)
+    history = load(tmp_path, text)
+    assert history.steps.tolist() == [0, 1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(history["a"], [1.5, np.nan, np.nan, 7, np.nan, 1])
+    np.testing.assert_array_equal(
+        history["b"], [-2e-3, np.inf, 0.5, np.nan, np.nan, -np.inf]
+    )
+    assert history.recorded("a").tolist() == [True, True, False, True, False, True]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("row", ["4,1,2", "4", "4,1_0", "4,x", "4,0x1"])
+def test_a_broken_line_in_a_later_block_is_named(row, tmp_path):
+    text = "step,norm\n" + "".join(f"{i},1.0\n" for i in range(4))
+    with pytest.raises(ValueError, match=r"run\.csv:6: expected"):
+        load(tmp_path, f"{text}{row}\n5,1.0\n")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cells_that_are_quoted_later_are_read(tmp_path):
+    history = load(tmp_path, 'step,norm\n0,1\n1,2\n2,3\n"3","4.5"\n4,5\n')
+    assert history["norm"].tolist() == [1, 2, 3, 4.5, 5]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_line_with_a_cell_too_many_is_not_made_up_for_by_the_next(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.csv:3: expected 2 values"):
+        load(tmp_path, "step,norm\n0,1\n1,2,3\n4\n")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_last_line_without_an_end_is_left_out(tmp_path):
+    with pytest.warns(UserWarning, match="the last line has no end"):
+        history = load(tmp_path, "step,norm\n0,1\n1,2\n2,3\n3,4\n4,5")
+    assert history["norm"].tolist() == [1, 2, 3, 4]

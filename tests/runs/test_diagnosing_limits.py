@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -125,3 +127,56 @@ def test_each_advice_leads_to_an_entry_of_the_page():
     titles = [x[4:] for x in page.read_text().splitlines() if x.startswith("### ")]
     anchors = {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in titles}
     assert {advice.anchor for advice in ADVICE.values()} <= anchors
+
+
+def in_a_process_of_its_own(path):
+    """The seconds and the gigabytes that a diagnosis of a file takes."""
+    script = (
+        "import re, sys, time, pathlib, optax_clipx as clipx;"
+        " start = time.process_time(); clipx.diagnose(sys.argv[1]);"
+        " took = time.process_time() - start;"
+        " status = pathlib.Path('/proc/self/status').read_text();"
+        " print(took, int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) / 1e6)"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return map(float, done.stdout.split())
+
+
+def write(path, rows, names):
+    """A file of noisy norms, whose rows repeat: to write it takes little time."""
+    numbers = np.exp(0.3 * np.random.default_rng(0).normal(size=(1000, len(names))))
+    if path.suffix == ".csv":
+        lines = [",".join(map(repr, row)) for row in numbers.tolist()]
+        head, start, end = f"step,{','.join(names)}\n", "", "\n"
+    else:
+        records = [dict(zip(names, row, strict=True)) for row in numbers.tolist()]
+        lines = [json.dumps(record)[1:] for record in records]
+        head, start, end = "", '{"step": ', "\n"
+    with path.open("w") as file:
+        file.write(head)
+        file.writelines(f"{start}{i},{lines[i % 1000]}{end}" for i in range(rows))
+    return path
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run.csv", "run.jsonl"])
+def test_a_million_steps_of_three_columns(name, tmp_path):
+    path = write(tmp_path / name, 1_000_000, ["loss", "clip/norm"])
+    took, most = in_a_process_of_its_own(path)
+    assert took < 10
+    assert most < 1
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run.csv", "run.jsonl"])
+def test_a_hundred_thousand_steps_of_two_hundred_leaves(name, tmp_path):
+    names = ["loss", "clip/norm", *(f"track_norms/layers/{i}/w" for i in range(200))]
+    took, most = in_a_process_of_its_own(write(tmp_path / name, 100_000, names))
+    assert took < 10
+    assert most < 1

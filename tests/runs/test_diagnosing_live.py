@@ -10,6 +10,7 @@ from planted import FAULTS, HEALTHY
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line
 from optax_clipx.runs.alarm import Alarm
+from optax_clipx.runs.merging import Restarts
 
 
 def stream(history, run):
@@ -38,6 +39,16 @@ def test_a_spike_is_told_once_within_a_hundred_steps():
     ((rows, finding),) = heard(flat(norm=(130, 50.0)))
     assert (finding.code, finding.steps) == ("spikes", (130,))
     assert 130 < rows <= 231
+
+
+def test_what_the_last_records_show_is_told_at_the_end():
+    run, found = {n: x[:160] for n, x in flat(norm=(130, 50.0)).items()}, []
+    with clipx.History(on_finding=found.append) as history:
+        stream(history, run)
+        assert found == []  # 60 records since the last look
+    assert [(finding.code, finding.steps) for finding in found] == [("spikes", (130,))]
+    history.close()
+    assert len(found) == 1
 
 
 def test_a_number_that_is_not_finite_is_told_at_once():
@@ -132,3 +143,20 @@ def test_watch_shows_findings(tmp_path, monkeypatch, capsys):
     path.write_text("\n".join(lines) + "\n")
     assert command_line.main(["watch", str(path), "--once"]) == 0
     assert "spikes at step 120" in capsys.readouterr().out
+
+
+def test_watch_shows_restarts(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "200")
+    steps = [*range(100), *range(60, 140)]
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "norm": 1.0}}\n' for i in steps))
+    assert command_line.main(["watch", str(path), "--once"]) == 0
+    assert "restarts at step 60" in capsys.readouterr().out
+
+
+def test_a_restart_that_follows_another_is_told_too():
+    columns, alarm = {"step": np.arange(100), "norm": np.ones(100)}, Alarm()
+    alarm.follow(columns, Restarts((20,), (30,)))
+    alarm.follow(columns, Restarts((20, 60), (30, 80)))
+    assert [finding.steps for finding in alarm.found] == [(20,), (20, 60)]
