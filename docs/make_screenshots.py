@@ -31,14 +31,15 @@ def of_tensorboard(browser: Browser, logs: Path) -> None:
                 break
             except OSError:
                 time.sleep(0.5)
-        page = browser.new_page(viewport={"width": 1360, "height": 860})
-        page.goto(address + "#timeseries")
-        page.wait_for_selector("card-view")
-        wanted = "clip/(norm|threshold)|track_norms/rnn/cell/dense_h|loss"
-        page.locator("metrics-tag-filter input").fill(wanted)
-        page.locator(".settings-button").click()
-        page.wait_for_timeout(4000)
-        page.screenshot(path=IMAGES / "tensorboard.png")
+        for dark in (False, True):
+            page = browser.new_page(viewport={"width": 1360, "height": 860})
+            page.goto(address + ("?darkMode=true" if dark else "") + "#timeseries")
+            page.wait_for_selector("card-view")
+            wanted = "clip/(norm|threshold)|track_norms/rnn/cell/dense_h|loss"
+            page.locator("metrics-tag-filter input").fill(wanted)
+            page.locator(".settings-button").click()
+            page.wait_for_timeout(4000)
+            page.screenshot(path=IMAGES / f"tensorboard{'_dark' if dark else ''}.png")
     finally:
         server.terminate()
         server.wait()
