@@ -29,6 +29,7 @@ html_theme = "furo"
 html_title = "optax_clipx"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 nitpicky = False
 html_math_renderer = "mathml"
 
@@ -48,7 +49,7 @@ def inline(self, node):
 def display(self, node):
     """A formula on a line of its own, which scrolls where the page is narrow."""
     formula = spaced(convert(node.astext(), display="block"))
-    self.body.append(f'<div style="overflow-x: auto">{formula}</div>')
+    self.body.append(f'<div class="formula">{formula}</div>')
     raise nodes.SkipNode
 
 

@@ -82,7 +82,7 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
         return value
     if isinstance(value, optax.GradientTransformation):
         raise TypeError(
-            f"Expected {name} to be a threshold or a threshold rule, got an optax"
+            f"Expected {name} to be a number or a threshold rule, got an optax"
             f" transformation: {value!r}."
         )
     if is_pair(value):

@@ -113,10 +113,11 @@ def clipped_grad(
     ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
 
     ==================  ==================  =========================================
-    norm of an example  threshold               what it adds ==================
-    ==================  ========================================= 0
-    any                 zero any finite          infinity            its gradient at
-    most the threshold   finite              its gradient, times the response's scale: 1
+    norm of an example  threshold           what it adds
+    ==================  ==================  =========================================
+    0                   any                 zero
+    any finite          infinity            its gradient
+    at most threshold   finite              its gradient, times the response's scale: 1
                                             with ``rescale``
     above               0                   zero
     infinite or NaN     any                 zero; counted in ``num_nonfinite``
