@@ -3,6 +3,15 @@
 import os
 import warnings
 
+# Most of the time of a test is LLVM's, for programs that run once on a few numbers. With
+# these flags it takes a seventh. `XLA_FLAGS= python -m pytest` has XLA's own settings.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -20,9 +29,6 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
     import optax_clipx  # noqa: F401
 
 
-FEW = 3  # a test with no more cases than this runs whole
-SMALL = 8  # with no more than this, every other case is slow
-SHARE = 10  # of the others every tenth case, and one more where slow tests run
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
@@ -38,22 +44,22 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Takes samples of large tables: the usual run a share, the slow one another."""
-    cases = {}
+    """Marks the cases that `one_in` leaves out of the usual run, and of the slow one."""
+    tables = {}
     for item in items:
-        if not any(map(item.get_closest_marker, ("slow", "sampled"))):
-            cases.setdefault((item.path, item.originalname), []).append(item)
-    for table in cases.values():
+        if item.get_closest_marker("one_in") and not item.get_closest_marker("slow"):
+            tables.setdefault((item.path, item.originalname), []).append(item)
+    for table in tables.values():
+        mark = table[0].get_closest_marker("one_in")
+        (every,) = mark.args
         for i, item in enumerate(table):
-            share = SHARE if len(table) > SMALL else 2
-            if len(table) > FEW and i % share:
+            if i % every:
                 item.add_marker(pytest.mark.slow)
-                complete = item.get_closest_marker("complete")
-                if not complete and i % share != share // 2:
+                if i % every != every // 2 and mark.kwargs.get("rest") != "slow":
                     item.add_marker(pytest.mark.whole)
-    left_out = [x for x in items if x.get_closest_marker("whole") and not WHOLE]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [x for x in items if x not in set(left_out)]
+    left_out = {x for x in items if x.get_closest_marker("whole") and not WHOLE}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [x for x in items if x not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -41,7 +41,7 @@ def units(path, shape, rule=clipx.units.flax):
     return rule(tuple(path.split("/")), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("path", KNOWN)
 def test_names_of_public_codes(path):
     shape, want = KNOWN[path]
@@ -59,14 +59,13 @@ UNCLEAR = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("path", UNCLEAR)
 def test_what_may_be_a_stack_is_an_error(path):
     with pytest.raises(ValueError, match=f"Cannot tell the units of {path}"):
         units(path, UNCLEAR[path])
 
 
-@pytest.mark.complete
 @pytest.mark.parametrize("library", ["flax", "equinox", "haiku"])
 def test_what_the_error_shows_can_be_pasted(library):
     rule = getattr(clipx.units, library)

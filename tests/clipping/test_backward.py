@@ -88,6 +88,7 @@ CLIPS = {
 every_clip = pytest.mark.parametrize("name", CLIPS)
 
 
+@pytest.mark.one_in(10)
 @every_clip
 @pytest.mark.parametrize(
     ("wrap", "options"),
@@ -179,6 +180,7 @@ def both(fun):
     )(fun)
 
 
+@pytest.mark.one_in(2)
 @both
 @pytest.mark.parametrize("limit", [0.0, 1.0, np.inf])
 def test_zero_stays_zero(wrap, limit):
@@ -196,6 +198,7 @@ def test_a_gradient_through_the_clip_at_zero_is_finite(wrap):
     np.testing.assert_allclose(wrap(jax.grad(fun))(0.0), 3.0)
 
 
+@pytest.mark.one_in(2)
 @both
 @pytest.mark.parametrize("limit", [1e3, np.inf])
 def test_below_the_limit_nothing_changes_bit_for_bit(wrap, limit):
@@ -214,6 +217,7 @@ def test_a_limit_of_zero_gives_zeros(wrap):
         assert not np.any(found["w"])
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize", "raise"])
 def test_a_cotangent_that_is_not_finite(policy, bad):
@@ -284,6 +288,7 @@ def test_complex_cotangents_keep_their_phase():
         cotangent(clip_value, ct, -1.0, 1.0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes_are_kept_whatever_the_limits(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -366,6 +371,7 @@ def mesh(kind):
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("options", [{}, {"batch_axes": 0}])
 def test_the_norm_is_that_of_a_sharded_array_under_jit(kind, options):
@@ -377,6 +383,7 @@ def test_the_norm_is_that_of_a_sharded_array_under_jit(kind, options):
     assert found.sharding == sharding
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("check_vma", "options"),
     [
@@ -440,6 +447,7 @@ def test_replicated_parameters_in_shard_map_within_a_scan():
         )
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -16,6 +16,7 @@ every_method = pytest.mark.parametrize(
 PARAMS = {"layers": [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}]}
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -47,6 +48,7 @@ def test_values_are_refused_at_construction(call, message):
         call()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -71,6 +73,7 @@ def test_types_are_refused_at_construction(call, message):
         call()
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
 def test_integer_leaves(make, dtype):
@@ -80,6 +83,7 @@ def test_integer_leaves(make, dtype):
         clipper.update(grads, clipper.init(PARAMS), PARAMS)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("leaf", [3, True, "text", object()])
 def test_leaves_that_are_no_arrays(make, leaf):
@@ -90,6 +94,7 @@ def test_leaves_that_are_no_arrays(make, leaf):
         )
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_an_unfiltered_equinox_module(make):
     model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
@@ -150,6 +155,7 @@ def adaptive():
     return clipx.thresholds.Threshold(lambda n: n, lambda n, s, c: (s, n))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
 @pytest.mark.parametrize(
     "measure", [clipx.measures.leaf_norms(), clipx.measures.unit_norms()]

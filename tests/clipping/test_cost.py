@@ -86,12 +86,14 @@ PASSES = {  # over the gradients' size; twice, for the branch
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PASSES)
 def test_a_step_reads_the_gradients_once_more(name):
     added = cost(name).moved - cost("none").moved
     assert added < 2 * PASSES[name] + (0.7 if name == "agc" else 0.02)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PASSES)
 def test_nothing_of_a_leafs_size_is_held_beside_it(name):
     leaf = 4 * SHAPE[0] * SHAPE[1]
@@ -99,6 +101,7 @@ def test_nothing_of_a_leafs_size_is_held_beside_it(name):
     assert cost(name).kept == pytest.approx(cost("none").kept, abs=256)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -146,6 +149,7 @@ def test_a_leaf_adds_two_fusions(name):
     assert a_leaf(name) - a_leaf("none") <= (2 if name != "leaf" else 3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["tree", "group", "leaf", "zclip", "agc"])
 def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name).kernels < cost(name).fusions
@@ -153,6 +157,7 @@ def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name, 2 * LEAVES).kernels - cost(name).kernels < LEAVES
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("scope", "shape"), [("tree", (512, 512)), ("unit", (64, 2**16))]
 )
@@ -204,6 +209,7 @@ def test_no_loop_adds_up_all_leaves(scope):
     assert largest(200) <= largest(100) < 200
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "lines"), [("tree", 8), ("leaf", 18), ("agc", 25), ("optax", 14)]
 )

@@ -45,6 +45,7 @@ def run(make, limit, updates, wrap=jax.jit, **options):
     return wrap(clipper.update)(updates, clipper.init(updates), tree())
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("limit", [0.0, 1.0, np.inf])
 def test_zero_stays_zero(make, limit):
@@ -55,6 +56,7 @@ def test_zero_stays_zero(make, limit):
     assert float(state.metrics.clipped) == 0
 
 
+@pytest.mark.one_in(10)
 @norm_and_relative
 @pytest.mark.parametrize("limit", [1e3, np.inf])
 def test_below_the_limit_nothing_changes_bit_for_bit(make, limit):
@@ -66,6 +68,7 @@ def test_below_the_limit_nothing_changes_bit_for_bit(make, limit):
     assert float(state.metrics.scale) == 1
 
 
+@pytest.mark.one_in(10)
 @norm_methods
 def test_a_limit_of_zero_gives_zeros(make):
     clipped, state = run(make, 0.0, tree())
@@ -74,6 +77,7 @@ def test_a_limit_of_zero_gives_zeros(make):
     assert float(state.metrics.clipped) == 1
 
 
+@pytest.mark.one_in(10)
 @norm_methods
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_after_clipping_the_norm_is_at_most_the_limit(make, dtype):
@@ -96,6 +100,7 @@ def test_after_clipping_the_norm_is_at_most_the_limit(make, dtype):
             assert true <= 0.7 * (1 + slack)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_unusable_numbers_are_refused_at_construction(make, limit):
@@ -103,6 +108,7 @@ def test_unusable_numbers_are_refused_at_construction(make, limit):
         make(limit)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
 def test_unusable_traced_limits_make_everything_nan(make, policy):
@@ -117,6 +123,7 @@ def test_unusable_traced_limits_make_everything_nan(make, policy):
                 assert np.all(np.isnan(leaf))
 
 
+@pytest.mark.one_in(10)
 @norm_and_relative
 @bad_values
 def test_propagate_makes_every_leaf_nan(make, bad):
@@ -129,6 +136,7 @@ def test_propagate_makes_every_leaf_nan(make, bad):
     assert not np.isfinite(state.metrics.norm)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @bad_values
 def test_zero_makes_every_leaf_zero(make, bad):
@@ -139,6 +147,7 @@ def test_zero_makes_every_leaf_zero(make, bad):
         clipx.check(state)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @bad_values
 def test_raise_names_the_leaf(make, bad):
@@ -146,6 +155,7 @@ def test_raise_names_the_leaf(make, bad):
         run(make, 1.0, broken(bad), lambda f: f, nonfinite="raise")
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_raise_in_a_trace_is_seen_when_a_result_is_read(make):
     with pytest.raises(Exception, match="at: w\\."):
@@ -155,6 +165,7 @@ def test_raise_in_a_trace_is_seen_when_a_result_is_read(make):
     chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @bad_values
 def test_sanitize_clips_what_is_left(make, bad):
@@ -180,6 +191,7 @@ def test_traced_bounds_in_the_wrong_order_give_nan():
         assert np.all(np.isnan(leaf))
 
 
+@pytest.mark.one_in(10)
 @every_method
 @bad_values
 def test_the_next_step_is_clean(make, bad):
@@ -194,6 +206,7 @@ def test_the_next_step_is_clean(make, bad):
     clipx.check(state)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_schedules_and_arrays_of_any_dtype_keep_the_updates_dtype(make, dtype):
@@ -203,6 +216,7 @@ def test_schedules_and_arrays_of_any_dtype_keep_the_updates_dtype(make, dtype):
         assert {x.dtype for x in jax.tree.leaves(clipped)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.one_in(10)
 @norm_methods
 def test_a_norm_of_zero_is_not_scaled_by_a_limit_near_zero(make):
     """Subnormal entries, whose norm is zero, were made zero by limits under 1e-28."""

@@ -37,7 +37,7 @@ def on_the_way_back(bound):
     )(LEAF)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("clip", [by_clip, by_value, by_function, on_the_way_back])
 @pytest.mark.parametrize("name", BOUNDS)
 def test_as_numpy_broadcasts(name, clip):
@@ -120,7 +120,7 @@ BAD = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_bounds(name):
     bound, message = BAD[name]
@@ -147,7 +147,7 @@ ROW, WIDE = jnp.arange(8.0) - 4, jnp.arange(8.0) / 2
 WANT = np.clip(ROW, -WIDE, WIDE)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("spec", [("x",), ()], ids=["cut", "whole"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_bound_of_a_cut_leaf_under_jit(kind, spec):

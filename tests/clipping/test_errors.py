@@ -247,7 +247,6 @@ ERRORS = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("case", ERRORS)
 def test_the_error_says_what_and_where(case):
     call, kind, message = ERRORS[case]
@@ -255,7 +254,6 @@ def test_the_error_says_what_and_where(case):
         call()
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("rule", "path", "shape", "axes"),
     [
@@ -332,7 +330,6 @@ def run(tmp_path):
     return path
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -381,7 +378,6 @@ def as_events(run):
     return run.rename(run.with_name("events.out.tfevents.1"))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("module", "use", "mend"),
     [

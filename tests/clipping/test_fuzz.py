@@ -338,6 +338,7 @@ def check_sequence(config, run, sequence):
             raise
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in EVERY],

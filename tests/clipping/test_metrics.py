@@ -46,6 +46,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_single_clipper_in_any_wrapper(name):
     state = run(WRAPPED[name], steps=2)

@@ -36,6 +36,7 @@ def train_state():
     )
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", WITHOUT_MEMORY)
 @pytest.mark.parametrize("make", [train_state, optax.EmptyState, dict])
 def test_a_limit_without_memory_takes_any_state_and_returns_it(name, make):
@@ -46,6 +47,7 @@ def test_a_limit_without_memory_takes_any_state_and_returns_it(name, make):
     np.testing.assert_array_equal(clipped["w"], want["w"])
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("tx", "expected"),
     [
@@ -75,6 +77,7 @@ def test_the_state_of_a_chain_is_named_by_its_parts():
         clipx.zclip().update(GRADS, state)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("tx", "other", "match"),
     [
@@ -97,6 +100,7 @@ class Opaque:
     shape, dtype = (2,), jnp.dtype("float32")
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", WITHOUT_MEMORY)
 def test_init_without_memory_does_not_look_at_the_parameters(name):
     tx = WITHOUT_MEMORY[name]
@@ -153,6 +157,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize(("made", "call"), [(optax.adam, "adam"), (clipx.clip, "clip")])
 def test_an_optimizer_that_was_not_called_is_an_error(name, made, call):
@@ -168,6 +173,7 @@ def test_a_clipper_that_was_not_called_is_an_error_in_optax(combine):
         combine(clipx.auto_clip).init(GRADS)
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("given", "kind"),
     [

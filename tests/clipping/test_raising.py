@@ -49,7 +49,6 @@ def outcomes(tmp_path_factory):
     return of
 
 
-@pytest.mark.sampled
 @of_methods
 @pytest.mark.parametrize("context", EAGER)
 def test_outside_of_a_trace_it_is_a_floating_point_error(outcomes, method, context):
@@ -58,7 +57,6 @@ def test_outside_of_a_trace_it_is_a_floating_point_error(outcomes, method, conte
     assert text.startswith("Non-finite updates at: w. ")
 
 
-@pytest.mark.sampled
 @of_methods
 @pytest.mark.parametrize("context", TRACED)
 def test_in_a_trace_it_is_caught_where_a_result_is_read(outcomes, method, context):
@@ -67,7 +65,6 @@ def test_in_a_trace_it_is_caught_where_a_result_is_read(outcomes, method, contex
     assert "FloatingPointError: Non-finite updates at: w. " in text
 
 
-@pytest.mark.sampled
 @of_methods
 @pytest.mark.parametrize("context", EAGER + TRACED)
 def test_a_clean_step_runs_afterwards(outcomes, method, context):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optax_clipx as clipx
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("size", "limit"), [(1e25, 1.0), (1e-21, 1e-22), (1e-25, 1e-26), (1e30, 1e-5)]
 )
@@ -176,6 +177,7 @@ def test_numpy_numbers_as_order():
     assert float(clipx.functional.global_norm(x, ord=np.int64(1))) == 7
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "response", [clipx.responses.rescale, clipx.responses.smooth, clipx.responses.drop]
 )

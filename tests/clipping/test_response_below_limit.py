@@ -18,7 +18,7 @@ RESPONSES = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", RESPONSES)
 def test_below_a_finite_limit(name):
     response, want = RESPONSES[name]
@@ -26,7 +26,7 @@ def test_below_a_finite_limit(name):
     assert_allclose(clipper.update(UPDATES)[0], want, rtol=1e-6)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", RESPONSES)
 @pytest.mark.parametrize(
     "measure", [clipx.measures.tree_norm(), clipx.measures.magnitudes()]
@@ -56,7 +56,7 @@ REFUSE_COMPLEX = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", REFUSE_COMPLEX)
 def test_what_refuses_complex_leaves_says_so(name):
     updates = jnp.array([1.0 + 1.0j])

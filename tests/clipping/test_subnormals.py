@@ -16,7 +16,6 @@ CLAMPS = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", CLAMPS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])

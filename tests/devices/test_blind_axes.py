@@ -61,6 +61,7 @@ def test_the_switch_says_that_updates_are_the_same_everywhere(run):
     np.testing.assert_allclose(found, [[0.6, 0.8]] * len(found), rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("replicated")
 @pytest.mark.parametrize(
     "step",
@@ -75,6 +76,7 @@ def test_the_switch_holds_for_functions(step):
     np.testing.assert_allclose(averaged(step, 2), [[0.6, 0.8]] * 2, rtol=1e-6)
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.usefixtures("replicated")
 @pytest.mark.parametrize("name", EVERY)
 def test_with_the_switch_every_method_is_what_it_is_on_one_device(name):
@@ -113,6 +115,7 @@ def test_examples_are_no_updates():
         step(np.ones((2, 3, 2), np.float32))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f])
 @pytest.mark.parametrize("said", [{"axis_name": "nowhere"}, {"specs": P("nowhere")}])
 def test_outside_of_a_mesh_no_name_means_anything(transform, said):

@@ -70,6 +70,7 @@ def assert_same(found, want):
         )
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     "measure",
     [
@@ -95,6 +96,7 @@ def test_units_in_manual_code_need_specs():
         step(tree())
 
 
+@pytest.mark.one_in(10)
 @every_measure
 def test_pmap_must_be_told(measure):
     values = jax.tree.map(lambda x: jnp.stack([x] * 8), tree())
@@ -127,6 +129,7 @@ def test_vmap_is_for_each_example_unless_named():
     np.testing.assert_allclose(jnp.linalg.norm(clipped), 0.7, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 1e-30])
 @pytest.mark.parametrize("policy", ["propagate", "zero"])
 def test_one_shard_decides_for_all(bad, policy):
@@ -301,6 +304,7 @@ def test_eager_norm_outside_of_a_mesh_context():
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("jitted", [True, False])
 def test_pinned_host_memory(kind, jitted):
@@ -322,6 +326,7 @@ def test_pinned_host_memory(kind, jitted):
         jax.jit(lambda g: optax.clip_by_global_norm(1.0).update(g, None)[0])(values)
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("context", [True, False])
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
 @pytest.mark.parametrize("scope", ["tree", "unit", "element"])
@@ -424,6 +429,7 @@ def test_the_message_helps():
     np.testing.assert_allclose(norm(specs, values, specs=specs), 19**0.5, rtol=1e-6)
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("context", [True, False])
 @pytest.mark.parametrize(

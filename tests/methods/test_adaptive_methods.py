@@ -107,6 +107,7 @@ TRACES = {
 UNREAD = {"olmo1_adaptive_ratio1.5_beta.95": 1}
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", TRACES)
 def test_trace_of_the_reference(name):
     make, statistics = TRACES[name]
@@ -141,6 +142,7 @@ def steps(update, state, norms=NORMS):
     return clipped, state
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_one_trace_serves_all_steps_and_nothing_is_promoted(make):
     clipper = make()
@@ -154,6 +156,7 @@ def test_one_trace_serves_all_steps_and_nothing_is_promoted(make):
         state = new
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_scan_donation_and_eager_agree(make):
     clipper = make()
@@ -170,6 +173,7 @@ def test_scan_donation_and_eager_agree(make):
     chex.assert_trees_all_close(eager, scanned, rtol=1e-5)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_a_spike_is_clipped_and_a_usual_norm_after_it_hardly(make):
     clipper = make()
@@ -183,6 +187,7 @@ def test_a_spike_is_clipped_and_a_usual_norm_after_it_hardly(make):
     assert float(state.metrics.num_clipped) >= 1
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -198,6 +203,7 @@ def test_statistics_never_see_what_is_not_finite(make, policy, bad):
     chex.assert_tree_all_finite(state.rule)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_the_full_range_stays_finite(make):
     clipper = make()
@@ -210,6 +216,7 @@ def test_the_full_range_stays_finite(make):
         chex.assert_tree_all_finite((clipped, state.rule, state.metrics.norm))
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_under_vmap_each_model_has_its_own(make):
     clipper = make()
@@ -227,6 +234,7 @@ def test_under_vmap_each_model_has_its_own(make):
             chex.assert_trees_all_close(found, (one, alone[j]), rtol=1e-5)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_dtypes(make, dtype):
@@ -239,6 +247,7 @@ def test_dtypes(make, dtype):
         assert all(x.dtype == dtype for x in jax.tree.leaves(clipped))
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_init_from_shapes_and_donatable_state(make):
     clipper = make()
@@ -250,12 +259,14 @@ def test_init_from_shapes_and_donatable_state(make):
     assert not any(isinstance(x, str) for x in leaves)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_without_a_state_an_adaptive_method_is_an_error(make):
     with pytest.raises(ValueError, match=r"adaptive clipper.*init"):
         make().update(tree(1.0))
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_nothing_to_clip(make):
     clipper = make()
@@ -268,6 +279,7 @@ def test_nothing_to_clip(make):
 SPECS = {"a": P("x", "y"), "b": P("y")}
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("way", ["explicit", "shard_map"])
 def test_on_a_mesh_it_is_the_same(make, way):
@@ -309,6 +321,7 @@ def test_on_a_mesh_it_is_the_same(make, way):
             )
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     "name",
     [
@@ -339,6 +352,7 @@ def test_every_number_may_be_injected(name):
     assert clipx.metrics(state)["clip/steps"] == 8
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -97,11 +97,13 @@ def same(found, wanted):
         np.testing.assert_allclose(directions[key], want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("power", [-6, -5, -3, -1, 1, 2, 4, 6])
 def test_a_loss_in_another_unit_is_clipped_alike(power):
     same(train(np.float32(10.0**power), of_its_own=False), train(np.float32(1.0)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("power", [-20, -9, 1, 20])
 def test_a_run_in_another_unit_goes_the_same_way(power):
     found, wanted = train(np.float32(2.0**power)), train(np.float32(1.0))
@@ -110,6 +112,7 @@ def test_a_run_in_another_unit_goes_the_same_way(power):
         np.testing.assert_array_equal(found[0][key], want)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 3e-3, 7.0, 1e6, 1e30])
 def test_norms_in_another_unit_change_nothing(factor):
     norms = noise(500, 0.7)
@@ -135,6 +138,7 @@ def test_most_norms_exceed_the_level():
     assert 0.05 < np.mean(norms[1000:] <= limits(norms)[1000:] / 2) < 0.07
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", [1, 5, 40, 200])
 def test_a_spike_has_bounded_influence(place):
     norms = noise(300)

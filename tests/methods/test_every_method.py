@@ -39,6 +39,7 @@ def tree(dtype):
     return {"w": jnp.ones((2, 3), dtype), "b": jnp.full(3, 2, dtype)}
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", EVERY)
 def test_each_takes_every_option_and_a_step(name):
     method = EVERY[name]
@@ -52,6 +53,7 @@ def test_each_takes_every_option_and_a_step(name):
         assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", EVERY)
 def test_complex_leaves_are_taken_or_refused_as_the_table_says(name):
     tx, params = EVERY[name].make(), tree(jnp.complex64)

@@ -34,6 +34,7 @@ def injected(name, dtype=None):
     return optax.inject_hyperparams(make, static, hyperparam_dtype=dtype)(**numbers)
 
 
+@pytest.mark.one_in(10)
 @each
 def test_a_decay_that_is_rounded_to_1_is_an_error(name):
     match = r"< 1, got .*=Array\(1, dtype=bfloat16\).*hyperparam_dtype=jnp.float32"
@@ -41,6 +42,7 @@ def test_a_decay_that_is_rounded_to_1_is_an_error(name):
         injected(name).init(PARAMS)
 
 
+@pytest.mark.one_in(10)
 @each
 @jax.numpy_dtype_promotion("standard")
 def test_where_it_is_traced_every_leaf_is_nan(name):
@@ -50,6 +52,7 @@ def test_where_it_is_traced_every_leaf_is_nan(name):
     assert all(np.isnan(np.float32(u)).all() for u in updates.values())
 
 
+@pytest.mark.one_in(10)
 @each
 @jax.numpy_dtype_promotion("standard")
 def test_in_float32_it_is_what_was_passed(name):
@@ -60,6 +63,7 @@ def test_in_float32_it_is_what_was_passed(name):
     assert jnp.float32(0.999) in state.hyperparams.values()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, jnp.nan])
 def test_any_traced_decay_out_of_range_makes_every_leaf_nan(decay):
     @jax.jit

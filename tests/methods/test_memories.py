@@ -47,6 +47,7 @@ def mapped(tx, state, params):
     return seen
 
 
+@pytest.mark.one_in(2)
 @each
 def test_map_params_visits_every_moment(name):
     tx, times = OF_ENTRIES[name]
@@ -55,6 +56,7 @@ def test_map_params_visits_every_moment(name):
     assert found == [((8,), (8,)), ((8, 4), (8, 4)), ((8, 2), (8, 2))] * times
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", OF_NORMS)
 def test_map_params_passes_over_norms(name):
     tx, params = OF_NORMS[name], stateful.params()
@@ -70,6 +72,7 @@ def test_norms_are_tracked_where_there_are_no_leaves():
     assert list(clipx.metrics(state)) == ["track/vanishing", "track/exploding"]
 
 
+@pytest.mark.one_in(2)
 @each
 def test_shapes_are_enough_for_init(name):
     tx, _ = OF_ENTRIES[name]
@@ -91,6 +94,7 @@ class Layer(nn.Module):
         return x @ kernel + bias[None]
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("box", ["with_partitioning", "with_logical_partitioning"])
 @each
 def test_zero_cuts_the_moments_of_boxed_parameters(name, box):
@@ -117,6 +121,7 @@ def test_zero_cuts_the_moments_of_boxed_parameters(name, box):
     assert jax.tree.structure(after) == jax.tree.structure(bare)
 
 
+@pytest.mark.one_in(2)
 @each
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @jax.numpy_dtype_promotion("standard")
@@ -132,6 +137,7 @@ def test_nnx_variables_keep_their_metadata(name):
         optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", sorted(set(OF_ENTRIES) - {"stable_adamw"}))
 def test_leaves_without_a_gradient_stay_as_they_are(name):
     """Optax's weight decay, in stable_adamw, refuses their gradients itself."""
@@ -147,6 +153,7 @@ def test_leaves_without_a_gradient_stay_as_they_are(name):
     assert mapped(tx, after, params) == [((3,), (3,)), ((4,), (4,))] * times
 
 
+@pytest.mark.one_in(2)
 @each
 def test_moments_lie_as_parameters_made_with_explicit_axes_do(name):
     tx, times = OF_ENTRIES[name]

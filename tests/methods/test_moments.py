@@ -63,6 +63,7 @@ TRACES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", TRACES)
 def test_trace_of_the_reference(name):
     tx = TRACES[name]()
@@ -179,6 +180,7 @@ def tree(seed=0, scale=1.0):
     return {k: jnp.asarray(v * scale, jnp.float32) for k, v in values.items()}
 
 
+@pytest.mark.one_in(2)
 @every
 def test_one_trace_and_a_donated_state(make):
     tx = make()
@@ -196,6 +198,7 @@ def test_one_trace_and_a_donated_state(make):
     assert float(state.metrics.num_clipped) >= 1
 
 
+@pytest.mark.one_in(10)
 @every
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize", "raise"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -220,6 +223,7 @@ def test_what_is_not_finite_is_not_remembered(make, policy, bad):
         chex.assert_tree_all_finite(updates)
 
 
+@pytest.mark.one_in(2)
 @every
 def test_the_full_range(make):
     tx = make()
@@ -231,6 +235,7 @@ def test_the_full_range(make):
         chex.assert_tree_all_finite((updates, state))
 
 
+@pytest.mark.one_in(10)
 @every
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_dtypes(make, dtype):
@@ -243,6 +248,7 @@ def test_dtypes(make, dtype):
         assert all(x.dtype == dtype for x in jax.tree.leaves(updates))
 
 
+@pytest.mark.one_in(2)
 @every
 def test_under_vmap_each_model_has_its_own(make):
     tx = make()
@@ -258,6 +264,7 @@ def test_under_vmap_each_model_has_its_own(make):
 SPECS = {"a": P("x", "y"), "b": P("y")}
 
 
+@pytest.mark.one_in(10)
 @every
 @pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "blind"])
 def test_on_a_mesh_it_is_the_same(make, way):
@@ -301,6 +308,7 @@ def test_on_a_mesh_it_is_the_same(make, way):
             assert kinds == jax.tree.map(jax.typeof, here)
 
 
+@pytest.mark.one_in(2)
 @every
 def test_nothing_to_clip_and_complex(make):
     tx = make()
@@ -316,6 +324,7 @@ def test_nothing_to_clip_and_complex(make):
         tx.update(values, tx.init(values))
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -376,6 +385,7 @@ def test_the_rate_of_stable_adamw_may_be_injected():
     chex.assert_trees_all_close(updates, want, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", list(EVERY.values())[:6], ids=list(EVERY)[:6])
 def test_other_leaves_than_at_init_are_an_error(make):
     tx = make()
@@ -406,6 +416,7 @@ def test_an_unusable_limit_comes_first_in_a_mixture():
     assert bool(jnp.isnan(jax.jit(run)(jnp.nan)[0]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -425,6 +436,7 @@ def test_derivatives_at_zero_entries_are_finite(make):
     assert bool(jnp.all(jnp.isfinite(jax.grad(after_two)(jnp.array([0.0, 1.0])))))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -445,6 +457,7 @@ def test_sanitized_updates_go_on_where_the_moments_stay(make, bad):
     chex.assert_trees_all_equal(after.rule, state.rule)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
 @pytest.mark.parametrize("metrics", [True, False])
 def test_steps_that_are_not_finite_use_up_no_warm_up(policy, metrics):

@@ -66,6 +66,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("form", ["hard", "soft"])
 @pytest.mark.parametrize("name", MATRICES)
 def test_against_float64(name, form):
@@ -116,6 +117,7 @@ def test_trace_of_the_reference(index, limit):
         assert np.linalg.norm(found - want, 2) <= bound(matrix)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
 @pytest.mark.parametrize("size", [1e-36, 1e-20, 1e20, 1e37])
 def test_any_magnitude(size, method):
@@ -126,6 +128,7 @@ def test_any_magnitude(size, method):
     assert np.max(np.abs(found - want)) <= 3e-5 * np.linalg.norm(want) + tiny
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
 def test_half_precision(dtype, method):
@@ -200,6 +203,7 @@ def test_stacks_and_kernels(method):
     assert np.max(np.abs(found - want)) < 1e-4
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("way", ["explicit", "shard_map", "auto"])
 @pytest.mark.parametrize(
     "spec", [P("x", "y"), P(("x", "y"), None), P(None, "y"), P()], ids=str
@@ -232,6 +236,7 @@ def test_a_cut_matrix_of_unknown_place_is_an_error():
         jax.jit(update)(jnp.ones((16, 4)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", ["hard", "soft"])
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
 def test_large_numbers_and_limits_far_above(form, method):

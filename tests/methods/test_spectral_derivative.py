@@ -55,7 +55,7 @@ MATRICES = {
 STACK = of_rank(2, 3, 6, 4)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMS)
 def test_against_finite_differences(form, method):
@@ -86,6 +86,7 @@ def test_the_gradient_of_ones_in_numbers():
     assert_allclose(grad, want, atol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMS)
 def test_backward_is_the_transpose_of_forward(form, method):
@@ -98,6 +99,7 @@ def test_backward_is_the_transpose_of_forward(form, method):
     assert np.vdot(grad, direction) == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMS)
 def test_by_the_limit(form, method):

@@ -81,6 +81,7 @@ RESPONSES = {
 }
 
 
+@pytest.mark.one_in(10)
 @every_mode
 @pytest.mark.parametrize("name", RESPONSES)
 def test_equals_a_loop_over_the_examples(mode, name):
@@ -241,6 +242,7 @@ def test_the_sum_is_cast_last_and_only_if_asked():
 # The table of edge cases.
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_edge_cases(mode):
     x = {
@@ -271,6 +273,7 @@ def test_edge_cases(mode):
         np.testing.assert_allclose(np.asarray(grads["a"]) / limit, 0.5, rtol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_a_whole_batch_that_is_not_finite_adds_zero(mode):
     params, x, y = problem(size=8)
@@ -303,6 +306,7 @@ def test_parameters_that_pass_through():
 # Scopes.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shares", ["equal", "size"])
 @pytest.mark.parametrize("mode", [{}, {"microbatch_size": 4, "two_pass": True}])
 def test_leaves_share_the_limit(shares, mode):
@@ -353,6 +357,7 @@ def test_groups_with_limits_of_their_own():
 # Masks, means, users, and what is passed on.
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_padding_is_as_if_it_were_not_there(mode):
     params, x, y = problem(broken=[(1, np.nan), (5, np.nan)])
@@ -376,6 +381,7 @@ def test_the_mean_divides_by_what_it_is_told():
         np.testing.assert_allclose(expected[key], g / 16, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_examples_of_a_user_are_clipped_together(mode):
     params, x, y = problem(size=9)
@@ -432,6 +438,7 @@ def linear(params, x):
     return jnp.vdot(params, x)
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_under_vmap_and_differentiated_by_the_limit(mode):
     rng = np.random.default_rng(0)
@@ -451,6 +458,7 @@ def test_under_vmap_and_differentiated_by_the_limit(mode):
     np.testing.assert_allclose(slope, want, rtol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @every_mode
 def test_batches_of_integers_and_random_keys(mode):
     def fun(params, i, key):
@@ -527,6 +535,7 @@ mesh_modes = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.one_in(10)
 @mesh_modes
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(), P(None, "y")], ids=["whole", "cut"])
@@ -562,6 +571,7 @@ def manual(check_vma, **options):
     )
 
 
+@pytest.mark.one_in(2)
 @mesh_modes
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_each_device_clips_its_examples_in_shard_map(mode, check_vma):
@@ -713,6 +723,7 @@ def test_the_bound_holds_where_that_of_jax_privacy_does_not():
     assert float(reference.norm(ours)) <= 1 + 1e-6
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -21,6 +21,7 @@ def batch(dtype="float32", examples=6):
     }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("limit", [0.0, 0.5, 2.0, np.inf])
 def test_equal_to_optax_in_float32(limit):
     grads = batch()
@@ -38,6 +39,7 @@ def test_equal_to_optax_in_float32(limit):
     assert int(ours[1]) == int(theirs[1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_broken_example_adds_zero_and_is_counted(dtype, bad):

@@ -32,7 +32,7 @@ def clipped(kind, **options):
     return grad_fn(on_mesh(kind, jnp.zeros(2)), batch(kind))
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("two_pass", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
 def test_sizes_that_divide_over_explicit_axes(microbatch_size, two_pass):
@@ -43,6 +43,7 @@ def test_sizes_that_divide_over_explicit_axes(microbatch_size, two_pass):
     assert int(found.num_nonfinite) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("two_pass", [False, True])
 @pytest.mark.parametrize("microbatch_size", [1, 2])
 def test_every_size_over_auto_axes(microbatch_size, two_pass):

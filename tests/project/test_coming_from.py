@@ -66,7 +66,7 @@ def test_every_row_is_run_by_a_test():
 OPTAX = [old for old, _ in rows() if old.startswith("optax.")]
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("old", OPTAX)
 @pytest.mark.filterwarnings("ignore:optax.*global_norm:DeprecationWarning")
 def test_lines_of_optax(old):
@@ -109,7 +109,7 @@ FORMULAS = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("old", FORMULAS)
 def test_lines_with_a_formula(old):
     expected = FORMULAS[old]()
@@ -120,7 +120,7 @@ def test_lines_with_a_formula(old):
     )
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("old", [old for old in FORMULAS if MODEL in old])
 def test_lines_of_torch_itself(old):
     torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -147,7 +147,6 @@ def test_lines_of_torch_itself(old):
 PRIVATE = [old for old, _ in rows() if "private" in old or "jax_privacy" in old]
 
 
-@pytest.mark.complete
 @pytest.mark.parametrize("old", PRIVATE)
 def test_lines_of_private_training(old):
     with jax.numpy_rank_promotion("allow"):  # an example may come with its batch axis

@@ -32,6 +32,7 @@ def grads(seed=0):
     )
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_dtypes_shapes_and_structure_are_kept(make):
     clipper = make(0.1)
@@ -44,6 +45,7 @@ def test_dtypes_shapes_and_structure_are_kept(make):
     assert not any(x.weak_type for x in jax.tree.leaves((clipped, state, new_state)))
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_eager_and_jitted_agree(make):
     clipper = make(0.1)
@@ -53,6 +55,7 @@ def test_eager_and_jitted_agree(make):
     chex.assert_trees_all_close(eager, jitted, rtol=1e-6)
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize("metrics", [True, False])
 def test_one_trace_serves_many_steps(make, metrics):
@@ -69,6 +72,7 @@ def test_one_trace_serves_many_steps(make, metrics):
         _, state = step(grads(seed), state, params())
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_scan_equals_a_loop(make):
     clipper = make(0.1)
@@ -88,6 +92,7 @@ def test_scan_equals_a_loop(make):
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[-1], clipped), last, rtol=1e-3)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_init_from_shapes_alone(make):
     clipper = make(0.1)
@@ -98,6 +103,7 @@ def test_init_from_shapes_alone(make):
     chex.assert_trees_all_equal_shapes_and_dtypes(from_shapes, real)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_donated_state_and_updates(make):
     clipper = make(0.1)
@@ -109,12 +115,14 @@ def test_donated_state_and_updates(make):
     chex.assert_trees_all_close(clipped, expected, rtol=1e-3)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_state_has_no_array_twice(make):
     leaves = jax.tree.leaves(make(0.1).init(params()))
     assert len({id(x) for x in leaves}) == len(leaves)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_extra_arguments_are_ignored(make):
     clipper = optax.with_extra_args_support(make(0.1))
@@ -125,6 +133,7 @@ def test_extra_arguments_are_ignored(make):
     chex.assert_trees_all_equal(plain, extra)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_metrics_do_not_change_updates(make):
     with_metrics, without = make(0.1), make(0.1, metrics=False)
@@ -135,6 +144,7 @@ def test_metrics_do_not_change_updates(make):
     assert state == optax.EmptyState()
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_update_without_state_starts_a_fresh_one(make):
     clipper = make(0.1)
@@ -144,6 +154,7 @@ def test_update_without_state_starts_a_fresh_one(make):
     assert int(state.metrics.steps) == 1
 
 
+@pytest.mark.one_in(10)
 @every_method
 @pytest.mark.parametrize(
     "empty",
@@ -167,6 +178,7 @@ def test_nothing_to_clip_passes_through(make, empty):
     assert float(state.metrics.norm) == 0
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_leaves_that_pass_through_stand_beside_others(make):
     tree = {**grads(), "none": None, "masked": optax.MaskedNode(), "e": jnp.zeros((0,))}
@@ -184,6 +196,7 @@ def test_leaves_that_pass_through_stand_beside_others(make):
     chex.assert_trees_all_close({k: clipped[k] for k in alone}, alone, rtol=1e-3)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_in_a_chain_with_adam(make):
     optimizer = optax.chain(make(0.1), optax.adam(1e-3))
@@ -197,6 +210,7 @@ def test_in_a_chain_with_adam(make):
     assert float(clipx.metrics(state)["clip/steps"]) == 2
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_vmap_over_models(make):
     clipper = make(0.1)
@@ -214,6 +228,7 @@ def test_vmap_over_models(make):
         )
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_disable_jit(make):
     clipper = make(0.1)
@@ -224,6 +239,7 @@ def test_disable_jit(make):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_complex_leaves_keep_their_phase(make):
     tree = {"w": jnp.array([[3 + 4j, 1j], [2.0, 1 - 1j]], jnp.complex64)}
@@ -240,6 +256,7 @@ def test_complex_leaves_keep_their_phase(make):
     assert clipped["w"].dtype == jnp.complex64
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_float64(make):
     with jax.enable_x64(True):
@@ -252,6 +269,7 @@ def test_float64(make):
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
 
 
+@pytest.mark.one_in(10)
 @every_method
 def test_inject_hyperparams(make):
     def factory(limit):

@@ -26,7 +26,7 @@ def cells():
         for j, column in enumerate(CONTEXTS):
             place = (7 * i + j) % 73
             slow = place or column == "before each optimizer"
-            marks = [pytest.mark.slow] if slow else [pytest.mark.sampled]
+            marks = [pytest.mark.slow] if slow else []
             marks += [pytest.mark.whole] if place % 36 else []
             yield pytest.param(row, column, marks=marks, id=f"{row}|{column}")
 

@@ -182,6 +182,7 @@ MENDS = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("feature", "words"), [(f, words) for words, fs in MENDS.items() for f in fs]
 )

@@ -27,7 +27,6 @@ def public():
             yield f"{module.__name__}.{name}", value
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("module", [clipx, *MODULES, clipx.history])
 def test_dir_shows_what_is_public(module):
     shown = {name for name in dir(module) if not name.startswith("__")}
@@ -53,7 +52,6 @@ WITHOUT = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 def test_sections(name):
     value = NAMES[name]
@@ -69,7 +67,7 @@ def test_sections(name):
             assert f"{parameter}:" in text, f"{name} says nothing of {parameter}"
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("name", NAMES)
 def test_example(name):
     value = NAMES[name]

@@ -20,7 +20,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_shared_argument_is_only_a_reference(name):
     text = inspect.getdoc(FUNCTIONS[name])
@@ -51,7 +51,7 @@ LIMITS = {
 }
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", LIMITS)
 def test_limits_have_types(name):
     parameters = inspect.signature(getattr(clipx, name)).parameters

@@ -48,7 +48,7 @@ def can_run(block):
     return needed is None or importlib.util.find_spec(needed[1]) is not None
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore:.*jax.tree_util:DeprecationWarning")
 def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
     assert re.search(PAGES[page], capsys.readouterr().out)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
 def test_the_line_of_a_method_takes_a_step(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -723,7 +723,6 @@ def dreamerv3(lib):
     return losses
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_the_losses_are_those_of_optax(name):
@@ -732,7 +731,6 @@ def test_the_losses_are_those_of_optax(name):
 
 
 @pytest.mark.slow
-@pytest.mark.complete
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_clipping_changes_the_losses(name):

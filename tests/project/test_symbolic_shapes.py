@@ -48,7 +48,7 @@ def exported(fun, *shapes, vjp_order=0):
     return export.deserialize(data)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_and_their_derivatives(name):
     fun = FUNCTIONS[name]
@@ -61,7 +61,7 @@ def test_functions_and_their_derivatives(name):
         chex.assert_trees_all_close(found, *back(want), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.complete
+@pytest.mark.one_in(10, rest="slow")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method(name):
     def step(x, y):

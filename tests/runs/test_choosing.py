@@ -15,6 +15,7 @@ def lognormal(count=2000, seed=0, sigma=0.5):
     return np.random.default_rng(seed).lognormal(sigma=sigma, size=count)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_the_quantile_of_a_steady_run(rate):
     norms = lognormal(10_000)
@@ -153,6 +154,7 @@ def test_histories_and_files_will_do(tmp_path):
     assert clipx.suggest_threshold(path) == clipx.suggest_threshold(str(path)) == want
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("norms", "rate", "words"),
     [

@@ -14,6 +14,7 @@ def load(tmp_path, text, name="run.csv"):
     return clipx.History.load(tmp_path / name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("last", ["2,12", "2,", "2", "2,12.7"])
 def test_a_last_line_that_may_be_cut_off_is_left_out(last, tmp_path):
     with pytest.warns(UserWarning, match="the last line has no end"):
@@ -21,6 +22,7 @@ def test_a_last_line_that_may_be_cut_off_is_left_out(last, tmp_path):
     assert history["norm"].tolist() == [10.5, 11.5]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cell", ["1_5", "1,5", "1,234", "1'234", "1 234.5"])
 def test_a_column_of_ambiguous_numbers_is_told(cell, tmp_path):
     with pytest.warns(UserWarning, match="run.csv:2: the column 'norm' is left out"):
@@ -78,6 +80,7 @@ def test_an_exact_name_of_the_norm_comes_first():
 NAMES = ["a\nb", "a\tb", "a;b", ";;;", " a ", 'a"b', "a,b", "\r", "", "step;x", "µ"]
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_loads_again(name, tmp_path):
     history = clipx.History()

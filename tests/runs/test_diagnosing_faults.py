@@ -23,7 +23,6 @@ def near(findings, step):
     return min(abs(at - step) for found in findings for at in found.steps) <= 5
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("code", FAULTS)
 def test_a_planted_fault_is_found_where_it_is(code, seed):
@@ -35,7 +34,6 @@ def test_a_planted_fault_is_found_where_it_is(code, seed):
     assert set(diagnosis.codes) - {code} <= BESIDE.get(code, set())
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_a_healthy_run_is_healthy(kind, seed):

@@ -100,6 +100,7 @@ def test_a_run_of_zeros_or_of_few_steps_is_judged():
         assert clipx.diagnose(run).codes == ()
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("run", "options", "words"),
     [

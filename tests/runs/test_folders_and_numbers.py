@@ -74,6 +74,7 @@ def test_an_infinite_limit_is_recorded(tmp_path):
     assert axes.get_title(loc="left") == "Norms; the threshold is infinite"
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("option", ["--limit", "--clip-rate", "--every"])
 @pytest.mark.parametrize("text", ["abc", "nan", "inf"])
 def test_an_option_that_is_no_number_is_named(option, text, capsys):

@@ -200,6 +200,7 @@ def test_pandas():
     assert frame["clip/norm"].iloc[0] == 3.0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("step", "metrics", "words"),
     [
@@ -268,6 +269,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", BAD_FILES)
 @pytest.mark.filterwarnings("ignore:.*the last line is cut off")
 def test_bad_files_are_named_with_line_and_mend(tmp_path, name):

@@ -24,6 +24,7 @@ FOUND = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FOUND)
 def test_a_log_is_read(name):
     norm, norms, sparse, values = FOUND[name]
@@ -35,12 +36,14 @@ def test_a_log_is_read(name):
     assert np.isnan(list(found.values())).sum() == (~history.recorded(sparse)).sum()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FOUND)
 def test_suggest_finds_the_norm(name):
     want = clipx.suggest_threshold(FOUND[name][1])
     assert clipx.suggest_threshold(LOGS / name) == want
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FOUND)
 def test_the_command_line_draws_it(name, tmp_path):
     run = tmp_path / name

@@ -93,6 +93,7 @@ def test_a_cell_is_eight_bytes():
     assert all(x.itemsize * len(x) == 80 for x in rows._columns.values())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("where", ["memory", "array", "run.jsonl", "run.csv"])
 def test_suggest_leaves_out_what_is_missing(where, tmp_path):
     history, norms = with_evaluations()

@@ -31,6 +31,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_is_there_is_refused(name, tmp_path):
     path = tmp_path / "file.png"
@@ -40,6 +41,7 @@ def test_a_file_that_is_there_is_refused(name, tmp_path):
     assert path.read_bytes() == b"precious"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRITERS)
 def test_force_overwrites(name, tmp_path):
     path = tmp_path / "file.png"

@@ -65,6 +65,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_picture_is_drawn_readably(name, theme, tmp_path):
@@ -160,6 +161,7 @@ def test_a_map_marks_the_best_and_crosses_out_what_failed():
     assert frame.get_xdata().min() == at - 0.5
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("draw", "words"),
     [
@@ -289,6 +291,7 @@ BAD = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("command", ["plot", "suggest", "watch"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys, name, command):
@@ -335,6 +338,7 @@ def test_the_page_is_whole_and_asks_for_nothing(run, capsys):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("command", ["plot", "suggest", "compare", "watch"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -82,7 +82,6 @@ def killer(calls):
 
 
 @pytest.mark.parametrize("calls", [153, 155, 156, 157, 190])
-@pytest.mark.sampled
 def test_interrupted_and_resumed(rewound, calls, tmp_path):
     """While it goes wrong, between the decision and the restore, and after."""
     with pytest.raises(Killed):

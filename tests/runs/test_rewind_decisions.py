@@ -360,7 +360,6 @@ def test_judging_twice_changes_nothing(tmp_path):
         ({"band": NAN}, "Expected band > 0, got band=nan"),
     ],
 )
-@pytest.mark.sampled
 def test_arguments_are_checked(options, words, tmp_path):
     history = clipx.History(tmp_path / "run.jsonl", resume=True)
     with pytest.raises(ValueError, match=words):

@@ -64,7 +64,6 @@ def read(tmp_path, text, **options):
     ],
     ids=lambda text: repr(text)[:40],
 )
-@pytest.mark.sampled
 def test_a_broken_line_is_an_error_that_names_it(tmp_path, text):
     whole = text + (b"\n" if isinstance(text, bytes) else "\n")
     with pytest.raises(ValueError, match=r"rewinds:\d: expected rewind \d as") as error:
@@ -84,7 +83,6 @@ def test_a_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("end", [1, 8, 11, 60, len(FIRST) - 1, len(FIRST)])
-@pytest.mark.sampled
 def test_a_torn_decision_was_never_made(tmp_path, end):
     rewind, _, _ = read(tmp_path, FIRST[:end])
     assert not rewind.decisions
@@ -92,7 +90,6 @@ def test_a_torn_decision_was_never_made(tmp_path, end):
 
 
 @pytest.mark.parametrize("end", [0, 1, 5, len('{"done": 1}')])
-@pytest.mark.sampled
 def test_a_decision_that_was_not_carried_out_is_carried_out(tmp_path, end):
     rewind, _, manager = read(tmp_path, FIRST + "\n" + '{"done": 1}'[:end])
     assert rewind.restore("fresh", args="given") == ("state 90", 90)

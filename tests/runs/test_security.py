@@ -81,6 +81,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_errors(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -133,6 +134,7 @@ EVENTS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", EVENTS)
 def test_hostile_event_files_are_errors(name, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")

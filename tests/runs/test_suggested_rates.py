@@ -29,6 +29,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_rate_that_was_not_asked_for_is_explained(name):
     norms, limit, words = CASES[name]
@@ -60,6 +61,7 @@ def test_the_command_line_prints_both(tmp_path, capsys):
     assert '"asked": 0.1' in capsys.readouterr().out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scale", [1e308, 1.7e308, 1e-300, 5e-324])
 def test_norms_at_the_ends_of_the_range(scale):
     norms = scale * np.random.default_rng(0).random(1001)

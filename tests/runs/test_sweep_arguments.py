@@ -11,6 +11,7 @@ def sweep(train, **options):
     return clipx.find_threshold(train, 1, 4, num=3, progress=False, **options)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [np.array, jnp.asarray])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_a_score_may_be_an_array_with_one_entry(make, shape):

@@ -84,6 +84,7 @@ def recipe(name):
     return code
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("store", ["", "file"])
 @pytest.mark.parametrize("name", READERS)
 def test_a_recipe_writes_what_is_read_back(name, store, tmp_path):

@@ -58,6 +58,7 @@ def test_the_sketch_saturates_and_says_so():
     assert 0.97e12 < float(limit) < 1e12
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize(
     ("make", "numbers"),
     [
@@ -95,6 +96,7 @@ def moved(clipper):
     return compiled.cost_analysis()["bytes accessed"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
     [

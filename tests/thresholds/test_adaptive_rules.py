@@ -128,7 +128,6 @@ def sequences(draw):
     return norms.astype(np.float32)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", RULES)
 def test_rule_is_its_formula(name):
     factory = RULES[name][1]

@@ -8,6 +8,7 @@ import optax_clipx as clipx
 LARGEST = 2**31 - 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("norm", "before", "after"),
     [

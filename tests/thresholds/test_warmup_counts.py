@@ -45,6 +45,7 @@ def outputs(tx, norms):
     return found
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("nothing", [np.nan, np.inf, 0.0])
 @pytest.mark.parametrize("name", METHODS)
 def test_steps_that_say_nothing_leave_no_trace(name, nothing):

@@ -20,7 +20,6 @@ from optax_clipx._reductions.whole_norm import whole_norm
 from optax_clipx._thresholds import quantile as _quantile
 from optax_clipx._trees import arguments, arithmetic
 
-pytestmark = pytest.mark.sampled
 LARGEST = float(np.finfo(np.float32).max)
 
 

@@ -83,6 +83,7 @@ ADDED = {
 }
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", ADDED)
 def test_all_that_fits_is_kept(name):
     old_tx, new_tx, fresh, place = ADDED[name]
@@ -138,6 +139,7 @@ LOST = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LOST)
 def test_what_would_be_lost_is_an_error_unless_allowed(name):
     old_tx, new_tx, names = LOST[name]

@@ -182,6 +182,7 @@ def by_equinox(tree, like, folder):
 LIBRARIES = (by_orbax, by_orbax_manager, by_flax_bytes, by_flax_dict, by_equinox)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_state_comes_back(library, tmp_path):
     assert_same(library(states(), fresh(), tmp_path), states())

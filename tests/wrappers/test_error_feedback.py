@@ -24,6 +24,7 @@ def grads(i, dtype=jnp.float32):
     return {"a": jnp.asarray(rng.normal(size=(3, 2)), dtype), "b": jnp.ones(2, dtype)}
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", CLIPPERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_and_error_add_up_to_the_gradients(name, dtype):
@@ -39,6 +40,7 @@ def test_updates_and_error_add_up_to_the_gradients(name, dtype):
     np.testing.assert_allclose(total + np.float64(state.error["a"]), given, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("policy", ["zero", "propagate"])
 def test_a_step_that_is_not_finite_leaves_no_trace(bad, policy):
@@ -61,6 +63,7 @@ GO_ON = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", GO_ON)
 def test_an_error_is_paid_out_once_however_many_steps_are_not_finite(name):
     tx = clipx.error_feedback(GO_ON[name])

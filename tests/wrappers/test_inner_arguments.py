@@ -43,6 +43,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_only_the_arguments_of_the_caller_reach_the_inner_one(name):
     inner, seen = recorder()
@@ -61,6 +62,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", ["skip_spikes", "track_norms"])
 def test_a_line_search_inside_finds_the_minimum(name, search):

@@ -21,6 +21,7 @@ def is_array(path, value):
     return isinstance(value, jax.Array)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_learning_rate_of_a_schedule(name):
     schedule = optax.linear_schedule(0.25, 0.0, 4)
@@ -33,6 +34,7 @@ def test_the_learning_rate_of_a_schedule(name):
     np.testing.assert_allclose(found, 0.1875)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_scale_of_reduce_on_plateau(name):
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)

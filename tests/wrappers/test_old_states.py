@@ -69,6 +69,7 @@ def stored(name, like):
         return treedef.unflatten([jnp.asarray(arrays[f"{name}: {p}"]) for p in paths])
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_updates_are_those_of_before(name):
     tx = STATEFUL[RENAMED.get(name, name)]

@@ -68,6 +68,7 @@ def by_npz(state, like, folder):
 libraries = pytest.mark.parametrize("library", [by_orbax, by_pickle, by_npz])
 
 
+@pytest.mark.one_in(10)
 @each
 @libraries
 def test_without_metrics_it_is_restored_as_it_is(name, library, tmp_path):
@@ -82,6 +83,7 @@ def test_without_metrics_it_is_restored_as_it_is(name, library, tmp_path):
     assert int(after[1][0].count) == 2
 
 
+@pytest.mark.one_in(10)
 @each
 @libraries
 def test_and_optax_restores_what_was_written_without_metrics(name, library, tmp_path):
@@ -93,6 +95,7 @@ def test_and_optax_restores_what_was_written_without_metrics(name, library, tmp_
     chex.assert_trees_all_close(updates, want, rtol=1e-5)
 
 
+@pytest.mark.one_in(10)
 @each
 @libraries
 def test_with_metrics_it_is_carried_over(name, library, tmp_path):
@@ -108,6 +111,7 @@ def test_with_metrics_it_is_carried_over(name, library, tmp_path):
     assert int(clipx.metrics(after)["clip/steps"]) == 1
 
 
+@pytest.mark.one_in(10)
 @each
 @libraries
 def test_and_back_to_optax_by_dropping_the_metrics(name, library, tmp_path):

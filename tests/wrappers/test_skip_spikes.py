@@ -51,6 +51,7 @@ BAD = {
 REASONS = {"nan": 1, "inf": 1, "spike": 2, "loss_nan": 3, "loss_spike": 4}
 
 
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("jitted", [True, False])
 def test_a_skipped_step_leaves_the_inner_state_bit_for_bit(bad, jitted):
@@ -190,6 +191,7 @@ def test_trace_of_the_reference(name):
     assert list(np.nonzero(want)[0]) == [40]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bad", [np.nan, 1e4])
 @pytest.mark.parametrize("way", ["explicit", "shard_map"])
 def test_all_devices_skip_or_none(bad, way):
