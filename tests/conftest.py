@@ -3,18 +3,16 @@
 import os
 import warnings
 
-# Most of the time of a test is LLVM's, for programs that run once on a few numbers. With
-# these flags it takes a seventh. `XLA_FLAGS= python -m pytest` has XLA's own settings.
-QUICK = (
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
-os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Most of the time of a test is LLVM's, for programs that run once on few numbers: these
+# flags leave a seventh of it. `XLA_FLAGS= python -m pytest` takes XLA's own settings.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later ones do not know this flag, and would stop
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICK)  # read where the first program is compiled
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -44,7 +42,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the cases that `one_in` leaves out of the usual run, and of the slow one."""
+    """Marks what `one_in` leaves out of the usual run, and of the slow one."""
     tables = {}
     for item in items:
         if item.get_closest_marker("one_in") and not item.get_closest_marker("slow"):
