@@ -1,12 +1,14 @@
-"""Clipping on a GPU: the share of its bandwidth, and what launching kernels costs.
+"""What clipping costs on a GPU: time, bandwidth, launches and compile time.
 
-With a GPU: 1 GB in 12 leaves and 1,000 leaves of 64 x 64, with and without command
-buffers (CUDA graphs); ours, optax and PyTorch. Without one, or with --ahead, the same
-programs are compiled ahead of time for an H100 and their kernels counted; nothing is
-run, and so nothing timed.
+With a GPU the script measures ours, optax and PyTorch in eight minutes: small models,
+Adam with 1 GB, a training step of a transformer in Flax NNX, the shapes of GPT-2 small,
+and 1,000 leaves of 64 x 64. The tables are written after each of these steps. Without a
+GPU, or with --ahead, the same programs are compiled ahead of time for an H100 and their
+kernels counted; nothing is run, and so nothing timed.
 
-    pip install "jax[cuda12]" && python benchmarks/gpu.py --output docs/results/gpu
+    pip install "jax[cuda12]" && python benchmarks/gpu.py --output docs/results/gpu_ms
     python benchmarks/gpu.py --ahead --output docs/results/gpu
+    python benchmarks/gpu.py --dry-run    # all steps on the CPU, with tiny sizes
 """
 
 import argparse
@@ -16,14 +18,16 @@ import pathlib
 import re
 import sys
 import tempfile
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 try:
     ctypes.CDLL("libcuda.so.1")
     HAS_DRIVER = True
 except OSError:  # without it JAX's plugin can compile, but not load
     HAS_DRIVER = False
-if "--ahead" in sys.argv or not HAS_DRIVER:
+if "--ahead" in sys.argv or "--dry-run" in sys.argv or not HAS_DRIVER:
     os.environ["JAX_PLATFORMS"] = "cpu"  # then the plugin only compiles
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some
 
@@ -34,6 +38,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import optax
+import transformer
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from steps import by_hand
@@ -41,30 +46,50 @@ from tqdm import tqdm
 
 import optax_clipx as clipx
 
-CLIPPERS = {
-    "none": optax.identity,
-    "tree": lambda: clipx.clip_by_global_norm(1.0),
-    "tree, metrics=False": lambda: clipx.clip_by_global_norm(1.0, metrics=False),
-    "zclip": clipx.zclip,
-    "leaf": lambda: clipx.clip_by_leaf_norm(1.0),
-    "group": lambda: clipx.clip_by_group_norm(
-        {0: 1.0, 1: 1.0}, lambda path, leaf: int(path[0]) % 2
+Transformation = optax.GradientTransformation
+
+
+def before(make: Callable[[], Any]) -> Callable[[Transformation], Transformation]:
+    """A clipper in front of an optimizer."""
+    return lambda optimizer: optax.chain(make(), optimizer)
+
+
+# Each makes a whole optimizer from the one that is given.
+CLIPPERS: dict[str, Callable[[Transformation], Transformation]] = {
+    "none": before(optax.identity),
+    "tree": before(lambda: clipx.clip_by_global_norm(1.0)),
+    "tree, metrics=False": before(
+        lambda: clipx.clip_by_global_norm(1.0, metrics=False)
     ),
-    "unit (AGC)": lambda: clipx.adaptive_grad_clip(0.01),
-    "optax tree": lambda: optax.clip_by_global_norm(1.0),
-    "optax leaf": lambda: optax.clip_by_block_rms(1.0),
-    "optax unit (AGC)": lambda: optax.adaptive_grad_clip(0.01),
-    "by hand, tree": by_hand,
+    "zclip": before(clipx.zclip),
+    "skip_spikes": lambda optimizer: clipx.skip_spikes(optimizer),
+    "leaf": before(lambda: clipx.clip_by_leaf_norm(1.0)),
+    "group": before(
+        lambda: clipx.clip_by_group_norm(
+            {0: 1.0, 1: 1.0}, lambda path, leaf: int(path[0]) % 2
+        )
+    ),
+    "unit (AGC)": before(lambda: clipx.adaptive_grad_clip(0.01)),
+    "optax tree": before(lambda: optax.clip_by_global_norm(1.0)),
+    "optax leaf": before(lambda: optax.clip_by_block_rms(1.0)),
+    "optax unit (AGC)": before(lambda: optax.adaptive_grad_clip(0.01)),
+    "optax apply_if_finite": lambda optimizer: optax.apply_if_finite(optimizer, 5),
+    "by hand, tree": before(by_hand),
 }
 OF_OPTAX = {
     "tree": "optax tree",
     "tree, metrics=False": "optax tree",
     "zclip": "optax tree",
+    "skip_spikes": "optax apply_if_finite",
     "leaf": "optax leaf",
     "unit (AGC)": "optax unit (AGC)",
 }
-STEPS = 10  # of one timing, so that Python is ahead of the GPU
+# Of many leaves units take minutes to compile, whoever's they are.
+MAIN = ("none", "tree", "zclip", "skip_spikes", "optax tree", "optax apply_if_finite")
+GRAPHS: dict[str, Any] = {}
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}  # works for one program, too
+STEPS = 10  # of one timing, so that Python is ahead of the GPU
+
 # What XLA is told of an H100 SXM: public facts, as XLA's GpuTargetConfigProto.
 H100 = """
 gpu_device_info {
@@ -94,35 +119,69 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def layouts(leaves: list[int]) -> dict[str, models.Shapes]:
-    """Few large leaves, and many small ones."""
-    small = {f"{n} leaves of 64 x 64": [(64, 64)] * n for n in leaves}
-    return {"1 GB in 12 leaves": models.equal(1000, 12)} | small
+class Size(NamedTuple):
+    """How large the arrays are, and how often they are timed."""
+
+    megabytes: float = 1000
+    leaves: tuple[int, ...] = (100, 1000)
+    side: int = 64
+    divided: int = 1  # the widths of GPT-2 small
+    model: transformer.Size = transformer.Size()
+    steps: int = STEPS
+    rounds: int = 21
 
 
-def names_for(shapes: models.Shapes, only: list[str], timed: bool) -> list[str]:
-    """Which to compile: of many leaves units take minutes, whoever's they are.
+TINY = Size(0.1, (10, 20), 8, 64, transformer.Size(1, 16, 2, 32, 8, 2), 2, 3)
 
-    Where kernels are only counted, the main ones do.
-    """
-    if len(shapes) <= 100:
-        return only
-    main = ("none", "tree", "leaf", "optax tree", "optax leaf")
-    return [name for name in only if name in main or (timed and "unit" not in name)]
+
+class Table(NamedTuple):
+    """What is compiled, or timed, in one table."""
+
+    title: str
+    shapes: models.Shapes
+    names: tuple[str, ...] = tuple(CLIPPERS)
+    adam: bool = True
+    options: dict[str, Any] = GRAPHS
+
+
+def small(leaves: int, side: int) -> models.Shapes:
+    """Kernels and biases of a small network in turn."""
+    return [(side, side) if i % 2 else (side,) for i in range(leaves)]
+
+
+def gpt2(divided: int) -> models.Shapes:
+    """The shapes of GPT-2 small, all sides divided."""
+    return [tuple(max(1, n // divided) for n in shape) for shape in models.gpt2()]
+
+
+def tables(size: Size) -> Iterator[Table]:
+    """All but the training step, the shortest and most asked for first."""
+    names = tuple(name for name in CLIPPERS if "hand" not in name)
+    for leaves in (4, 16):
+        shapes = small(leaves, size.side)
+        yield Table(f"{leaves} leaves, Adam", shapes, names)
+        title = f"{leaves} leaves, Adam, no command buffers"
+        yield Table(title, shapes, names, options=NO_GRAPHS)
+    large = models.equal(size.megabytes, 12)
+    title = f"{size.megabytes:g} MB in 12 leaves"
+    yield Table(f"{title}, Adam", large)
+    yield Table(f"{title}, clipping alone", large, adam=False)
+    yield Table("GPT-2 small, Adam", gpt2(size.divided), names)
+    many = [(size.side, size.side)] * size.leaves[-1]
+    title = f"{len(many)} leaves of {size.side} x {size.side}"
+    yield Table(f"{title}, Adam", many, MAIN)
+    yield Table(f"{title}, Adam, no command buffers", many, MAIN, options=NO_GRAPHS)
 
 
 def program_of(
-    name: str, adam: bool, params: Any, compiler_options: dict[str, Any]
-) -> tuple[Any, dict[str, int]]:
-    """The compiled step for these parameters, or shapes of them, and its kernels."""
-    clipper, optimizer = CLIPPERS[name](), optax.adam(1e-3)
+    name: str, table: Table, params: Any, platforms: tuple[str, ...] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The compiled step for these parameters, or shapes of them; what it is made of."""
+    tx = CLIPPERS[name](optax.adam(1e-3) if table.adam else optax.identity())
 
-    def step(params: Any, clip: Any, state: Any, grads: Any) -> Any:
-        updates, clip = clipper.update(grads, clip, params)
-        if adam:
-            updates, state = optimizer.update(updates, state, params)
-            updates, grads = optax.apply_updates(params, updates), grads
-        return updates, clip, state
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates) if table.adam else updates), state
 
     def like(tree: Any) -> Any:
         sharding = params[0].sharding
@@ -131,19 +190,16 @@ def program_of(
         )
 
     shapes = like(params)
-    clip = like(jax.eval_shape(clipper.init, shapes))
-    state = like(jax.eval_shape(optimizer.init, shapes)) if adam else ()
+    state = like(jax.eval_shape(tx.init, shapes))
     # The optimizer writes over the parameters, the clip by itself over the gradients.
-    donated = (0, 1, 2) if adam else (1, 3)
-    lowered = (
-        jax.jit(step, donate_argnums=donated)
-        .trace(shapes, clip, state, shapes)
-        .lower(lowering_platforms=("cuda",))
-    )
-    program, counts = compiled(lowered, compiler_options)
-    text = program.as_text()
-    moved = hlo.traffic(text) / sum(4 * np.prod(x.shape) for x in shapes)
-    return program, counts | {"passes": float(moved)}
+    jitted = jax.jit(step, donate_argnums=(0, 1) if table.adam else (1, 2))
+    start = time.perf_counter()
+    lowered = jitted.trace(shapes, state, shapes).lower(lowering_platforms=platforms)
+    middle = time.perf_counter()
+    program, counts = compiled(lowered, table.options)
+    seconds = {"trace_s": middle - start, "compile_s": time.perf_counter() - middle}
+    moved = hlo.traffic(program.as_text()) / sum(4 * np.prod(x.shape) for x in shapes)
+    return (tx, program), counts | seconds | {"passes": float(moved)}
 
 
 def compiled(lowered: Any, compiler_options: dict[str, Any]) -> Any:
@@ -185,47 +241,52 @@ def launches(dump: pathlib.Path) -> dict[str, int]:
 def ahead(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The kernels of every program, compiled for an H100 that need not be there."""
     place = h100()
-    jobs = [
-        (layout, shapes, adam, name)
-        for layout, shapes in layouts(options.leaves).items()
+    layouts = {"1 GB in 12 leaves": models.equal(1000, 12)}
+    layouts |= {f"{n} leaves of 64 x 64": [(64, 64)] * n for n in options.leaves}
+    wanted = [
+        (name, Table(layout, shapes, adam=adam))
+        for layout, shapes in layouts.items()
         for adam in (False, True)
-        for name in names_for(shapes, options.only, False)
+        for name in (options.only if len(shapes) <= 100 else MAIN)
+        if name in options.only
     ]
     rows = []
-    for layout, shapes, adam, name in tqdm(jobs, unit="program"):
-        params = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in shapes]
-        _, counts = program_of(name, adam, params, {})
-        rows.append({"layout": layout, "adam": adam, "clipper": name} | counts)
+    for name, table in tqdm(wanted, unit="program"):
+        params = [
+            jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in table.shapes
+        ]
+        _, counts = program_of(name, table, params, ("cuda",))
+        rows.append(
+            {"layout": table.title, "adam": table.adam, "clipper": name} | counts
+        )
         tqdm.write(str(rows[-1]))
         jax.clear_caches()
     return rows
 
 
 def contenders(
-    shapes: models.Shapes, adam: bool, names: list[str], compiler_options: Any
-) -> tuple[dict[str, harness.Contender], dict[str, dict[str, int]]]:
-    """Some steps of each; all share parameters, gradients and the optimizer's state.
+    table: Table, names: list[str], steps: int
+) -> tuple[dict[str, harness.Contender], dict[str, dict[str, Any]]]:
+    """Some steps of each; all share parameters and gradients.
 
     No program here branches on a GPU: the clip takes as long below the threshold as
     above.
     """
-    params, grads = harness.normal_tree(0, shapes), harness.normal_tree(1, shapes)
     held = {
-        "params": params,
-        "grads": grads,
-        "state": optax.adam(1e-3).init(params) if adam else (),
+        "params": harness.normal_tree(0, table.shapes),
+        "grads": harness.normal_tree(1, table.shapes),
     }
     found, counts = {}, {}
+    updated = "params" if table.adam else "grads"
 
     def contender(name: str) -> harness.Contender:
-        program, counts[name] = program_of(name, adam, params, compiler_options)
-        own = {"clip": CLIPPERS[name]().init(held["params"])}
-        updated = "params" if adam else "grads"
+        (tx, program), counts[name] = program_of(name, table, held["params"])
+        own = {"state": tx.init(held["params"])}
 
         def run() -> None:
-            for _ in range(STEPS):
-                held[updated], own["clip"], held["state"] = program(
-                    held["params"], own["clip"], held["state"], held["grads"]
+            for _ in range(steps):
+                held[updated], own["state"] = program(
+                    held["params"], own["state"], held["grads"]
                 )
             jax.block_until_ready((held, own))
 
@@ -233,42 +294,49 @@ def contenders(
 
     for name in tqdm(names, desc="compiling", leave=False):
         found[name] = contender(name)
+    return found | memory_contenders(held, steps), counts
+
+
+def memory_contenders(held: dict[str, Any], steps: int) -> dict[str, harness.Contender]:
+    """What the bandwidth is measured by: each entry read and written, or read."""
     multiply = harness.compiled(
-        lambda g, f: [x * f for x in g], grads, jnp.float32(1), donate=(0,)
+        lambda g, f: [x * f for x in g], held["grads"], jnp.float32(1), donate=(0,)
     )
-    squares = harness.compiled(optax.tree.norm, grads)
+    squares = harness.compiled(optax.tree.norm, held["grads"])
 
     def copy() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps):
             held["grads"] = multiply(held["grads"], jnp.float32(1))
         jax.block_until_ready(held)
 
     def read() -> None:
-        jax.block_until_ready([squares(held["grads"]) for _ in range(STEPS)])
+        jax.block_until_ready([squares(held["grads"]) for _ in range(steps)])
 
-    return found | {"multiply in place": copy, "read": read}, counts
+    return {"multiply in place": copy, "read": read}
 
 
-def torch_contenders(shapes: models.Shapes) -> dict[str, harness.Contender]:
-    """PyTorch's Adam, alone and after clip_grad_norm_, if it has CUDA."""
+def torch_contenders(shapes: models.Shapes, steps: int) -> dict[str, harness.Contender]:
+    """PyTorch's Adam, alone and after clip_grad_norm_, where JAX has its arrays."""
     try:
         import torch
     except ImportError:
         torch = None
-    if torch is None or not torch.cuda.is_available():
-        print("PyTorch with CUDA is not installed: its rows are left out.")
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if torch is None or (device == "cuda" and not torch.cuda.is_available()):
+        print(f"PyTorch is not installed for {device}: its rows are left out.")
         return {}
-    params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in shapes]
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
     for param in params:
         param.grad = torch.randn_like(param)
 
     def contender(optimizer: Any, clip: bool) -> harness.Contender:
         def run() -> None:
-            for _ in range(STEPS):
+            for _ in range(steps):
                 if clip:
                     torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
                 optimizer.step()
-            torch.cuda.synchronize()
+            if device == "cuda":
+                torch.cuda.synchronize()
 
         return run
 
@@ -280,28 +348,66 @@ def torch_contenders(shapes: models.Shapes) -> dict[str, harness.Contender]:
     return found
 
 
-def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One table for each layout, with and without Adam and command buffers."""
-    tables = []
-    for layout, shapes in layouts(options.leaves).items():
-        size = 4 * sum(int(np.prod(s)) for s in shapes)
-        for adam in (False, True):
-            for graphs in (True, False):
-                names = names_for(shapes, options.only, True)
-                found, counts = contenders(
-                    shapes, adam, names, {} if graphs else NO_GRAPHS
-                )
-                if adam:
-                    found |= torch_contenders(shapes)
-                title = layout + (", Adam" if adam else ", clipping alone")
-                title += "" if graphs else ", no command buffers"
-                times = harness.alternate(found, options.rounds, title)
-                times = {name: took / STEPS for name, took in times.items()}
-                rows = rows_of(times, counts, adam, size)
-                tables.append({"title": title, "rounds": options.rounds, "rows": rows})
-                del found
-                jax.clear_caches()
-    return tables
+def timed(table: Table, only: list[str], size: Size) -> dict[str, Any]:
+    """One table of Adam, or of clipping alone."""
+    names = [name for name in table.names if name in only]
+    found, counts = contenders(table, names, size.steps)
+    if table.adam:
+        found |= torch_contenders(table.shapes, size.steps)
+    times = harness.alternate(found, size.rounds, table.title)
+    times = {name: took / size.steps for name, took in times.items()}
+    arrays = 4 * sum(int(np.prod(s)) for s in table.shapes)
+    return {"rows": rows_of(times, counts, table.adam, arrays)}
+
+
+def trained(only: list[str], size: Size) -> dict[str, Any]:
+    """The table of the training step of a transformer in Flax NNX."""
+    names = [name for name in CLIPPERS if name in only and "hand" not in name]
+    names.remove("group")  # its groups are of lists
+    found, counts = {}, {}
+    for name in tqdm(names, desc="compiling", leave=False):
+        tx = CLIPPERS[name](optax.adam(1e-3))
+        start = time.perf_counter()
+        found[name] = transformer.training(tx, size.model, size.steps)
+        found[name]()
+        counts[name] = {"first_s": time.perf_counter() - start}
+    times = harness.alternate(found, size.rounds, "training step")
+    rows = {}
+    for name, took in times.items():
+        row = {"ms": float(np.median(took)) / size.steps} | counts[name]
+        row["over_none"] = float(np.median(took / times["none"]))
+        if OF_OPTAX.get(name) in times:
+            row["optax_over_it"] = float(np.median(times[OF_OPTAX[name]] / took))
+        rows[name] = row
+    return {"rows": rows}
+
+
+def measured(options: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """Every table that is begun in time; written after each."""
+    start = time.perf_counter()
+    jobs = {}
+    for table in tables(size):
+        if table.title.startswith("GPT-2"):
+            jobs["Training step in Flax NNX, Adam"] = lambda: trained(
+                options.only, size
+            )
+        jobs[table.title] = lambda table=table: timed(table, options.only, size)
+    report: dict[str, Any] = {"tables": [], "environment": harness.environment()}
+    for title, job in jobs.items():
+        took = time.perf_counter() - start
+        table = {"title": title, "rounds": size.rounds, "steps": size.steps, "rows": {}}
+        if took > 60 * options.minutes:
+            table["note"] = f"Left out: {options.minutes:g} minutes were over."
+        else:
+            try:
+                table |= job()
+            except (RuntimeError, ValueError) as error:  # such as no memory left
+                table["note"] = f"Failed: {error}"
+        report["tables"].append(table)
+        print("\n".join(timings(table)), flush=True)
+        harness.save(options.output, report, markdown(report))
+        jax.clear_caches()
+    return report
 
 
 def rows_of(
@@ -329,26 +435,38 @@ def rows_of(
     return rows
 
 
+COLUMNS = {
+    "ms": "ms",
+    "gb_per_s": "GB/s",
+    "of_bandwidth": "fraction of the bandwidth",
+    "added_over_read": "(step - Adam) / one read",
+    "over_none": "step / step without clipping",
+    "optax_over_it": "optax's / it",
+    "kernels": "kernels",
+    "launches": "launches",
+    "trace_s": "seconds to trace",
+    "compile_s": "to compile",
+    "first_s": "seconds of the first steps",
+}
+
+
+def timings(found: dict[str, Any]) -> list[str]:
+    """One table of times, without the columns that it does not have."""
+    lines = [f"## {found['title']}", ""]
+    if found.get("note"):
+        return [*lines, found["note"], ""]
+    keys = [k for k in COLUMNS if any(k in row for row in found["rows"].values())]
+    rows = [
+        [name, *(f"{row[key]:.4g}" if key in row else "" for key in keys)]
+        for name, row in found["rows"].items()
+    ]
+    lines += [f"Medians of {found['rounds']} rounds of {found['steps']} steps.", ""]
+    return [*lines, *harness.table(["", *(COLUMNS[k] for k in keys)], rows), ""]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
-    lines = []
-    for found in report.get("tables", []):
-        lines += [f"## {found['title']}", ""]
-        lines += [f"Medians of {found['rounds']} rounds of {STEPS} steps.", ""]
-        keys = {
-            "ms": "ms",
-            "gb_per_s": "GB/s",
-            "of_bandwidth": "share of the bandwidth",
-            "added_over_read": "(step - Adam) / one read",
-            "optax_over_it": "optax's / it",
-            "kernels": "kernels",
-            "launches": "launches",
-        }
-        rows = [
-            [name, *(f"{row[key]:.4g}" if key in row else "" for key in keys)]
-            for name, row in found["rows"].items()
-        ]
-        lines += [*harness.table(["", *keys.values()], rows), ""]
+    lines = [line for found in report.get("tables", []) for line in timings(found)]
     if "compiled" in report:
         lines += [
             "Compiled ahead of time for an H100, not run; times: not measured. A launch"
@@ -378,23 +496,24 @@ def main() -> None:
     """Measures where there is a GPU, else compiles; prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ahead", action="store_true", help="compile, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, and on the CPU")
     parser.add_argument("--leaves", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--only", nargs="+", choices=CLIPPERS, default=[*CLIPPERS])
-    parser.add_argument("--rounds", type=int, default=41, help="alternated rounds")
+    parser.add_argument("--minutes", type=float, default=7, help="begin no table later")
     parser.add_argument("--output", type=pathlib.Path, help="write OUTPUT.json and .md")
     options = parser.parse_args()
-    report: dict[str, Any] = {}
-    if jax.default_backend() == "gpu":
-        options.only = list(dict.fromkeys(["none", *options.only]))
-        report["tables"] = measured(options)
-    else:
-        try:
-            report["compiled"] = ahead(options)
-        except (NotImplementedError, RuntimeError) as error:
-            sys.exit(
-                "There is no GPU here, and without JAX's plugin for CUDA nothing can be"
-                f' compiled for one either: pip install "jax[cuda12]". ({error})'
-            )
+    options.only = list(dict.fromkeys(["none", *options.only]))
+    if options.dry_run or (jax.default_backend() == "gpu" and not options.ahead):
+        size = TINY if options.dry_run else Size(leaves=tuple(options.leaves))
+        measured(options, size)
+        return
+    try:
+        report = {"compiled": ahead(options)}
+    except (NotImplementedError, RuntimeError) as error:
+        sys.exit(
+            "There is no GPU here, and without JAX's plugin for CUDA nothing can be"
+            f' compiled for one either: pip install "jax[cuda12]". ({error})'
+        )
     report["environment"] = harness.environment()
     harness.write(options.output, report, markdown(report))
 

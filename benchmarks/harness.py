@@ -96,6 +96,11 @@ def footer(report: dict[str, Any]) -> list[str]:
 def write(output: Path | None, report: dict[str, Any], text: str) -> None:
     """Prints the text; with an output writes OUTPUT.json and OUTPUT.md too."""
     print(text)
+    save(output, report, text)
+
+
+def save(output: Path | None, report: dict[str, Any], text: str) -> None:
+    """Writes OUTPUT.json and OUTPUT.md, if there is an output."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -15,6 +15,8 @@ import pytest
 import optax_clipx as clipx
 
 SHAPE, LEAVES = (256, 64), 6
+# The fusions that users get, whatever the flags of conftest.py.
+USUAL = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 
 class Cost:
@@ -31,7 +33,7 @@ class Cost:
 
         with jax.numpy_dtype_promotion("standard"):
             lowered = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds)
-            compiled = lowered.compile()
+            compiled = lowered.compile(USUAL)
         memory, self.text = compiled.memory_analysis(), compiled.as_text()
         size = 4 * leaves * SHAPE[0] * SHAPE[1]
         self.moved = compiled.cost_analysis()["bytes accessed"] / size
@@ -125,7 +127,8 @@ def test_nothing_computed_of_large_leaves_is_held(make):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds).compile()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds)
+    compiled = lowered.compile(USUAL)
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * kinds[0].size / 3
 
 
@@ -173,7 +176,7 @@ def test_a_narrow_leaf_is_not_stored_wide(dtype, scope, shape):
         if dtype == "float32":
             kinds.append(jax.ShapeDtypeStruct((8,), jnp.float64))
         step = jax.jit(clipx.clip_by(measure, 1.0).update, donate_argnums=0)
-        compiled = step.lower(kinds).compile()
+        compiled = step.lower(kinds).compile(USUAL)
     leaf = jnp.dtype(dtype).itemsize * shape[0] * shape[1]
     # Units take some vectors of all norms, together a leaf or so here.
     bound = leaf if scope == "tree" else 2 * leaf
@@ -184,7 +187,7 @@ def test_few_long_rows_are_added_in_loops_and_not_reduced():
     """A reduction of such units takes XLA for CPU 30 times as long."""
     kinds = [jax.ShapeDtypeStruct((4, 2**8, 2**8), jnp.float32)]
     step = jax.jit(lambda grads: clipx.measures.unit_norms(axis=0)(grads))
-    text = step.lower(kinds).compile().as_text()
+    text = step.lower(kinds).compile(USUAL).as_text()
     assert "f32[1,256,256]" in text
     assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
 
@@ -203,7 +206,7 @@ def test_no_loop_adds_up_all_leaves(scope):
     def largest(leaves):
         kinds = [jax.ShapeDtypeStruct((64,), jnp.float32)] * leaves
         step = jax.jit(lambda grads: CLIPPERS[scope]().update(grads)[0])
-        found = loops(step.lower(kinds).compile().as_text())
+        found = loops(step.lower(kinds).compile(USUAL).as_text())
         return max(len(loop.splitlines()) for loop in found)
 
     assert largest(200) <= largest(100) < 200
