@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_every_table(tmp_path):
     line = [sys.executable, SCRIPT, "--dry-run", "--only", "skip_spikes"]
     subprocess.run([*line, "--output", tmp_path / "gpu"], check=True)
