@@ -299,7 +299,8 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     if found.recorded == found.value:
         said.append(
             f"nearly every step of this run was clipped to {found.value:.4g}; such a"
-            " run gives no information about higher thresholds, so none is suggested"
+            " run gives no information about higher thresholds, so none is suggested;"
+            " record one with optax_clipx.auto_clip(), or with a higher threshold"
         )
     if found.nonfinite > _MANY * count:
         said.append(
