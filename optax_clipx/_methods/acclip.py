@@ -51,13 +51,14 @@ def scale_by_acclip(
               \tau^\alpha \leftarrow \beta_2 \tau^\alpha + (1 - \beta_2) |g|^\alpha,
               \quad u = \min\Bigl(\frac{\tau}{|m| + \epsilon}, 1\Bigr)\, m
 
-    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry,
-    in trees like the parameters.
+    Here :math:`g` is the gradient, :math:`m` the momentum, and :math:`\tau` the usual
+    magnitude of an entry. Use it instead of :func:`optax.scale_by_adam`. Its state has
+    two numbers for each entry, in trees like the parameters.
 
     Args:
         b1: :math:`\beta_1`, from 0 to below 1.
         b2: :math:`\beta_2`, from 0 to below 1.
-        alpha: :math:`\alpha`, the moment that the noise has, from 1 on; 1 unless given.
+        alpha: :math:`\alpha`, the order of the moment of the noise, 1 or larger.
         eps: :math:`\epsilon`, in the unit of the updates.
         nonfinite: as in :func:`clip_by`; on such a step the state stays as it is.
         axis_name: as in :func:`clip_by`.

@@ -22,12 +22,15 @@ def auto_clip(
 
     .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
 
-    where :math:`m` follows the norm that 19 of 20 exceed: :func:`thresholds.auto` has
-    the rule. Where norms vary little, twice that is above nearly all of them, and only
-    spikes are clipped. Where norms have heavy tails, it is below their median, and most
-    steps are clipped. One norm of 200 times the usual one in the first 100 steps hides
-    later ones of 20 times for at most 4 steps. A loss multiplied by any constant clips
-    the same steps by the same factors.
+    The threshold at step :math:`k` is :math:`2 m_k`, where :math:`m_k` estimates the
+    norm that 95% of the steps exceed; :func:`thresholds.auto` describes the rule. If
+    norms vary little, the threshold is above nearly all of them, and only spikes are
+    clipped. If norms have heavy tails, it is below their median, and most steps are
+    clipped.
+
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are not clipped for up to 4 steps. A loss that is multiplied by a
+    constant clips the same steps by the same factors.
 
     Args:
         scope: as in :func:`zclip`.

@@ -194,7 +194,7 @@ def clip_by_block_rms(
     .. math:: u_i \leftarrow u_i / \max(1, \mathrm{RMS}(u_i) / d), \quad
               \mathrm{RMS}(u) = \|u\| / \sqrt{\mathrm{size}(u)}
 
-    In Adafactor it stands right after the preconditioner, before the learning rate.
+    Adafactor uses it right after the preconditioner, before the learning rate.
 
     Args:
         threshold: :math:`d`, in the unit of the updates: a number, a scalar array, a
@@ -244,7 +244,7 @@ def clip_by_global_norm(
     metrics: bool = True,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips the norm of all leaves together; the direction is kept.
+    r"""Clips the norm of the whole gradient, and keeps its direction.
 
     .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
 
@@ -257,8 +257,8 @@ def clip_by_global_norm(
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
         metrics: whether the state keeps :class:`ClipMetrics`.
-        norm_arg: the name of the extra argument of ``update`` by which the norm may be
-            passed where it was computed elsewhere.
+        norm_arg: the name of an extra argument of ``update``, with which you can pass a
+            norm that you have computed yourself.
 
     Returns:
         A transformation; updates keep dtype, shape and sharding.
@@ -366,12 +366,14 @@ def adaptive_grad_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips each unit to a norm in proportion to its parameters' norm.
+    r"""Clips the norm of each unit to a fraction of the norm of its parameters.
 
     .. math:: g_i \leftarrow \min\Big(1, \lambda \frac{\max(\|w_i\|, \epsilon)}
               {\|g_i\|}\Big)\, g_i \quad \text{for each unit } i
 
-    Leave out the final linear layer, as with :func:`optax.masked`.
+    Here :math:`g_i` and :math:`w_i` are the gradient and the parameters of a unit, such
+    as the weights of one neuron. The paper does not clip the final linear layer:
+    exclude it with :func:`excluding`.
 
     Args:
         clipping: :math:`\lambda`, the largest norm of an update relative to its

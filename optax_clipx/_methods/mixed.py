@@ -56,11 +56,11 @@ def mixed_clip(
     .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
               u = \nu\, \mathrm{clip}_t(m) + (1 - \nu)\, \mathrm{clip}_t(g)
 
-    With ``nu=1`` momentum alone, with ``nu=0`` plain clipping. Follow it with
-    :func:`optax.sgd` or a learning rate :math:`\eta`: the paper's :math:`\gamma` is
-    :math:`\eta t`, and its code's form ``response=optax_clipx.responses.smooth``.
-
-    State: one number for each entry, in a tree like the parameters.
+    With ``nu=1`` it is clipped momentum, with ``nu=0`` plain clipping. Put
+    :func:`optax.sgd` with a learning rate :math:`\eta` after it; the paper's
+    :math:`\gamma` is :math:`\eta t`. The paper's code uses
+    ``response=optax_clipx.responses.smooth``. The state has one number for each entry,
+    in a tree like the parameters.
 
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
@@ -159,7 +159,7 @@ def normalized_momentum(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum of a fixed norm: normalized gradient descent with momentum.
+    r"""Scales the momentum to a fixed norm: normalized gradient descent with momentum.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
               u = \frac{t}{\|m\| + \epsilon}\, m
@@ -168,8 +168,8 @@ def normalized_momentum(
         decay: :math:`\beta`, from 0 to below 1.
         target: :math:`t`, as in :func:`normalize_by_norm`.
         eps: :math:`\epsilon`, in the unit of the updates.
-        nonfinite: as in :func:`clip_by`. A momentum forgets no NaN: to go on after one
-            put :func:`skip_spikes` around.
+        nonfinite: as in :func:`clip_by`. A NaN stays in the momentum for ever: put
+            :func:`skip_spikes` around the optimizer to continue after one.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
         metrics: whether the state keeps :class:`ClipMetrics`, of the momentum.

@@ -28,15 +28,17 @@ def quantile_clip(
 
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
 
-    At the default of 0.1 nine steps of ten are clipped. Norms enter as they are before
-    clipping. With ``estimator="tracker"`` the state is one number, which moves by a
-    small step toward the quantile:
+    The threshold at step :math:`k` is the :math:`q`-quantile of all norms
+    :math:`n_1, \ldots, n_k` before clipping, so a fraction of :math:`1 - q` of the
+    steps is clipped: nine of ten with the default of 0.1. With
+    ``estimator="tracker"`` the state is one number, which moves by a small factor
+    toward the quantile:
 
     .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr)
 
-    One norm of 200 times the usual one in the first 100 steps hides no later one of
-    20 times. The other settings differ: with ``quantile=0.9``, a window of 100 misses
-    those of up to 10 steps, and a tracker those of 300 and more.
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are still clipped. With ``quantile=0.9`` they are not clipped for up
+    to 10 steps with a window of 100, and for 300 steps and more with the tracker.
 
     Args:
         quantile: :math:`q`, the fraction of norms that lie below the threshold, between
@@ -45,10 +47,11 @@ def quantile_clip(
             history, within 2.9% of the quantile; see
             :func:`thresholds.quantile`. ``"tracker"`` keeps one number;
             see :func:`thresholds.quantile_tracker`.
-        window: keep the last so many norms themselves, instead of a histogram.
-        max_steps: keep so many norms themselves, the whole history up to there.
-        tracker_rate: :math:`\eta` of the tracker.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        window: use the last ``window`` norms instead of a histogram of all.
+        max_steps: keep all norms of a run with at most this number of steps, instead
+            of a histogram.
+        tracker_rate: :math:`\eta`, the rate of the tracker.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -32,26 +32,30 @@ def adagc(
     .. math:: c_i = \min(1, \lambda g_i / n_i), \qquad
               g_i \leftarrow \beta g_i + (1 - \beta)\, c_i n_i
 
-    In the first ``warmup_steps`` steps, exactly so many, the whole tree is clipped to
-    ``warmup_max_norm`` and :math:`g_i` is the least norm of the leaf so clipped. After
-    them it grows by at most the factor 1.0004 a step: with ``warmup_max_norm`` below
-    the natural norm, clipping stays engaged for thousands of steps. ``init="mean"``, a
-    ``floor`` or ``patience`` avoid that; see :func:`thresholds.ema_ratio`.
+    Here :math:`n_i` is the norm of leaf :math:`i`, :math:`g_i` its moving average, and
+    :math:`c_i` the factor by which the leaf is scaled. In the first ``warmup_steps``
+    steps the whole tree is clipped to ``warmup_max_norm``, and :math:`g_i` is the
+    smallest of the clipped norms of the leaf. After them it grows by at most the factor
+    1.0004 a step: if ``warmup_max_norm`` is far below the usual norm, nearly every step
+    is clipped for thousands of steps. ``init="mean"``, a ``floor`` or ``patience``
+    avoid that; see :func:`thresholds.ema_ratio`.
 
-    One norm of 200 times the usual one in the first 100 steps hides no later one of
-    20 times.
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are still clipped.
 
     Args:
-        ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some ports.
-        decay: :math:`\beta`; 0.99 in the paper, 0.98 in some ports.
+        ratio: :math:`\lambda`; 1.04 in the paper, 1.05 in some implementations.
+        decay: :math:`\beta`; 0.99 in the paper, 0.98 in some implementations.
         warmup_max_norm: the threshold of the tree's norm in the warm-up, in the unit of
             the updates. It limits nothing afterwards.
-        warmup_steps: how many steps the warm-up takes.
-        init: what the average starts with: ``"min"``, ``"mean"`` or ``"first"``.
-        floor: the average counts as at least this, in the unit of the updates.
-        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
-        patience: after so many spikes in a row their level is accepted.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        warmup_steps: the number of steps of the warm-up.
+        init: what the average starts with: ``"min"`` or ``"mean"`` of the norms in the
+            warm-up, or the ``"first"`` norm after it.
+        floor: the smallest value of the average, in the unit of the updates.
+        stats: what enters the average on a spike: ``"clipped"`` the threshold,
+            ``"raw"`` the norm, or ``"skip"`` nothing.
+        patience: after this number of spikes in a row their level is accepted.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -112,20 +116,20 @@ def olmo_ratio_clip(
     .. math:: c_i = \min(1, \lambda g_i / n_i), \qquad
               g_i \leftarrow \beta g_i + (1 - \beta)\, c_i n_i
 
-    :func:`adagc` without warm-up: the first step passes unrecorded, and the average
-    starts with the norm of the second.
+    This is :func:`adagc` without its warm-up: the first step is neither clipped nor
+    recorded, and the average starts with the norm of the second step.
 
-    One norm of 200 times the usual one in the first 100 steps hides later ones:
-    for up to 276 steps, one of 20 times is not clipped, with a ratio of 1.5.
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are not clipped for up to 276 steps, with a ratio of 1.5.
 
     Args:
         ratio: :math:`\lambda` (``max_grad_norm_ratio``).
-        decay: :math:`\beta`; OLMo took the larger of its optimizer's two decays.
-        floor: the average counts as at least this, in the unit of the updates.
-        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``; see
-            :func:`thresholds.ema_ratio`.
-        patience: after so many spikes in a row their level is accepted.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        decay: :math:`\beta`; OLMo used the larger of the two decays of its optimizer.
+        floor: the smallest value of the average, in the unit of the updates.
+        stats: what enters the average on a spike: ``"clipped"`` the threshold,
+            ``"raw"`` the norm, or ``"skip"`` nothing; see :func:`thresholds.ema_ratio`.
+        patience: after this number of spikes in a row their level is accepted.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -180,22 +184,25 @@ def norm_growth_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lets the norm grow by a ratio from step to step, and no more (Fira).
+    r"""Clips the norm to a multiple of the norm of the step before (Fira).
 
     .. math:: t_k = \gamma\, x_{k-1}, \qquad x_k = \min(n_k, t_k)
 
-    Meant for updates, after the optimizer. One very small norm is recovered from by 1%
-    a step only: set a ``floor`` or ``patience``; see :func:`thresholds.norm_growth`.
+    Here :math:`n_k` is the norm at step :math:`k`, :math:`t_k` its threshold, and
+    :math:`x_k` the norm after clipping. It is meant for updates: put it after the
+    optimizer. After one very small norm, the threshold rises by 1% a step only, unless
+    you set a ``floor`` or ``patience``; see :func:`thresholds.norm_growth`.
 
-    After one norm of 200 times the usual one in the first 100 steps, for one step one
-    of 20 times is not clipped.
+    If one of the first 100 norms is 200 times the usual norm, a norm of 20 times the
+    usual norm is not clipped in the next step.
 
     Args:
         ratio: :math:`\gamma`, at least 1.
         floor: the last norm counts as at least this, in the unit of the updates.
-        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"``.
-        patience: after so many norms above in a row a norm is accepted as it is.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        stats: what enters the average on a spike: ``"clipped"`` the threshold,
+            ``"raw"`` the norm, or ``"skip"`` nothing.
+        patience: after this number of clipped norms in a row a norm is accepted.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -44,19 +44,22 @@ def clip_by_second_moment(
               \;\text{ where } g_j^2 > \theta v_j > 0, \qquad
               v \leftarrow \beta v + (1 - \beta)\, g^2
 
-    with :math:`v` as it was before the step, and fed with the clipped :math:`g`. Put it
-    before :func:`optax.scale_by_adam` with the same decay, and both inside of
-    :func:`reset_moments`, for the whole of SPAM. An entry that was always zero is not
-    clipped: the first gradient of a rare token passes.
+    The second moment :math:`v` of an entry is that before the step, and the clipped
+    :math:`g` enters it. For the complete SPAM method, put this before
+    :func:`optax.scale_by_adam` with the same decay, and both inside
+    :func:`reset_moments`. An entry that was always zero is not clipped, so the first
+    gradient of a rare token passes unchanged.
 
-    State: one number for each entry, the root of :math:`v`, with a minus where the last
-    step clipped, in a tree like the parameters; and a count of finite steps.
+    The state has one number for each entry, in a tree like the parameters: the root of
+    :math:`v`, with a minus sign where the last step was clipped. It also counts finite
+    steps.
 
     Args:
-        theta: :math:`\theta`, the square of the ratio that makes a spike, above 0.
+        theta: :math:`\theta`, above 0: an entry is clipped if its square is more than
+            ``theta`` times its second moment.
         decay: :math:`\beta`, from 0 to 1; Adam's ``b2``.
-        warmup_steps: how many first steps are not clipped; a step that is not finite
-            does not count.
+        warmup_steps: the number of steps at the start that are not clipped; a
+            non-finite step does not count.
         nonfinite: as in :func:`clip_by`; on such a step :math:`v` stays as it is.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

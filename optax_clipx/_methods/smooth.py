@@ -27,8 +27,8 @@ def smooth_clip(
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
             schedule, a prefix, or a threshold rule.
-        p: the sharpness, above 0; 1 is :math:`1/(1 + n/t)`, a large one approaches
-            :func:`clip_by_global_norm`.
+        p: the sharpness, above 0. With 1 the factor is :math:`1/(1 + n/t)` for a norm
+            :math:`n`; a large ``p`` approaches :func:`clip_by_global_norm`.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -68,7 +68,7 @@ def normalize_by_norm(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gives the updates a norm, large or small: normalized gradient descent.
+    r"""Scales every update to the same norm: normalized gradient descent.
 
     .. math:: u \leftarrow \frac{t}{\|u\| + \epsilon}\, u
 

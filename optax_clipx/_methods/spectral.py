@@ -47,10 +47,10 @@ def clip_by_spectral_norm(
               \sigma' = \min(\sigma, t) \;\text{(hard)}, \qquad
               \sigma' = \frac{\sigma}{\sqrt{1 + \sigma^2 / t^2}} \;\text{(soft)}
 
-    A vector is a matrix of one column: its singular value is its 2-norm, so that the
-    rule has no jump between the two. Work is cubic in the shorter side. The derivative
-    is finite everywhere, also where singular values are equal or zero; it takes an SVD
-    with either method.
+    A vector counts as a matrix with one column, so its singular value is its norm. The
+    work grows with the cube of the shorter side of a matrix. The derivative is finite
+    everywhere, also where singular values are equal or zero; it computes an SVD with
+    both methods.
 
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a

@@ -57,7 +57,7 @@ def stabilize_norm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each leaf's norm by a smoothed one (AdaClip and AdaGN).
 
-    First the largest entries come down to a threshold that follows them,
+    First the largest entries are reduced to a moving average :math:`T` of the largest,
 
     .. math:: T = \mathrm{EMA}_{\beta_3}(\max_j |g_j|), \qquad
               g_j \leftarrow g_j\, T / \max_j |g_j| \;\text{ where } |g_j| > T,
@@ -68,11 +68,11 @@ def stabilize_norm(
               \frac{\mathrm{EMA}_{\beta_1}(n)}
                    {\sqrt{\mathrm{EMA}_{\beta_2}(n^2)} + \epsilon},
 
-    so that it is near 1 whatever the gradient's scale. All averages are debiased and
-    hold the current step. A spike passes into them as it is: :math:`n` of the next few
-    steps is small beside it. Put it before an optimizer such as
-    :func:`optax.scale_by_adam`. State: three numbers for each leaf and a count of its
-    own, which no reset of moments touches.
+    so that it is near 1 for gradients of any scale. All averages are debiased and
+    include the current step. A spike enters them without clipping, so the updates of
+    the next few steps are small. Put it before an optimizer such as
+    :func:`optax.scale_by_adam`. The state has three numbers for each leaf, and a count
+    of steps, which is not reset with the moments.
 
     Args:
         b1: :math:`\beta_1`, from 0 to below 1.

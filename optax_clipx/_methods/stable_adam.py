@@ -61,12 +61,13 @@ def scale_by_stable_adam(
               \rho = \sqrt{\operatorname{mean}
                      \bigl(g^2 / \max(v, \epsilon^2)\bigr)}
 
-    with the debiased averages :math:`m, v` of :math:`g` and :math:`g^2`, the current
-    step included. :math:`\rho` is near 1 while the second moment fits the gradients; it
-    rises before a loss spike, and is what the metrics show.
+    with the debiased averages :math:`m` and :math:`v` of :math:`g` and :math:`g^2`,
+    which include the current step. :math:`\rho` is near 1 while the second moment
+    :math:`v` fits the gradients, and rises before a spike of the loss. The metrics show
+    it.
 
-    In the place of :func:`optax.scale_by_adam`. State: two numbers for each entry,
-    in trees like the parameters, and a count of finite steps.
+    Use it instead of :func:`optax.scale_by_adam`. The state has two numbers for each
+    entry, in trees like the parameters, and a count of finite steps.
 
     Args:
         b1: the decay of :math:`m`, from 0 to below 1.

@@ -26,34 +26,39 @@ def zclip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms whose z-score among the norms so far is large (ZClip).
+    r"""Clips norms that are many standard deviations above the mean (ZClip).
 
     .. math:: z = (n - \mu) / \sigma > z^* \;\Rightarrow\;
               t = \Bigl(\mu + \frac{(z^*)^2}{z} \sigma\Bigr) \cdot \text{factor}
 
-    :math:`\mu, \sigma` are moving averages of :math:`x = t` on a spike and of
-    :math:`x = n` else, begun with the first ``warmup_steps`` norms; see
-    :func:`thresholds.zscore` for what that risks. A standard deviation below 1% of the
-    mean counts as 1%: in the official code constant norms make the smallest change a
-    spike, and one NaN ends clipping for good.
+    Here :math:`n` is the norm, :math:`t` the threshold, and :math:`z` the number of
+    standard deviations by which the norm is above the mean. The moving mean
+    :math:`\mu` and standard deviation :math:`\sigma` start from the first
+    ``warmup_steps`` norms. Later each norm enters them; of a spike the threshold enters
+    instead. A standard deviation below 1% of the mean counts as 1% of the mean.
 
-    One norm of 200 times the usual one in the first 100 steps hides later ones:
-    for up to 136 steps, one of 20 times is not clipped.
+    In the official code, the smallest change after constant norms is a spike, and
+    clipping ends after one NaN; here neither happens.
+
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are not clipped for up to 136 steps.
 
     Args:
-        z_threshold: :math:`z^*`.
-        decay: the decay of the moving averages.
-        warmup_steps: how many norms to see before clipping.
-        mode: where a spike goes: ``"reciprocal"``, ``"mean"`` (:math:`\mu`) or
-            ``"threshold"`` (:math:`\mu + z^*\sigma`, "percentile" in the official
-            code).
-        clip_factor: a factor of the reciprocal target.
-        max_norm: an absolute threshold on top, in the unit of the updates. ``None`` on
-            purpose: the official 1.0 makes a fixed clipper of it.
-        stats: what enters on a spike: ``"clipped"``, ``"raw"`` or ``"skip"`` (the
-            official skip option, which only leaves the averages alone).
-        patience: how many spikes in a row it takes until the last of them is accepted,
-            and its level. ``None`` is 50; the official code never accepts one.
+        z_threshold: :math:`z^*`, the number of standard deviations above which a norm
+            is clipped.
+        decay: the decay of the moving averages, from 0 to 1.
+        warmup_steps: the number of norms that are seen before any is clipped.
+        mode: the norm of a clipped spike: ``"reciprocal"`` as in the formula,
+            ``"mean"`` for :math:`\mu`, or ``"threshold"`` for
+            :math:`\mu + z^*\sigma` ("percentile" in the official code).
+        clip_factor: the factor in the formula.
+        max_norm: an additional absolute threshold, in the unit of the updates. It is
+            ``None`` by default, because with the official default of 1.0 the clipper
+            behaves like a fixed one.
+        stats: what enters the averages on a spike: ``"clipped"`` the threshold,
+            ``"raw"`` the norm, ``"skip"`` nothing (the official skip option).
+        patience: after this number of spikes in a row their level is accepted.
+            ``None`` is 50; the official code never accepts a level.
         scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
             ``group_norms(labels)``.
         nonfinite: as in :func:`clip_by`.
@@ -106,23 +111,25 @@ def log_zscore_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Brings norms far above the usual in log space to the mean (Chorowski et al.).
+    r"""Reduces norms far above the mean to it, in log space (Chorowski et al.).
 
     .. math:: \log n > m + z^* d \;\Rightarrow\; t = e^m
 
-    :math:`m` and :math:`d` are moving mean and standard deviation of :math:`\log n`,
-    this norm included before it is judged; :math:`d` counts as at least 0.01. Norms
-    enter as they are: a spike widens :math:`d` and can hide an equal one soon after. As
-    the norm enters first, no z-score exceeds :math:`\sqrt{\beta/(1-\beta)}`, 4.4 at the
-    default decay.
+    Here :math:`m` and :math:`d` are the moving mean and standard deviation of the
+    logarithm of the norm :math:`n`; :math:`d` counts as at least 0.01. A norm enters
+    them before it is compared, and without clipping: a spike increases :math:`d`, so
+    that an equal spike soon after may not be clipped. As the norm enters first, it is
+    never more standard deviations above the mean than :math:`\sqrt{\beta/(1-\beta)}`,
+    4.4 at the default decay.
 
-    One norm of 200 times the usual one in the first 100 steps hides later ones:
-    for up to 19 steps, one of 20 times is not clipped.
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are not clipped for up to 19 steps.
 
     Args:
-        z_threshold: :math:`z^*`.
-        decay: the decay of the moving averages, which are plain averages first.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        z_threshold: :math:`z^*`, the number of standard deviations above which a norm
+            is clipped.
+        decay: the decay of the moving averages; the first steps are plain averages.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -177,24 +184,27 @@ def historical_update_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips updates to some deviations above the mean of their last norms (Levanter).
+    r"""Clips updates to some deviations above the mean of recent norms (Levanter).
 
     .. math:: t = \mu + z^* \sigma
 
-    of the last ``window`` norms. Meant for updates, after the optimizer. Norms enter as
-    they are, so a spike in the window hides an equal one; see
-    :func:`thresholds.zscore`. A standard deviation below 1% of the mean counts as 1%.
+    with the mean :math:`\mu` and the standard deviation :math:`\sigma` of the last
+    ``window`` norms. It is meant for updates: put it after the optimizer. Norms enter
+    the window without clipping, so that an equal spike is not clipped while a spike is
+    in the window. A standard deviation below 1% of the mean counts as 1% of the mean.
 
-    One norm of 200 times the usual one in the first 100 steps hides later ones:
-    for up to 128 steps, one of 20 times is not clipped.
+    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
+    the usual norm are not clipped for up to 128 steps.
 
     Args:
-        z_threshold: :math:`z^*`.
-        window: how many norms to keep.
-        warmup_steps: how many norms to see before clipping.
-        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
-        patience: after so many spikes in a row their level is accepted.
-        max_norm: an absolute threshold on top, in the unit of the updates.
+        z_threshold: :math:`z^*`, the number of standard deviations above which a norm
+            is clipped.
+        window: the number of norms that are kept.
+        warmup_steps: the number of norms that are seen before any is clipped.
+        stats: what enters the window on a spike: ``"raw"`` the norm, ``"clipped"`` the
+            threshold, or ``"skip"`` nothing.
+        patience: after this number of spikes in a row their level is accepted.
+        max_norm: an additional absolute threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -19,14 +19,14 @@ Keys = tuple[Any, ...]
 def carry_over(
     old_state: Any, new_state: Any, *, drop: Sequence[str] = ()
 ) -> tuple[Any, list[str]]:
-    """Brings the state of an old optimizer into that of one with other clippers.
+    """Copies the state of an old optimizer into that of one with other clippers.
 
-    For a checkpoint from before a clipper was added. Restore it as the state of the
-    optimizer that wrote it, and carry it over into the fresh state of the new one. What
-    is in both is found by structure: the steps of a chain in their order, those of a
-    ``named_chain`` and fields by name, and an optimizer that has been wrapped inside of
-    its wrapper. A state from before 0.1.0, in which the moments of all leaves are one
-    flat list, finds its place as well.
+    Use it for a checkpoint from before a clipper was added. Restore the checkpoint as
+    the state of the optimizer that wrote it, and carry it over into the fresh state of
+    the new optimizer. What is in both is found by structure: the steps of a chain by
+    their order, those of a ``named_chain`` and fields by name, and an optimizer that
+    has been wrapped is found inside its wrapper. A state from before 0.1.0, in which
+    the moments of all leaves are one flat list, can also be carried over.
 
     Args:
         old_state: the restored state, with the types that the old optimizer's ``init``

@@ -23,20 +23,21 @@ class ErrorState(NamedTuple):
 def error_feedback(
     clipper: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Carries over what a clipper cuts off, so that its bias vanishes (U-Clip).
+    r"""Adds what a clipper cut off to the next gradient, against its bias (U-Clip).
 
     .. math:: u_k = \mathrm{clip}(g_k + e_k), \qquad e_{k+1} = g_k + e_k - u_k
 
-    Clipped gradients are biased where their noise is skewed. Here the sum of all
-    updates differs from the sum of all gradients by :math:`e` only, which stays bounded
-    as long as the threshold is above the norm of the mean gradient; below it, :math:`e`
-    grows without end, and the clipper's metrics show a norm that does.
+    Here :math:`g_k` is the gradient at step :math:`k`, :math:`u_k` the update, and
+    :math:`e_k` the error: what was cut off so far. The mean of clipped gradients is
+    biased if their noise is skewed. With the error, the sum of all updates differs from
+    the sum of all gradients by :math:`e` only. The error stays bounded if the threshold
+    is above the norm of the mean gradient; otherwise it grows without end, and so does
+    the norm in the clipper's metrics.
 
-    An entry of a gradient that is infinite or NaN counts as 0 in these sums, whatever
-    the clipper's policy makes of it: what has been paid out leaves :math:`e`, and an
-    entry whose update is not finite keeps its :math:`e`. A step that the policy
-    ``"zero"`` drops leaves all of :math:`e` as it was, if the clipper keeps metrics;
-    else the finite entries of its gradient enter :math:`e`.
+    An entry of a gradient that is infinite or NaN counts as 0 in these sums, with every
+    policy of the clipper. An entry whose update is non-finite keeps its error. If the
+    policy ``"zero"`` drops a step, the error does not change; for a clipper without
+    metrics, the finite entries of that gradient are added to it.
 
     Args:
         clipper: any clipper, of this package or another.

@@ -13,10 +13,10 @@ from .._trees.leaves import Path, chooser, path_of, show
 def excluding(
     clipper: optax.GradientTransformation, where: Any
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Leaves some leaves alone: neither measured nor clipped.
+    r"""Excludes some leaves from a clipper: they are neither measured nor clipped.
 
-    For the final linear layer in adaptive gradient clipping, for biases, and for what
-    is no gradient at all, such as the statistics of fp8 layers
+    Use it for the final linear layer in adaptive gradient clipping, for biases, and for
+    leaves that are not gradients, such as the statistics of fp8 layers
     (``"_overwrite_with_gradient"`` in Flax).
 
     Args:

@@ -24,23 +24,24 @@ class ResetState(NamedTuple):
 def reset_moments(
     inner: optax.GradientTransformation, every: Any = 500, *, warmup: Any = 150
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Starts an optimizer's state afresh every so many steps, and warms up after.
+    r"""Resets the state of an optimizer at regular steps, with a warm-up after each.
 
     .. math:: u \leftarrow u \cdot \tfrac12 \bigl(1 - \cos(\pi \min(k, w) / w)\bigr)
 
     where :math:`k = 1, 2, \ldots` counts the steps since a reset and :math:`w` is
-    ``warmup``; before the first reset updates are not scaled. The whole state of
-    ``inner`` becomes what ``init`` gives for the parameters of the moment, its step
-    count included: put schedules of the learning rate outside, as in
+    ``warmup``; before the first reset, updates are not scaled. A reset replaces the
+    whole state of ``inner``, including its step count, by that of ``init`` for the
+    current parameters. So put schedules of the learning rate outside, as in
     ``optax.chain(reset_moments(optax.scale_by_adam()), optax.scale_by_schedule(...))``.
 
     Steps are counted as Optax's schedules count them: every call of ``update``, finite
     or not. Put :func:`skip_spikes` around, and a skipped step does not count.
 
     Args:
-        inner: the optimizer whose moments a spike may have spoiled.
-        every: how many steps there are from reset to reset.
-        warmup: over how many steps the updates come back; 0 for none.
+        inner: the optimizer whose state is reset.
+        every: the number of steps from one reset to the next.
+        warmup: the number of steps in which the updates grow from zero to their full
+            size; 0 for none.
 
     Returns:
         A transformation, which needs ``params`` in ``update``.

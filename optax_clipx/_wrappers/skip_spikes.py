@@ -27,7 +27,7 @@ from .._trees.leaves import flatten, path_of, show
 
 
 class SkipReason(enum.IntEnum):
-    """Why the last step was skipped: the number in the state, with its sentence.
+    """The reasons for which a step is skipped: a number in the state, and a sentence.
 
     Attributes:
         sentence: the reason in words, for logs and pictures.
@@ -71,37 +71,37 @@ def skip_spikes(
     specs: Any = None,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Skips a step whose gradients or loss spike: the optimizer inside stays as it is.
+    r"""Skips a step if its gradient norm or its loss is a spike or non-finite.
 
     .. math:: \text{skip} \iff n \text{ is not finite, or } n > t,
               \text{ or the same of the loss}
 
-    :math:`n` is the norm of the whole updates that come in, before any clipping inside.
-    On a skip the updates are zero and the state of ``inner`` stays bit for bit, by a
-    selection and no branch. By default the threshold is
+    Here :math:`n` is the norm of the whole gradient before any clipping inside. In a
+    skipped step the updates are zero, and the state of ``inner`` does not change. By
+    default the threshold is
 
     .. math:: t = \exp\bigl(m + \min(5 s, \max(\log 15, 3 s))\bigr)
 
-    where :math:`m` and :math:`s` are the mean and the standard deviation of
-    :math:`\log n` over about the last 16 and 64 norms. They start from the median and
-    the quartiles of the first 8 norms, so that a spike among these changes little;
-    there is no threshold before the 8th. A norm above the threshold does not enter
-    the statistics, so that it hides no other, and neither does one as far below
-    :math:`m`. The ``patience``-th such norm in a row is accepted, and its level with
-    it. A norm that is not finite never enters, and is never accepted. One norm of 200
-    times the usual one in the first 100 steps hides later ones for at most 7 steps.
+    where :math:`m` is the mean of :math:`\log n` over about the last 16 norms, and
+    :math:`s` its standard deviation over about the last 64. They start from the median
+    and the quartiles of the first 8 norms, so that a spike among these changes little;
+    there is no threshold before the 8th norm. A norm above the threshold does not enter
+    the statistics, and neither does a norm that is equally far below :math:`m`. After
+    ``patience`` such norms in a row, the level of the last one is accepted. A
+    non-finite norm never enters, and is never accepted. If one of the first 100 norms
+    is 200 times the usual norm, later spikes are not skipped for up to 7 steps.
 
-    The loss is judged if it is passed as ``loss=`` or ``value=`` to ``update``. On a
-    mesh the decision is that of all devices.
+    The loss is also checked if you pass it to ``update`` as ``loss=`` or ``value=``. On
+    a mesh, all devices take the same decision.
 
     Args:
-        inner: the optimizer, with its clipping: put this wrapper outermost.
+        inner: the optimizer with its clippers; no other wrapper should be around this.
         threshold: a threshold rule for the norm, or a number.
-        loss_threshold: a threshold rule for the loss, or a number. By default seven
-            standard deviations above the mean, started and fed as for norms; any other
-            rule takes losses above zero only.
-        patience: of the default rules, how many skips in a row until a level is
-            accepted.
+        loss_threshold: a threshold rule for the loss, or a number. The default is seven
+            standard deviations above the mean, with statistics as for norms; other
+            rules need losses above zero.
+        patience: the number of skips in a row after which the default rules accept a
+            new level.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
         norm_arg: as in :func:`clip_by`.

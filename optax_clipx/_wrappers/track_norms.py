@@ -33,11 +33,12 @@ def track_norms(
 
     .. math:: n_i = \|g_i\|, \quad r_i = \|\Delta w_i\| / \|w_i\|
 
-    A clipper of the whole norm that comes first inside takes its norm over from these,
-    so that the gradients are read as often as without. :func:`metrics` then has
-    ``"track_norms/<leaf>"``, ``"track_ratios/<leaf>"``, and the counts
-    ``"track/vanishing"`` and ``"track/exploding"``: how many leaves' root mean square
-    is far from that of the middle leaf, zero, or not finite.
+    Here :math:`g_i` is the gradient of leaf :math:`i`, :math:`w_i` its parameters and
+    :math:`\Delta w_i` its update. If the first clipper inside clips the norm of the
+    whole gradient, it uses these norms, and the gradients are not read once more.
+    :func:`metrics` then has ``"track_norms/<leaf>"``, ``"track_ratios/<leaf>"``, and
+    the counts ``"track/vanishing"`` and ``"track/exploding"``. These count the leaves
+    whose root mean square is zero, non-finite, or far from that of the median leaf.
 
     Args:
         inner: the optimizer, with its clipper in it.
@@ -45,8 +46,9 @@ def track_norms(
             function of path and leaf.
         ratios: measure :math:`r_i` too, which needs ``params`` and reads them and the
             updates once more.
-        vanishing: below this times the middle a leaf counts as vanishing.
-        exploding: above this times the middle a leaf counts as exploding.
+        vanishing: a leaf counts as vanishing if its root mean square is less than this
+            times that of the median leaf.
+        exploding: a leaf counts as exploding if it is more than this times that.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
 

@@ -19,26 +19,26 @@ from .table import STEP, Columns, Table, present
 
 
 class History:
-    """The metrics of a run, step by step; on disk as it goes.
+    """Records the metrics of a run step by step, in memory and in a file.
 
-    A file has one JSON object a line. ``append`` writes what it was given the time
-    before: the numbers of the last step are still being computed, and are only asked
-    for when the next step has been sent to the device. A killed run so leaves a file
-    that loads, without its last record or two; ``flush`` before a checkpoint is saved,
-    and none is missing that the checkpoint has.
+    The file has one JSON object a line. ``append`` writes the record of the call
+    before: the numbers of the last step are still being computed on the device, and
+    ``append`` does not wait for them. If a run is killed, its file can be loaded, and
+    only the last record or two are missing. Call ``flush`` before you save a
+    checkpoint, so that no record before it is missing.
 
     Attributes:
         path: the file that is written, or ``None``.
 
     Args:
-        path: a file to write to as it goes; without it the history is in memory only.
-        resume: go on with a file that is there. **Recording a step drops every record
-            from that step on**, in memory and in the file: a run that went on from
-            step 100 of a checkpoint leaves the file of one that was never interrupted.
-            What is dropped is added to a file beside it, ``run.jsonl.dropped``. Without
-            ``resume`` this comes with a warning.
-        force: overwrite a file that is there. Nothing of this package overwrites a
-            file without ``force=True``, or ``--force`` on the command line.
+        path: the file to write; without it the history is in memory only.
+        resume: continue a file that exists. **If you record a step again, all records
+            from this step on are dropped**, in memory and in the file, so that a run
+            that was resumed at step 100 leaves the same file as one without
+            interruption. The dropped records are added to ``run.jsonl.dropped``.
+            Without ``resume`` you also get a warning.
+        force: overwrite a file that exists. Nothing in this package overwrites a file
+            without ``force=True``, or ``--force`` on the command line.
         on_finding: a function that is called with each new :class:`Finding` of severity
             ``"warning"`` or ``"error"``, such as ``print``. The last 2,000 records are
             judged as :func:`diagnose` does, after every 100 records, at once when a

@@ -14,15 +14,15 @@ _NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long the
 
 
 class Suggestion(NamedTuple):
-    """A threshold, and what it would have done to the run that it comes from.
+    """A suggested threshold, and its clip rate on the recorded run.
 
     Attributes:
         value: the threshold.
         clip_rate: the fraction of steps after the warm-up that were above it.
         rates: the same for each tenth of these steps.
-        drift: the usual norm in the last third over that in the first.
-        warmup: how many steps at the start were left out.
-        spikes: the fraction of steps far outside of the others.
+        drift: the median norm in the last third divided by that in the first third.
+        warmup: the number of steps at the start that were left out.
+        spikes: the fraction of steps whose norm is far above the others.
         nonfinite: how many norms were infinite or NaN.
         recorded: the threshold that the run was clipped with and that nearly all its
             norms are above; ``None`` if there was none, or if fewer are.

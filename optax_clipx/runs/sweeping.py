@@ -18,7 +18,7 @@ _KEYS = ("limit", "learning_rate", "seed")
 
 
 class Sweep(NamedTuple):
-    """What a sweep over thresholds found.
+    """The result of a sweep over thresholds.
 
     Attributes:
         best: the threshold with the best median score over seeds (and, with several
@@ -95,10 +95,10 @@ def find_threshold(
             median.
         learning_rates: try each threshold with each of these.
         higher_is_better: the score is an accuracy and not a loss.
-        path: a JSONL file that gets each score as it comes. A sweep that was stopped
-            goes on where it was, and what is in the file is not trained again.
+        path: a JSONL file to which each score is added. A sweep that was stopped
+            continues there: what is in the file is not trained again.
         picture: where to save a picture of the result.
-        force: overwrite a picture that is there. The file of scores is gone on with.
+        force: overwrite a picture that exists. The file of scores is continued.
         progress: show a progress bar (tqdm).
 
     Returns:
