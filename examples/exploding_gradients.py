@@ -36,6 +36,7 @@ from tasks import Task
 from tensorboardX import SummaryWriter
 
 import optax_clipx as clipx
+from optax_clipx.runs.naming import counted
 
 CLIPPERS = {
     # An infinite threshold clips nothing: it only measures.
@@ -226,9 +227,9 @@ def learned(runs: list[Run]) -> str:
         worse += not np.median(run.score) >= max(others, default=-np.inf)
     return (
         f"Without clipping, the loss became infinite or NaN in {exploded} of"
-        f" {len(plain)} tasks, and the score was worse than with clipping in {worse}.\n"
+        f" {counted(len(plain), 'task')}, and the score was worse than with clipping in {worse}.\n"
         f"With clipping and the same learning rates, that happened in {failed} of"
-        f" {len(clipped)} runs."
+        f" {counted(len(clipped), 'run')}."
     )
 
 
@@ -303,8 +304,9 @@ def main() -> None:
             every = 1 if task.steps <= 200 else arguments.log_every
             write_logs(runs[-1], arguments.output / "logs", every)
 
-    seeds = f"{arguments.seeds} seed" + ("s" if arguments.seeds > 1 else "")
-    print(f"\nMedians over {seeds}; of the score, the smallest and largest value.")
+    print(
+        f"\nMedians over {counted(arguments.seeds, 'seed')}; of the score, the smallest and largest value."
+    )
     print("non-finite: at which step the loss or a norm was infinite or NaN.")
     for name in dict.fromkeys(task.score_name for task in chosen):
         where = [r for r in runs if r.task.score_name == name]

@@ -198,9 +198,8 @@ def main() -> None:
     options = parser.parse_args()
     limits = {"none": np.inf, "global": options.max_norm, "backward": options.max_value}
     runs = {}
-    with bar_of(total=len(limits) * options.steps, unit="step") as bar:
-        for name, limit in limits.items():
-            bar.set_description(name)
+    for name, limit in limits.items():
+        with bar_of(total=options.steps, desc=f"{name:8}", unit="step") as bar:
             runs[name] = train(name, limit, options, bar)
     print("| clipping | threshold | final loss | accuracy | seeds | largest norm |")
     print("|---|---|---|---|---|---|")

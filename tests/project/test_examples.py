@@ -42,6 +42,18 @@ def is_picture(path):
     )
 
 
+def bars_of(found):
+    """What the progress bars are called, which outside of a terminal are one line."""
+    lines = found.stderr.replace("\r", "").splitlines()
+    return [line.split(":")[0].strip() for line in lines if "100%" in line]
+
+
+def sentences_at_the_end(printed):
+    """How many lines the last paragraph has: what was learned, a sentence on each."""
+    last = printed.strip().split("\n\n")[-1].splitlines()
+    return len([line for line in last if line[0].isupper() and line[-1] == "."])
+
+
 def write_idx(path, array):
     header = struct.pack(">BBBB", 0, 0, 8, array.ndim)
     data = header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
@@ -63,6 +75,12 @@ def test_the_regression_explodes_without_clipping_and_trains_with_it(tmp_path):
     assert clipped[4] == "never"
     assert float(clipped[2].split()[0]) < 100
     assert is_picture(tmp_path / "out" / "exploding_gradients.png")
+    assert is_picture(tmp_path / "out" / "exploding_gradients_dark.png")
+    table = [line for line in found.stdout.splitlines() if line[:1] == "|"]
+    assert max(map(len, table)) <= 100
+    assert bars_of(found) == ["regression, mlp, none", "regression, mlp, global"]
+    assert sentences_at_the_end(found.stdout) == 2
+    assert "NaN in 1 of 1 task," in found.stdout
     logs = list((tmp_path / "out").rglob("*tfevents*"))
     assert len(logs) == 4
     text = b"".join(log.read_bytes() for log in logs)
@@ -116,14 +134,18 @@ def test_the_cliff(tmp_path):
     )
     assert largest > 10 > 0.2 > smaller
     assert is_picture(tmp_path / "out" / "cliff.png")
+    assert is_picture(tmp_path / "out" / "cliff_dark.png")
+    assert sentences_at_the_end(found.stdout) == 2
 
 
 def test_a_rule_of_ones_own_is_short_and_gets_everything(tmp_path):
     source = (EXAMPLES / "own_rule.py").read_text()
     rule = source.split("# begin\n")[1].split("# end")[0]
     assert len([line for line in rule.splitlines() if line.strip()]) < 25
-    lines = run("own_rule.py", cwd=tmp_path).stdout.splitlines()
+    printed = run("own_rule.py", cwd=tmp_path).stdout
+    lines = [line for line in printed.splitlines() if "(threshold" in line]
     assert len(lines) == 16
+    assert sentences_at_the_end(printed) == 2
     spikes = [line for line in lines if "step 40" in line]
     assert all(float(re.search(r"-> +([\d.]+)", s)[1]) < 10 for s in spikes)
 
@@ -171,7 +193,9 @@ def test_an_lstm_clipped_within_the_backward_pass(tmp_path):
     assert float(rows["backward"][3]) > 0.8
     assert float(rows["global"][3]) > 0.8
     assert is_picture(output)
-    assert "none: " in found.stderr  # the progress bar
+    assert is_picture(output.with_stem("lstm_dark"))
+    assert bars_of(found) == ["none", "global", "backward"]
+    assert sentences_at_the_end(found.stdout) == 2
 
 
 @pytest.mark.slow
@@ -184,13 +208,16 @@ def test_monitoring_writes_everything(tmp_path):
     (log,) = (out / "logs").glob("*tfevents*")
     assert b"track_norms/head/kernel" in log.read_bytes()
     assert len(re.findall(r"^threshold ", found.stdout, re.M)) == 2
+    assert sentences_at_the_end(found.stdout) == 2
 
 
 @pytest.mark.slow
 def test_the_language_model_explodes_without_clipping(tmp_path):
     arguments = ["--steps", 120, "--output", "out"]
     found = run("nnx_lm_dashboard.py", *arguments, cwd=tmp_path)
-    losses = dict(re.findall(r"^(\w+): loss ([\d.]+)$", found.stdout, re.M))
+    losses = dict(re.findall(r"^(\w+): loss ([\d.]+) nats", found.stdout, re.M))
+    assert bars_of(found) == ["quantile_clip", "without"]
+    assert sentences_at_the_end(found.stdout) == 2
     assert float(losses["without"]) > 2 * float(losses["quantile_clip"])
     assert is_picture(tmp_path / "out" / "compare.png")
     assert "plotly" in (tmp_path / "out" / "runs.html").read_text()
