@@ -225,11 +225,11 @@ def learned(runs: list[Run]) -> str:
     for run in plain:
         others = [np.median(c.score) for c in clipped if c.task is run.task]
         worse += not np.median(run.score) >= max(others, default=-np.inf)
+    tasks_, others = counted(len(plain), "task"), counted(len(clipped), "run")
     return (
-        f"Without clipping, the loss became infinite or NaN in {exploded} of"
-        f" {counted(len(plain), 'task')}, and the score was worse than with clipping in {worse}.\n"
-        f"With clipping and the same learning rates, that happened in {failed} of"
-        f" {counted(len(clipped), 'run')}."
+        f"Without clipping, the loss became infinite or NaN in {exploded} of {tasks_},"
+        f" and the score was worse than with clipping in {worse}.\nWith clipping and"
+        f" the same learning rates, the loss became so in {failed} of {others}."
     )
 
 
@@ -304,9 +304,8 @@ def main() -> None:
             every = 1 if task.steps <= 200 else arguments.log_every
             write_logs(runs[-1], arguments.output / "logs", every)
 
-    print(
-        f"\nMedians over {counted(arguments.seeds, 'seed')}; of the score, the smallest and largest value."
-    )
+    seeds = counted(arguments.seeds, "seed")
+    print(f"\nMedians over {seeds}; of the score, the smallest and largest value.")
     print("non-finite: at which step the loss or a norm was infinite or NaN.")
     for name in dict.fromkeys(task.score_name for task in chosen):
         where = [r for r in runs if r.task.score_name == name]

@@ -117,8 +117,8 @@ def main() -> None:
     largest = {m: np.nanmax(x["clip/norm"]) for m, x in runs.items()}
     print(
         f"\nWithout clipping the gradient norm reaches {largest['without']:.3g}, and"
-        f" the loss ends at {losses['without']:.2f}.\nquantile_clip finds its threshold"
-        f" by itself, and ends at {losses['quantile_clip']:.2f}."
+        f" the loss ends at {losses['without']:.2f}.\nWith quantile_clip, which finds"
+        f" its threshold by itself, the loss ends at {losses['quantile_clip']:.2f}."
     )
 
 
