@@ -29,23 +29,24 @@ class AutoState(NamedTuple):
 
 
 def auto() -> Threshold:
-    r"""Twice the norm that 19 of 20 exceed: the rule of :func:`optax_clipx.auto_clip`.
+    r"""Twice the norm that 95% of the steps exceed: :func:`optax_clipx.auto_clip`.
 
     .. math:: t_k = 2\, m_k, \qquad
               \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
               \begin{cases} 0.05 \cdot 2^{a_k / 50} & n_k > m_k \\
               -0.95 & n_k \le m_k \end{cases} \qquad m_1 = n_1
 
-    where :math:`a_k` counts the norms in a row above :math:`m`, this one included, up
-    to 400. After the fifth norm :math:`m` is at most the median of the five, so that a
-    spike at the very first step is forgotten. Nothing has a unit: norms multiplied by a
-    constant have thresholds multiplied by it.
+    Here :math:`n_k` is the norm at step :math:`k`, :math:`m_k` the level, and
+    :math:`a_k` the number of norms in a row above the level, this one included, up to
+    400. After the fifth norm the level is at most the median of the five, so that a
+    spike at the first step does not stay. If all norms are multiplied by a constant, so
+    are the thresholds.
 
-    A norm above, however large, raises the threshold by :math:`e^{0.1 / (k + 1)}` at
-    most in the first 50 steps and by 0.1% later, one below lowers it by 1.9%. So an
-    explosion does not carry the threshold along: 50 steps raise it by 7%. What lasts is
-    believed faster and faster: a level 30 times as high is reached in about 260 steps.
-    Norms of zero and steps that are not finite leave no trace.
+    A norm above the level, of any size, raises the threshold by at most the factor
+    :math:`e^{0.1 / (k + 1)}` in the first 50 steps and by 0.1% later; a norm below
+    lowers it by 1.9%. So an explosion of 50 steps raises the threshold by only 7%. A
+    change that lasts is followed faster and faster: a level that is 30 times as high is
+    reached in about 260 steps. Norms of zero and non-finite steps change nothing.
 
     Returns:
         A threshold rule; its state is eight numbers for each norm.

@@ -68,8 +68,8 @@ class WarmupState(NamedTuple):
 def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     r"""One rule for the first steps, then another.
 
-    The second one sees all norms from the first step on. A step whose norm is zero or
-    not finite says nothing, and does not count as one of the warm-up.
+    The second rule sees all norms from the first step on. A step whose norm is zero or
+    non-finite does not count as a step of the warm-up.
 
     Args:
         rule: a threshold rule, number, schedule or prefix for the warm-up.

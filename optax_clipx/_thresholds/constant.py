@@ -12,7 +12,7 @@ from .base import Context, Threshold, is_pair, like, stateless
 
 
 def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Threshold:
-    r"""A threshold that is given: :math:`t`.
+    r"""A fixed threshold :math:`t`: a number, an array or a schedule.
 
     Args:
         limit: a number or scalar array; an optax schedule, called with the number of

@@ -65,32 +65,36 @@ def ema_ratio(
     .. math:: t = \lambda \max(g, \text{floor}), \qquad
               g \leftarrow \beta g + (1 - \beta) x
 
-    In the first ``warmup_steps`` norms the threshold of the whole tree is
-    ``warmup_limit``, and :math:`g` becomes the least (``init="min"``) or the mean of
-    the norms so clipped; with ``"first"`` it is the first norm after them.
+    For the first ``warmup_steps`` norms, the threshold of the whole tree is
+    ``warmup_limit``. The average :math:`g` starts with the smallest of the clipped
+    norms (``init="min"``), with their mean (``"mean"``), or with the first norm after
+    them (``"first"``).
 
-    State: three numbers for each norm. Norms of zero and steps that are not finite
-    never enter.
+    The value :math:`x` that enters is the norm. On a spike it depends on ``stats``:
 
-    What enters on a spike, :math:`x`: ``stats="clipped"`` the threshold, so the average
-    grows by at most the factor :math:`1 + (1-\beta)(\lambda - 1)` a step, 1.0004 at
-    AdaGC's defaults. If it starts below the natural norm (a small ``warmup_limit``,
-    ``init="min"``), clipping stays engaged for thousands of steps; ``patience``,
-    ``init="mean"`` or a ``floor`` help. ``"raw"`` follows a new level in about
-    :math:`1/(1-\beta)` steps, and one spike raises the threshold; ``"skip"`` never
-    follows without patience.
+    * ``"clipped"``: the threshold enters, so the average grows by at most the factor
+      :math:`1 + (1-\beta)(\lambda - 1)` a step, which is 1.0004 with AdaGC's defaults.
+      If the average starts far below the usual norm (a small ``warmup_limit``, or
+      ``init="min"``), nearly every step is clipped for thousands of steps;
+      ``patience``, ``init="mean"`` or a ``floor`` avoid that.
+    * ``"raw"``: the norm enters. A new level is followed in about
+      :math:`1/(1-\beta)` steps, and one spike raises the threshold.
+    * ``"skip"``: nothing enters. A new level is followed only by ``patience``.
+
+    The state has three numbers for each norm. Norms of zero and non-finite steps never
+    enter.
 
     Args:
         ratio: :math:`\lambda`, at least 1.
         decay: :math:`\beta`, between 0 and 1.
-        warmup_steps: how many norms to see before the average is used.
+        warmup_steps: the number of norms that are seen before the average is used.
         warmup_limit: the threshold of the norm of the whole tree meanwhile; ``None`` is
             none. Not for units.
         init: what the average starts with: ``"first"``, ``"min"`` or ``"mean"``.
-        floor: the average counts as at least this, in the unit of the norms.
-        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
-        patience: after so many norms above in a row the average moves to the norm.
-            ``None`` is never, for ``"skip"`` 50.
+        floor: the smallest value of the average, in the unit of the norms.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
+        patience: after this number of spikes in a row the average becomes the norm.
+            ``None`` is never, and 50 for ``"skip"``.
 
     Returns:
         A threshold rule.
@@ -190,18 +194,24 @@ def norm_growth(
 
     .. math:: t_k = \gamma \max(x_{k-1}, \text{floor})
 
-    State: two numbers for each norm. Norms of zero and steps that are not finite never
-    enter. What enters on a spike, :math:`x`: ``stats="clipped"`` the threshold, so one
-    very small norm is recovered from by the factor :math:`\gamma` a step only, 1% by
-    default: set a ``floor``, or ``patience``. ``"raw"`` clips the first norm of a new
-    level and no more; ``"skip"`` keeps the last one that was within.
+    The value :math:`x_{k-1}` is the norm of the step before. If that was a spike, it
+    depends on ``stats``:
+
+    * ``"clipped"``: it is the threshold. After one very small norm, the threshold grows
+      by the factor :math:`\gamma` a step only, 1% by default: set a ``floor`` or
+      ``patience``.
+    * ``"raw"``: it is the norm, so that only the first norm of a new level is clipped.
+    * ``"skip"``: it is the last norm that was not above its threshold.
+
+    The state has two numbers for each norm. Norms of zero and non-finite steps never
+    enter.
 
     Args:
         ratio: :math:`\gamma`, at least 1.
-        floor: the last norm counts as at least this, in the unit of the norms.
-        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
-        patience: after so many norms above in a row a norm is accepted as it is.
-            ``None`` is never, for ``"skip"`` 50.
+        floor: the smallest value of the last norm, in the unit of the norms.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
+        patience: after this number of spikes in a row a norm is accepted.
+            ``None`` is never, and 50 for ``"skip"``.
 
     Returns:
         A threshold rule.
@@ -258,20 +268,22 @@ def group_band(
     .. math:: S \leftarrow \beta S + (1 - \beta) n, \qquad
               t = \min(\max(n, \max(\alpha_{low} S, \text{floor})), \alpha_{high} S)
 
-    Norms below the band are raised to it: use it with the response
-    :func:`optax_clipx.responses.normalize`, which gives everything the norm of its
-    threshold, and mostly with :func:`optax_clipx.measures.group_norms`. Norms enter as
-    they are, this one before it is judged: one spike of :math:`k` times the average
-    raises the band by :math:`1 + (1-\beta)(k-1)`. Two numbers for each norm. Norms of
-    zero and steps that are not finite never enter.
+    Here :math:`S` is the moving average of the norm :math:`n`, and the target :math:`t`
+    is the nearest norm within the band. Norms below the band are raised to it: use the
+    rule with the response :func:`optax_clipx.responses.normalize`, which scales
+    everything to the norm of its threshold, and usually with
+    :func:`optax_clipx.measures.group_norms`. A norm enters the average before it is
+    compared, and without clipping: one spike of :math:`k` times the average raises the
+    band by the factor :math:`1 + (1-\beta)(k-1)`. The state has two numbers for each
+    norm. Norms of zero and non-finite steps never enter.
 
     Args:
         low: :math:`\alpha_{low}`, between 0 and 1; a number or a schedule.
         high: :math:`\alpha_{high}`, at least 1 (below 1 the average would shrink with
             what it clips); a number or a schedule.
         decay: :math:`\beta`, between 0 and 1.
-        floor: the least target of a norm that is raised, in the unit of the norms.
-        patience: after so many norms above in a row the average moves to the norm.
+        floor: the smallest target of a norm that is raised, in the unit of the norms.
+        patience: after this number of spikes in a row the average becomes the norm.
 
     Returns:
         A threshold rule.

@@ -41,21 +41,21 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
 
     With ``max_steps`` the whole history is kept, with ``window`` the last norms, and
-    the quantile is interpolated linearly; a history longer than ``max_steps`` goes on
-    as a window. With neither, a sketch counts norms in 999 bins of equal ratio from
-    1e-12 to 1e12: its quantile is within 2.9% of an actual one, in 4,000 bytes for each
-    norm. Beyond these ends it saturates: such norms count in the outermost bins, and
+    the quantile is interpolated linearly. A history longer than ``max_steps`` continues
+    as a window. Without both, a histogram counts norms in 999 bins of equal ratio from
+    1e-12 to 1e12. It takes 4,000 bytes for each norm, and its quantile is within 2.9%
+    of the exact one. Norms outside of this range count in the first or last bin, and
     ``saturated`` in the state counts them.
 
-    Norms enter as they are: a spike is one norm among many, so it moves the quantile by
-    one rank and cannot lock anything out; a new level is taken over once it fills the
-    fraction :math:`1 - q` of the history, which a window bounds. Norms of zero and
-    steps that are not finite do not enter.
+    Norms enter without clipping. A spike is one norm among many, so it moves the
+    quantile by one rank only. A new level is followed when it is the fraction
+    :math:`1 - q` of the history; a window makes that sooner. Norms of zero and
+    non-finite steps do not enter.
 
     Args:
-        q: between 0 and 1; may be traced.
-        window: how many norms to keep.
-        max_steps: how many norms to keep, for a history that never forgets.
+        q: the quantile, between 0 and 1; may be traced.
+        window: use the last ``window`` norms.
+        max_steps: use all norms of a run with at most this number of steps.
 
     Returns:
         A threshold rule.
@@ -106,11 +106,13 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
     .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr),
               \qquad t_1 = n_1
 
-    One number for each norm. A spike, however large, moves the threshold by the factor
-    :math:`e^{\eta q}`; a new level is reached in steps of this size (30 times as high:
-    190 steps at the defaults and :math:`q = 0.9`). From above it comes down slowly
-    there, by :math:`e^{-\eta(1-q)}` a step: a first norm of 25 times the level is felt
-    for 1,600 steps. Norms of zero and steps that are not finite do not move it.
+    Each norm :math:`n_k` above the threshold raises it by the factor
+    :math:`e^{\eta q}`, and each norm below lowers it by :math:`e^{-\eta(1-q)}`. So a
+    spike of any size moves it by this factor. With the default rate and
+    :math:`q = 0.9`, a level that is 30 times as high is reached in 190 steps. The
+    threshold falls more slowly: if the first norm is 25 times the usual norm, it takes
+    1,600 steps to come down. The state has one number for each norm. Norms of zero and
+    non-finite steps do not move it.
 
     Args:
         q: the fraction of norms that should be at most the threshold, between 0 and 1.

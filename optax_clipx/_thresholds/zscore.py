@@ -67,42 +67,49 @@ def zscore(
               t = \begin{cases} \text{target} & z > z^* \\ \mu + z^* \sigma
               & \text{else} \end{cases}
 
-    In the first ``warmup_steps`` norms there is no threshold, and :math:`\mu, \sigma`
-    are their mean and population standard deviation. After them either moving averages,
+    Here :math:`n` is the norm, and :math:`z` the number of standard deviations
+    :math:`\sigma` by which it is above the mean :math:`\mu`. There is no threshold for
+    the first ``warmup_steps`` norms, and :math:`\mu` and :math:`\sigma` are their mean
+    and population standard deviation. After them, they are moving averages,
 
     .. math:: \mu \leftarrow \beta\mu + (1-\beta) x, \qquad
               \sigma^2 \leftarrow \beta\sigma^2 + (1-\beta)(x - \mu_{new})^2,
 
-    or mean and population standard deviation of the last ``window`` norms. In ``"log"``
-    space all of this is of :math:`\log n`, the threshold is the exponential, and the
-    moving variance is :math:`E[l^2] - E[l]^2`; with ``warmup_steps=0`` averages are
-    plain until :math:`k` norms outweigh the decay, :math:`k > 1/(1-\beta)`.
+    or the mean and the population standard deviation of the last ``window`` norms. In
+    ``"log"`` space, all of this holds for :math:`l = \log n`, the threshold is the
+    exponential, and the moving variance is :math:`E[l^2] - E[l]^2`. With
+    ``warmup_steps=0``, the first :math:`1/(1-\beta)` steps are plain averages.
 
-    State: four numbers for each norm, or the window and two. Norms of zero and steps
-    that are not finite never enter.
+    The value :math:`x` that enters is the norm. On a spike it depends on ``stats``:
 
-    What enters on a spike, :math:`x`: ``stats="raw"`` the norm (the deviation grows and
-    hides an equal spike soon after); ``"clipped"`` the threshold (a real shift of the
-    level is followed slowly, and with the target ``"mean"`` or ``"reciprocal"`` never
-    but for ``patience``); ``"skip"`` nothing (the same).
+    * ``"raw"``: the norm enters. The deviation grows, so that an equal spike soon after
+      may not be clipped.
+    * ``"clipped"``: the threshold enters. A lasting change of the level is followed
+      slowly; with the target ``"mean"`` or ``"reciprocal"`` only by ``patience``.
+    * ``"skip"``: nothing enters. A lasting change is followed only by ``patience``.
+
+    The state has four numbers for each norm, or the window and two numbers. Norms of
+    zero and non-finite steps never enter.
 
     Args:
-        z_threshold: :math:`z^*`.
+        z_threshold: :math:`z^*`, the number of standard deviations above which a norm
+            is clipped.
         decay: :math:`\beta`, between 0 and 1.
-        window: how many norms to keep instead of moving averages.
-        warmup_steps: how many norms to see before there is a threshold.
+        window: the number of norms that are kept, instead of moving averages.
+        warmup_steps: the number of norms that are seen before there is a threshold.
         space: ``"linear"`` or ``"log"``.
-        target: where a norm above goes: ``"threshold"`` :math:`\mu + z^*\sigma`,
+        target: the norm of a clipped spike: ``"threshold"`` :math:`\mu + z^*\sigma`,
             ``"mean"`` :math:`\mu`, ``"reciprocal"``
             :math:`(\mu + (z^*)^2/z \cdot \sigma)` times ``clip_factor``.
         clip_factor: the factor of ``"reciprocal"``.
-        include_current: whether a norm enters before it is judged; then it enters raw.
-        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``.
-        patience: how many norms above in a row it takes until the last of them is
-            accepted: mean and deviation move there in proportion. ``None`` is 50, for
-            ``"raw"`` never.
-        min_relative_sd: a floor for :math:`\sigma/\mu`. Without one, constant norms
-            would make the smallest change a spike.
+        include_current: whether a norm enters before it is compared; then it enters
+            without clipping.
+        stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
+        patience: after this number of spikes in a row the last of them is accepted, and
+            the mean and the deviation move there in proportion. ``None`` is 50, and
+            never for ``"raw"``.
+        min_relative_sd: the smallest value of :math:`\sigma/\mu`. Without it, the
+            smallest change after constant norms would be a spike.
 
     Returns:
         A threshold rule; with ``target`` other than ``"threshold"`` its thresholds lie
