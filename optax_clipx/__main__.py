@@ -34,7 +34,7 @@ examples:
   python -m optax_clipx plot run.jsonl                      writes run.png beside it
   python -m optax_clipx plot run.jsonl -o norms.svg --theme dark
   python -m optax_clipx plot runs/a runs/b --html page.html one interactive page
-  python -m optax_clipx plot log.csv --step iter --norm gnorm --limit 1.0
+  python -m optax_clipx plot log.csv --step iter --norm gnorm --threshold 1.0
 """,
     "suggest": """
 examples:
@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = command("plot", _plot, "draw norms, clip rate and histogram")
     _norm_options(plot)
-    plot.add_argument("--limit", type=_number, help="draw this threshold")
+    plot.add_argument(
+        "--threshold", "--limit", dest="limit", type=_number, help="draw this threshold"
+    )
     plot.add_argument("--html", type=Path, metavar="PAGE", help="an interactive page")
     _picture_options(plot)
 

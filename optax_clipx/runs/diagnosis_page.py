@@ -16,7 +16,7 @@ def page(parts: Mapping[str, str]) -> str:
     """A whole page from labels of runs to what is shown of each."""
     title = "Diagnosis: " + ", ".join(map(escaped, parts))
     shown = [f"<h2>{escaped(label)}</h2>\n{part}" for label, part in parts.items()]
-    return head(title) + "\n".join(shown) + "\n</body></html>\n"
+    return head(title) + "\n".join(shown) + "\n</main></body></html>\n"
 
 
 def fragment(

@@ -31,7 +31,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; display: block;
 td {{ white-space: nowrap; }}
 th, td {{ text-align: left; vertical-align: bottom; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }}
-</style></head><body>
+</style></head><body><main>
 <h1>{title}</h1>
 """
 _PAGE = """{head}{table}
@@ -66,7 +66,7 @@ function restyle() {{
 dark.addEventListener("change", restyle);
 restyle();
 </script>
-</body></html>
+</main></body></html>
 """
 
 
@@ -333,7 +333,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
     for row in rows:
         cells = "".join(f"<td>{cell}</td>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
-    return "<table>" + "".join(lines) + "</table>"
+    return '<table tabindex="0">' + "".join(lines) + "</table>"
 
 
 def _usual(limits: np.ndarray | None) -> str:

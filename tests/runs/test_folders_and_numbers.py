@@ -83,6 +83,4 @@ def test_an_option_that_is_no_number_is_named(option, text, capsys):
         command_line.main([command, "run.jsonl", option, text])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"argument {option}: expected a finite number such as 1.0, got '{text}'" in (
-        said
-    )
+    assert f"{option}: expected a finite number such as 1.0, got '{text}'" in said

@@ -405,7 +405,7 @@ def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
     with SummaryWriter("logs/a") as writer:
         for step in range(40):
             writer.add_scalar("clip/norm", run["clip/norm"][step], step)
-    assert call("plot", "logs/a", "--limit", 1.0) == 0
+    assert call("plot", "logs/a", "--threshold", 1.0) == 0
     assert (tmp_path / "logs" / "a.png").exists()
     assert call("suggest", "logs/a") == 0
     want = clipx.suggest_threshold(run["clip/norm"].astype(np.float32)).value
