@@ -134,7 +134,8 @@ def test_nnx_variables_keep_their_metadata(name):
         specs = nnx.get_partition_spec(nnx.state(optimizer))
         found = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
         assert found.count(P("fsdp", None)) == times
-        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+        grads = jax.tree.map(jnp.ones_like, nnx.state(model))
+        nnx.jit(lambda *args: args[0].update(*args[1:]))(optimizer, model, grads)
 
 
 @pytest.mark.one_in(2)

@@ -370,7 +370,7 @@ def test_hyperparameters_may_be_traced():
         state, want_state = tx.init(tree()), plain.init(tree())
         for i in range(3):
             found, state = jax.jit(tx.update)(tree(i), state)
-            want, want_state = plain.update(tree(i), want_state)
+            want, want_state = jax.jit(plain.update)(tree(i), want_state)
         chex.assert_trees_all_close(found, want, rtol=1e-5)
 
 

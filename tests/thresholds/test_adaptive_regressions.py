@@ -12,11 +12,13 @@ import optax_clipx as clipx
 
 
 def run(rule, norms):
+    @jax.jit
+    def update(norm, state):
+        return rule.update(norm, state, clipx.thresholds.Context(0))
+
     state, limits = rule.init(jnp.float32(0)), []
     for norm in norms:
-        limit, state = rule.update(
-            jnp.float32(norm), state, clipx.thresholds.Context(0)
-        )
+        limit, state = update(jnp.float32(norm), state)
         limits.append(float(limit))
     return limits, state
 
@@ -25,19 +27,21 @@ def test_units_of_one_zero_on_each_device():
     """XLA squares a constant factor of arrays with one entry: 0 times infinity."""
     explicit = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     auto = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    in_shards = jax.jit(
+        jax.shard_map(
+            lambda g: clipx.functional.unit_norms(g, specs=P("x")),
+            mesh=auto,
+            in_specs=P("x"),
+            out_specs=P(),
+        )
+    )
     for value in (0.0, 1e-30, 1.0, 1e30):
         x = jax.device_put(
             jnp.full(8, value, jnp.float32), NamedSharding(explicit, P("x"))
         )
         want = [np.float32(value * 8**0.5)]
         np.testing.assert_allclose(clipx.functional.unit_norms(x), want, rtol=1e-6)
-        norms = jax.shard_map(
-            lambda g: clipx.functional.unit_norms(g, specs=P("x")),
-            mesh=auto,
-            in_specs=P("x"),
-            out_specs=P(),
-        )
-        np.testing.assert_allclose(jax.jit(norms)(np.asarray(x)), want, rtol=1e-6)
+        np.testing.assert_allclose(in_shards(np.asarray(x)), want, rtol=1e-6)
     params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(explicit, P("x")))}
     params["b"] = jax.device_put(jnp.zeros(8), NamedSharding(explicit, P("x")))
     clipped, _ = clipx.adaptive_grad_clip(0.1).update(params, None, params)
