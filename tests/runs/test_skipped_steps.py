@@ -45,8 +45,8 @@ def test_the_norm_of_a_skipped_step_is_what_the_skipper_measured():
 
 def test_norms_mark_both():
     lines = {x.get_label(): x for x in plotting.norms(run()).axes[0].get_lines()}
-    clipped = lines["clipped: 60.0% of the steps"].get_ydata()
-    skipped = lines["skipped: 10.0% of the steps"].get_ydata()
+    clipped = lines["clipped: 60.0% of steps"].get_ydata()
+    skipped = lines["skipped: 10.0% of steps"].get_ydata()
     assert clipped[np.isfinite(clipped)].tolist() == [3, 4, 5, 9, 6, 5]
     assert skipped[np.isfinite(skipped)].tolist() == [1000]
     dots, triangles = (lines[x].get_marker() for x in lines if "ped:" in x)
@@ -74,7 +74,7 @@ def test_the_histogram_has_bars_for_both():
         for bar in axes.patches
         if hasattr(bar, "get_data")
     }
-    assert heights == pytest.approx({"left alone": 0.3, "clipped": 0.6, "skipped": 0.1})
+    assert heights == pytest.approx({"unchanged": 0.3, "clipped": 0.6, "skipped": 0.1})
 
 
 def test_a_skipper_alone_is_drawn_as_skipping():
@@ -92,10 +92,10 @@ def test_the_page_has_a_column_for_each():
     from optax_clipx.runs.page import page
 
     text = page({"a": (run(), "clip/norm")})
-    assert "<th>clipped</th><th>skipped</th>" in text
+    assert "<th>clipped steps</th><th>skipped steps</th>" in text
     assert "<td>60.0%</td><td>10.0%</td>" in text
     assert '"name":"skipped: a"' in text
-    assert '"name":"a, skipped"' in text
+    assert '"name":"clipped: a"' in text
 
 
 def test_watch_has_a_line_for_each(tmp_path, monkeypatch, capsys):
