@@ -295,7 +295,7 @@ def test_the_suggested_limit_trains_as_well_as_the_best_of_ten(task, tmp_path):
     found = {
         row["how"]: row["of best"]
         for row in rows
-        if row["recorded"].startswith("limit")
+        if row["recorded"].startswith("threshold")
     }
     for rate in (0.1, 0.5, 0.9):
         assert found[f"clip_rate={rate:g}"] > 0.97
