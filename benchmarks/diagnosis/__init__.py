@@ -1,0 +1,1 @@
+"""How well `clipx.diagnose` finds faults that were planted into real training runs."""

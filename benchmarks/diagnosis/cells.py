@@ -1,0 +1,36 @@
+"""Which models, optimizers and clippers are trained together."""
+
+from typing import NamedTuple
+
+from diagnosis.tasks import tasks_of
+
+OPTIMIZERS = ("sgd", "adam", "muon")
+
+
+class Cell(NamedTuple):
+    """What one compiled program trains."""
+
+    task: str
+    optimizer: str
+    clipper: str
+
+
+def cells_of(half: str) -> list[Cell]:
+    """The cells of a half.
+
+    Each task has two of the three optimizers with a fixed threshold, and in the test
+    half other two than in the design half. Rules that adapt, and the skipping of steps,
+    take turns on the tasks that compile fast.
+    """
+    tasks = [task.name for task in tasks_of(half)]
+    cells = []
+    for i, task in enumerate(tasks):
+        left_out = OPTIMIZERS[(i + (half == "test")) % 3]
+        cells += [Cell(task, o, "fixed") for o in OPTIMIZERS if o != left_out]
+    mlp, rnn, _, cnn, _, policy = tasks
+    return [
+        *cells,
+        *(Cell(mlp, "adam", "skip"), Cell(cnn, "sgd", "skip")),
+        *(Cell(policy, "adam", "zclip"), Cell(mlp, "sgd", "zclip")),
+        *(Cell(cnn, "adam", "quantile"), Cell(rnn, "adam", "auto")),
+    ]
