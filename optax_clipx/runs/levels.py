@@ -62,19 +62,23 @@ def _medians(windows: np.ndarray) -> np.ndarray:
         return np.where(enough, np.nanmedian(windows, axis=1), np.nan)
 
 
-def margin(above: np.ndarray, least: float) -> float:
-    """How far above the level chance does not reach."""
+def margin(
+    above: np.ndarray, least: float, false: float = criteria.FALSE_SPIKES
+) -> float:
+    """How far above the level chance does not reach, but for so many times a run."""
     low, high = np.quantile(above, criteria.TAIL)
     outside = 1 - criteria.TAIL[0]
     scale = (high - low) / np.log(outside / (1 - criteria.TAIL[1]))
-    tail = low + scale * np.log(outside * len(above) / criteria.FALSE_SPIKES)
+    tail = low + scale * np.log(outside * len(above) / false)
     return max(least, min(float(tail), criteria.MOST_DEVIATIONS * spread(above)))
 
 
-def peaks(values: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+def peaks(
+    values: np.ndarray, least: float, false: float = criteria.FALSE_SPIKES
+) -> tuple[np.ndarray, np.ndarray]:
     """Where values are above the levels before and after, and by how much."""
     above = residuals(values)
-    enough = margin(above, least)
+    enough = margin(above, least, false)
     at = np.flatnonzero(above > 0.5 * enough)
     before, after = around(values, at)
     high = values[at] - np.maximum(before, after)
@@ -92,11 +96,16 @@ def _highest_of_each(at: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.n
 
 def rises(values: np.ndarray, least: float) -> np.ndarray:
     """Where values go above the level before them, whether or not they come back."""
-    above = residuals(values)
-    enough = margin(above, least)
-    at = np.flatnonzero(above > 0.25 * enough)
-    if not len(at):
-        return at
+    enough = margin(residuals(values), least)
+    each, count = criteria.WINDOW, len(values) // criteria.WINDOW
+    if count < 2:
+        return np.array([], np.int64)
+    # Near a lasting rise the level is above: that of the steps before tells.
+    level = np.median(values[: count * each].reshape(count, each), axis=1)
+    earlier = np.repeat(level, each)[: len(values) - each]
+    at = each + np.flatnonzero(
+        values[each : each + len(earlier)] - earlier > enough / 4
+    )
     before, _ = around(values, at)
     at = at[values[at] - before > enough]
     return at[np.append(True, np.diff(at) > criteria.WINDOW)] if len(at) else at
@@ -113,8 +122,12 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
     windows = np.lib.stride_tricks.sliding_window_view(short, side)
     levels = np.median(windows, axis=1)
     change = levels[side:] - levels[:-side]  # at the block `side` further on
-    least = max(criteria.SHIFT, criteria.SHIFT_DEVIATIONS * spread(change))
-    size = np.abs(change)
+    size, noise = np.abs(change), spread(change)
+    settled = np.arange(len(change)) + side >= criteria.SHIFT_SETTLED * count
+    deviations = np.where(
+        settled, criteria.SHIFT_DEVIATIONS, criteria.SHIFT_EARLY_DEVIATIONS
+    )
+    least = np.maximum(criteria.SHIFT, deviations * noise)
     around_it = np.lib.stride_tricks.sliding_window_view(
         np.pad(size, side), 2 * side + 1
     )

@@ -175,13 +175,21 @@ class Signals:
         return {leaf: line for leaf, line in lines.items() if line is not None}
 
     @cached_property
-    def sound_leaves(self) -> dict[str, Line]:
-        """The same up to where the run breaks: what follows a NaN says nothing."""
+    def _end(self) -> int | None:
+        """The step at which the run breaks: what follows a NaN says nothing."""
         ends = [breaks_at(self.norm), breaks_at(self.loss)]
-        end = min((end for end in ends if end is not None), default=None)
-        if end is None:
+        return min((end for end in ends if end is not None), default=None)
+
+    def sound(self, line: Line) -> Line:
+        """A line up to where the run breaks."""
+        return line if self._end is None else line.before(self._end)
+
+    @cached_property
+    def sound_leaves(self) -> dict[str, Line]:
+        """The norms of leaves up to where the run breaks."""
+        if self._end is None:
             return self.leaves
-        lines = {leaf: line.before(end) for leaf, line in self.leaves.items()}
+        lines = {leaf: self.sound(line) for leaf, line in self.leaves.items()}
         return {leaf: line for leaf, line in lines.items() if len(line.steps)}
 
     @cached_property

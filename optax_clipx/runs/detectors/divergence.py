@@ -56,12 +56,17 @@ def _departure(line: Line) -> int | None:
         return None
     local = spread(line.values[starts[best] : starts[best + 1]])
     enough = criteria.DEPARTED_DEVIATIONS * local
+    at_once = split(line.values, int(starts[best]), len(line.values))
     if lost < 2 * enough:  # single steps are on the good level by chance
-        return split(line.values, int(starts[best]), len(line.values))
+        return at_once
     # The last step on the good level; a spike that was recovered from is before it.
     bound = levels[best] + max(enough, criteria.DEPARTED_PART * lost)
-    good = np.flatnonzero(line.values[starts[best] :] <= bound)
-    return int(min(starts[best] + good[-1] + 1, len(line.values) - 1))
+    good = line.values <= bound
+    last = int(np.flatnonzero(good)[-1])
+    # So are some of a divergence that is very noisy.
+    if last > at_once and good[at_once : last + 1].mean() < criteria.DEPARTED_GOOD:
+        return at_once
+    return min(last + 1, len(line.values) - 1)
 
 
 def _least_loss(line: Line, levels: np.ndarray) -> float:
@@ -69,8 +74,10 @@ def _least_loss(line: Line, levels: np.ndarray) -> float:
     best = levels.min()
     above = residuals(line.values)
     before = above[: piece_starts(len(above))[int(levels.argmin())]]
-    noise = max(spread(before), spread(above[-2 * criteria.WINDOW :]))
+    at_end = spread(above[-2 * criteria.WINDOW :])
+    noise = max(spread(before), criteria.LOST_END * at_end)
     if best < 0:
+        noise = max(noise, at_end)
         gained = max(levels[0], line.values[0]) - best
         least = criteria.LOST_SHARE_BELOW_ZERO * gained
     else:
@@ -91,6 +98,10 @@ def norms(run: Signals) -> list[Finding]:
         found = _growth(run, tail, end)
         if found:
             return found
+    whole = run.norm.logs()
+    after = len(whole.steps) - len(norm.steps)
+    if end < np.inf and after >= criteria.GROWTH_AFTER * len(whole.steps):
+        return _growth(run, whole, end)
     return []
 
 
@@ -161,13 +172,16 @@ def updates(run: Signals) -> list[Finding]:
         least = 0.0
     if min(len(update.steps), len(loss_line.steps)) < criteria.LEAST_STEPS:
         return []
-    of_loss = loss_line.steps[rises(loss_line.values, least)]
-    of_update = update.steps[rises(update.values, criteria.UPDATE_RISE)]
-    of_norm = np.array([], np.int64)
     norm = run.norm.logs() if run.norm is not None else None
-    if norm is not None and len(norm.steps) >= criteria.LEAST_STEPS:
-        of_norm = norm.steps[rises(norm.values, criteria.UPDATE_RISE)]
-    pairs = _led(of_update, of_loss, of_norm)
+    pairs = []
+    risen = rises(update.values, criteria.UPDATE_RISE)
+    for step in update.steps[risen].tolist():
+        before = step - criteria.UPDATE_LEAD
+        if norm is not None and len(_lifted(norm, before, step, criteria.UPDATE_RISE)):
+            continue
+        later = _lifted(loss_line, step, step + criteria.UPDATE_LEAD, least)
+        if len(later):
+            pairs.append((step, int(later[0])))
     if not pairs:
         return []
     leads = [later - step for step, later in pairs]
@@ -183,14 +197,12 @@ def updates(run: Signals) -> list[Finding]:
     ]
 
 
-def _led(
-    of_update: np.ndarray, of_loss: np.ndarray, of_norm: np.ndarray
-) -> list[tuple[int, int]]:
-    """Rises of the update, each with that of the loss which it comes before."""
-    pairs = []
-    for step in of_update:
-        later = of_loss[(of_loss > step) & (of_loss <= step + criteria.UPDATE_LEAD)]
-        near = (of_norm <= step) & (of_norm > step - criteria.UPDATE_LEAD)
-        if len(later) and not near.any():
-            pairs.append((int(step), int(later[0])))
-    return pairs
+def _lifted(line: Line, step: int, end: int, least: float) -> np.ndarray:
+    """The steps after one, up to another, above the noise of the 50 steps before."""
+    first, here, last = np.searchsorted(line.steps, [step - 50, step, end], "right")
+    before = line.values[first:here]
+    if len(before) < criteria.LEAST_IN_WINDOW:
+        return np.array([], np.int64)
+    noise = criteria.LED_DEVIATIONS * spread(before)
+    bound = np.median(before) + max(least, noise)
+    return line.steps[here:last][line.values[here:last] > bound]

@@ -53,6 +53,9 @@ def locked(run: Signals) -> list[Finding]:
     start, stop = int(starts[longest]), int(stops[longest])
     if stop - start < max(criteria.LOCKED_STEPS, criteria.LOCKED_PART * len(flags)):
         return []
+    # A norm that passed now and then ends no lock-out.
+    shares = np.array([flags[x:stop].mean() for x in starts[: longest + 1]])
+    start = int(starts[np.argmax(shares >= criteria.LOCKED_SHARE)])
     to_the_end = stop == len(flags)
     return [
         finding(

@@ -11,11 +11,12 @@ from ..signals import Signals
 def always(run: Signals) -> list[Finding]:
     """Runs of which nearly every step is clipped, up to their end."""
     assert run.clipped is not None
-    flags, steps = run.clipped.values, run.clipped.steps
+    clipped = run.sound(run.clipped)
+    flags, steps = clipped.values, clipped.steps
     least = criteria.ALWAYS
     if run.target is not None:
-        least = max(least, run.target + criteria.ABOVE_TARGET)
-    if len(flags) < criteria.LEAST_STEPS or least > 1:
+        least = max(least, 1 - criteria.PASS_PART * (1 - run.target))
+    if len(flags) < criteria.LEAST_STEPS:
         return []
     parts = np.add.reduceat(flags, piece_starts(len(flags)))
     sizes = np.diff([*piece_starts(len(flags)), len(flags)])
@@ -42,8 +43,9 @@ def never(run: Signals) -> list[Finding]:
     assert run.clipped is not None
     norm = run.norm.finite()
     known = run.threshold.values[np.isfinite(run.threshold.values)]
-    few = len(run.clipped.values) < criteria.NEVER_STEPS or not len(known)
-    if few or not len(norm.values) or run.clipped.values.any():
+    clipped = run.sound(run.clipped)
+    few = len(clipped.values) < criteria.NEVER_STEPS or not len(known)
+    if few or not len(norm.values) or clipped.values.any():
         return []
     high, limit = float(np.quantile(norm.values, 0.99)), float(np.median(known))
     far = limit > criteria.NEVER_FAR * high
@@ -51,7 +53,7 @@ def never(run: Signals) -> list[Finding]:
         finding(
             "never-clipped",
             "warning" if far or run.target else "info",
-            [run.clipped.steps[0], run.clipped.steps[-1]],
+            [clipped.steps[0], clipped.steps[-1]],
             threshold=limit,
             **{"high_norm": high, "target": run.target or "unknown"},
             column=norm.name,
@@ -64,19 +66,23 @@ def warmup(run: Signals) -> list[Finding]:
     assert run.norm is not None
     assert run.threshold is not None
     keep = np.isfinite(run.norm.values) & (run.norm.values > 0)
-    keep &= np.isfinite(run.threshold.values)
     steps, norms = run.norm.steps[keep], run.norm.values[keep]
     limits = run.threshold.values[keep]
     count = len(norms)
-    if count < 2 * criteria.LEAST_STEPS or np.ptp(limits) == 0:
+    if count < 2 * criteria.LEAST_STEPS or _is_fixed(limits):
         return []
     early = min(criteria.WARMUP_STEPS, int(criteria.WARMUP_PART * count))
     at = int(norms[:early].argmax())
     near = max(criteria.WARMUP_STEPS, int(criteria.BLIND_PART * count))
     level = float(np.median(norms[at + 1 : at + 1 + near]))
-    if norms[at] < level * np.exp(criteria.WARMUP_SPIKE):
+    next_to_it = float(np.median(norms[at + 1 : at + 1 + criteria.WARMUP_ALONE]))
+    limits = limits[at + 1 :]
+    limits = limits[np.isfinite(limits)]  # rules have none while they warm up
+    is_spike = norms[at] >= next_to_it * np.exp(criteria.SPIKE)
+    is_high = norms[at] >= level * np.exp(criteria.WARMUP_SPIKE)
+    if not (is_spike and is_high and len(limits)):
         return []
-    later = limits[at + 1 :] > criteria.BLIND * level
+    later = limits > criteria.BLIND * level
     blind = int(later.argmin()) if not later.all() else len(later)
     if blind < max(criteria.BLIND_STEPS, criteria.BLIND_PART * count):
         return []
@@ -87,7 +93,12 @@ def warmup(run: Signals) -> list[Finding]:
             [steps[at]],
             norm=float(norms[at]),
             **{"later_norms": level, "blind_steps": blind},
-            threshold=float(np.median(limits[at + 1 : at + 1 + blind])),
+            threshold=float(np.median(limits[:blind])),
             column=run.norm.name,
         )
     ]
+
+
+def _is_fixed(limits: np.ndarray) -> bool:
+    known = limits[np.isfinite(limits)]
+    return not len(known) or bool(np.ptp(known) == 0)

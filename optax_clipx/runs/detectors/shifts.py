@@ -39,10 +39,13 @@ def schedule(run: Signals) -> list[Finding]:
         return []
     beside = np.interp(norm.steps, rate.steps, rate.values)
     norms, rates = pieces(norm.values), pieces(beside)
-    lowest = int(norms.argmin())
+    lowest = int(norms.argmin())  # norms may fall at first, as the loss does
     rise, fall = norms[-1] - norms[lowest], rates.max() - rates[-1]
     if rise < criteria.SCHEDULE_RISE or fall < criteria.SCHEDULE_FALL:
         return []
+    if len(norms) - lowest < criteria.SCHEDULE_PART * len(norms):
+        return []
+    norms, rates = norms[lowest:], rates[lowest:]
     together = ranks_agree(norms, rates)
     if together > criteria.SCHEDULE_RANK:
         return []

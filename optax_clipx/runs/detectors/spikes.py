@@ -16,26 +16,31 @@ def judge(run: Signals) -> list[Finding]:
     norm = run.norm.logs()
     if len(norm.steps) < criteria.LEAST_STEPS:
         return []
-    at, heights = peaks(norm.values, criteria.SPIKE)
-    if not len(at):
-        return []
-    steps, found = norm.steps[at], []
-    period, in_time = _period(steps)
+    steps, heights, found = *_peaks(norm, criteria.FALSE_SPIKES), []
+    many, their_heights = _peaks(norm, criteria.FALSE_PERIODIC)
+    period, in_time = _period(many)
     if period:
         found.append(
             finding(
                 "periodic-spikes",
                 "warning",
-                steps[in_time],
+                many[in_time],
                 period=period,
                 count=int(in_time.sum()),
-                factor=float(np.exp(np.median(heights[in_time]))),
+                factor=float(np.exp(np.median(their_heights[in_time]))),
                 column=run.norm.name,
             )
         )
-    if not in_time.all():
-        found.append(_single(run, steps[~in_time], heights[~in_time]))
+    alone = ~np.isin(steps, many[in_time])
+    if alone.any():
+        found.append(_single(run, steps[alone], heights[alone]))
     return found
+
+
+def _peaks(norm: Line, false: float) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of spikes and the logarithms of their heights."""
+    at, heights = peaks(norm.values, criteria.SPIKE, false)
+    return norm.steps[at], heights
 
 
 def _single(run: Signals, steps: np.ndarray, heights: np.ndarray) -> Finding:
