@@ -16,7 +16,7 @@ def always(run: Signals) -> list[Finding]:
     least = criteria.ALWAYS
     if run.target is not None:
         least = max(least, 1 - criteria.PASS_PART * (1 - run.target))
-    if len(flags) < criteria.LEAST_STEPS:
+    if len(flags) < criteria.LEAST_STEPS or run.target == 1:
         return []
     parts = np.add.reduceat(flags, piece_starts(len(flags)))
     sizes = np.diff([*piece_starts(len(flags)), len(flags)])
