@@ -9,7 +9,7 @@ import numpy as np
 
 from diagnosis.judging import Judged
 from diagnosis.truths import CODES
-from optax_clipx.runs.drawing import theme_of
+from optax_clipx.runs.drawing import Theme, theme_of
 
 Found = dict[str, list[Judged]]
 WITH_SIZE = {
@@ -158,17 +158,17 @@ def write_picture(found: Found, folder: Path) -> None:
     """A small panel for each code: found or not, by the size of the effect."""
     from matplotlib.figure import Figure
 
-    runs = [run for half in found.values() for run in half]
+    runs = found.get("test", next(iter(found.values())))
     for name in ("light", "dark"):
         theme = theme_of(name)
-        figure = Figure(figsize=(11, 8.2), layout="constrained", facecolor=theme.page)
+        figure = Figure(figsize=(11, 8.4), layout="constrained", facecolor=theme.page)
         axes = figure.subplots(4, 4)
         for ax, code in zip(axes.flat, WITH_SIZE, strict=False):
             _panel(ax, code, runs, theme)
         for ax in axes.flat[len(WITH_SIZE) :]:
             ax.set_axis_off()
-        _legend(axes.flat[-1], theme)
-        figure.savefig(folder / f"diagnosis_recall_{name}.png", dpi=130)
+        _legend(axes.flat[len(WITH_SIZE)], theme)
+        figure.savefig(folder / f"diagnosis_recall_{name}.png", dpi=110)
 
 
 def _planted(run: Judged) -> set[str]:
@@ -176,54 +176,58 @@ def _planted(run: Judged) -> set[str]:
     return {fault["code"] for fault in run.facts["faults"]}
 
 
-def _panel(ax: Any, code: str, runs: list[Judged], theme: Any) -> None:
+def _panel(ax: Any, code: str, runs: list[Judged], theme: Theme) -> None:
+    _frame(ax, code, theme)
     seen = [
-        (run.truths[code].effect, code in run.found, run.truths[code].present)
+        (max(run.truths[code].effect, 1e-2), code in run.found, _plain(run, code))
         for run in runs
-        if code in run.truths and (run.truths[code].present or code in _planted(run))
+        if code in run.truths and (_plain(run, code) or code in _planted(run))
     ]
+    if not seen:
+        return
+    sizes, hits, plain = map(np.array, zip(*sorted(seen), strict=True))
+    jitter = 0.04 * np.sin(37.0 * np.arange(len(sizes)))
+    for flag, colour, alpha in ((False, theme.text, 0.25), (True, theme.norm, 0.8)):
+        at = plain == flag
+        style = {"color": colour, "alpha": alpha, "markeredgewidth": 0}
+        ax.plot(sizes[at], hits[at] + jitter[at], "o", markersize=3.5, **style)
+    sizes, hits = sizes[plain], hits[plain]
+    parts = np.array_split(np.arange(len(sizes)), max(1, min(5, len(sizes) // 6)))
+    middles = [np.exp(np.mean(np.log(sizes[p]))) for p in parts]
+    rates = [hits[p].mean() for p in parts]
+    ax.plot(middles, rates, "-o", color=theme.clipped, lw=1.8, markersize=3)
+
+
+def _plain(run: Judged, code: str) -> bool:
+    """Whether a fault is present, and has to be found."""
+    return code in run.truths and run.truths[code].present
+
+
+def _frame(ax: Any, code: str, theme: Theme) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ax.set_title(code, fontsize=10, loc="left", color=theme.text, fontweight="bold")
     ax.set_facecolor(theme.page)
     ax.set_xlabel(WITH_SIZE[code], fontsize=8, color=theme.text)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=5))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(labelsize=8, colors=theme.text, which="both")
     ax.set_ylim(-0.12, 1.12)
     ax.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
     ax.grid(color=theme.grid, linewidth=0.6)
     for side in ax.spines.values():
         side.set_visible(False)
-    if not seen:
-        return
-    sizes, hits, present = map(np.array, zip(*sorted(seen), strict=True))
-    sizes = np.maximum(sizes, 1e-2)
-    jitter = 0.04 * np.sin(37.0 * np.arange(len(sizes)))
-    for flag, colour in ((True, theme.norm), (False, theme.grid)):
-        chosen = present == flag
-        ax.plot(
-            *(sizes[chosen], hits[chosen] + jitter[chosen], "o"),
-            color=colour,
-            markersize=3.5,
-            alpha=0.8,
-            markeredgewidth=0,
-        )
-    parts = np.array_split(np.arange(len(sizes)), max(1, min(6, len(sizes) // 6)))
-    middles = [np.exp(np.mean(np.log(sizes[p]))) for p in parts]
-    ax.plot(middles, [hits[p].mean() for p in parts], "-", color=theme.clipped, lw=1.8)
-    ax.set_xscale("log")
 
 
-def _legend(ax: Any, theme: Any) -> None:
-    for y, colour, text in (
-        (0.8, theme.norm, "a run in which the fault is present"),
-        (0.55, theme.grid, "a run with a small effect, which counts neither way"),
-        (0.3, theme.clipped, "fraction of runs in which it is found"),
-    ):
-        ax.plot([-0.95], [y], "o", color=colour, transform=ax.transAxes, clip_on=False)
-        ax.text(
-            -0.9,
-            y,
-            text,
-            fontsize=9,
-            color=theme.text,
-            va="center",
-            transform=ax.transAxes,
-        )
+def _legend(ax: Any, theme: Theme) -> None:
+    lines = (
+        (theme.norm, 0.8, "present: has to be found"),
+        (theme.text, 0.25, "small effect: counts neither way"),
+        (theme.clipped, 1.0, "fraction of those present that is found"),
+    )
+    for i, (colour, alpha, text) in enumerate(lines):
+        y, place = 0.8 - 0.25 * i, ax.transAxes
+        ax.plot([0.03], [y], "o", color=colour, alpha=alpha, transform=place)
+        label = ax.text(0.09, y, text, color=theme.text, va="center", transform=place)
+        label.set(fontsize=9, in_layout=False)

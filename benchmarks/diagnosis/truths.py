@@ -83,15 +83,16 @@ def truths(facts: dict[str, Any], run: Columns, twin: Columns) -> Truths:
     policy = facts["cell"][0].startswith("policy")
     case = Case(run, twin, facts["faults"], end, policy)
     if end >= 40:
-        for judge in CRITERIA:
-            found |= judge(case)
+        with np.errstate(all="ignore"):
+            for judge in CRITERIA:
+                found |= judge(case)
     return found
 
 
-def level(values: np.ndarray, start: int, stop: int) -> float:
-    """The median of a stretch."""
+def level(values: np.ndarray, start: int, stop: int) -> np.float64:
+    """The median of a stretch; NumPy's number, as some norms are zero."""
     part = values[max(0, start) : max(1, stop)]
-    return float(np.median(part)) if len(part) else float("nan")
+    return np.float64(np.median(part) if len(part) else np.nan)
 
 
 def ending(values: np.ndarray) -> float:
