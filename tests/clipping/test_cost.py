@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from xla_settings import OWN
 
 import optax_clipx as clipx
 
 SHAPE, LEAVES = (256, 64), 6
-# The fusions that users get, whatever the flags of conftest.py.
-USUAL = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 
 class Cost:
@@ -33,7 +32,7 @@ class Cost:
 
         with jax.numpy_dtype_promotion("standard"):
             lowered = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds)
-            compiled = lowered.compile(USUAL)
+            compiled = lowered.compile(OWN)
         memory, self.text = compiled.memory_analysis(), compiled.as_text()
         size = 4 * leaves * SHAPE[0] * SHAPE[1]
         self.moved = compiled.cost_analysis()["bytes accessed"] / size
@@ -128,7 +127,7 @@ def test_nothing_computed_of_large_leaves_is_held(make):
         return optax.apply_updates(params, updates), state
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds)
-    compiled = lowered.compile(USUAL)
+    compiled = lowered.compile(OWN)
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * kinds[0].size / 3
 
 
@@ -176,7 +175,7 @@ def test_a_narrow_leaf_is_not_stored_wide(dtype, scope, shape):
         if dtype == "float32":
             kinds.append(jax.ShapeDtypeStruct((8,), jnp.float64))
         step = jax.jit(clipx.clip_by(measure, 1.0).update, donate_argnums=0)
-        compiled = step.lower(kinds).compile(USUAL)
+        compiled = step.lower(kinds).compile(OWN)
     leaf = jnp.dtype(dtype).itemsize * shape[0] * shape[1]
     # Units take some vectors of all norms, together a leaf or so here.
     bound = leaf if scope == "tree" else 2 * leaf
@@ -187,7 +186,7 @@ def test_few_long_rows_are_added_in_loops_and_not_reduced():
     """A reduction of such units takes XLA for CPU 30 times as long."""
     kinds = [jax.ShapeDtypeStruct((4, 2**8, 2**8), jnp.float32)]
     step = jax.jit(lambda grads: clipx.measures.unit_norms(axis=0)(grads))
-    text = step.lower(kinds).compile(USUAL).as_text()
+    text = step.lower(kinds).compile(OWN).as_text()
     assert "f32[1,256,256]" in text
     assert not re.findall(r"f32\[1?,?256,256\]\S* reduce\(", text)
 
@@ -206,7 +205,7 @@ def test_no_loop_adds_up_all_leaves(scope):
     def largest(leaves):
         kinds = [jax.ShapeDtypeStruct((64,), jnp.float32)] * leaves
         step = jax.jit(lambda grads: CLIPPERS[scope]().update(grads)[0])
-        found = loops(step.lower(kinds).compile(USUAL).as_text())
+        found = loops(step.lower(kinds).compile(OWN).as_text())
         return max(len(loop.splitlines()) for loop in found)
 
     assert largest(200) <= largest(100) < 200

@@ -131,7 +131,9 @@ def test_counts():
     tx = clipx.clip_by_global_norm(1.0, nonfinite="zero")
     state = tx.init(PARAMS)
     for scale in (1.0, 0.01, jnp.nan, 1.0):
-        _, state = tx.update(jax.tree.map(lambda x, s=scale: x * s, PARAMS), state)
+        _, state = jax.jit(tx.update)(
+            jax.tree.map(lambda x, s=scale: x * s, PARAMS), state
+        )
     found = state.metrics
     assert (int(found.steps), int(found.num_clipped), int(found.num_nonfinite)) == (
         4,

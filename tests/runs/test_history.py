@@ -23,7 +23,7 @@ def recorded(path=None, steps=20):
     clipper = clipx.clip_by_global_norm(1.0)
     state = clipper.init(jnp.zeros(2))
     for step in range(steps):
-        _, state = clipper.update(jnp.array([3.0, step]), state)
+        _, state = jax.jit(clipper.update)(jnp.array([3.0, step]), state)
         history.append(step, {"loss": 1.0 / (step + 1), **clipx.metrics(state)})
     return history
 
