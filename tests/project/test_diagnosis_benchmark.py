@@ -1,0 +1,88 @@
+"""benchmarks/diagnosis: faults cover all codes, and the criteria tell them apart."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optax_clipx.runs.advice import ADVICE
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from diagnosis import planting, truths
+from diagnosis.cells import cells_of
+
+TIME = np.arange(400)
+
+
+def run(**changed):
+    """A healthy run of three leaves with a little noise."""
+    noise = np.exp(0.1 * np.random.default_rng(0).normal(size=400))
+    columns = {
+        "step": TIME,
+        "loss": 1 + np.exp(-TIME / 50) + 0.01 * noise,
+        "learning_rate": np.full(400, 0.1),
+        "update_norm": 0.1 * noise,
+        "clip/norm": 3**0.5 * noise,
+        "clip/threshold": np.full(400, 1.8),
+        **{f"track_norms/{name}": noise.copy() for name in "abc"},
+    }
+    return columns | changed
+
+
+def present(faulty, *faults):
+    """The codes that are present, by the criteria."""
+    facts = {"faults": [f._asdict() for f in faults], "cell": ["MLP"], "lost": 0}
+    found = truths.truths(facts, faulty, run())
+    return {code for code, truth in found.items() if truth.present}
+
+
+def test_each_code_is_planted():
+    assert {kind.code for kind in planting.KINDS.values()} == set(ADVICE)
+
+
+def test_the_halves_have_no_task_in_common():
+    design, test = ({cell.task for cell in cells_of(x)} for x in ("design", "test"))
+    assert len(design) == len(test) == 6
+    assert not design & test
+
+
+def test_the_same_runs_are_drawn_again():
+    drawn = planting.kinds_of_runs("design", 2)
+    assert drawn == planting.kinds_of_runs("design", 2)
+    assert {name for _, names in drawn for name in names} == set(planting.KINDS)
+
+
+def test_nothing_is_present_in_a_healthy_run():
+    assert present(run()) == set()
+
+
+@pytest.mark.parametrize(("factor", "found"), [(10, {"spikes"}), (1.5, set())])
+def test_a_spike_is_present_if_its_effect_is_large(factor, found):
+    norms = run()["clip/norm"]
+    norms[200] *= factor
+    fault = planting.Fault("bad batches", "spikes", factor, (200,))
+    assert present(run(**{"clip/norm": norms}), fault) == found
+
+
+def test_a_shift_is_present_with_what_follows_from_it():
+    norms = run()["clip/norm"]
+    norms[100:] *= 4
+    fault = planting.Fault("loss scale", "level-shift", 4, (100,))
+    faulty = run(**{"clip/norm": norms})
+    assert present(faulty, fault) == {"level-shift", "always-clipped"}
+
+
+def test_a_loss_that_is_lost_again_has_diverged():
+    loss = run()["loss"]
+    loss[300:] += 3
+    fault = planting.Fault("higher rate", "loss-diverged", 100, (300,))
+    assert present(run(loss=loss), fault) == {"loss-diverged"}
+
+
+def test_a_leaf_without_gradient_is_dead():
+    fault = planting.Fault("frozen", "dead-leaf", 1, (200,))
+    faulty = run(**{"track_norms/b": np.where(TIME < 200, 1.0, 0.0)})
+    assert present(faulty, fault) == {"dead-leaf"}
