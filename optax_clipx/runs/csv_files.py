@@ -75,13 +75,14 @@ def read(path: Path) -> Iterable[Columns]:
 
 
 def _of_whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The blocks of a file up to its last newline."""
+    """The blocks of a file up to its last newline, or to a line that is too long."""
     rest = b""
     while data := file.read(_BLOCK):
         data = rest + data
         end = data.rfind(b"\n") + 1
-        if end:
-            yield data[:end]
+        if not end:
+            return
+        yield data[:end]
         rest = data[end:]
 
 

@@ -171,6 +171,12 @@ def test_a_line_with_a_cell_too_many_is_not_made_up_for_by_the_next(tmp_path):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_line_that_is_longer_than_a_block_is_read(tmp_path):
+    history = load(tmp_path, f"step,norm\n0,1.{'0' * 50}\n1,2\n2,3\n")
+    assert history["norm"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_a_last_line_without_an_end_is_left_out(tmp_path):
     with pytest.warns(UserWarning, match="the last line has no end"):
         history = load(tmp_path, "step,norm\n0,1\n1,2\n2,3\n3,4\n4,5")
