@@ -126,7 +126,7 @@ def test_watch_reads_past_a_byte_order_mark(tmp_path):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(csv_files, "_BLOCK", 12)  # of a few lines
+    monkeypatch.setattr(csv_files, "_BLOCK", 16)  # of a few lines
 
 
 @pytest.mark.usefixtures("small_blocks")
