@@ -182,9 +182,8 @@ def check_number(value: Any, name: str) -> None:
             f"Expected {name} to be a number, a scalar array or an optax schedule, got"
             f" {value!r}."
         )
-    if np.iscomplexobj(
-        value
-    ):  # JAX 0.7 makes an int32 of an int, which may be too large
+    # NumPy's, since JAX 0.7's makes an int32 of an integer, which may be too large.
+    if np.iscomplexobj(value):
         raise TypeError(f"Expected a real {name}, got {value!r}.")
     if np.ndim(value) != 0:
         raise ValueError(
