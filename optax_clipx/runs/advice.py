@@ -21,7 +21,7 @@ ADVICE = {
         "loss-is-nan-after-n-steps",
     ),
     "loss-diverged": Advice(
-        "The loss leaves its best level, {best}, and ends at {end}.",
+        "The loss rises from its best level, {best}, to {end} at the end.",
         "optax.chain(clipx.auto_clip(), optax.adam(learning_rate / 3))",
         "the-loss-diverges",
     ),

@@ -30,10 +30,18 @@ def loss(run: Signals) -> list[Finding]:
             "error",
             [line.steps[place]],
             best=float(pieces(line.values).min()),
-            end=float(run.loss.values[-1]),
+            end=_last_level(run.loss),
             column=line.name,
         )
     ]
+
+
+def _last_level(loss: Line) -> float:
+    """The median of the last losses, as the best level is one; NaN if they end so."""
+    last = float(loss.values[-1])
+    if not np.isfinite(last):
+        return last
+    return float(np.median(loss.finite().values[-criteria.WINDOW :]))
 
 
 def diverged_at(run: Signals) -> int | None:
