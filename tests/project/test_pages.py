@@ -14,7 +14,8 @@ PAGES = {  # what each prints
     "README.md": r"92\.73618",
     "docs/index.md": r"92\.73618",
     "docs/quickstart.md": r"clip/norm 92\.73618",
-    "docs/meshes.md": r"device 64\.0\n.*parallel 64\.0\nFSDP 64\.0\n10\.0\n10\.0",
+    "docs/meshes.md": r"device 64\.0\n.*parallel 64\.0\nFSDP 64\.0\n"
+    r"shard_map 64\.0\n10\.0\n10\.0",
     "docs/units.md": r"\(6, 16, 32\) +\(1,\)(.|\n)*0\.1000(.|\n)*1\. +0\.5 0\.1",
     "docs/moments.md": r"True\nTrue",
     "docs/adaptive.md": r"2449 came down to 2\.69\n1",
