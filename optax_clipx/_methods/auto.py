@@ -29,8 +29,8 @@ def auto_clip(
     clipped.
 
     If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
-    the usual norm are not clipped for up to 4 steps. A loss that is multiplied by a
-    constant clips the same steps by the same factors.
+    the usual norm are not clipped for up to 4 steps. Multiplying the loss by a constant
+    changes nothing: the same steps are clipped by the same factors.
 
     Args:
         scope: as in :func:`zclip`.

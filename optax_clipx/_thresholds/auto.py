@@ -38,8 +38,8 @@ def auto() -> Threshold:
 
     Here :math:`n_k` is the norm at step :math:`k`, :math:`m_k` the level, and
     :math:`a_k` the number of norms in a row above the level, this one included, up to
-    400. After the fifth norm the level is at most the median of the five, so that a
-    spike at the first step does not stay. If all norms are multiplied by a constant, so
+    400. After five norms the level is at most their median, so that a spike at the
+    first step has no lasting effect. If all norms are multiplied by a constant, so
     are the thresholds.
 
     A norm above the level, of any size, raises the threshold by at most the factor
