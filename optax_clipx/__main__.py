@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--threshold", "--limit", dest="limit", type=_number, help="draw this threshold"
     )
-    plot.add_argument("--html", type=Path, metavar="PAGE", help="an interactive page")
+    plot.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write an interactive page"
+    )
     _picture_options(plot)
 
     suggest = command("suggest", _suggest, "suggest a threshold from recorded norms")
@@ -154,10 +156,14 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", metavar="NAME", help="the column with the learning rate"
     )
     diagnose.add_argument(
-        "--target", type=_number, help="the fraction of steps that the rule is to clip"
+        "--target",
+        type=_number,
+        help="the fraction of steps that the method should clip",
     )
     diagnose.add_argument("--json", action="store_true", help="print JSON")
-    diagnose.add_argument("--html", type=Path, metavar="PAGE", help="a page")
+    diagnose.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write a page with pictures"
+    )
     diagnose.add_argument("--force", action="store_true", help="overwrite files")
     return parser
 
@@ -231,9 +237,11 @@ def _compare(given: argparse.Namespace) -> None:
     for label, seeds in groups.items():
         ends = [_end(columns[given.column]) for columns in seeds]
         middle, low, high = np.median(ends), np.min(ends), np.max(ends)
+        seen = f"{low:.4g} to {high:.4g} in {len(ends)} runs"
         print(
-            f"{printable(label)}: {printable(given.column)} {middle:.4g} ({low:.4g} to"
-            f" {high:.4g} in {len(seeds)}) over the last tenth of the steps"
+            f"{printable(label)}: {printable(given.column)} {middle:.4g}"
+            f" ({'1 run' if len(ends) == 1 else seen}), median of the last tenth of the"
+            " steps"
         )
     _save(figure, path)
 
@@ -252,8 +260,10 @@ def _diagnose(given: argparse.Namespace) -> int:
         may_write(given.html, given.force)
     names = ("loss", "norm", "update_norm", "schedule", "target", "step")
     options = {name: getattr(given, name) for name in names}
-    found = {}
+    found, files = {}, {}
     for label, run in zip(_labels(given.runs), given.runs, strict=True):
+        # With its ending, so that a name such as "diverged" is not read as a verdict.
+        files[label] = Path(run).name if label == Path(run).stem else label
         threshold = _name_or_number(given.threshold)
         found[label] = diagnose(run, threshold=threshold, **options)
     if given.html is not None:
@@ -266,7 +276,7 @@ def _diagnose(given: argparse.Namespace) -> int:
         print(json.dumps({label: x._asdict() for label, x in found.items()}))
     else:
         for label, diagnosis in found.items():
-            print(f"{printable(label)}: {diagnosis}")
+            print(f"{printable(files[label])}: {diagnosis}")
         if given.html is not None:
             print(f"Wrote {printable(str(given.html))}")
     return int(any(found.values()))

@@ -1,115 +1,182 @@
 """What each finding says, what to do about it, and where that is explained."""
 
-from typing import NamedTuple
-
-PAGE = "docs/troubleshooting.md#"
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 
 class Advice(NamedTuple):
-    """A sentence with the names of the evidence in it, a line to type, a place."""
+    """What is said of a fault.
 
-    sentence: str
+    The sentence has the names of the evidence in braces, or is a function that returns
+    such a sentence for some evidence. The line of code may name ``{max_norm}``, a few
+    times the usual norm, and ``{run}``. The entry is a title of Troubleshooting.
+    """
+
+    sentence: str | Callable[[Mapping[str, Any]], str]
     line: str
-    anchor: str
+    entry: str
 
+
+def _nonfinite(evidence: Mapping[str, Any]) -> str:
+    verb = "is" if evidence["count"] == 1 else "are"
+    return (
+        f"The first {{value}} is in {{first_in}}; {{count:# step}} {verb} not finite."
+    )
+
+
+def _divergence(evidence: Mapping[str, Any]) -> str:
+    if math.isfinite(evidence["end"]):
+        return "The loss rises from its best level, {best}, to {end} at the end."
+    return "The loss rises from its best level, {best}, and is not finite at the end."
+
+
+def _growth(evidence: Mapping[str, Any]) -> str:
+    said = (
+        "The norm grows to {factor:.3g} times its level by step {last_step:,}; at step"
+        " {warned:,} it had doubled."
+    )
+    if "peak_step" in evidence:
+        said += (
+            " The growth starts where the learning rate reaches its maximum,"
+            " {peak_learning_rate}, at step {peak_step:,}."
+        )
+    return said
+
+
+def _spikes(evidence: Mapping[str, Any]) -> str:
+    count, lost = evidence["count"], evidence["not_recovered"]
+    most = "" if count == 1 else "up to "
+    said = f"The norm has {{count:# spike}}, of {most}{{factor:.3g}} times its level"
+    if lost == "unknown":
+        return f"{said}."
+    if lost:
+        ones = "it" if count == 1 else f"{lost} of them"
+        return f"{said}; the loss did not recover from {ones}."
+    return f"{said}; the loss recovered from {'it' if count == 1 else 'all of them'}."
+
+
+def _shifts(evidence: Mapping[str, Any]) -> str:
+    factors = evidence["factors"]
+    if len(factors) > 1:
+        return (
+            "At each of these steps the norm changes at once, to {factors:.3g} times."
+        )
+    verb = "falls" if factors[0] < 1 else "rises"
+    return (
+        f"From one step to the next the norm {verb} to {{factors:.3g}} times its level."
+    )
+
+
+def _always(evidence: Mapping[str, Any]) -> str:
+    said = "{clip_rate:.1%} of the steps are clipped"
+    if "target" in evidence:
+        return f"{said}; the rule's target is {{target:.0%}}."
+    return f"{said}."
+
+
+_LOWER = (
+    "optax.chain(clipx.zclip(max_norm={max_norm}), optimizer)"
+    "  # first lower the learning rate, for example to a third"
+)
 
 # The worse come first among findings of one severity.
 ADVICE = {
     "nonfinite": Advice(
-        "The first {value} is in {first_in}; {count} steps are not finite.",
+        _nonfinite,
         'clipx.clip_by_global_norm(1.0, nonfinite="raise")  # names the leaves',
-        "loss-is-nan-after-n-steps",
+        "Loss is NaN after N steps",
     ),
     "loss-diverged": Advice(
-        "The loss rises from its best level, {best}, to {end} at the end.",
-        "optax.chain(clipx.auto_clip(), optax.adam(learning_rate / 3))",
-        "the-loss-diverges",
+        _divergence,
+        _LOWER,
+        "The loss diverges",
     ),
     "growing-norms": Advice(
-        "The norm grows to {factor} times; at step {warned} it had doubled.",
-        "optax.chain(clipx.auto_clip(), optax.adam(learning_rate / 3))",
-        "the-loss-diverges",
+        _growth,
+        _LOWER,
+        "The loss diverges",
     ),
     "update-before-loss": Advice(
-        "The updates grow {lead} steps before the loss does, {count} times.",
-        "optax.chain(optax.adam(learning_rate), clipx.clip_by_global_norm(max_update))",
-        "updates-grow-before-the-loss",
+        "The norm of the updates grows {lead:# step} before the loss does; this happens"
+        " {count:# time}.",
+        "optax.chain(optimizer, clipx.clip_by_global_norm(max_update))",
+        "Updates grow before the loss",
     ),
     "lock-out": Advice(
-        "{in_a_row} steps in a row are skipped.",
+        "{in_a_row:# step} in a row are skipped.",
         "clipx.skip_spikes(optimizer, patience=20)",
-        "every-step-is-skipped",
+        "Every step is skipped",
     ),
     "spikes": Advice(
-        "The norm is up to {factor} times its level; {count} spikes, {not_recovered}"
-        " from which the loss did not recover.",
-        "optax.chain(clipx.zclip(), optax.adam(learning_rate))",
-        "gradient-norm-spikes",
+        _spikes,
+        "optax.chain(clipx.zclip(), optimizer)",
+        "Gradient norm spikes",
     ),
     "periodic-spikes": Advice(
-        "{count} spikes follow each other every {period} steps, of {factor} times the"
-        " level.",
+        "The norm has {count:# spike}, one every {period:# step}, of {factor:.3g} times"
+        " its level.",
         "batch = batches[step % period]  # look at the data of these steps",
-        "spikes-at-equal-distances",
+        "Spikes at equal distances",
     ),
     "level-shift": Advice(
-        "The norm takes another level at once, {factors} times the one before.",
-        "optax.chain(clipx.zclip(patience=20), optax.adam(learning_rate))",
-        "the-gradient-norm-changes-at-one-step",
+        _shifts,
+        "optax.chain(clipx.zclip(patience=20), optimizer)",
+        "The gradient norm changes at one step",
     ),
     "rises-with-schedule": Advice(
-        "The norm rises to {factor} times while the learning rate falls to"
-        " {learning_rate_factor} times.",
+        "The norm rises to {factor:.3g} times its level while the learning rate falls"
+        " to {learning_rate_factor:.3g} times its maximum.",
         "clipx.clip_by_global_norm(lambda step: max_norm * (schedule(step) / peak)"
         " ** -0.5)",
-        "norms-rise-as-the-learning-rate-falls",
+        "Norms rise as the learning rate falls",
     ),
     "warmup-spike": Advice(
         "A norm of {norm} at the start leaves the threshold at {threshold}, far above"
-        " the later norms of {later_norms}, for {blind_steps} steps.",
-        "clipx.zclip(max_norm=10.0)",
-        "an-early-spike-raises-the-threshold",
+        " the later norms of {later_norms}, for {blind_steps:# step}.",
+        "clipx.zclip(max_norm={max_norm})",
+        "An early spike raises the threshold",
     ),
     "always-clipped": Advice(
-        "{clip_rate:.1%} of the steps are clipped; the rule's target is {target}.",
-        "clipx.suggest_threshold(history, clip_rate=0.1).value",
-        "clip-rate-is-100",
+        _always,
+        "clipx.suggest_threshold({run}, clip_rate=0.1).value",
+        "Clip rate is 100%",
     ),
     "never-clipped": Advice(
         "No step is clipped: the threshold is {threshold}, and 99% of the norms are"
         " below {high_norm}.",
-        "clipx.suggest_threshold(history, clip_rate=0.1).value",
-        "clip-rate-is-0",
+        "clipx.suggest_threshold({run}, clip_rate=0.1).value",
+        "Clip rate is 0%",
     ),
     "dominant-leaf": Advice(
         "{leaf} has {share:.1%} of the squared norm.",
         'clipx.auto_clip(scope="leaf")',
-        "one-layer-dominates-the-gradient-norm",
+        "One layer dominates the gradient norm",
     ),
     "starved-leaves": Advice(
-        "The steps of all other leaves are {factor} times smaller than without"
+        "The steps of all other leaves are {factor:.3g} times smaller than without"
         " {starved_by}.",
         'clipx.auto_clip(scope="leaf")',
-        "one-layer-dominates-the-gradient-norm",
+        "One layer dominates the gradient norm",
     ),
     "dead-leaf": Advice(
         "There is no gradient in {leaves}.",
         "jax.tree.map(jnp.any, grads)  # False: the loss does not depend on it",
-        "a-layer-has-no-gradient",
+        "A layer has no gradient",
     ),
     "vanishing-by-depth": Advice(
-        "The norm of {first} is {first_over_last} times that of {last}.",
+        "The norm of {first} is {first_over_last:.3g} times that of {last}.",
         "x = x + layer(norm(x))  # a residual connection and a normalization",
-        "gradients-vanish-or-explode-with-depth",
+        "Gradients vanish or explode with depth",
     ),
     "exploding-by-depth": Advice(
-        "The norm of {first} is {first_over_last} times that of {last}.",
+        "The norm of {first} is {first_over_last:.3g} times that of {last}.",
         'clipx.auto_clip(scope="leaf")',
-        "gradients-vanish-or-explode-with-depth",
+        "Gradients vanish or explode with depth",
     ),
     "restarts": Advice(
-        "The steps go back {count} times: {kind}.",
+        "The steps go back {count:# time}: {kind}.",
         "clipx.History(path, resume=True)",
-        "the-steps-of-a-log-go-back",
+        "The steps of a log go back",
     ),
 }

@@ -63,6 +63,8 @@ GROWTH_FLAT = 0.1
 GROWTH_ABOVE = log(2.0)  # the level before: norms that fell and came back are none
 GROWTH_AFTER = 0.3  # of the run: it diverges slowly, and its norms may grow meanwhile
 GROWTH_AT_ONCE = 0.7  # the part of it within one piece, which is then a level shift
+PEAK_RISE = 0.9  # the learning rate starts below this part of its maximum
+PEAK_NEAR = 0.05  # of the run: growth that starts so close to the maximum is named so
 WARNED = log(2.0)  # above the lowest level: here a rule would have warned
 
 # A schedule that falls to a third and norms that double meanwhile.

@@ -8,6 +8,19 @@ from .diagnosis_page import fragment
 from .drawing import Envelope
 from .findings import SEVERITIES, Finding
 from .jsonl import named
+from .naming import counted
+
+# The faults of a run that diverges; the first in time usually causes the others.
+_CHAIN = ("growing-norms", "loss-diverged", "nonfinite")
+_NAMES = {
+    "the loss": "loss",
+    "the gradient norm": "grad_norm",
+    "the threshold": "clip/threshold",
+    "the norm of the updates": "update_norm",
+    "the learning rate": "learning_rate",
+    "the steps that were skipped": "skip/skipped",
+    "norms of leaves": "track_norms/<leaf>",
+}
 
 
 @dataclass(frozen=True)
@@ -52,13 +65,23 @@ class Diagnosis:
         if not self:
             return f"healthy: no errors or warnings in {self.steps:,} steps"
         kinds = [finding.severity for finding in self.findings]
-        counts = [f"{kinds.count(x)} of severity {x}" for x in SEVERITIES if x in kinds]
-        return f"{', '.join(counts)}, in {self.steps:,} steps"
+        counts = [(kinds.count(x), x) for x in SEVERITIES if x in kinds]
+        said = [f"{n} info" if x == "info" else counted(n, x) for n, x in counts]
+        return f"{', '.join(said)} in {counted(self.steps, 'step')}"
 
     def __str__(self) -> str:
-        lines = [self.summary]
+        lines = [self.summary, *self._order()]
         lines += map(str, self.findings)
         return "\n".join([*lines, *self.unjudged()])
+
+    def _order(self) -> list[str]:
+        """A line with where a divergence began, if it shows in several findings."""
+        chain = [x for x in self.findings if x.code in _CHAIN and x.severity == "error"]
+        chain.sort(key=lambda finding: finding.steps[0])
+        if len(chain) < 2:
+            return []
+        began, *later = [f"{x.code} at step {x.steps[0]:,}" for x in chain]
+        return [f"It started with {began}; then came {', then '.join(later)}."]
 
     def unjudged(self) -> list[str]:
         """A line for each kind of column that was missing, with what it would tell."""
@@ -66,7 +89,7 @@ class Diagnosis:
         for code, column in self.not_judged.items():
             lacking.setdefault(column, []).append(code)
         return [
-            f"not judged, without {column}: {', '.join(codes)}"
+            f"Not checked: {', '.join(codes)} ({_needed(column)})"
             for column, codes in lacking.items()
         ]
 
@@ -80,7 +103,16 @@ class Diagnosis:
         }
 
     def _repr_html_(self) -> str:
-        return fragment(self.summary, self.findings, self.pictures, self.unjudged())
+        summary = ". ".join([self.summary, *self._order()])
+        return fragment(summary, self.findings, self.pictures, self.unjudged())
+
+
+def _needed(column: str) -> str:
+    """What a run lacks, with a name that such a column may have."""
+    name = _NAMES.get(column)
+    if name is None:
+        return f"needs {column}"
+    return f"needs a column with {column}, for example {name}"
 
 
 def _for_json(finding: Finding) -> dict[str, Any]:

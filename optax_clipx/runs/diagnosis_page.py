@@ -40,7 +40,7 @@ def _finding(finding: Finding, picture: Envelope | None) -> str:
     colour = _COLOURS[finding.severity]
     return (
         f'<h3><span style="color: {colour}">{finding.severity}</span>:'
-        f" {escaped(finding.code)} at {escaped(places(finding.steps))}</h3>\n"
+        f" {escaped(finding.code)} at {escaped(places(finding))}</h3>\n"
         f"<p>{escaped(finding.sentence)}</p>\n"
         + (sketch(picture, finding.steps, colour) if picture else "")
         + f"<table>{numbers}</table>\n<p><code>{escaped(finding.advice)}</code></p>"

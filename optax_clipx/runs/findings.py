@@ -4,11 +4,23 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .advice import ADVICE, PAGE
+from .advice import ADVICE
 from .escaping import printable
+from .naming import counted
 
 SEVERITIES = ("error", "warning", "info")
 _SHOWN = 5  # steps in a line
+_STRETCHES = {  # codes whose two steps are the first and the last of a stretch
+    "growing-norms",
+    "lock-out",
+    "rises-with-schedule",
+    "always-clipped",
+    "never-clipped",
+    "dominant-leaf",
+    "starved-leaves",
+    "vanishing-by-depth",
+    "exploding-by-depth",
+}
 
 
 class Finding(NamedTuple):
@@ -38,13 +50,16 @@ class Finding(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was found, in one sentence; it may have names from a file in it."""
-        given = {name: _Shown(value) for name, value in self.evidence.items()}
-        return ADVICE[self.code].sentence.format(**given)
+        said = ADVICE[self.code].sentence
+        if callable(said):
+            said = said(self.evidence)
+        given = {"last_step": (self.steps or (0,))[-1], **self.evidence}
+        return said.format(**{name: _Shown(value) for name, value in given.items()})
 
     def __str__(self) -> str:
         return (
-            f"{self.severity}: {self.code} at {places(self.steps)}\n"
-            f"  {printable(self.sentence)}\n  {self.advice}"
+            f"{self.severity}: {self.code} at {places(self)}\n"
+            f"  {printable(self.sentence)}\n  {printable(self.advice)}"
         )
 
 
@@ -54,9 +69,15 @@ def finding(code: str, severity: str, steps: Iterable[Any], **evidence: Any) -> 
         name: value.item() if hasattr(value, "item") else value
         for name, value in evidence.items()
     }
-    _, line, anchor = ADVICE[code]
     places = tuple(int(step) for step in steps)
-    return Finding(code, severity, places, plain, f"{line}  ({PAGE}{anchor})")
+    return Finding(code, severity, places, plain, advice(code))
+
+
+def advice(code: str, max_norm: str = "3 * usual_norm", run: str = "history") -> str:
+    """The line to type for a fault, and the entry of Troubleshooting."""
+    _, line, entry = ADVICE[code]
+    typed = line.format(max_norm=max_norm, run=run)
+    return f'{typed}  (Troubleshooting: "{entry}")'
 
 
 class _Shown:
@@ -66,7 +87,18 @@ class _Shown:
         self.value = value
 
     def __format__(self, form: str) -> str:
+        if form.startswith("#"):  # a number of things
+            return _number_of(self.value, form[1:].strip())
+        if form and isinstance(self.value, list):
+            return shown([format(x, form) for x in self.value])
         return format(self.value, form) if form else shown(self.value)
+
+
+def _number_of(value: Any, noun: str) -> str:
+    """1 step, 2 steps, 1.5 steps."""
+    if value == int(value):
+        return counted(int(value), noun)
+    return f"{value:.3g} {noun}s"
 
 
 def shown(value: Any) -> str:
@@ -79,10 +111,13 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def places(steps: tuple[int, ...]) -> str:
-    """The first of some steps, in words."""
+def places(finding: Finding) -> str:
+    """The first of the steps of a finding, or its stretch, in words."""
+    steps = finding.steps
     if not steps:
         return "no step of its own"
+    if finding.code in _STRETCHES and steps[0] < steps[-1]:
+        return f"steps {steps[0]:,} to {steps[-1]:,}"
     more = f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else ""
     plural = "s" if len(steps) > 1 else ""
     return f"step{plural} {', '.join(f'{x:,}' for x in steps[:_SHOWN])}{more}"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .advice import ADVICE
+from .context import in_context
 from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
 from .diagnosis import Diagnosis
 from .drawing import Envelope, envelope
@@ -70,7 +71,7 @@ def judge(seen: Signals) -> Diagnosis:
     if seen.restarts.mixed:
         others = [code for code in ADVICE if code != "restarts"]
         lacking = dict.fromkeys(others, "a log of one run")
-    found.sort(key=_rank)
+    found = in_context(sorted(found, key=_rank), seen)
     return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
 
 

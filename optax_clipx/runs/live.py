@@ -152,7 +152,7 @@ def _panel(label: str, follower: Follower, norm: str | None, alarm: Alarm) -> An
 
 def _line(finding: Finding) -> str:
     """A finding in one line."""
-    said = f"{finding.code} at {places(finding.steps)}: {finding.sentence}"
+    said = f"{finding.code} at {places(finding)}: {finding.sentence}"
     return printable(said)
 
 

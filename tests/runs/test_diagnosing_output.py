@@ -30,11 +30,11 @@ def files(tmp_path, monkeypatch):
 def test_the_exit_status_tells_what_was_found(files, capsys):
     assert command_line.main(["diagnose", "fine.jsonl"]) == 0
     assert capsys.readouterr().out.startswith(
-        "fine: healthy: no errors or warnings in 1,000 steps\n"
+        "fine.jsonl: healthy: no errors or warnings in 1,000 steps\n"
     )
     assert command_line.main(["diagnose", "fine.jsonl", "spiky.jsonl"]) == 1
     said = capsys.readouterr().out
-    assert "spiky: 1 of severity warning, in 1,000 steps\n" in said
+    assert "spiky.jsonl: 1 warning in 1,000 steps\n" in said
     assert "warning: spikes at step 700\n" in said
     assert command_line.main(["diagnose", "fine.jsonl", "broken.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("error: broken.jsonl:1: ")

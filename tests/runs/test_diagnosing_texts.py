@@ -1,8 +1,10 @@
 """What a diagnosis says: sentences that agree with the numbers they are about."""
 
 import numpy as np
+import pytest
 
 import optax_clipx as clipx
+from optax_clipx import __main__ as command_line
 
 
 def found(run, code):
@@ -23,6 +25,141 @@ def test_a_diverged_loss_never_ends_below_its_best_level():
 def test_a_diverged_loss_that_ends_as_nan_says_so():
     loss = np.r_[np.full(100, 1.0), np.full(149, 60.0), np.nan]
     diverged = found({"loss": loss}, "loss-diverged")
-    assert (
-        diverged.sentence == "The loss rises from its best level, 1, to nan at the end."
+    assert diverged.sentence == (
+        "The loss rises from its best level, 1, and is not finite at the end."
     )
+
+
+def diverging(peak=600):
+    """Norms of 1.5 that grow from step 600 on, a loss that follows, and a NaN."""
+    step = np.arange(900)
+    noise = np.exp(0.05 * np.random.default_rng(0).normal(size=900))
+    growth = np.exp(np.clip((step - 600) / 60, 0, None))
+    loss = 1 + 2 * np.exp(-step / 100) + 0.01 * noise
+    loss += np.clip((step - 750) / 20, 0, None)
+    loss[840:] = np.nan
+    return {
+        "loss": loss,
+        "grad_norm": 1.5 * growth * noise,
+        "learning_rate": 0.003 * np.minimum(step / peak, 1.0),
+    }
+
+
+def test_the_first_line_says_where_a_divergence_started():
+    diagnosis = clipx.diagnose(diverging())
+    summary, order = str(diagnosis).splitlines()[:2]
+    first = {x.code: f"{x.code} at step {x.steps[0]}" for x in diagnosis.findings}
+    assert summary == "3 errors in 900 steps"
+    assert order == (
+        f"It started with {first['growing-norms']}; then came"
+        f" {first['loss-diverged']}, then nonfinite at step 840."
+    )
+    assert diagnosis.codes == ("nonfinite", "loss-diverged", "growing-norms")
+    assert order in diagnosis._repr_html_().replace("&#x27;", "'")
+
+
+def test_one_finding_has_no_order():
+    loss = np.r_[np.full(100, 18.0), np.full(150, 60.0)]
+    assert "It started" not in str(clipx.diagnose({"loss": loss}))
+
+
+def test_a_stretch_is_written_as_one():
+    growth = found(diverging(), "growing-norms")
+    first, last = growth.steps
+    assert f"growing-norms at steps {first} to {last}\n" in str(growth)
+
+
+def test_the_maximum_of_the_learning_rate_is_named_if_growth_starts_there():
+    named = found(diverging(peak=600), "growing-norms").sentence
+    assert named.endswith(
+        " The growth starts where the learning rate reaches its maximum, 0.003, at step"
+        " 600."
+    )
+    assert "maximum" not in found(diverging(peak=200), "growing-norms").sentence
+    constant = diverging() | {"learning_rate": np.full(900, 0.003)}
+    assert "maximum" not in found(constant, "growing-norms").sentence
+
+
+@pytest.mark.parametrize("code", ["growing-norms", "loss-diverged"])
+def test_the_remedy_has_three_times_the_usual_norm_of_the_run(code):
+    diverged = found(diverging(), code)
+    assert diverged.evidence["usual_norm"] == pytest.approx(1.5, rel=0.02)
+    assert diverged.advice == (
+        "optax.chain(clipx.zclip(max_norm=4.5), optimizer)  # first lower the learning"
+        ' rate, for example to a third  (Troubleshooting: "The loss diverges")'
+    )
+
+
+def test_without_norms_the_remedy_names_the_usual_norm():
+    loss = np.r_[np.full(100, 18.0), np.full(150, 60.0)]
+    assert "max_norm=3 * usual_norm" in found({"loss": loss}, "loss-diverged").advice
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ([60], "The norm has 1 spike, of 30 times its level."),
+        ([60, 120], "The norm has 2 spikes, of up to 30 times its level."),
+    ],
+)
+def test_spikes_are_counted(at, words):
+    norms = np.ones(200)
+    norms[at] = 30.0
+    assert found({"norm": norms}, "spikes").sentence == words
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [([60], "recovered from it."), ([60, 120], "recovered from all of them.")],
+)
+def test_recovery_from_spikes_is_told(at, words):
+    run = {"norm": np.ones(200), "loss": np.linspace(2, 1, 200)}
+    run["norm"][at] = 30.0
+    assert found(run, "spikes").sentence.endswith(f"; the loss {words}")
+
+
+@pytest.mark.parametrize(("factor", "words"), [(0.25, "falls to"), (4, "rises to")])
+def test_a_level_shift_falls_or_rises(factor, words):
+    norms = np.exp(0.05 * np.random.default_rng(0).normal(size=400))
+    norms[200:] *= factor
+    run = {"norm": norms}
+    shift = found(run, "level-shift")
+    assert shift.sentence.startswith(f"From one step to the next the norm {words} ")
+    assert shift.evidence["factors"] == pytest.approx([factor], rel=0.05)
+
+
+def test_a_target_that_is_not_known_is_not_mentioned():
+    run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
+    always = found(run, "always-clipped")
+    assert always.sentence == "100.0% of the steps are clipped."
+    assert "target" not in always.evidence
+
+
+def test_what_was_not_checked_names_a_column_to_record():
+    diagnosis = clipx.diagnose({"norm": np.ones(100), "loss": np.ones(100)})
+    assert (
+        "Not checked: update-before-loss (needs a column with the norm of the updates,"
+        " for example update_norm)"
+    ) in str(diagnosis)
+
+
+def test_advice_from_a_file_names_the_file(tmp_path):
+    history = clipx.History()
+    run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
+    history.append(range(200), run)
+    path = history.save(tmp_path / "run.jsonl")
+    assert (
+        f"clipx.suggest_threshold({str(path)!r}, "
+        in found(path, "always-clipped").advice
+    )
+
+
+def test_compare_gives_a_range_only_of_several_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, loss in {"a": 2.0, "b": 3.0, "c": 5.0}.items():
+        (tmp_path / f"{name}.csv").write_text(f"step,loss\n0,{loss}\n1,{loss}\n")
+    command_line.main(["compare", "one=a.csv", "two=b.csv", "two=c.csv"])
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "one: loss 2 (1 run), median of the last tenth of the steps",
+        "two: loss 4 (3 to 5 in 2 runs), median of the last tenth of the steps",
+    ]

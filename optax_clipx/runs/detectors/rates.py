@@ -1,5 +1,7 @@
 """How often a run was clipped, against what its rule is to clip."""
 
+from typing import Any
+
 import numpy as np
 
 from .. import criteria
@@ -28,7 +30,9 @@ def always(run: Signals) -> list[Finding]:
     start = piece_starts(len(flags))[high[0]]
     if len(flags) - start < criteria.ALWAYS_STRETCH * len(flags):
         return []
-    evidence = {"clip_rate": float(rates[high[0]]), "target": run.target or "unknown"}
+    evidence: dict[str, Any] = {"clip_rate": float(rates[high[0]])}
+    if run.target is not None:
+        evidence["target"] = run.target
     if run.norm is not None and run.threshold is not None:
         evidence["threshold"] = float(np.median(run.threshold.values[start:]))
         evidence["median_norm"] = float(np.median(run.norm.values[start:]))
@@ -55,7 +59,8 @@ def never(run: Signals) -> list[Finding]:
             "warning" if far or run.target else "info",
             [clipped.steps[0], clipped.steps[-1]],
             threshold=limit,
-            **{"high_norm": high, "target": run.target or "unknown"},
+            **{"high_norm": high},
+            **({} if run.target is None else {"target": run.target}),
             column=norm.name,
         )
     ]
