@@ -55,7 +55,7 @@ def adagc(
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: after this number of spikes in a row their level is accepted.
-        max_norm: an additional absolute threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -129,7 +129,7 @@ def olmo_ratio_clip(
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing; see :func:`thresholds.ema_ratio`.
         patience: after this number of spikes in a row their level is accepted.
-        max_norm: an additional absolute threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -202,7 +202,7 @@ def norm_growth_clip(
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: after this number of clipped norms in a row a norm is accepted.
-        max_norm: an additional absolute threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -52,7 +52,7 @@ def zclip(
             ``"mean"`` for :math:`\mu`, or ``"threshold"`` for
             :math:`\mu + z^*\sigma` ("percentile" in the official code).
         clip_factor: the factor in the formula.
-        max_norm: an additional absolute threshold, in the unit of the updates. It is
+        max_norm: an upper limit of the threshold, in the unit of the updates. It is
             ``None`` by default, because with the official default of 1.0 the clipper
             behaves like a fixed one.
         stats: what enters the averages on a spike: ``"clipped"`` the threshold,
@@ -129,7 +129,7 @@ def log_zscore_clip(
         z_threshold: :math:`z^*`, the number of standard deviations above which a norm
             is clipped.
         decay: the decay of the moving averages; the first steps are plain averages.
-        max_norm: an additional absolute threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -204,7 +204,7 @@ def historical_update_clip(
         stats: what enters the window on a spike: ``"raw"`` the norm, ``"clipped"`` the
             threshold, or ``"skip"`` nothing.
         patience: after this number of spikes in a row their level is accepted.
-        max_norm: an additional absolute threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
