@@ -23,7 +23,8 @@ def auto_clip(
     .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
 
     The threshold at step :math:`k` is :math:`2 m_k`, where :math:`m_k` estimates the
-    norm that 95% of the steps exceed; :func:`thresholds.auto` describes the rule. If
+    5th percentile of the norms: only 5% of the steps have a smaller norm.
+    :func:`thresholds.auto` describes the rule. If
     norms vary little, the threshold is above nearly all of them, and only spikes are
     clipped. If norms have heavy tails, it is below their median, and most steps are
     clipped.

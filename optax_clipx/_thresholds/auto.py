@@ -29,7 +29,7 @@ class AutoState(NamedTuple):
 
 
 def auto() -> Threshold:
-    r"""Twice the norm that 95% of the steps exceed: :func:`optax_clipx.auto_clip`.
+    r"""Twice the 5th percentile of the norms, for :func:`optax_clipx.auto_clip`.
 
     .. math:: t_k = 2\, m_k, \qquad
               \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
@@ -70,10 +70,10 @@ def auto() -> Threshold:
         1.295
 
     References:
-        A quantile tracked by the signs alone: Andrew et al., Differentially private
+        A quantile tracked by comparisons alone: Andrew et al., Differentially private
         learning with adaptive clipping, 2021, arXiv 1905.03871. A low percentile as the
         threshold: Seetharaman et al., AutoClip, 2020, arXiv 2007.14469. The factor, the
-        start and the growing pace are this package's own.
+        start and the growing rate are this package's own.
     """
 
     def update(norm: jax.Array, state: AutoState, context: Context) -> Any:

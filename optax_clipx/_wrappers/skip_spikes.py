@@ -83,9 +83,10 @@ def skip_spikes(
     .. math:: t = \exp\bigl(m + \min(5 s, \max(\log 15, 3 s))\bigr)
 
     where :math:`m` is the mean of :math:`\log n` over about the last 16 norms, and
-    :math:`s` its standard deviation over about the last 64. They start from the median
-    and the quartiles of the first 8 norms, so that a spike among these changes little;
-    there is no threshold before the 8th norm. A norm above the threshold does not enter
+    :math:`s` its standard deviation over about the last 64. The first mean
+    and standard deviation come from the median and the quartiles of the first 8 norms,
+    so that one spike among these does not hide later ones; there is no threshold before
+    the 8th norm. A norm above the threshold does not enter
     the statistics, and neither does a norm that is equally far below :math:`m`. After
     ``patience`` such norms in a row, the level of the last one is accepted. A
     non-finite norm never enters, and is never accepted. If one of the first 100 norms
