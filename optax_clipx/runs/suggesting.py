@@ -9,6 +9,8 @@ from .table import present
 
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
+_TRACKER_RATE = 0.02  # the default learning_rate of thresholds.quantile_tracker
+_TIMES = 3  # the usual norm, as the bound of a rule that follows rising norms
 _MANY = 0.01
 _NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long they were
 
@@ -30,6 +32,7 @@ class Suggestion(NamedTuple):
         rule: an adaptive rule to use instead, as code; ``None`` if a threshold will do.
         asked: the fraction of steps that was asked for.
         why: why ``clip_rate`` is not ``asked``; empty if it is.
+        exploded: whether more than 1% of the norms were infinite or NaN.
     """
 
     value: float
@@ -44,13 +47,15 @@ class Suggestion(NamedTuple):
     rule: str | None
     asked: float = 0.1
     why: str = ""
+    exploded: bool = False
 
     def __str__(self) -> str:
         low, high = min(self.rates), max(self.rates)
         lines = [
+            self._use(),
             f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
             f" (between {low:.1%} and {high:.1%} in each tenth of the run);"
-            f" {_percent(self.asked)} was asked for"
+            f" {_percent(self.asked)} was asked for",
         ]
         if self.why:
             lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
@@ -61,12 +66,22 @@ class Suggestion(NamedTuple):
             lines.append(f"non-finite: {naming.counted(self.nonfinite, 'norm')}")
         if self.warning:
             lines.append(f"warning: {self.warning}")
-        if self.rule:
-            # With max_norm=, a rule helps only where the norms go on to fall.
-            case = "if they fall further" if self.drift < 1 else "to follow the norms"
-            lines.append(f"{case}: {self.rule}")
+        if self.rule and self.drift < 1:
+            lines.append(
+                f"if they fall further in a longer run: {self.rule}; its threshold"
+                f" is at most {self.value:.4g} and falls by at most"
+                f" {_percent(_TRACKER_RATE * self.asked)} a step"
+            )
+        if self.rule and not self.exploded:
             lines.append("without a number to choose: optax_clipx.auto_clip()")
         return "\n".join(lines)
+
+    def _use(self) -> str:
+        """The one thing to do."""
+        if self.rule and self.drift > 1:
+            first = "a lower learning rate, and " if self.exploded else ""
+            return f"use this one: {first}{self.rule}"
+        return f"use this one: optax_clipx.clip_by_global_norm({self.value:.4g})"
 
 
 def suggest_threshold(
@@ -144,6 +159,7 @@ def suggest_threshold(
         # A threshold for the high norms of the start would let pass what is a spike
         # later, and too low a threshold does less harm than too high a one.
         value = min(_limit(_cut(steady, 3)[-1], cutoff, clip_rate), ceiling)
+    exploded = nonfinite > _MANY * len(steady)
     rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
     found = Suggestion(
         value=value,
@@ -155,8 +171,9 @@ def suggest_threshold(
         nonfinite=nonfinite,
         recorded=recorded,
         warning="",
-        rule=_rule(1 - clip_rate, value, drift) if drifting else None,
+        rule=_rule(1 - clip_rate, value, steady, drift, exploded) if drifting else None,
         asked=float(clip_rate),
+        exploded=exploded,
     )
     return found._replace(
         warning=_warning(found, len(steady), clip_rate), why=_why(found, len(steady))
@@ -256,12 +273,17 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
     return levels[-1] / levels[0], bool(moved and uneven)
 
 
-def _rule(quantile: float, value: float, drift: float) -> str:
-    # Norms that fell are followed down, and never up beyond the threshold: where
-    # clipping is what keeps them low, a rule that follows them up lets training
-    # explode.
-    most = f", max_norm={value:.4g}" if drift < 1 else ""
-    return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker"{most})'
+def _rule(
+    quantile: float, value: float, norms: np.ndarray, drift: float, exploded: bool
+) -> str:
+    # Norms that fell are followed down, and never up beyond the threshold; norms that
+    # rose are followed up to a few times the usual norm: where clipping is what keeps
+    # them low, a rule that follows them without a bound lets training explode.
+    # The norms of a run that exploded are usual at its start alone.
+    usual = _cut(norms, 3)[0 if exploded else -1]
+    most = value if drift < 1 else _TIMES * _median(usual)
+    bound = f"max_norm={most:.4g}"
+    return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker", {bound})'
 
 
 def _why(found: Suggestion, count: int) -> str:
@@ -281,13 +303,20 @@ def _why(found: Suggestion, count: int) -> str:
         )
     if found.spikes > found.asked:
         return (
-            f"{_percent(found.spikes)} of the steps are spikes, and the threshold clips"
-            f" them and {_percent(found.asked)} of the other steps"
+            f"{_percent(found.spikes)} of the steps {_high(found)}, and the threshold"
+            f" clips them and {_percent(found.asked)} of the other steps"
         )
     return (
         f"norms that are equal to the threshold are not clipped, and the {count} norms"
         " have no value with this fraction above it"
     )
+
+
+def _high(found: Suggestion) -> str:
+    """What norms far above the others are: the end of a rise, or spikes."""
+    if found.rule and found.drift > 1:
+        return "have high norms, because the norms grow"
+    return "are spikes"
 
 
 def _percent(share: float) -> str:
@@ -298,14 +327,15 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     said = []
     if found.recorded == found.value:
         said.append(
-            f"nearly every step of this run was clipped to {found.value:.4g}; such a"
-            " run gives no information about higher thresholds, so none is suggested;"
+            "nearly every step of this run was clipped, with a median threshold of"
+            f" {found.value:.4g}; such a run gives no information about higher"
+            " thresholds, so none is suggested;"
             " record one with optax_clipx.auto_clip(), or with a higher threshold"
         )
-    if found.nonfinite > _MANY * count:
+    if found.exploded:
         said.append(
             "this run exploded, so its norms may be higher than those of a stable run:"
-            " train with this threshold, and choose again from that run"
+            " choose again from a run that does not explode"
         )
     if found.rule:
         said.append(
@@ -317,7 +347,7 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
         )
     if found.spikes > clip_rate:
         said.append(
-            f"{found.spikes:.0%} of the steps are spikes, which is more than the"
+            f"{found.spikes:.0%} of the steps {_high(found)}, which is more than the"
             f" {clip_rate:.0%} that was asked for; the threshold comes from the other"
             " steps"
         )

@@ -166,7 +166,7 @@ def test_the_command_compares_what_was_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with_evaluations()[0].save("run.jsonl")
     assert command_line.main(["compare", "run.jsonl", "--column", "val_loss"]) == 0
-    assert "run: val_loss 0.7 (0.7 to 0.7 in 1)" in capsys.readouterr().out
+    assert "run: val_loss 0.7 (1 run), " in capsys.readouterr().out
 
 
 def test_the_page_counts_what_was_recorded():
