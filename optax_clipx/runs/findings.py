@@ -31,7 +31,7 @@ class Finding(NamedTuple):
         severity: ``"error"``, ``"warning"`` or ``"info"``.
         steps: where it is: each of its steps, or the first and the last of a stretch.
         evidence: what it is concluded from, numbers and names by what they are.
-        advice: a line of code to type, and the page that explains it.
+        advice: a line of code to type, and the entry of Troubleshooting on it.
 
     Example:
         >>> import optax_clipx as clipx

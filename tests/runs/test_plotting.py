@@ -230,7 +230,7 @@ def test_compare(run, capsys):
         call("compare", "a=run.jsonl", "a=other.csv", "b=other.csv", "-o", "c.png") == 0
     )
     out = capsys.readouterr().out
-    assert re.search(r"a: loss [\d.]+ \([\d.]+ to [\d.]+ in 2\)", out)
+    assert re.search(r"a: loss [\d.]+ \([\d.]+ to [\d.]+ in 2 runs\)", out)
     assert (run / "c.png").exists()
     assert call("compare", "run.jsonl", "--column", "accuracy") == 2
     assert "no column 'accuracy'" in capsys.readouterr().err
