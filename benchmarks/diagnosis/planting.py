@@ -15,7 +15,7 @@ from diagnosis.cells import Cell, cells_of
 from diagnosis.training import Columns, Settings, leaves_of, task_named
 
 Generator = np.random.Generator
-SEEDS = {"design": 1_000_000, "test": 2_000_000}
+SEEDS = {"design": 1_000_000, "test": 2_000_000, "second": 7_000_000}
 SECOND = 0.4  # how many runs have a second fault
 
 
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         plant: changes settings; given a generator, the settings, a step, a size, and
             the clean norms of the run. Returns the steps of the fault.
         design: the smallest and the largest size in the design half.
-        test: the same in the test half.
+        test: the same in the test halves.
         clippers: of which cells it is planted.
         second: whether it may be the second fault of a run.
         first: whether a second one may be added to it.
@@ -251,6 +251,32 @@ def early_batch(
     return (step,)
 
 
+def above_all(
+    rng: Generator, s: Settings, step: int, size: float, clean: Columns
+) -> tuple[int, ...]:
+    """A loss scale that lifts even the smallest of the clean norms above the limit.
+
+    Loss scales are as large as 65,536 where they are not divided out. The limit of the
+    rule that skips is four times the threshold.
+    """
+    s.loss_scale[step:] *= max(1, 4 * s.limit / _settled(clean).min()) * size
+    return (step,)
+
+
+def early_scale(
+    rng: Generator, s: Settings, step: int, size: float, clean: Columns
+) -> tuple[int, ...]:
+    """A bad batch in the warm-up, whose norm is a multiple of those that follow.
+
+    Only its loss is too large: large inputs may make an activation flat.
+    """
+    step = int(rng.integers(3, 40))
+    norms = clean["clip/norm"]
+    usual = float(np.median(norms[step + 1 : step + 201]))
+    s.loss_scale[step] *= size * usual / norms[step]
+    return (step,)
+
+
 def restart(
     rng: Generator, s: Settings, step: int, size: float, clean: Columns
 ) -> tuple[int, ...]:
@@ -332,8 +358,27 @@ KINDS = {
     ),
     "mixed": Kind("restarts", mixed, (1, 1), (1, 1), first=False, weight=0.5),
 }
+# In the first two halves, the effect of these two was often too small to be demanded.
+OF_SECOND = {
+    "locked": Kind(
+        *("lock-out", above_all, (1.5, 10), (1.2, 15)),
+        clippers=("skip",),
+        first=False,
+        weight=1.4,
+    ),
+    "early batch": Kind(
+        *("warmup-spike", early_scale, (50, 500), (40, 1000)),
+        clippers=("zclip",),
+        weight=1.4,
+    ),
+}
 DEEP = ("large kernels", "growing backward", "shrinking backward")
 OF_LIMIT = ("low limit", "high limit", "dominating", "starving", "frozen")
+
+
+def kinds_for(half: str) -> dict[str, Kind]:
+    """The ways to plant a fault in a half."""
+    return KINDS | (OF_SECOND if half == "second" else {})
 
 
 class Draw(NamedTuple):
@@ -392,7 +437,7 @@ def plain(rng: Generator, cell: Cell, seed: int) -> Settings:
 def kinds_of_runs(half: str, each: int) -> list[tuple[Cell, tuple[str, ...]]]:
     """Which kinds of faults are planted in which cell."""
     drawn = []
-    for name, kind in KINDS.items():
+    for name, kind in kinds_for(half).items():
         rng = np.random.default_rng([SEEDS[half], *name.encode()])
         for _ in range(round(each * kind.weight)):
             rule = kind.clippers[rng.integers(len(kind.clippers))]
@@ -431,7 +476,7 @@ def draw(
     s.limit = float(np.quantile(_settled(clean), rng.uniform(0.75, 0.97)))
     twin, faults = _copied(s), []
     for name, window in zip(names, _windows(rng, names), strict=True):
-        kind = KINDS[name]
+        kind = kinds_for(half)[name]
         low, high = kind.design if half == "design" else kind.test
         size = float(np.exp(rng.uniform(np.log(low), np.log(high))))
         step = int(len(s.rate) * rng.uniform(*window))

@@ -1,4 +1,4 @@
-"""The tasks: six kinds of model, each with one task of the design half and one of test.
+"""The tasks: six kinds of model, each with one task in each half.
 
 Every task draws its batches from a key, so that hundreds of runs train side by side. A
 batch is inputs and targets; `scale` multiplies the inputs, as a broken pipeline would.
@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
     Attributes:
         name: kind of the model, and what it learns.
-        half: "design" or "test".
+        half: "design", "test" or "second".
         init: from a key to parameters.
         batch: from a key to inputs and targets, the example first.
         losses: from parameters, inputs, targets and the scale to a loss an example.
@@ -540,9 +540,163 @@ def walk() -> Task:
     )
 
 
+def spirals() -> Task:
+    """To which of three arms of a noisy spiral a point belongs."""
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        labels = jax.random.randint(a, (56,), 0, 3)
+        far = jax.random.uniform(b, (56,), minval=0.2, maxval=1.5)
+        angle = 3 * far + labels * 2 * np.pi / 3
+        x = far[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        return x + 0.1 * jax.random.normal(c, (56, 2)), labels
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return cross_entropy(run_perceptron(params, x * scale, jax.nn.silu), y)
+
+    return Task(
+        "MLP, spirals",
+        "second",
+        lambda key: perceptron(key, [2] + [20] * 5 + [3], gain=1.6),
+        batch,
+        losses,
+        650,
+        {"sgd": 0.03, "adam": 3e-3, "muon": 0.01},
+        depth=5,
+    )
+
+
+def waves() -> Task:
+    """The next value of a noisy wave of any frequency."""
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        speed = jax.random.uniform(a, (36, 1), minval=0.3, maxval=1.2)
+        phase = jax.random.uniform(b, (36, 1), maxval=2 * np.pi)
+        x = jnp.sin(speed * jnp.arange(9) + phase)
+        x = x + 0.15 * jax.random.normal(c, (36, 9))
+        return x[:, :-1, None], x[:, -1]
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return (apply(params["out"], run_elman(params, x * scale))[:, 0] - y) ** 2
+
+    return Task(
+        "RNN, waves",
+        "second",
+        lambda key: elman(key, 1, 18, 1),
+        batch,
+        losses,
+        650,
+        {"sgd": 0.01, "adam": 2e-3, "muon": 0.004},
+    )
+
+
+def commonest() -> Task:
+    """Which of four symbols is the commonest of seven, by an LSTM."""
+
+    def batch(key: Any) -> Batch:
+        x = jax.nn.one_hot(jax.random.randint(key, (28, 7), 0, 4), 4)
+        return x, jnp.argmax(x.sum(axis=1), axis=1)
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return cross_entropy(apply(params["out"], run_lstm(params, x * scale)), y)
+
+    return Task(
+        "LSTM, commonest",
+        "second",
+        lambda key: lstm(key, 4, 14, 4),
+        batch,
+        losses,
+        650,
+        {"sgd": 0.2, "adam": 6e-3, "muon": 0.015},
+    )
+
+
+def rings() -> Task:
+    """How wide a ring in noise is, by six convolutions."""
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0)), axis=-1)
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        labels = jax.random.randint(a, (20,), 0, 3)
+        centre = jax.random.uniform(b, (20, 1, 1, 2), minval=2.5, maxval=4.5)
+        far = jnp.linalg.norm(grid - centre, axis=-1)
+        ring = jnp.exp(-2 * (far - (1.0 + labels[:, None, None])) ** 2)
+        return ring + 0.4 * jax.random.normal(c, (20, 8, 8)), labels
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        strides = (2, 1, 2, 1, 1, 1)
+        return cross_entropy(run_convolutions(params, x * scale, strides), y)
+
+    return Task(
+        "CNN, rings",
+        "second",
+        lambda key: convolutions(key, [1] + [6] * 6, 3),
+        batch,
+        losses,
+        550,
+        {"sgd": 0.04, "adam": 3e-3, "muon": 0.008},
+        depth=6,
+    )
+
+
+def reversing() -> Task:
+    """Five symbols from the last to the first, by a transformer."""
+
+    def batch(key: Any) -> Batch:
+        x = jax.random.randint(key, (20, 5), 0, 10)
+        return x, x[:, ::-1]
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return cross_entropy(run_transformer(params, x, scale, False), y).mean(1)
+
+    return Task(
+        "transformer, reversing",
+        "second",
+        lambda key: transformer(key, 10, 12, 5, 2),
+        batch,
+        losses,
+        550,
+        {"sgd": 0.1, "adam": 4e-3, "muon": 0.012},
+    )
+
+
+def balance() -> Task:
+    """Four pushes that hold a point, which noise moves, near zero."""
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        noise = jax.random.gumbel(b, (44, 4, 3)), jax.random.normal(c, (44, 4))
+        return 1.5 * jax.random.normal(a, (44,)), noise
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        noise, pushes = y
+        rewards, chances, values = [], [], []
+        for t in range(4):
+            seen = jnp.stack([x, jnp.full_like(x, t / 4)], axis=-1)
+            chosen, chance, value = act(params, seen * scale, noise[:, t])
+            x = x + 0.7 * (chosen - 1) + 0.2 * pushes[:, t]
+            rewards.append(-jnp.abs(x))
+            chances.append(chance)
+            values.append(value)
+        returns = jnp.cumsum(jnp.stack(rewards[::-1]), axis=0)[::-1]
+        return surrogate(jnp.stack(chances), jnp.stack(values), returns).mean(0)
+
+    return Task(
+        "policy, balance",
+        "second",
+        lambda key: policy(key, 2, 16, 3),
+        batch,
+        losses,
+        700,
+        {"sgd": 0.01, "adam": 3e-3, "muon": 0.008},
+    )
+
+
 MAKERS: tuple[Callable[[], Task], ...] = (
     *(teacher, adding, recurrent_text, images, sorting, bandit),
     *(surface, order, rows, gratings, language, walk),
+    *(spirals, waves, commonest, rings, reversing, balance),
 )
 
 

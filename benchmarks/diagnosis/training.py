@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import optax_clipx as clipx
+from diagnosis.cells import HALVES
 from diagnosis.tasks import Task, tasks_of
 
 Columns = dict[str, np.ndarray]
@@ -23,6 +24,12 @@ OPTIMIZERS = {
     "sgd": lambda: optax.sgd(1.0, momentum=0.9),
     "adam": lambda: optax.adam(1.0),
     "muon": lambda: optax.contrib.muon(1.0),
+}
+
+OPTIMIZERS_OF_SECOND = {  # the second test half has other settings of them
+    "sgd": lambda: optax.sgd(1.0, momentum=0.8, nesterov=True),
+    "adam": lambda: optax.adam(1.0, b1=0.85, b2=0.99),
+    "muon": lambda: optax.contrib.muon(1.0, beta=0.9),
 }
 
 
@@ -81,9 +88,7 @@ class Settings:
 
 def task_named(name: str) -> Task:
     """The task of a name, whichever half it is of."""
-    (task,) = [
-        t for half in ("design", "test") for t in tasks_of(half) if t.name == name
-    ]
+    (task,) = [t for half in HALVES for t in tasks_of(half) if t.name == name]
     return task
 
 
@@ -122,9 +127,11 @@ def _invariant(params: Any, first: Any, flag: Any) -> Any:
 def program(name: str, optimizer: str, clipper: str) -> Any:
     """The compiled training of one cell: from settings of many runs to columns."""
     task = task_named(name)
+    second = task.half == "second"
+    make = (OPTIMIZERS_OF_SECOND if second else OPTIMIZERS)[optimizer]
 
     def train(s: dict[str, Any]) -> dict[str, Any]:
-        tx = clipx.track_norms(CLIPPERS[clipper](s["limit"], OPTIMIZERS[optimizer]()))
+        tx = clipx.track_norms(CLIPPERS[clipper](s["limit"], make()))
         seed, later = jax.random.key(s["seed"]), jax.random.key(s["later"])
         first = _grown(task.init(seed), s["init_gain"])
 

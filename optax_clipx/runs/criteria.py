@@ -42,13 +42,16 @@ PERIODIC_SHARE = 0.75
 # scales change by two. Drift over tens of steps is none: the change within 8 steps has
 # to be 0.6 of that within 50, and to stay for 100.
 SHIFT = log(1.5)
-SHIFT_DEVIATIONS = 4.0
-SHIFT_SHARP = 0.6
+SHIFT_DEVIATIONS = 3.0
+SHIFT_SHARP = 0.6  # less one standard error of the medians of 8 steps
+# Of the pairs of a step before and one after, 90% have to differ in the direction of
+# the shift, and 10% in the other: by chance the difference is 0.12 or less in most.
+SHIFT_RANK = 0.8
 SHIFT_STAYS = 0.7
 SHIFT_EARLY = 0.05  # of the run, in which norms find their level
 # They may do so up to here, and have to change by more than they do elsewhere.
 SHIFT_SETTLED = 0.2
-SHIFT_EARLY_DEVIATIONS = 6.0
+SHIFT_EARLY_DEVIATIONS = 8.0
 SHIFT_SIDE = 50  # steps that have to be there before and after it
 
 # Growth of norms: healthy norms double or triple while the loss falls. They grow
@@ -58,6 +61,9 @@ GROWTH = log(10.0)
 GROWTH_BEFORE_DIVERGENCE = log(3.0)
 GROWTH_RANK = 0.9  # correlation of the ranks of level and time
 GROWTH_PIECES = 5
+# Before a divergence it is looked for in the last parts, too: while a run learns well,
+# its norms take another course, and would hide it.
+GROWTH_PARTS = (1, 3 / 4, 1 / 2, 1 / 4, 1 / 16)
 # Growth begins after the last level that is above the lowest by no more of it.
 GROWTH_FLAT = 0.1
 GROWTH_ABOVE = log(2.0)  # the level before: norms that fell and came back are none

@@ -154,14 +154,23 @@ def split(values: np.ndarray, low: int, high: int) -> int:
 
 
 def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
+    """Whether a change is at once, stays, and is seen in nearly every pair of steps."""
+
     def level(start: int, stop: int) -> float:
         return float(np.median(values[max(0, place + start) : place + stop]))
 
     side, near = criteria.SHIFT_SIDE, 8
+    before, after = values[max(0, place - side) : place], values[place : place + side]
+    noise = spread(np.append(before - level(-side, 0), after - level(0, side)))
+    error = noise * np.sqrt(np.pi / near)  # of the difference of two medians
     stays = level(0, 2 * side) - level(-side, 0)
     at_once = level(0, near) - level(-near, 0)
-    kept = stays / change > criteria.SHIFT_STAYS
-    return kept and at_once / change > criteria.SHIFT_SHARP
+    pairs = np.sign(after[:, None] - before) * np.sign(change)
+    return bool(
+        stays / change > criteria.SHIFT_STAYS
+        and at_once / change > criteria.SHIFT_SHARP - error / abs(change)
+        and pairs.mean() >= criteria.SHIFT_RANK
+    )
 
 
 def ranks_agree(a: np.ndarray, b: np.ndarray) -> float:

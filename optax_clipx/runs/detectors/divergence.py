@@ -99,10 +99,8 @@ def norms(run: Signals) -> list[Finding]:
     assert run.norm is not None
     end = _end(run)
     norm = run.norm.logs().before(end)
-    for part in (1, 4, 16) if end < np.inf else (1,):
-        tail = norm.chosen(
-            np.arange(len(norm.steps)) >= len(norm.steps) * (1 - 1 / part)
-        )
+    for part in criteria.GROWTH_PARTS if end < np.inf else (1,):
+        tail = norm.chosen(np.arange(len(norm.steps)) >= len(norm.steps) * (1 - part))
         found = _growth(run, tail, end)
         if found:
             return found
