@@ -2,9 +2,10 @@
 
     pip install -e ".[examples]" && python benchmarks/diagnosis
 
-Runs of two halves, of other tasks and sizes each, are trained with known faults and
-without. Detectors may be changed by what is seen in the design half. The test half is
-judged once. What is trained is kept in FOLDER: an interrupted command goes on there.
+Runs of other tasks and sizes each are trained with known faults and without: a design
+half, and two test halves. Detectors were changed by what is seen in the first two. What
+was found at the first look is in docs/results/diagnosis_first.md. The second test half
+is judged once. What is trained is kept in FOLDER: an interrupted command goes on there.
 """
 
 import argparse

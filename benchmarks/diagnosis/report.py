@@ -12,6 +12,11 @@ from diagnosis.truths import CODES
 from optax_clipx.runs.drawing import Theme, theme_of
 
 Found = dict[str, list[Judged]]
+TITLES = {
+    "design": "design half",
+    "test": "first test half",
+    "second": "second test half",
+}
 WITH_SIZE = {
     "spikes": "norm / level before",
     "periodic-spikes": "norm / level before",
@@ -91,16 +96,15 @@ def write_tables(found: Found, path: Path) -> None:
     lines = []
     for half, runs in found.items():
         faulty = sum(not run.twin for run in runs)
-        lines += [f"{half} half: {faulty} runs with faults, and {faulty} without", ""]
+        lines += [f"{TITLES[half]}: {faulty} runs with faults and {faulty} without", ""]
         lines += table(("all codes", "bound", "measured"), whole(runs))
     head = ("code", "runs", "recall", "precision", "loss and norm: recall")
     for half, runs in found.items():
-        lines += table((f"{head[0]} ({half} half)", *head[1:]), by_code(runs))
+        lines += table((f"{head[0]} ({TITLES[half]})", *head[1:]), by_code(runs))
     for half, runs in found.items():
-        if half == "test":
-            lines += table(
-                ("fault", "mistake in the test half", "times"), mistakes(runs)
-            )
+        if half == "second":
+            title = f"mistake in the {TITLES[half]}"
+            lines += table(("fault", title, "times"), mistakes(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
 
@@ -158,7 +162,7 @@ def write_picture(found: Found, folder: Path) -> None:
     """A small panel for each code: found or not, by the size of the effect."""
     from matplotlib.figure import Figure
 
-    runs = found.get("test", next(iter(found.values())))
+    runs = found.get("second", next(iter(found.values())))
     for name in ("light", "dark"):
         theme = theme_of(name)
         figure = Figure(figsize=(11, 8.4), layout="constrained", facecolor=theme.page)

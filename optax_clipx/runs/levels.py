@@ -143,9 +143,7 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
 def split(values: np.ndarray, low: int, high: int) -> int:
     """Where two levels, one before and one after, describe a stretch best."""
     low = max(0, low)
-    part = values[low:high]
-    middle, wide = np.median(part), 3 * spread(part)
-    part = np.clip(part, middle - wide, middle + wide)  # a spike is no level
+    part = _without_spikes(values[low:high])
     count = np.arange(1, len(part))
     sums = np.cumsum(part)
     before, after = sums[:-1] / count, (sums[-1] - sums[:-1]) / count[::-1]
@@ -153,24 +151,33 @@ def split(values: np.ndarray, low: int, high: int) -> int:
     return low + 1 + int(gain.argmax())
 
 
+def _without_spikes(values: np.ndarray) -> np.ndarray:
+    """A stretch whose spikes are cut off, if it has any noise: they are no level."""
+    middle, wide = np.median(values), 3 * spread(values)
+    return np.clip(values, middle - wide, middle + wide) if wide else values
+
+
 def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
-    """Whether a change is at once, stays, and is seen in nearly every pair of steps."""
-
-    def level(start: int, stop: int) -> float:
-        return float(np.median(values[max(0, place + start) : place + stop]))
-
-    side, near = criteria.SHIFT_SIDE, 8
-    before, after = values[max(0, place - side) : place], values[place : place + side]
-    noise = spread(np.append(before - level(-side, 0), after - level(0, side)))
-    error = noise * np.sqrt(np.pi / near)  # of the difference of two medians
-    stays = level(0, 2 * side) - level(-side, 0)
-    at_once = level(0, near) - level(-near, 0)
+    """Whether a change is no drift, stays, and is seen in most pairs of steps."""
+    side = criteria.SHIFT_SIDE
+    start = max(0, place - side)
+    before, after = values[start:place], values[place : place + side]
+    stays = np.median(values[place : place + 2 * side]) - np.median(before)
     pairs = np.sign(after[:, None] - before) * np.sign(change)
+    part = _without_spikes(np.append(before, after))
+    time = np.arange(len(part), dtype=float)
+    levels, line = (_explained(part, x) for x in (time >= len(before), time))
     return bool(
         stays / change > criteria.SHIFT_STAYS
-        and at_once / change > criteria.SHIFT_SHARP - error / abs(change)
         and pairs.mean() >= criteria.SHIFT_RANK
+        and levels >= criteria.SHIFT_SHARP * line
     )
+
+
+def _explained(values: np.ndarray, by: np.ndarray) -> float:
+    """The sum of squares that a least-squares fit by one series explains."""
+    centred = by - by.mean()
+    return float((centred @ (values - values.mean())) ** 2 / (centred @ centred))
 
 
 def ranks_agree(a: np.ndarray, b: np.ndarray) -> float:

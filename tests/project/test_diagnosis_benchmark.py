@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from diagnosis import planting, truths
-from diagnosis.cells import cells_of
+from diagnosis.cells import HALVES, Cell, cells_of
 
 TIME = np.arange(400)
 
@@ -44,15 +44,41 @@ def test_each_code_is_planted():
 
 
 def test_the_halves_have_no_task_in_common():
-    design, test = ({cell.task for cell in cells_of(x)} for x in ("design", "test"))
-    assert len(design) == len(test) == 6
-    assert not design & test
+    tasks = [{cell.task for cell in cells_of(half)} for half in HALVES]
+    assert [len(some) for some in tasks] == [6, 6, 6]
+    assert len(set.union(*tasks)) == 18
 
 
 def test_the_same_runs_are_drawn_again():
     drawn = planting.kinds_of_runs("design", 2)
     assert drawn == planting.kinds_of_runs("design", 2)
     assert {name for _, names in drawn for name in names} == set(planting.KINDS)
+
+
+@pytest.fixture
+def settings():
+    """Healthy settings of a run of 650 steps."""
+    rng = np.random.default_rng(0)
+    return planting.plain(rng, Cell("RNN, waves", "adam", "skip"), 0)
+
+
+def test_a_locked_run_has_all_norms_above_the_limit_of_skipping(settings):
+    clean = {"clip/norm": np.linspace(1.0, 3.0, 650)}
+    settings.limit = 2.0
+    kind = planting.kinds_for("second")["locked"]
+    kind.plant(np.random.default_rng(1), settings, 200, 1.5, clean)
+    after = clean["clip/norm"][200:] * settings.loss_scale[200:]
+    assert settings.loss_scale[199] == 1.0
+    assert (after > 4 * 2.0 * 1.5).all()
+
+
+def test_an_early_batch_has_a_multiple_of_the_norms_that_follow(settings):
+    clean = {"clip/norm": np.full(650, 2.0)}
+    clean["clip/norm"][:45] = 0.1
+    kind = planting.kinds_for("second")["early batch"]
+    (at,) = kind.plant(np.random.default_rng(1), settings, 200, 50, clean)
+    assert 3 <= at < 40
+    assert clean["clip/norm"][at] * settings.loss_scale[at] == pytest.approx(100.0)
 
 
 def test_nothing_is_present_in_a_healthy_run():

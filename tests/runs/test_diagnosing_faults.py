@@ -83,6 +83,37 @@ def test_norms_that_find_their_level_at_the_start_do_not_shift():
     assert clipx.diagnose({"norm": norms[:1000]}).codes == ("level-shift",)
 
 
+def test_a_level_shift_is_found_in_noise_that_wanders():
+    rng = np.random.default_rng(3)
+    logs = 0.06 * np.cumsum(rng.normal(size=600)) + rng.normal(size=600)
+    logs[400:] += 3.0
+    findings = clipx.diagnose({"norm": np.exp(logs)}).findings
+    assert [f.steps for f in findings if f.code == "level-shift"] == [(400,)]
+
+
+def growth_before_divergence(seed):
+    """Norms that fall for some time as the loss does, and grow with it."""
+    rng, time = np.random.default_rng(seed), np.arange(700)
+    course = [0, 40, 150, 200, 240, 560, 700], [-1, 0.9, 0.9, 0.1, 0.6, 3.3, 4.3]
+    logs = np.interp(time, *course) + 0.3 * rng.normal(size=700)
+    logs[300:] += 0.6 * np.sin(time[300:] / 25)
+    loss = np.interp(time, [0, 300, 500, 560, 700], [2.2, 0.3, 0.4, 2.5, 8.0])
+    return {"norm": np.exp(logs), "loss": loss * np.exp(0.1 * rng.normal(size=700))}
+
+
+@pytest.mark.parametrize("seed", [1, 3, 6])
+def test_growth_is_found_after_norms_that_took_another_course(seed):
+    codes = clipx.diagnose(growth_before_divergence(seed)).codes
+    assert {"loss-diverged", "growing-norms"} <= set(codes)
+
+
+def test_steady_growth_is_no_level_shift():
+    rng, time = np.random.default_rng(1), np.arange(700)
+    course = [0, 20, 60, 450, 560, 700], [-2, 0.3, 0.6, 0.6, 3.0, 4.2]
+    norms = np.exp(np.interp(time, *course) + 0.4 * rng.normal(size=700))
+    assert "level-shift" not in clipx.diagnose({"norm": norms}).codes
+
+
 def test_all_level_shifts_are_one_finding():
     norms = np.ones(1000)
     norms[300:700] = 4.0
