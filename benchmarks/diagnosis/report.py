@@ -14,7 +14,7 @@ from optax_clipx.runs.drawing import Theme, theme_of
 Found = dict[str, list[Judged]]
 TITLES = {
     "design": "design half",
-    "test": "first test half",
+    "test": "first test half, now design",
     "second": "second test half",
 }
 WITH_SIZE = {
