@@ -1,16 +1,15 @@
 """`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from .._devices.mesh import mesh_of, placements
-from .._devices.programs import replaced_if
+from .._devices.programs import as_one
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, like, no_memory
@@ -24,9 +23,10 @@ from .known_norm import find_norm
 from .measures import Measure
 from .responses import rescale
 from .scaling import Response
+from .summary import Summary
 from .transformation import (
+    Memory,
     Options,
-    Step,
     arrays_in,
     by_policy,
     kind_of,
@@ -127,16 +127,12 @@ def clip_by(
     if measure.scope == "element":
         return clip_by_magnitude(rule, response, options)
 
+    parts = Parts(measure, rule, response, options)
+
     def step(
-        leaves: Leaves,
-        params: Any,
-        rule_state: Any,
-        step: Any,
-        extra: Mapping[str, Any],
-    ) -> Step:
-        return clip_norms(
-            leaves, params, rule_state, step, extra, measure, rule, response, options
-        )
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        return clip_norms(parts, leaves, params, memory, extra)
 
     def init_rule(leaves: Leaves) -> Any:
         groups = measure.groups(leaves, axis_name, specs)
@@ -164,41 +160,50 @@ def clip_once(
     if not leaves.arrays:
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
+    groups = measure.groups(leaves, options.axis_name, options.specs)
+    parts = Parts(measure, rule, response, options)
     with mesh_of(leaves.arrays):
-        found = clip_norms(
+        clipped, before = clip_norms(
+            parts,
             leaves,
             params,
-            (),
-            0,
+            Memory(),
             extra,
-            measure,
-            rule,
-            response,
-            options,
+            lambda memory, summary, rule, norm: norm.value,
             by_leaf=True,
         )
-        groups = measure.groups(leaves, options.axis_name, options.specs)
-        before = found.norms.value
-        return leaves.rebuild(found.arrays), measure.unpack(before, leaves, groups)
+        return leaves.rebuild(clipped), measure.unpack(before, leaves, groups)
+
+
+class Parts(NamedTuple):
+    """What a clipper is made of."""
+
+    measure: Measure
+    rule: Threshold
+    response: Response
+    options: Options
+
+
+def remembered(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Memory:
+    """What is left of a step that only clips."""
+    return memory.after(summary, rule)
 
 
 def clip_norms(
+    parts: Parts,
     leaves: Leaves,
     params: Any,
-    rule_state: Any,
-    step: Any,
+    memory: Memory,
     extra: Mapping[str, Any],
-    measure: Measure,
-    rule: Threshold,
-    response: Response,
-    options: Options,
+    ending: Callable[[Memory, Summary, Any, Norms], Any] = remembered,
     *,
     by_leaf: bool = False,
-) -> Step:
-    """One step of the four parts, before its state is put together.
+) -> tuple[list[Any], Any]:
+    """One step of the four parts: the clipped arrays, and what the ending gives.
 
     The norms of units may come in buckets, unless `by_leaf` is set.
     """
+    measure, rule, response, options = parts
     groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
     given = _given(leaves, extra, measure, options)
@@ -208,7 +213,7 @@ def clip_norms(
     trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
-    if isinstance(groups, UnitGroups) and not by_leaf and not arrays_in(rule_state):
+    if isinstance(groups, UnitGroups) and not by_leaf and not arrays_in(memory.rule):
         places = placements(arrays, leaves.paths, options.axis_name, options.specs)
         groups = groups.bucketed(trees, places)
     found = (
@@ -224,49 +229,49 @@ def clip_norms(
         if trees
         else []
     )
-    if given is None:
-        norm = found[0]
-    else:
-        norm = given
-        if sanitized:  # then a norm of what was there before means nothing
-            usable = jnp.isfinite(norm.value)
-            norm = jax.tree.map(lambda g, m: jnp.where(usable, g, m), norm, found[0])
-    params_norms = found[-1].value if rule.uses_params else None
-    bad_entries = found[1].value if sanitized else None
     if sanitized:
         arrays = policies.sanitize(arrays)
 
-    limits, new_rule = _limits(
-        norm, rule, rule_state, step, extra, params_norms, groups, leaves, measure
-    )
-    scales = scaling.scales(norm, limits, response)
-    summary = _summary.summarize(
-        norm,
-        limits,
-        scales,
-        groups,
-        measure.ord,
-        arrays,
-        leaves.paths,
-        options.axis_name,
-        options.specs,
-    )
-    if bad_entries is not None:
-        bad = [jnp.any(n > 0) for n in jax.tree.leaves(bad_entries)]
-        summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
-    summary, lost, zero = by_policy(leaves, summary, options)
-
-    if measure.scope == "tree":
-        scales = where(lost, np.nan, where(zero, 0, scales))
-        summary, scales = _summary.computed_once(summary, scales)
-    else:
+    def decide(given: Norms | None, found: list[Norms], memory: Memory) -> Any:
+        norm = found[0] if given is None else given
+        if given is not None and sanitized:
+            # A norm of what was there before means nothing.
+            usable = jnp.isfinite(given.value)
+            norm = jax.tree.map(lambda g, m: jnp.where(usable, g, m), given, found[0])
+        params_norms = found[-1].value if rule.uses_params else None
+        limits, new_rule = _limits(
+            norm, rule, memory, extra, params_norms, groups, leaves, measure
+        )
+        scales = scaling.scales(norm, limits, response)
+        summary = _summary.summarize(
+            norm,
+            limits,
+            scales,
+            groups,
+            measure.ord,
+            arrays,
+            leaves.paths,
+            options.axis_name,
+            options.specs,
+        )
+        if sanitized:
+            bad = [jnp.any(n > 0) for n in jax.tree.leaves(found[1].value)]
+            summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
+        summary, lost, zero = by_policy(leaves, summary, options)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        value = where(lost, np.nan, lax.full_like(summary.norm, 0))
-        scales = replaced_if(lax.bitwise_or(lost, zero), value, scales)
-        summary, _ = _summary.computed_once(summary)
+        scales = jax.tree.map(
+            lambda s: jnp.where(lost, jnp.nan, jnp.where(zero, 0, s)).astype(s.dtype),
+            scales,
+        )
+        ended = ending(memory, summary, new_rule, norm)
+        return groups.spread(scales), zero, ended
+
+    scales, zero, ended = as_one(decide, given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
-    clipped = scaling.apply(arrays, groups, scales, flag)
-    return Step(clipped, summary, new_rule, norm)
+    clipped = [
+        scaling.times_scale(x, s, flag) for x, s in zip(arrays, scales, strict=True)
+    ]
+    return clipped, ended
 
 
 def _sanitized_first(trees: Any, extras: Any) -> Any:
@@ -277,8 +282,7 @@ def _sanitized_first(trees: Any, extras: Any) -> Any:
 def _limits(
     norm: Norms,
     rule: Threshold,
-    rule_state: Any,
-    step: Any,
+    memory: Memory,
     extra: Mapping[str, Any],
     params_norms: Packed,
     groups: Groups,
@@ -286,6 +290,7 @@ def _limits(
     measure: Measure,
 ) -> tuple[Packed, Any]:
     # What a rule remembers is float32 whatever the leaves are, and always finite.
+    rule_state = memory.rule
     narrow = bool(arrays_in(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
@@ -293,7 +298,7 @@ def _limits(
         return _metrics.to_float32(finite) if narrow else finite
 
     context = Context(
-        step=step,
+        step=memory.steps,
         params_norms=params_norms,
         extra=extra,
         paths=leaves.paths,

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from .._devices import mesh
+from .._devices.programs import as_one
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless
@@ -21,7 +22,7 @@ from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
 from .summary import Summary
-from .transformation import Options, Step, by_policy, transformation
+from .transformation import Memory, Options, by_policy, transformation
 
 
 def clip_by_interval(
@@ -43,11 +44,11 @@ def clip_by_interval(
     rule = lower._replace(uses_step=lower.uses_step or upper.uses_step)
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        low, _ = _limits(lower, leaves, state, count, extra)
-        high, _ = _limits(upper, leaves, state, count, extra)
-        return _finish(leaves, options, low, high, _clamp, state)
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        low = _limits(lower, leaves, memory, extra)
+        high = _limits(upper, leaves, memory, extra)
+        return _finish(leaves, options, low, high, _clamp, memory)
 
     return transformation(None, step, rule, options)
 
@@ -72,16 +73,16 @@ def _clip_between(
     name = "max_delta" if one else "max_value"
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        high = bounds.of_leaves(max_value, name, leaves, count)
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        high = bounds.of_leaves(max_value, name, leaves, memory.steps)
         if one:
             low = [-h for h in high]
         else:
-            low = bounds.of_leaves(min_value, "min_value", leaves, count)
+            low = bounds.of_leaves(min_value, "min_value", leaves, memory.steps)
         polar = one and any(map(jnp.iscomplexobj, leaves.arrays))
         act = _shrink if polar else _clamp
-        return _finish(leaves, options, low, high, act, state)
+        return _finish(leaves, options, low, high, act, memory)
 
     return transformation(None, step, rule, options)
 
@@ -111,12 +112,12 @@ def clip_by_magnitude(
         return _respond(array, high, response)
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        high, new = _limits(rule, leaves, state, count, extra)
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        high = _limits(rule, leaves, memory, extra)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
         low = [-h for h in high]
-        return _finish(leaves, options, low, high, _clamp if clamps else act, new)
+        return _finish(leaves, options, low, high, _clamp if clamps else act, memory)
 
     # The rule remembers no arrays; what else it keeps, it has from init.
     plain = rule.init is no_memory
@@ -128,13 +129,13 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
 
 
 def _limits(
-    rule: Threshold, leaves: Leaves, state: Any, count: Any, extra: Mapping[str, Any]
-) -> tuple[list[jax.Array], Any]:
+    rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any]
+) -> list[jax.Array]:
     groups = ScalarGroups(tuple(range(len(leaves.arrays))), len(leaves.arrays))
-    context = Context(count, None, extra, leaves.paths, groups.pack)
+    context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
     norms = jnp.zeros((len(leaves.arrays),), accumulator(leaves.arrays))
-    limits, new = rule.update(norms, state, context)
-    return list(jnp.broadcast_to(limits, norms.shape)), new
+    limits, _ = rule.update(norms, memory.rule, context)
+    return list(jnp.broadcast_to(limits, norms.shape))
 
 
 def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -171,8 +172,8 @@ def _finish(
     low: list[jax.Array],
     high: list[jax.Array],
     act: Callable[..., jax.Array],
-    new: Any,
-) -> Step:
+    memory: Memory,
+) -> tuple[list[Any], Memory]:
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
@@ -183,48 +184,62 @@ def _finish(
     low = [jnp.where(unusable, jnp.nan, b) for b in low]
     high = [jnp.where(unusable, jnp.nan, b) for b in high]
     clipped = [act(x, *b) for x, *b in zip(arrays, low, high, strict=True)]
-    summary = _summarize(leaves, low, high, act, options)
-    summary = summary._replace(unusable=unusable)
-    if options.nonfinite in ("zero", "raise"):
-        summary, lost, zero = by_policy(leaves, summary, options)
+    if memory.metrics is None and options.nonfinite in ("propagate", "sanitize"):
+        return clipped, memory
+    found = _measured(leaves, low, high, act, options)
+
+    def ending(found: Any, unusable: jax.Array, bounds: Any) -> Any:
+        summary = _summary_of(found, bounds, leaves, options)
+        summary = summary._replace(unusable=unusable)
+        lost = zero = None
+        if options.nonfinite in ("zero", "raise"):
+            summary, lost, zero = by_policy(leaves, summary, options)
+        return memory.metrics_after(summary), lost, zero
+
+    metrics, lost, zero = as_one(ending, found, unusable, low + high)
+    if lost is not None:
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
         clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]
-    return Step(clipped, summary, new)
+    return clipped, memory._replace(metrics=metrics)
 
 
-def _summarize(
+def _measured(
     leaves: Leaves,
     low: list[jax.Array],
     high: list[jax.Array],
     act: Callable[..., jax.Array],
     options: Options,
-) -> Summary:
-    """Both norms and the share of entries outside, in one reduction.
-
-    Where nobody reads it, the compiler removes it.
-    """
-    axis_name = options.axis_name
-    if options.nonfinite in ("propagate", "sanitize") and mesh.is_unknown(
-        axis_name, options.specs
-    ):
-        axis_name = ()  # The clamp itself needs no collective: these are the shard's.
-    arrays = leaves.arrays
-    groups = ScalarGroups((0,) * len(arrays), None)
+) -> list[jax.Array]:
+    """Both norms and the root of the number of entries outside, in one reduction."""
     entries = any(b.ndim for b in high)
-    before, after, num_outside, *num_bad = (
-        found.value
-        for found in norms(
-            [leaves.arrays, low, high] if entries else [leaves.arrays],
-            groups,
-            2.0,
-            leaves.paths,
-            axis_name,
-            options.specs,
-            derive=_Derived(act, options.nonfinite == "sanitize"),
-            extras=() if entries else list(zip(low, high, strict=True)),
-        )
+    found = norms(
+        [leaves.arrays, low, high] if entries else [leaves.arrays],
+        ScalarGroups((0,) * len(leaves.arrays), None),
+        2.0,
+        leaves.paths,
+        _axis_name(options),
+        options.specs,
+        derive=_Derived(act, options.nonfinite == "sanitize"),
+        extras=() if entries else list(zip(low, high, strict=True)),
     )
-    places = mesh.placements(arrays, leaves.paths, axis_name, options.specs)
+    return [x.value for x in found]
+
+
+def _axis_name(options: Options) -> Any:
+    """The clamp itself needs no collective: on unknown axes metrics are the shard's."""
+    clamps = options.nonfinite in ("propagate", "sanitize")
+    if clamps and mesh.is_unknown(options.axis_name, options.specs):
+        return ()
+    return options.axis_name
+
+
+def _summary_of(
+    found: list[jax.Array], bounds: list[jax.Array], leaves: Leaves, options: Options
+) -> Summary:
+    before, after, num_outside, *num_bad = found
+    arrays = leaves.arrays
+    places = mesh.placements(arrays, leaves.paths, _axis_name(options), options.specs)
+    groups = ScalarGroups((0,) * len(arrays), None)
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
     nonzero = jnp.where(before > 0, before, 1)
@@ -232,9 +247,7 @@ def _summarize(
         norm=before,
         clipped_norm=after,
         scale=jnp.where(before > 0, after / nonzero, 1),
-        threshold=_on_all_devices(
-            jnp.max, [jnp.abs(b) for b in low + high], leaves, options
-        ),
+        threshold=_on_all_devices(jnp.max, list(map(jnp.abs, bounds)), leaves, options),
         clipped=jnp.where(jnp.isfinite(share), share, 0),
         any_clipped=num_outside > 0,
         nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),

@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from .._devices import mesh
+from .._devices.programs import as_one
 from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Indicators, norms
 from .._thresholds.base import stateless
@@ -19,7 +20,7 @@ from .._trees.leaves import Leaves, flatten, show
 from . import policies
 from .metrics import count as advanced
 from .summary import Summary
-from .transformation import Options, Step, by_policy, check_memory, transformation
+from .transformation import Memory, Options, by_policy, check_memory, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 
@@ -66,9 +67,10 @@ def elementwise(
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
+        leaves: Leaves, params: Any, before: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
+        state = before.rule
         check_memory(state, kind)
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         trees = {name: x for name, x in state._asdict().items() if name != "seen"}
@@ -91,7 +93,7 @@ def elementwise(
         if "seen" in memory._fields:
             seen = jnp.where(bad, state.seen, advanced(state.seen, True))
             memory = memory._replace(seen=seen)
-        return finish(leaves, out, summary, memory, options)._replace(settled=True)
+        return finish(leaves, out, summary, before._replace(rule=memory), options)
 
     return transformation(fresh, step, NO_RULE, options)
 
@@ -118,14 +120,19 @@ class _Derived:
 
 
 def finish(
-    leaves: Leaves, out: list[Any], summary: Summary, new: Any, options: Options
-) -> Step:
-    """The step by its policy, in the dtypes of the updates."""
-    summary, lost, zero = by_policy(leaves, summary, options)
+    leaves: Leaves, out: list[Any], summary: Summary, memory: Memory, options: Options
+) -> tuple[list[Any], Memory]:
+    """The step by its policy, in the dtypes of the updates, and its metrics."""
+
+    def ending(summary: Summary, memory: Memory) -> Any:
+        summary, lost, zero = by_policy(leaves, summary, options)
+        return memory.metrics_after(summary), lost, zero
+
+    metrics, lost, zero = as_one(ending, summary, memory._replace(rule=()))
     out = [u.astype(x.dtype) for u, x in zip(out, leaves.arrays, strict=True)]
     out = [jnp.where(lost, jnp.nan, x) for x in out]
     out = [jnp.where(zero, jnp.zeros_like(x), x) for x in out]
-    return Step(out, summary, new)
+    return out, memory._replace(metrics=metrics)
 
 
 def zeros_like(leaves: Leaves) -> Any:

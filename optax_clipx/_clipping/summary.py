@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.programs import entries, stacked, traced_once, vector_of
+from .._devices.programs import traced_once, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import as_norm, combine, whole
@@ -71,7 +71,7 @@ def summarize(
             _row_of(*of_leaf, jnp.asarray(size, dtype), weight, ord)
             for *of_leaf, size, weight in zip(*parts, sizes, weights, strict=True)
         ]
-        table = _gathered(_folded(stacked(rows), ord), kept)
+        table = _gathered(_folded(jnp.stack(rows), ord), kept)
         count, size = _extent(parts[0], sizes, weights)
         return _from_row(
             _folded(table, ord), ord, count * len(table), size * len(table)
@@ -109,18 +109,6 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
         else:
             size += jnp.sum(jnp.broadcast_to(inside, n.shape)) * weight
     return count, size
-
-
-def computed_once(
-    summary: Summary, scale: jax.Array | None = None
-) -> tuple[Summary, Any]:
-    """The same numbers, and the scale of a tree, all from one kernel."""
-    names = ("norm", "clipped_norm", "scale", "clipped", "nonfinite")
-    numbers = [getattr(summary, name).astype(summary.norm.dtype) for name in names]
-    found = entries(vector_of([*numbers, *([] if scale is None else [scale])]))
-    summary = summary._replace(**dict(zip(names, found, strict=False)))
-    happened = {"any_clipped": summary.clipped > 0, "nonfinite": summary.nonfinite > 0}
-    return summary._replace(**happened), None if scale is None else found[-1]
 
 
 def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:

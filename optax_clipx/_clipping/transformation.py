@@ -1,6 +1,6 @@
 """A step of clipping as an optax transformation: state, policies, empty trees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,46 +29,54 @@ class Options(NamedTuple):
     norm_arg: str = "norm"
 
 
-class Step(NamedTuple):
-    """One step of a clipper, before its state is put together."""
+class Memory(NamedTuple):
+    """What a clipper has from the steps before."""
 
-    arrays: list[Any]
-    summary: Summary
-    rule: Any
-    norms: Any = None  # Norms, where groups are measured
-    settled: bool = False  # whether the rule has seen to steps that are not finite
+    rule: Any = ()
+    steps: Any = 0
+    metrics: Any = None
+
+    def after(self, summary: Summary, rule: Any) -> "Memory":
+        """What it has after one more step."""
+        memory = self.with_rule(summary.nonfinite, rule)
+        return memory._replace(metrics=self.metrics_after(summary))
+
+    def with_rule(self, nonfinite: jax.Array, rule: Any) -> "Memory":
+        """A step that is not finite teaches no rule."""
+        kept = jax.tree.map(
+            lambda new, old: where_like(nonfinite, old, new), rule, self.rule
+        )
+        return self._replace(rule=kept)
+
+    def metrics_after(self, summary: Summary) -> Any:
+        """The metrics after one more step, where they are kept."""
+        if self.metrics is None:
+            return None
+        return _metrics.advance(self.metrics, summary)
+
+
+Step = Callable[[Leaves, Any, Memory, Mapping[str, Any]], tuple[list[Any], Memory]]
 
 
 def transformation(
     init_rule: Callable[[Leaves], Any] | None,
-    step: Callable[..., Step],
+    step: Step,
     rule: Threshold,
     options: Options,
 ) -> optax.GradientTransformationExtraArgs:
     """A step as an optax transformation: state, policies, leaves that pass through.
 
+    `step(leaves, params, memory, extra)` gives the new arrays and what is remembered.
     `init_rule` is None where nothing is remembered. Then `init` does not look at the
     parameters, and `update` takes any state.
     """
     policies.check_policy(options.nonfinite)
 
     def one_step(
-        leaves: Leaves,
-        params: Any,
-        rule_state: Any,
-        steps: Any,
-        extra: Any,
-        metrics: Any,
-        known: Any,
-    ) -> tuple[list[jax.Array], Any, Any]:
+        leaves: Leaves, params: Any, memory: Memory, extra: Any, known: Any
+    ) -> tuple[list[jax.Array], Memory]:
         with known_norm(leaves.arrays, known):
-            found = step(leaves, params, rule_state, steps, extra)
-        new_rule = found.rule
-        if not found.settled:
-            new_rule = _unless(found.summary.nonfinite, new_rule, rule_state)
-        if metrics is not None:
-            metrics = _metrics.advance(metrics, found.summary)
-        return found.arrays, metrics, new_rule
+            return step(leaves, params, memory, extra)
 
     compiled = jax.jit(one_step)
     used: list[bool] = []
@@ -107,19 +115,17 @@ def transformation(
                 return updates, state
             new_metrics = _metrics.advance(state.metrics, _summary.nothing())
             return updates, ClipState(new_metrics, rule_state)
-        metrics = state.metrics if kept else None
+        memory = Memory(rule_state, steps, state.metrics if kept else None)
         known = find_norm(leaves.arrays)
-        given = [leaves, params, rule_state, steps, extra, metrics, known]
-        if not rule.uses_params:
-            given[1] = None
+        given = (leaves, params if rule.uses_params else None, memory, extra, known)
         run = one_step
         if is_concrete(given) and options.nonfinite != "raise":
             # From the second step on: `inject_hyperparams` makes each step a new one.
             run = compiled if used and options.norm_arg not in extra else one_step
             used[:] = [True]
         with mesh_of(leaves.arrays):
-            arrays, metrics, rule_state = run(*given)
-        after = ClipState(metrics, rule_state) if kept else state
+            arrays, memory = run(*given)
+        after = ClipState(memory.metrics, memory.rule) if kept else state
         return leaves.rebuild(arrays), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -194,12 +200,11 @@ def by_policy(
     return summary, lost, zero
 
 
+def where_like(condition: jax.Array, this: Any, that: Any) -> jax.Array:
+    """One of two, in the dtype of the first."""
+    return jnp.where(condition, this, jnp.asarray(that).astype(this.dtype))
+
+
 def arrays_in(rule_state: Any) -> list[Any]:
     """What a rule remembers."""
     return jax.tree.leaves(rule_state)
-
-
-def _unless(nonfinite: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(
-        lambda n, o: jnp.where(nonfinite, o, jnp.asarray(n).astype(o.dtype)), new, old
-    )

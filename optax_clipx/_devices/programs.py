@@ -5,19 +5,18 @@ below a function shows what is lost without it.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.extend.core import Literal
 
-from .._trees.arithmetic import total
+from .._trees.arithmetic import is_concrete, total
 from .._trees.sizes import is_known
-from .mesh import knows_shards, vary, varying
+from .mesh import knows_shards, lies_whole, vary, varying
 
 
 def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
@@ -38,30 +37,123 @@ def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
     return run
 
 
+def as_one(fun: Callable[..., Any], *given: Any) -> Any:
+    """`fun(*given)`: a few numbers from a few numbers, compiled as one kernel.
+
+    XLA for CPU compiles a kernel for each number that comes out, and computes anew in
+    the loop of every leaf what led to its scale. A small loop it compiles as a whole.
+    So the numbers are computed in a loop that runs once, which XLA cannot know.
+
+    `python benchmarks/everyday.py`: without it a step of Adam on 4 leaves compiles 1.7
+    times as long as with optax's clipping, and not 1.2.
+    """
+    arrays = jax.tree.leaves(given)
+    if is_concrete(given) or not all(map(lies_whole, arrays)):
+        return fun(*given)
+    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*given)
+    names = [*program.jaxpr.constvars, *program.jaxpr.invars]
+    known = dict(zip(names, (*program.consts, *arrays), strict=True))
+    # What comes out as it went in, or is not looked at, stays out of the loop.
+    made = [x for x in program.jaxpr.outvars if not _is_known(x, known)]
+    read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
+    needed = [x for x in names if id(x) in read]
+    if program.effects or not any(x.aval.dtype.kind == "f" for x in needed):
+        return fun(*given)
+    found = _computed(
+        functools.partial(_evaluated, program.jaxpr, needed, made),
+        [jnp.asarray(known[x]) for x in needed],
+    )
+    known.update(zip(made, found, strict=True))
+    results = [_value(x, known) for x in program.jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _is_known(name: Any, known: dict[Any, Any]) -> bool:
+    return isinstance(name, Literal) or name in known
+
+
+def _value(name: Any, known: dict[Any, Any]) -> Any:
+    return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
+
+
+def _evaluated(program: Any, needed: Any, made: Any, *arrays: Any) -> list[Any]:
+    """Runs the steps of a program from what they need to what is made."""
+    inner = program.replace(constvars=[], invars=needed, outvars=made)
+    return jax.core.eval_jaxpr(inner, (), *arrays)
+
+
+def _computed(fun: Callable[..., list[Any]], arrays: list[Any]) -> list[Any]:
+    called = jax.jit(fun)
+
+    @jax.custom_jvp
+    def run(*arrays: Any) -> list[Any]:
+        return lax.platform_dependent(
+            *arrays, cpu=functools.partial(_in_a_loop, called), default=called
+        )
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(called, primals, tangents)
+
+    return run(*arrays)
+
+
+def _in_a_loop(called: Callable[..., list[Any]], *arrays: Any) -> list[Any]:
+    """The same, in a loop that runs once.
+
+    What comes out takes the places of what went in: XLA would move out of the loop
+    what is computed of numbers that stay.
+    """
+    slots, places = list(arrays), []
+    free: dict[Any, list[int]] = {}
+    for i, x in enumerate(arrays):
+        free.setdefault((x.shape, x.dtype), []).append(i)
+    for x in jax.eval_shape(called, *arrays):
+        alike = free.get((x.shape, x.dtype))
+        if not alike:
+            slots.append(lax.full(x.shape, 0, x.dtype))
+        places.append(alike.pop() if alike else len(slots) - 1)
+    watched = next(i for i, x in enumerate(arrays) if x.dtype.kind == "f")
+
+    def body(carry: Any) -> Any:
+        _, slots = carry
+        after = [lax.full_like(x, 0) for x in slots]
+        for place, x in zip(places, called(*slots[: len(arrays)]), strict=True):
+            after[place] = x
+        number = lax.reshape(slots[watched], (slots[watched].size,))[0]
+        return jnp.where(number == number, 1, 2), after
+
+    start = (jnp.asarray(0), slots)
+    _, after = lax.while_loop(lambda carry: carry[0] < 1, body, start)
+    return [after[place] for place in places]
+
+
 def if_needed(
     once: Callable[..., Any],
-    judge: Callable[..., tuple[jax.Array, Any]],
     again: Callable[..., Any],
     side_by_side: Callable[..., Any],
     given: Any,
 ) -> Any:
-    """`once(given)`; `again(more, first, given)` if needed.
+    """What a first pass finds, or a second one if the first says that it is needed.
 
-    `needed, more = judge(first)` decides after the first pass.
-    On CPU each sum over a leaf is a pass of its own, and the second one runs only if it
-    is needed. Accelerators compute all that may be needed in one read of the leaves and
-    without a branch: `side_by_side(given)`.
+    `once(given)` is what it finds, whether more is needed, and what `again` needs
+    besides. On CPU each sum over a leaf is a pass of its own, and the second one runs
+    only if it is needed. Accelerators compute all that may be needed in one read of
+    the leaves and without a branch: `side_by_side(given)`.
 
     `python benchmarks/steps.py`: a second pass on CPU is 0.2 of a step of Adam.
     `python benchmarks/pod.py`: a branch on TPU costs 16% of the bytes.
     """
 
     def on_cpu(given: Any) -> Any:
-        first = once(given)
-        # Made before the branch: within it XLA would write out arrays of these numbers.
-        needed, more = judge(first)
+        found, needed, more = once(given)
         return lax.cond(
-            needed, again, lambda more, first, given: first, more, first, given
+            needed,
+            lambda found, more, given: again(more, given),
+            lambda found, more, given: found,
+            found,
+            more,
+            given,
         )
 
     return lax.platform_dependent(given, cpu=on_cpu, default=side_by_side)
@@ -69,63 +161,8 @@ def if_needed(
 
 def entries(vector: jax.Array) -> list[jax.Array]:
     """The entries of a vector, as scalars."""
-    return [lax.squeeze(x, (0,)) for x in cut(vector, (1,) * vector.shape[0])]
-
-
-def _replaced_once(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-    def replaced(value: jax.Array, arrays: Any) -> Any:
-        # Made from the arrays, so that it lies on the mesh as they do.
-        return jax.tree.map(lambda x: jnp.where(x == x, value, value), arrays)
-
-    def everywhere(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.where(flag, value, x), arrays)
-
-    def on_cpu(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-        return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
-
-    return lax.platform_dependent(flag, value, arrays, cpu=on_cpu, default=everywhere)
-
-
-_replaced = traced_once(_replaced_once)
-
-
-def replaced_if(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-    """Arrays full of a value if the flag is set, else as they are, computed once.
-
-    XLA for CPU would compute anew in the loop of every leaf what led to its scale, but
-    what comes out of a branch is there already.
-
-    `python benchmarks/everyday.py`: AGC.
-    """
-    return _replaced(flag, value, arrays)
-
-
-def _cut_once(vector: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    """The parts of a vector, one after the other.
-
-    XLA for CPU compiles a kernel of its own for each part whose place it knows, and for
-    all that uses it. It learns the places from a branch, and compiles one for all parts
-    of a size.
-
-    `python benchmarks/everyday.py`: without it a step of Adam on 4 leaves compiles 1.25
-    times as long.
-    """
-    starts = [0, *itertools.accumulate(sizes)][:-1]
-    places = tuple(map(np.uint32, starts))
-
-    def known() -> Any:
-        return places
-
-    def unknown(vector: jax.Array) -> Any:
-        first = lax.index_in_dim(vector, 0, keepdims=False)
-        return lax.cond(lax.is_finite(first), known, known)
-
-    found = lax.platform_dependent(vector, cpu=unknown, default=lambda vector: known())
-    each = zip(found, sizes, strict=True)
-    return [lax.dynamic_slice(vector, (place,), (size,)) for place, size in each]
-
-
-cut = traced_once(_cut_once, (1,))
+    parts = lax.split(vector, (1,) * vector.shape[0])
+    return [lax.squeeze(x, (0,)) for x in parts]
 
 
 def vector_of(scalars: Sequence[jax.Array]) -> jax.Array:
@@ -137,22 +174,7 @@ def total_of(scalars: Sequence[jax.Array]) -> jax.Array:
     """The sum of scalars, or of arrays of one shape."""
     if len(scalars) <= 32:
         return functools.reduce(lax.add, scalars)
-    return jnp.sum(stacked(scalars), axis=0)
-
-
-def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Arrays of one shape as one.
-
-    Of what is then summed XLA for CPU would make one loop over all arrays, and to put
-    that together takes it a time that grows with the square of their number.
-
-    `python benchmarks/compiling.py`: 1,000 leaves.
-    """
-    if len(arrays) <= 2:
-        return jnp.stack(arrays)
-    return lax.platform_dependent(
-        jnp.stack(arrays), cpu=lax.optimization_barrier, default=lambda x: x
-    )
+    return jnp.sum(jnp.stack(scalars), axis=0)
 
 
 def sum_on_cpu(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._clipping import policies
-from .._clipping.clip_by import clip_norms
+from .._clipping.clip_by import Parts, clip_norms
 from .._clipping.entries import (
     mean_of,
     moments_in,
@@ -18,14 +18,16 @@ from .._clipping.entries import (
 from .._clipping.measures import tree_norm
 from .._clipping.responses import rescale
 from .._clipping.scaling import Response
+from .._clipping.summary import Summary
 from .._clipping.transformation import (
+    Memory,
     Options,
-    Step,
     arrays_in,
     check_memory,
     check_state,
     transformation,
 )
+from .._reductions.norms import Norms
 from .._thresholds.base import unless
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, check_decay, out_of_range
@@ -104,23 +106,22 @@ def mixed_clip(
             " the two parts have norms of their own."
         )
     options = Options(nonfinite, axis_name, specs, metrics)
+    parts = Parts(tree_norm(), rule, respond, options)
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        def clip(arrays: list[Any], given: Mapping[str, Any]) -> Step:
-            these = leaves._replace(arrays=arrays)
-            return clip_norms(
-                these, params, (), count, given, tree_norm(), rule, respond, options
-            )
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        def clip(arrays: list[Any], given: Mapping[str, Any], ending: Any) -> Any:
+            these, nothing = leaves._replace(arrays=arrays), memory._replace(rule=())
+            return clip_norms(parts, these, params, nothing, given, ending)
 
+        state = memory.rule
         check_memory(state, MixedMemory)
         moments = moments_in(state.mu, leaves)
-        of_gradient = clip(leaves.arrays, extra)
+        gradient, (metrics, bad, zero) = clip(leaves.arrays, extra, _of_gradient)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
-        bad = of_gradient.summary.nonfinite
         moved = [
             mean_of(m, x.astype(m.dtype), decay)
             for m, x in zip(moments, arrays, strict=True)
@@ -128,25 +129,30 @@ def mixed_clip(
         # First chosen and then measured: XLA can write the new ones in place.
         kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
         goes_on = options.nonfinite == "sanitize"
-        of_momentum = clip(moved if goes_on else kept, {})
+        momentum, _ = clip(moved if goes_on else kept, {}, lambda *_: None)
         share = unless(out_of_range(decay), jnp.asarray(nu, jnp.float32))
         mixed = [
             (
                 share.astype(m.dtype) * m
                 + (1 - share).astype(m.dtype) * g.astype(m.dtype)
             ).astype(g.dtype)
-            for m, g in zip(of_momentum.arrays, of_gradient.arrays, strict=True)
+            for m, g in zip(momentum, gradient, strict=True)
         ]
         if options.nonfinite == "zero":
-            zero = of_gradient.summary.nonfinite & ~of_gradient.summary.unusable
             mixed = [jnp.where(zero, jnp.zeros_like(x), x) for x in mixed]
-        memory = MixedMemory(rebuild(state.mu, kept))
-        return Step(mixed, of_gradient.summary, memory, settled=True)
+        after = MixedMemory(rebuild(state.mu, kept))
+        return mixed, memory._replace(rule=after, metrics=metrics)
 
     def init(leaves: Leaves) -> MixedMemory:
         return MixedMemory(zeros_like(leaves))
 
     return transformation(init, step, rule, options)
+
+
+def _of_gradient(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Any:
+    """The gradient's metrics, whether it is not finite, and whether it is zeroed."""
+    zero = summary.nonfinite & ~summary.unusable
+    return memory.metrics_after(summary), summary.nonfinite, zero
 
 
 def normalized_momentum(

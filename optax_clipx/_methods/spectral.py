@@ -15,7 +15,7 @@ from .._clipping.entries import any_of, finish, with_flags
 from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Options, Step, arrays_in, transformation
+from .._clipping.transformation import Memory, Options, arrays_in, transformation
 from .._devices import mesh
 from .._reductions.groups import UnitGroups
 from .._reductions.norms import norms
@@ -112,17 +112,21 @@ def clip_by_spectral_norm(
     ways = Ways(form, method, steps)
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
-        context = Context(count, None, extra, leaves.paths, lambda v: jnp.stack(v))
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
+        context = Context(
+            memory.steps, None, extra, leaves.paths, lambda v: jnp.stack(v)
+        )
         dtype = accumulator(leaves.arrays)
-        limits, _ = rule.update(jnp.zeros((len(leaves.arrays),), dtype), state, context)
+        limits, _ = rule.update(
+            jnp.zeros((len(leaves.arrays),), dtype), memory.rule, context
+        )
         limits = jnp.broadcast_to(limits, (len(leaves.arrays),)).astype(dtype)
         layouts = _layouts(leaves, axis, batch_axes)
         clipped, before, after, bad = _clip(leaves, limits, layouts, ways, options)
         summary = _summary(before, after, limits)
         summary = summary._replace(nonfinite=bad | summary.nonfinite)
-        return finish(leaves, clipped, summary, state, options)
+        return finish(leaves, clipped, summary, memory, options)
 
     return transformation(None, step, rule, options)
 

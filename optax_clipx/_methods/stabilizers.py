@@ -20,7 +20,7 @@ from .._clipping.entries import (
 from .._clipping.metrics import to_float32
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Options, Step, check_memory, transformation
+from .._clipping.transformation import Memory, Options, check_memory, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._reductions.whole_norm import whole_norm
@@ -116,9 +116,10 @@ def stabilize_norm(
         return StabilizerMemory(*(jnp.zeros((count,), jnp.float32) for _ in range(4)))
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
+        state = memory.rule
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
@@ -175,7 +176,8 @@ def stabilize_norm(
             unusable=jnp.asarray(out_of_range(b1, b2, b3)),
         )
         new = StabilizerMemory(peaks, means, roots, counts)
-        return finish(leaves, out, summary, new, options)
+        memory = memory.with_rule(summary.nonfinite, new)
+        return finish(leaves, out, summary, memory, options)
 
     return transformation(init, step, NO_RULE, options)
 

@@ -24,7 +24,7 @@ from .._clipping.entries import (
 )
 from .._clipping.metrics import count as advanced
 from .._clipping.summary import Summary
-from .._clipping.transformation import Options, Step, check_memory, transformation
+from .._clipping.transformation import Memory, Options, check_memory, transformation
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
 from .._trees.arguments import (
@@ -105,9 +105,10 @@ def scale_by_stable_adam(
     options = Options(nonfinite, axis_name, specs, metrics)
 
     def step(
-        leaves: Leaves, params: Any, state: Any, count: Any, extra: Mapping[str, Any]
-    ) -> Step:
+        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+    ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
+        state = memory.rule
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
@@ -163,7 +164,7 @@ def scale_by_stable_adam(
             rebuild(state.root, kept[each:]),
             jnp.where(bad, steps, advanced(steps, True)),
         )
-        return finish(leaves, out, summary, new, options)._replace(settled=True)
+        return finish(leaves, out, summary, memory._replace(rule=new), options)
 
     def init(leaves: Leaves) -> StableAdamMemory:
         seen = jnp.zeros((), jnp.int32)

@@ -18,7 +18,13 @@ from jax import lax
 
 from .._devices import mesh
 from .._devices.mesh import knows_shards
-from .._devices.programs import if_needed, sum_on_cpu, sums_by_parts, traced_once
+from .._devices.programs import (
+    as_one,
+    if_needed,
+    sum_on_cpu,
+    sums_by_parts,
+    traced_once,
+)
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
@@ -166,24 +172,29 @@ class _Measured:
         """The number of entries of each group."""
         return self.where.groups.sizes(given[0][0], self.where.places)
 
-    def squares(self, given: Any, how: str, factors: Any = None) -> list[list[Packed]]:
-        """The sums of squares of each derived tree's groups.
+    def sums(self, given: Any, how: str, factors: Any = None) -> list[Any]:
+        """Of each derived tree and leaf the sums of squares on this device.
 
-        One collective for all. Factors are those of each tree and leaf, or None.
-        `how` is "plain", "on_cpu", or "at_three": plain, and in two other units.
+        Factors are those of each tree and leaf, or None. `how` is "plain", "on_cpu",
+        or "at_three": plain, and in two other units.
         """
         parts = self._sums_by_parts(given, factors) if how == "on_cpu" else None
-        rows = parts or [
+        return parts or [
             [
                 self._sums(i, x, how, factors and factors[k][i])
                 for i, x in enumerate(row)
             ]
             for k, row in enumerate(self.rows(given))
         ]
-        flat = [x for tree in given[0] for x in tree]
+
+    def totals(self, rows: list[Any], given: Any) -> list[list[Packed]]:
+        """The squares of each derived tree's groups, for each choice of a unit.
+
+        One collective for all.
+        """
         # Each choice of a unit has a row of its own.
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
-        totals = self.where.totals(turned, flat)
+        totals = self.where.totals(turned, jax.tree.leaves(given[0]))
         if self.ord == "rms":
             sizes = self.sizes(given)
             totals = [jax.tree.map(_mean, total, sizes) for total in totals]
@@ -281,47 +292,54 @@ _outside = traced_once(_outside_once)
 def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     """The norm of each derived tree's groups, whatever their magnitude."""
     limits, risks = _RANGES[measured.dtype], measured.at_risk(given)
-    if not any(risks):
-        (squares,) = measured.squares(given, "plain")
-        return [_norms_of(s, jax.tree.map(jnp.ones_like, s)) for s in squares]
 
-    def chosen(roots: Sequence[Packed], small: float, large: float) -> list[Packed]:
+    def in_units(plain: Sequence[Packed], small: float, large: float) -> list[Packed]:
         return [
-            jax.tree.map(lambda x: _choose(x, small, large), root)
+            jax.tree.map(lambda x: _choose(x, small, large), squares)
             if risk
-            else jax.tree.map(jnp.ones_like, root)
-            for root, risk in zip(roots, risks, strict=True)
+            else jax.tree.map(jnp.ones_like, squares)
+            for squares, risk in zip(plain, risks, strict=True)
         ]
+
+    def found(squares: Sequence[Packed], plain: Sequence[Packed]) -> list[Norms]:
+        return list(
+            map(_norms_of, squares, in_units(plain, limits.small, limits.large))
+        )
+
+    def first(sums: list[Any]) -> Any:
+        (plain,) = measured.totals(sums, given)
+        at_risk = [x for x, risk in zip(plain, risks, strict=True) if risk]
+        flags = map(_outside, jax.tree.leaves(at_risk))
+        factors = in_units(plain, 1 / limits.small, 1 / limits.large)
+        needed = functools.reduce(lax.bitwise_or, flags)
+        return found(plain, plain), needed, (plain, measured.spread(factors))
+
+    def second(sums: list[Any], plain: Sequence[Packed]) -> list[Norms]:
+        (squares,) = measured.totals(sums, given)
+        return found(squares, plain)
 
     def once(given: Any) -> Any:
-        (roots,) = measured.squares(given, "on_cpu")
-        return roots, roots
+        return as_one(first, measured.sums(given, "on_cpu"))
 
-    def judge(first: Any) -> tuple[jax.Array, list[Packed]]:
-        at_risk = [r for r, risk in zip(first[0], risks, strict=True) if risk]
-        flags = map(_outside, jax.tree.leaves(at_risk))
-        factors = chosen(first[0], 1 / limits.small, 1 / limits.large)
-        return functools.reduce(lax.bitwise_or, flags), factors
+    def again(more: Any, given: Any) -> list[Norms]:
+        plain, factors = more
+        return as_one(second, measured.sums(given, "on_cpu", factors), plain)
 
-    def again(factors: list[Packed], first: Any, given: Any) -> Any:
-        each = lax.optimization_barrier(measured.spread(factors))
-        return first[0], *measured.squares(given, "on_cpu", each)
+    def side_by_side(given: Any) -> list[Norms]:
+        plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
+        each = zip(risks, plain, small, large, strict=True)
+        picked = [jax.tree.map(_pick, *x) if risk else x[0] for risk, *x in each]
+        return found(picked, plain)
 
-    def side_by_side(given: Any) -> Any:
-        plain, small, large = measured.squares(given, "at_three")
-        found = zip(risks, plain, small, large, strict=True)
-        return plain, [
-            jax.tree.map(_pick, *roots) if risk else roots[0] for risk, *roots in found
-        ]
-
+    if not any(risks):
+        (plain,) = measured.totals(measured.sums(given, "plain"), given)
+        return [_norms_of(s, jax.tree.map(jnp.ones_like, s)) for s in plain]
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
     groups, places = measured.where
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
-        plain, roots = side_by_side(given)
-    else:
-        plain, roots = if_needed(once, judge, again, side_by_side, given)
-    return list(map(_norms_of, roots, chosen(plain, limits.small, limits.large)))
+        return side_by_side(given)
+    return if_needed(once, again, side_by_side, given)
 
 
 @_two_norms.defjvp

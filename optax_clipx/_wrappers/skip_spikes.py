@@ -1,6 +1,7 @@
 """Wrappers of an optimizer: skipped steps and reset moments."""
 
 import enum
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import optax
 
 from .._clipping import metrics
-from .._clipping.clip_by import clip_norms
+from .._clipping.clip_by import Parts, clip_norms
 from .._clipping.known_norm import known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
 from .._clipping.responses import drop
-from .._clipping.summary import nothing
-from .._clipping.transformation import Options, check_state
+from .._clipping.summary import Summary, nothing
+from .._clipping.transformation import Memory, Options, check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
+from .._devices.programs import as_one
+from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
@@ -149,6 +152,7 @@ def skip_spikes(
         raise ValueError("Expected a rule that does not depend on the parameters.")
     wrapped = optax.with_extra_args_support(inner)
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
+    parts = Parts(tree_norm(), rule, drop, options)
 
     def init_fn(params: Any) -> SkipState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
@@ -175,67 +179,75 @@ def skip_spikes(
                 metrics=metrics.advance(state.metrics, nothing()), inner=after
             )
         with mesh.mesh_of(leaves.arrays):
-            found = clip_norms(
-                leaves,
-                params,
-                state.rule,
-                state.metrics.steps,
-                extra,
-                tree_norm(),
-                rule,
-                drop,
-                options,
-            )
-            summary = found.summary
             loss = _loss(extra, leaves.arrays, options)
-            loss_bad, loss_spike, new_loss_rule = _judge(
-                loss, loss_rule, state, Context(state.metrics.steps, extra=extra)
+            memory = Memory(state.rule, state.metrics.steps)
+            dropped, found = clip_norms(
+                parts, leaves, params, memory, extra, lambda memory, *found: found
             )
-            spike = summary.any_clipped
-            skipped = summary.nonfinite | spike | loss_bad | loss_spike
-            # A threshold that cannot be used made every leaf NaN, which must be seen.
-            keep = skipped & ~summary.unusable
-            feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in found.arrays]
-            # A clipper that comes first inside need not measure the same again.
-            known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), found.norms)
-            known = known._replace(unit=jnp.where(skipped, 1, found.norms.unit))
+            before = state._replace(inner=None)
+            fields, keep, known = as_one(
+                functools.partial(_judged, loss_rule, extra), before, loss, *found
+            )
+            feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in dropped]
+        # A clipper that comes first inside need not measure the same again.
         with known_norm(feed, known):
             inner_updates, after = wrapped.update(
                 leaves.rebuild(feed), state.inner, params, **extra
             )
         with mesh.mesh_of(leaves.arrays):
-            inner_updates = _select(
-                keep, optax.tree.zeros_like(inner_updates), inner_updates
-            )
+            zeros = optax.tree.zeros_like(inner_updates)
+            inner_updates = _select(keep, zeros, inner_updates)
             after = _select(keep, state.inner, after)
-            frozen = summary.nonfinite | loss_bad
-            reason = jnp.select(
-                [summary.nonfinite, spike, loss_bad, loss_spike],
-                [jnp.int32(reason) for reason in SkipReason if reason],
-                jnp.int32(SkipReason.NOT_SKIPPED),
-            )
-            by_loss = skipped & ~(summary.nonfinite | spike)
-            summary = summary._replace(
-                clipped_norm=jnp.where(by_loss, 0, summary.clipped_norm),
-                scale=jnp.where(by_loss, 0, summary.scale),
-                clipped=jnp.where(by_loss, 1, summary.clipped),
-                any_clipped=spike | loss_spike,
-                nonfinite=frozen,
-            )
-            return inner_updates, SkipState(
-                metrics.advance(state.metrics, summary),
-                _select(frozen, state.rule, found.rule),
-                _select(frozen, state.loss_rule, new_loss_rule),
-                after,
-                skipped=skipped,
-                reason=reason,
-                num_skipped=metrics.count(state.num_skipped, skipped),
-                consecutive_skips=jnp.where(
-                    skipped, metrics.count(state.consecutive_skips, True), 0
-                ),
-            )
+            return inner_updates, state._replace(inner=after, **fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _judged(
+    loss_rule: Threshold,
+    extra: Mapping[str, Any],
+    state: SkipState,
+    loss: Any,
+    summary: Summary,
+    rule: Any,
+    norm: Norms,
+) -> tuple[dict[str, Any], jax.Array, Norms]:
+    """The new fields of the state, whether to skip, and the norm of what goes on."""
+    context = Context(state.metrics.steps, extra=extra)
+    loss_bad, loss_spike, new_loss_rule = _judge(loss, loss_rule, state, context)
+    spike = summary.any_clipped
+    skipped = summary.nonfinite | spike | loss_bad | loss_spike
+    # A threshold that cannot be used made every leaf NaN, which must be seen.
+    keep = skipped & ~summary.unusable
+    frozen = summary.nonfinite | loss_bad
+    reason = jnp.select(
+        [summary.nonfinite, spike, loss_bad, loss_spike],
+        [jnp.int32(reason) for reason in SkipReason if reason],
+        jnp.int32(SkipReason.NOT_SKIPPED),
+    )
+    by_loss = skipped & ~(summary.nonfinite | spike)
+    summary = summary._replace(
+        clipped_norm=jnp.where(by_loss, 0, summary.clipped_norm),
+        scale=jnp.where(by_loss, 0, summary.scale),
+        clipped=jnp.where(by_loss, 1, summary.clipped),
+        any_clipped=spike | loss_spike,
+        nonfinite=frozen,
+    )
+    known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), norm)
+    known = known._replace(unit=jnp.where(skipped, 1, norm.unit))
+    fields = {
+        "metrics": metrics.advance(state.metrics, summary),
+        "rule": _select(frozen, state.rule, rule),
+        "skipped": skipped,
+        "reason": reason,
+        "num_skipped": metrics.count(state.num_skipped, skipped),
+        "consecutive_skips": jnp.where(
+            skipped, metrics.count(state.consecutive_skips, True), 0
+        ),
+    }
+    if loss is not None:
+        fields["loss_rule"] = _select(frozen, state.loss_rule, new_loss_rule)
+    return fields, keep, known
 
 
 def _loss(extra: Mapping[str, Any], arrays: list[Any], options: Options) -> Any:
