@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from .._devices.mesh import mesh_of, placements
-from .._devices.programs import as_one
+from .._devices.programs import as_one, replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float
-from .._trees.arithmetic import accumulator, where
+from .._trees.arithmetic import accumulator, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
@@ -257,13 +258,15 @@ def clip_norms(
         if sanitized:
             bad = [jnp.any(n > 0) for n in jax.tree.leaves(found[1].value)]
             summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
-        summary, lost, zero = by_policy(leaves, summary, options)
+
+        def end(summary: Summary, memory: Memory, rule: Any, norm: Norms) -> Any:
+            summary, lost, zero = by_policy(leaves, summary, options)
+            return lost, zero, ending(memory, summary, rule, norm)
+
+        lost, zero, ended = as_one(end, summary, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        scales = jax.tree.map(
-            lambda s: jnp.where(lost, jnp.nan, jnp.where(zero, 0, s)).astype(s.dtype),
-            scales,
-        )
-        ended = ending(memory, summary, new_rule, norm)
+        value = where(lost, np.nan, full_like(summary.norm, 0))
+        scales = replaced_if(lax.bitwise_or(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 
     scales, zero, ended = as_one(decide, given, found, memory)
@@ -294,7 +297,7 @@ def _limits(
     narrow = bool(arrays_in(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
-        finite = where(lax.is_finite(n), n, lax.full_like(n, 0))
+        finite = where(lax.is_finite(n), n, full_like(n, 0))
         return _metrics.to_float32(finite) if narrow else finite
 
     context = Context(
@@ -362,7 +365,7 @@ def _checked_norm(norm: Any, dtype: Any) -> Norms:
         raise ValueError(f"Expected norm >= 0, got norm={norm}.")
     norm = norm.astype(dtype)
     norm = jnp.where(norm < 0, jnp.nan, norm)
-    return Norms(norm, norm, jnp.ones_like(norm), jnp.square(norm))
+    return Norms(norm, norm, jnp.ones_like(norm))
 
 
 def params_like(leaves: Leaves, params: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from .._devices import mesh
-from .._devices.programs import as_one
+from .._devices.programs import as_one, entries, traced_once
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless
@@ -18,6 +18,7 @@ from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
 from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
 from .._trees.leaves import Leaves
+from .._trees.shared import Shared, for_all, for_each, pairs
 from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
@@ -48,7 +49,7 @@ def clip_by_interval(
     ) -> tuple[list[Any], Memory]:
         low = _limits(lower, leaves, memory, extra)
         high = _limits(upper, leaves, memory, extra)
-        return _finish(leaves, options, low, high, _clamp, memory)
+        return _finish(leaves, options, pairs(low, high), _clamp, memory)
 
     return transformation(None, step, rule, options)
 
@@ -75,14 +76,15 @@ def _clip_between(
     def step(
         leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
     ) -> tuple[list[Any], Memory]:
-        high = bounds.of_leaves(max_value, name, leaves, memory.steps)
+        high = for_each(bounds.of_leaves(max_value, name, leaves, memory.steps))
         if one:
-            low = [-h for h in high]
+            both = high.map(lambda h: (-h, h))
         else:
             low = bounds.of_leaves(min_value, "min_value", leaves, memory.steps)
+            both = pairs(for_each(low), high)
         polar = one and any(map(jnp.iscomplexobj, leaves.arrays))
         act = _shrink if polar else _clamp
-        return _finish(leaves, options, low, high, act, memory)
+        return _finish(leaves, options, both, act, memory)
 
     return transformation(None, step, rule, options)
 
@@ -116,8 +118,8 @@ def clip_by_magnitude(
     ) -> tuple[list[Any], Memory]:
         high = _limits(rule, leaves, memory, extra)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
-        low = [-h for h in high]
-        return _finish(leaves, options, low, high, _clamp if clamps else act, memory)
+        both = high.map(lambda h: (-h, h))
+        return _finish(leaves, options, both, _clamp if clamps else act, memory)
 
     # The rule remembers no arrays; what else it keeps, it has from init.
     plain = rule.init is no_memory
@@ -130,12 +132,16 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
 
 def _limits(
     rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any]
-) -> list[jax.Array]:
-    groups = ScalarGroups(tuple(range(len(leaves.arrays))), len(leaves.arrays))
+) -> Shared:
+    """The limit of each leaf."""
+    count = len(leaves.arrays)
+    groups = ScalarGroups(tuple(range(count)), count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
-    norms = jnp.zeros((len(leaves.arrays),), accumulator(leaves.arrays))
+    norms = jnp.zeros((count,), accumulator(leaves.arrays))
     limits, _ = rule.update(norms, memory.rule, context)
-    return list(jnp.broadcast_to(limits, norms.shape))
+    if jnp.ndim(limits) == 0:
+        return for_all(jnp.asarray(limits, norms.dtype), count)
+    return for_each(entries(jnp.broadcast_to(limits, norms.shape)))
 
 
 def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -160,7 +166,7 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
         unit = jnp.where(large, 2, 1).astype(most.dtype)
         root = jnp.abs(times(wide, 1 / unit))
         magnitude = saturated_quotient(root, 1 / unit)
-    itself = Norms(magnitude, root, unit, jnp.square(root))
+    itself = Norms(magnitude, root, unit)
     limits = jnp.broadcast_to(limit, magnitude.shape)
     found = scales(itself, limits, response)
     return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))
@@ -169,26 +175,23 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
 def _finish(
     leaves: Leaves,
     options: Options,
-    low: list[jax.Array],
-    high: list[jax.Array],
+    bounds: Shared,
     act: Callable[..., jax.Array],
     memory: Memory,
 ) -> tuple[list[Any], Memory]:
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
-    pairs = zip(low, high, strict=True)
-    flags = [~(upper >= lower) for lower, upper in pairs]
+    flags = [~(high >= low) for low, high in bounds.values]
     unusable = _on_all_devices(jnp.any, flags, leaves, options)
     # A bound of NaN makes every entry NaN.
-    low = [jnp.where(unusable, jnp.nan, b) for b in low]
-    high = [jnp.where(unusable, jnp.nan, b) for b in high]
-    clipped = [act(x, *b) for x, *b in zip(arrays, low, high, strict=True)]
+    bounds = bounds.map(lambda pair: [jnp.where(unusable, jnp.nan, b) for b in pair])
+    clipped = [act(x, *pair) for x, pair in zip(arrays, bounds, strict=True)]
     if memory.metrics is None and options.nonfinite in ("propagate", "sanitize"):
         return clipped, memory
-    found = _measured(leaves, low, high, act, options)
+    found = _measured(leaves, bounds, act, options)
 
-    def ending(found: Any, unusable: jax.Array, bounds: Any) -> Any:
+    def ending(found: Any, unusable: jax.Array, bounds: Any, memory: Memory) -> Any:
         summary = _summary_of(found, bounds, leaves, options)
         summary = summary._replace(unusable=unusable)
         lost = zero = None
@@ -196,7 +199,8 @@ def _finish(
             summary, lost, zero = by_policy(leaves, summary, options)
         return memory.metrics_after(summary), lost, zero
 
-    metrics, lost, zero = as_one(ending, found, unusable, low + high)
+    given = (found, unusable, bounds, memory._replace(rule=()))
+    metrics, lost, zero = as_one(ending, *given)
     if lost is not None:
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
         clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]
@@ -204,23 +208,22 @@ def _finish(
 
 
 def _measured(
-    leaves: Leaves,
-    low: list[jax.Array],
-    high: list[jax.Array],
-    act: Callable[..., jax.Array],
-    options: Options,
+    leaves: Leaves, bounds: Shared, act: Callable[..., jax.Array], options: Options
 ) -> list[jax.Array]:
     """Both norms and the root of the number of entries outside, in one reduction."""
-    entries = any(b.ndim for b in high)
+    trees: list[Any] = [leaves.arrays]
+    extras: Any = bounds
+    if any(high.ndim for _, high in bounds.values):  # cut over the mesh as leaves are
+        trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
     found = norms(
-        [leaves.arrays, low, high] if entries else [leaves.arrays],
+        trees,
         ScalarGroups((0,) * len(leaves.arrays), None),
         2.0,
         leaves.paths,
         _axis_name(options),
         options.specs,
         derive=_Derived(act, options.nonfinite == "sanitize"),
-        extras=() if entries else list(zip(low, high, strict=True)),
+        extras=extras,
     )
     return [x.value for x in found]
 
@@ -234,7 +237,7 @@ def _axis_name(options: Options) -> Any:
 
 
 def _summary_of(
-    found: list[jax.Array], bounds: list[jax.Array], leaves: Leaves, options: Options
+    found: list[jax.Array], bounds: Shared, leaves: Leaves, options: Options
 ) -> Summary:
     before, after, num_outside, *num_bad = found
     arrays = leaves.arrays
@@ -243,11 +246,12 @@ def _summary_of(
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
     nonzero = jnp.where(before > 0, before, 1)
+    sizes = [jnp.abs(bound) for pair in bounds.values for bound in pair]
     return Summary(
         norm=before,
         clipped_norm=after,
         scale=jnp.where(before > 0, after / nonzero, 1),
-        threshold=_on_all_devices(jnp.max, list(map(jnp.abs, bounds)), leaves, options),
+        threshold=_on_all_devices(jnp.max, sizes, leaves, options),
         clipped=jnp.where(jnp.isfinite(share), share, 0),
         any_clipped=num_outside > 0,
         nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),
@@ -283,18 +287,28 @@ class _Derived:
 
     def __call__(self, trees: Any, scalars: Any) -> Any:
         leaves, *entries = trees
-        before = policies.sanitize(leaves) if self.sanitized else leaves
-        act = _clamped_for_sums if self.act is _clamp else self.act
+        raw = policies.sanitize(leaves) if self.sanitized else leaves
         # Behind a barrier: XLA would write out bounds that several sums share.
-        if entries:  # of single entries, cut over the mesh as the leaves are
-            here = there = list(zip(*entries, strict=True))
-        else:
-            here, there = lax.optimization_barrier((scalars, scalars))
-        after = [act(x, *b) for x, b in zip(before, here, strict=True)]
-        outside = [_outside(x, *b) for x, b in zip(before, there, strict=True)]
-        if not self.sanitized:
-            return [before, after, Indicators(outside)]
-        return [before, after, Indicators(outside), policies.where_nonfinite(leaves)]
+        bounds = zip(*entries, strict=True) if entries else scalars
+        if not entries and isinstance(scalars, Shared):
+            bounds = scalars.map(lax.optimization_barrier)
+        act = _clamped_for_sums if self.act is _clamp else self.act
+        found = [_changed(x, *pair, act) for x, pair in zip(raw, bounds, strict=True)]
+        after, outside = zip(*found, strict=True)
+        measured = [raw, list(after), Indicators(list(outside))]
+        if self.sanitized:
+            measured.append(policies.where_nonfinite(leaves))
+        return measured
+
+
+def _changed_once(
+    array: Any, low: jax.Array, high: jax.Array, act: Callable[..., jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """A leaf after clipping, and 1 for each entry that was outside of its bounds."""
+    return act(array, low, high), _outside(array, low, high)
+
+
+_changed = traced_once(_changed_once, (3,))
 
 
 def _outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int
 
+from .._trees.arithmetic import full_like
 from .._trees.leaves import Path, path_of
 from .summary import Summary
 
@@ -136,7 +137,7 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
 def count(number: Any, happened: Any) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
     largest = jnp.iinfo(jnp.int32).max
-    most = lax.full_like(number, largest)
+    most = full_like(number, largest)
     after = lax.select(lax.lt(number, most), lax.add(number, np.int32(1)), most)
     return after if happened is True else lax.select(happened, after, number)
 

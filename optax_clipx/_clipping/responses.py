@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._trees.arithmetic import full_like
+
 
 def rescale(
     norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
@@ -47,7 +49,7 @@ def rescale(
         else norms + jnp.asarray(eps, norms.dtype)
     )
     over = lax.gt(shifted, limits)
-    one = lax.full_like(norms, 1)
+    one = full_like(norms, 1)
     # The untaken side of a where must stay finite, or its gradient is NaN.
     return lax.select(over, _ratio(limits, lax.select(over, shifted, one)), one)
 

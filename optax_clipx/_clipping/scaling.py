@@ -18,7 +18,7 @@ from jax import lax
 from .._devices.programs import traced_once
 from .._reductions.groups import Groups, Packed
 from .._reductions.norms import Norms
-from .._trees.arithmetic import safe_sqrt, times, where, widened
+from .._trees.arithmetic import full_like, safe_sqrt, times, where, widened
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -47,24 +47,23 @@ _EXTREMES = {
 def scales(norms: Norms, limits: Packed, response: Response) -> Packed:
     """What each group is multiplied by, whatever the magnitudes: packed, as above."""
 
-    def one(*numbers: jax.Array) -> jax.Array:
-        return _scale(*numbers, response)
+    def one(value: Any, root: Any, unit: Any, limit: Any) -> jax.Array:
+        return _scale(value, root, unit, limit, response)
 
     return jax.tree.map(one, *norms, limits)
 
 
-def _scale_once(
+def _scale(
     value: jax.Array,
     root: jax.Array,
     unit: jax.Array,
-    squares: jax.Array,
     limit: jax.Array,
     response: Response,
 ) -> jax.Array:
     most, extremes = float(jnp.finfo(value.dtype).max), _EXTREMES[value.dtype]
 
-    def number(x: float | int) -> jax.Array:
-        return lax.full_like(value, x)
+    def number(x: float | int) -> Any:
+        return full_like(value, x)
 
     one, no_limit = number(1), lax.eq(limit, number(np.inf))
     # The norm in a unit in which none is too large.
@@ -80,8 +79,6 @@ def _scale_once(
     high = where(far, extremes.higher, number(extremes.high))
     factor = where(extreme, high, where(saturated, extremes.low, one))
     scale = lax.min(response(norm, lax.mul(limit, factor)), number(most))
-    usual = _sharpened(scale, value, squares, limit)
-    scale = where(lax.bitwise_or(elsewhere, lax.ne(unit, one)), scale, usual)
     back = where(
         far,
         -((extremes.low / extremes.higher) ** 0.5),
@@ -92,37 +89,9 @@ def _scale_once(
     return where(lax.bitwise_or(no_limit, lax.eq(value, number(0))), one, scale)
 
 
-def _sharpened(
-    scale: jax.Array, norm: jax.Array, squares: jax.Array, limit: jax.Array
-) -> jax.Array:
-    """A scale that aims at the limit, from the squares: one rounding less.
-
-    It makes the clipped norm the limit to the last bit more often.
-    """
-    info = jnp.finfo(norm.dtype)
-
-    def number(x: float | int) -> jax.Array:
-        return lax.full_like(norm, x)
-
-    wanted = lax.mul(limit, limit)
-    off = lax.abs(lax.sub(lax.mul(scale, norm), limit))
-    aims = lax.le(off, lax.mul(limit, number(4 * float(info.eps))))
-    low, high = number(float(info.tiny) * 1e8), number(float(info.max))
-    for value in (wanted, squares):
-        inside = lax.bitwise_and(lax.gt(value, low), lax.lt(value, high))
-        aims = lax.bitwise_and(aims, inside)
-    aims = lax.bitwise_and(aims, lax.lt(scale, number(1)))
-    ratio = lax.div(where(aims, wanted, number(0)), where(aims, squares, number(1)))
-    change = lax.stop_gradient(lax.sub(lax.sqrt(ratio), scale))
-    return lax.add(scale, where(lax.gt(ratio, low), change, number(0)))
-
-
-_scale = traced_once(_scale_once, (5,))
-
-
 def second_factor(scale: jax.Array) -> jax.Array:
     """By what is multiplied after the scale itself: by an extreme one once more."""
-    return where(lax.lt(scale, lax.full_like(scale, 0)), scale, lax.full_like(scale, 1))
+    return where(lax.lt(scale, full_like(scale, 0)), scale, full_like(scale, 1))
 
 
 def as_numbers(scales: Packed) -> Packed:
@@ -136,10 +105,10 @@ def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
     return jax.tree.map(_clipped_norm, *each)
 
 
-def _clipped_norm_once(
+def _clipped_norm(
     value: jax.Array, root: jax.Array, unit: jax.Array, limit: jax.Array, s: jax.Array
 ) -> jax.Array:
-    most = lax.full_like(value, jnp.finfo(value.dtype).max)
+    most = full_like(value, jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
     first = where(
         lax.ge(value, most), lax.mul(lax.mul(root, s), unit), lax.mul(value, s)
@@ -147,9 +116,6 @@ def _clipped_norm_once(
     clipped = lax.min(lax.mul(first, second_factor(s)), most)
     same = lax.bitwise_or(lax.is_finite(limit), lax.ne(limit, limit))
     return where(same, clipped, value)
-
-
-_clipped_norm = traced_once(_clipped_norm_once)
 
 
 def apply(
@@ -169,7 +135,7 @@ def _times_scale_once(
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
     scaled = times(times(wide, scale), second_factor(scale)).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    same = lax.eq(scale, lax.full_like(scale, 1))
+    same = lax.eq(scale, full_like(scale, 1))
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
         return jnp.where(same & ((scaled == scaled) | True), array, scaled)

@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.programs import traced_once, vector_of
+from .._devices.programs import stacked, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import as_norm, combine, whole
+from .._trees.arithmetic import full_like
 from .._trees.leaves import Path
 from .._trees.sizes import as_number, is_known
 from . import scaling
@@ -71,7 +72,7 @@ def summarize(
             _row_of(*of_leaf, jnp.asarray(size, dtype), weight, ord)
             for *of_leaf, size, weight in zip(*parts, sizes, weights, strict=True)
         ]
-        table = _gathered(_folded(jnp.stack(rows), ord), kept)
+        table = _gathered(_folded(stacked(rows), ord), kept)
         count, size = _extent(parts[0], sizes, weights)
         return _from_row(
             _folded(table, ord), ord, count * len(table), size * len(table)
@@ -121,11 +122,11 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
         clipped=over.astype(norms.value.dtype),
         any_clipped=over,
         nonfinite=lax.bitwise_not(lax.is_finite(norms.value)),
-        unusable=lax.bitwise_not(lax.ge(limits, lax.full_like(limits, 0))),
+        unusable=lax.bitwise_not(lax.ge(limits, full_like(limits, 0))),
     )
 
 
-def _row_of_once(
+def _row_of(
     norms: jax.Array,
     limits: jax.Array,
     scales: jax.Array,
@@ -144,9 +145,6 @@ def _row_of_once(
     wholes = [whole(n, weights, ord) for n in (norms, clipped_norms)]
     numbers = (*wholes[0], *wholes[1], over, jnp.min(limits))
     return vector_of([*numbers, *_worst(ratio, limits, scales)])
-
-
-_row_of = traced_once(_row_of_once, (5, 6))
 
 
 def _folded(table: jax.Array, ord: Ord) -> jax.Array:

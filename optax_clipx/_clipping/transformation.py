@@ -11,7 +11,7 @@ from jax import lax
 
 from .._devices.mesh import mesh_of
 from .._thresholds.base import Threshold
-from .._trees.arithmetic import is_concrete, where
+from .._trees.arithmetic import full_like, is_concrete, where
 from .._trees.leaves import Leaves, flatten
 from . import metrics as _metrics, policies, summary as _summary
 from .known_norm import find_norm, known_norm
@@ -169,13 +169,13 @@ def kind_of(state: Any) -> str:
 
 def by_policy(
     leaves: Leaves, summary: Summary, options: Options
-) -> tuple[Summary, jax.Array, jax.Array]:
+) -> tuple[Summary, Any, Any]:
     """The summary, whether every leaf becomes NaN, and whether zero.
 
     First match wins: an unusable limit, then entries that are not finite.
     """
     nonfinite, policy = summary.nonfinite, options.nonfinite
-    zero = lax.full_like(nonfinite, False)
+    zero = full_like(nonfinite, False)
     if policy == "raise":
         policies.raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
     lost = summary.unusable

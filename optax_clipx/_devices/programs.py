@@ -5,16 +5,19 @@ below a function shows what is lost without it.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from .._trees.arithmetic import is_concrete, total
+from .._trees.arithmetic import full_like, is_concrete, total
 from .._trees.sizes import is_known
 from .mesh import knows_shards, lies_whole, vary, varying
 
@@ -48,24 +51,53 @@ def as_one(fun: Callable[..., Any], *given: Any) -> Any:
     times as long as with optax's clipping, and not 1.2.
     """
     arrays = jax.tree.leaves(given)
-    if is_concrete(given) or not all(map(lies_whole, arrays)):
+    if _in_one.get() or is_concrete(given) or not all(map(lies_whole, arrays)):
         return fun(*given)
-    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*given)
+    inside = _in_one.set(True)
+    try:
+        program, shapes = jax.make_jaxpr(fun, return_shape=True)(*given)
+    finally:
+        _in_one.reset(inside)
     names = [*program.jaxpr.constvars, *program.jaxpr.invars]
     known = dict(zip(names, (*program.consts, *arrays), strict=True))
     # What comes out as it went in, or is not looked at, stays out of the loop.
-    made = [x for x in program.jaxpr.outvars if not _is_known(x, known)]
+    outcome = program.jaxpr.outvars
+    made = list(dict.fromkeys(x for x in outcome if not _is_known(x, known)))
     read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
     needed = [x for x in names if id(x) in read]
-    if program.effects or not any(x.aval.dtype.kind == "f" for x in needed):
+    if not _is_small(program.jaxpr, needed + made):
         return fun(*given)
-    found = _computed(
-        functools.partial(_evaluated, program.jaxpr, needed, made),
-        [jnp.asarray(known[x]) for x in needed],
-    )
+    steps = program.jaxpr.replace(constvars=[], invars=needed, outvars=made)
+    found = _computed(ClosedJaxpr(steps, ()), [jnp.asarray(known[x]) for x in needed])
     known.update(zip(made, found, strict=True))
-    results = [_value(x, known) for x in program.jaxpr.outvars]
+    results = [_value(x, known) for x in outcome]
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+_in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
+_on_cpu: ContextVar[bool] = ContextVar("optax_clipx_on_cpu", default=False)
+
+
+def _is_small(program: Any, carried: list[Any]) -> bool:
+    """Whether XLA would compile a loop around a program as a whole."""
+    sizes = [x.aval.size for x in carried]
+    floats = [x for x in carried if x.aval.dtype.kind == "f"]
+    few = is_known(*sizes) and sum(sizes) <= 128
+    return bool(floats) and few and _has_small_steps(program)
+
+
+def _has_small_steps(program: Any) -> bool:
+    for step in program.eqns:
+        name = step.primitive.name
+        inner = step.params.get("jaxpr", step.params.get("call_jaxpr"))
+        if name in ("jit", "pjit", "custom_jvp_call"):
+            small = _has_small_steps(inner)
+        else:
+            plain = inner is None and name not in ("cond", "while", "sort")
+            small = plain and all(x.aval.size <= 64 for x in step.outvars)
+        if step.effects or not small:
+            return False
+    return True
 
 
 def _is_known(name: Any, known: dict[Any, Any]) -> bool:
@@ -76,20 +108,16 @@ def _value(name: Any, known: dict[Any, Any]) -> Any:
     return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
 
 
-def _evaluated(program: Any, needed: Any, made: Any, *arrays: Any) -> list[Any]:
-    """Runs the steps of a program from what they need to what is made."""
-    inner = program.replace(constvars=[], invars=needed, outvars=made)
-    return jax.core.eval_jaxpr(inner, (), *arrays)
-
-
-def _computed(fun: Callable[..., list[Any]], arrays: list[Any]) -> list[Any]:
-    called = jax.jit(fun)
+def _computed(program: Any, arrays: list[Any]) -> list[Any]:
+    """What a program makes of its arguments."""
+    called = jaxpr_as_fun(program)
+    looped = functools.partial(_in_a_loop, called, program.out_avals)
+    if _on_cpu.get():
+        return looped(*arrays)
 
     @jax.custom_jvp
     def run(*arrays: Any) -> list[Any]:
-        return lax.platform_dependent(
-            *arrays, cpu=functools.partial(_in_a_loop, called), default=called
-        )
+        return lax.platform_dependent(*arrays, cpu=looped, default=called)
 
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -98,7 +126,9 @@ def _computed(fun: Callable[..., list[Any]], arrays: list[Any]) -> list[Any]:
     return run(*arrays)
 
 
-def _in_a_loop(called: Callable[..., list[Any]], *arrays: Any) -> list[Any]:
+def _in_a_loop(
+    fun: Callable[..., list[Any]], shapes: list[Any], *arrays: Any
+) -> list[Any]:
     """The same, in a loop that runs once.
 
     What comes out takes the places of what went in: XLA would move out of the loop
@@ -108,23 +138,29 @@ def _in_a_loop(called: Callable[..., list[Any]], *arrays: Any) -> list[Any]:
     free: dict[Any, list[int]] = {}
     for i, x in enumerate(arrays):
         free.setdefault((x.shape, x.dtype), []).append(i)
-    for x in jax.eval_shape(called, *arrays):
+    for x in shapes:
         alike = free.get((x.shape, x.dtype))
         if not alike:
             slots.append(lax.full(x.shape, 0, x.dtype))
         places.append(alike.pop() if alike else len(slots) - 1)
     watched = next(i for i, x in enumerate(arrays) if x.dtype.kind == "f")
+    emptied = [i for i in range(len(arrays)) if i not in places]
 
     def body(carry: Any) -> Any:
         _, slots = carry
-        after = [lax.full_like(x, 0) for x in slots]
-        for place, x in zip(places, called(*slots[: len(arrays)]), strict=True):
+        after = list(slots)
+        for i in emptied:
+            after[i] = full_like(slots[i], 0)
+        for place, x in zip(places, fun(*slots[: len(arrays)]), strict=True):
             after[place] = x
-        number = lax.reshape(slots[watched], (slots[watched].size,))[0]
-        return jnp.where(number == number, 1, 2), after
+        number = lax.squeeze(
+            lax.slice(lax.reshape(slots[watched], (slots[watched].size,)), (0,), (1,)),
+            (0,),
+        )
+        return lax.select(lax.eq(number, number), np.int32(1), np.int32(2)), after
 
-    start = (jnp.asarray(0), slots)
-    _, after = lax.while_loop(lambda carry: carry[0] < 1, body, start)
+    start = (np.int32(0), slots)
+    _, after = lax.while_loop(lambda carry: lax.lt(carry[0], np.int32(1)), body, start)
     return [after[place] for place in places]
 
 
@@ -146,23 +182,89 @@ def if_needed(
     """
 
     def on_cpu(given: Any) -> Any:
-        found, needed, more = once(given)
-        return lax.cond(
-            needed,
-            lambda found, more, given: again(more, given),
-            lambda found, more, given: found,
-            found,
-            more,
-            given,
-        )
+        here = _on_cpu.set(True)
+        try:
+            found, needed, more = once(given)
+            return lax.cond(
+                needed,
+                lambda found, more, given: again(more, given),
+                lambda found, more, given: found,
+                found,
+                more,
+                given,
+            )
+        finally:
+            _on_cpu.reset(here)
 
     return lax.platform_dependent(given, cpu=on_cpu, default=side_by_side)
 
 
+def _replaced_once(flag: Any, value: Any, arrays: Any) -> Any:
+    def replaced(value: jax.Array, arrays: Any) -> Any:
+        # Made from the arrays, so that it lies on the mesh as they do.
+        return jax.tree.map(lambda x: jnp.where(x == x, value, value), arrays)
+
+    def everywhere(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.where(flag, value, x), arrays)
+
+    def on_cpu(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
+        return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
+
+    return lax.platform_dependent(flag, value, arrays, cpu=on_cpu, default=everywhere)
+
+
+_replaced = traced_once(_replaced_once)
+
+
+def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
+    """Arrays full of a value if the flag is set, else as they are, computed once.
+
+    XLA for CPU would compute anew in the loop of every leaf what led to its scale, but
+    what comes out of a branch is there already.
+
+    `python benchmarks/everyday.py`: AGC.
+    """
+    if _in_one.get():
+        return jax.tree.map(lambda x: jnp.where(flag, value, x), arrays)
+    return _replaced(flag, value, arrays)
+
+
+def _cut_once(vector: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """The same.
+
+    XLA for CPU compiles a kernel of its own for each part whose place it knows, and for
+    all that uses it. It learns the places from a branch, and compiles one for all parts
+    of a size.
+
+    `python benchmarks/everyday.py`: without it a step of Adam on 4 leaves compiles 1.25
+    times as long.
+    """
+    starts = [0, *itertools.accumulate(sizes)][:-1]
+    places = tuple(map(np.uint32, starts))
+
+    def known() -> Any:
+        return places
+
+    def unknown(vector: jax.Array) -> Any:
+        first = lax.index_in_dim(vector, 0, keepdims=False)
+        return lax.cond(lax.is_finite(first), known, known)
+
+    found = lax.platform_dependent(vector, cpu=unknown, default=lambda vector: known())
+    each = zip(found, sizes, strict=True)
+    return [lax.dynamic_slice(vector, (place,), (size,)) for place, size in each]
+
+
+_cut = traced_once(_cut_once, (1,))
+
+
+def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
+    """The parts of a vector, one after the other."""
+    return lax.split(vector, sizes) if _in_one.get() else _cut(vector, sizes)
+
+
 def entries(vector: jax.Array) -> list[jax.Array]:
     """The entries of a vector, as scalars."""
-    parts = lax.split(vector, (1,) * vector.shape[0])
-    return [lax.squeeze(x, (0,)) for x in parts]
+    return [lax.squeeze(x, (0,)) for x in cut(vector, (1,) * vector.shape[0])]
 
 
 def vector_of(scalars: Sequence[jax.Array]) -> jax.Array:
@@ -174,7 +276,22 @@ def total_of(scalars: Sequence[jax.Array]) -> jax.Array:
     """The sum of scalars, or of arrays of one shape."""
     if len(scalars) <= 32:
         return functools.reduce(lax.add, scalars)
-    return jnp.sum(jnp.stack(scalars), axis=0)
+    return jnp.sum(stacked(scalars), axis=0)
+
+
+def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays of one shape as one.
+
+    Of what is then summed XLA for CPU would make one loop over all arrays, and to put
+    that together takes it a time that grows with the square of their number.
+
+    `python benchmarks/compiling.py`: 1,000 leaves.
+    """
+    if len(arrays) <= 2 or _in_one.get():
+        return jnp.stack(arrays)
+    return lax.platform_dependent(
+        jnp.stack(arrays), cpu=lax.optimization_barrier, default=lambda x: x
+    )
 
 
 def sum_on_cpu(

@@ -24,7 +24,7 @@ from .._devices.mesh import (
     size_of,
     varying,
 )
-from .._devices.programs import entries, total_of
+from .._devices.programs import cut, entries, total_of
 from .._trees.leaves import Path, show
 from .._trees.sizes import as_number, is_known
 
@@ -216,7 +216,7 @@ class UnitGroups:
             return list(packed)
         spread: list[Any] = [None] * len(self.axes)
         for bucket, vector in zip(self.buckets, packed, strict=True):
-            parts = lax.split(vector, bucket.counts())
+            parts = cut(vector, tuple(bucket.counts()))
             for leaf, shape, part in zip(
                 bucket.leaves, bucket.shapes, parts, strict=True
             ):

@@ -28,6 +28,7 @@ from .._devices.programs import (
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
+    full_like,
     is_concrete,
     power,
     quotient,
@@ -49,7 +50,6 @@ class Norms(NamedTuple):
     value: Packed
     root: Packed
     unit: Packed
-    squares: Packed  # root squared, without the rounding of the root
 
 
 class _Range(NamedTuple):
@@ -115,7 +115,7 @@ def norms(
                 )
                 for leaf, axes in zip(dims, groups.axes, strict=False)
             )
-        return [Norms(spec, spec, spec, spec)] * len(derive(trees, extras))
+        return [Norms(spec, spec, spec)] * len(derive(trees, extras))
 
     places = mesh.placements(flat, paths * len(trees), axis_name, specs)
     return mesh.map_local(local, flat, places, extras, out_specs)
@@ -260,32 +260,27 @@ def _mean(total: jax.Array, size: Any) -> jax.Array:
     return total / jnp.asarray(size, total.dtype)
 
 
-def _choose_once(squares: jax.Array, small: float, large: float) -> jax.Array:
+def _choose(squares: jax.Array, small: float, large: float) -> jax.Array:
     """1 where the squares are in range, else one of two numbers."""
     limits = _RANGES[squares.dtype]
-    above = lax.gt(squares, lax.full_like(squares, limits.high))
-    usual = where(above, large, lax.full_like(squares, 1))
-    return where(lax.lt(squares, lax.full_like(squares, limits.low)), small, usual)
+    above = lax.gt(squares, full_like(squares, limits.high))
+    usual = where(above, large, full_like(squares, 1))
+    return where(lax.lt(squares, full_like(squares, limits.low)), small, usual)
 
 
-def _pick_once(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
+def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
     """The squares that were taken in the right unit."""
     limits = _RANGES[plain.dtype]
-    usual = where(lax.gt(plain, lax.full_like(plain, limits.high)), large, plain)
-    return where(lax.lt(plain, lax.full_like(plain, limits.low)), small, usual)
+    usual = where(lax.gt(plain, full_like(plain, limits.high)), large, plain)
+    return where(lax.lt(plain, full_like(plain, limits.low)), small, usual)
 
 
-def _outside_once(squares: jax.Array) -> jax.Array:
+def _outside(squares: jax.Array) -> jax.Array:
     """Whether any squares are out of range."""
     limits = _RANGES[squares.dtype]
-    low = lax.lt(squares, lax.full_like(squares, limits.low))
-    flags = lax.bitwise_or(low, lax.gt(squares, lax.full_like(squares, limits.high)))
+    low = lax.lt(squares, full_like(squares, limits.low))
+    flags = lax.bitwise_or(low, lax.gt(squares, full_like(squares, limits.high)))
     return jnp.any(flags) if flags.ndim else flags
-
-
-_choose = traced_once(_choose_once, (1, 2))
-_pick = traced_once(_pick_once)
-_outside = traced_once(_outside_once)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -380,7 +375,6 @@ def _two_norms_jvp(
             total,
             jax.tree.map(jnp.divide, total, norm.unit),
             jax.tree.map(jnp.zeros_like, norm.unit),
-            jax.tree.map(lambda s, u, r: 2 * r * (s / u), total, norm.unit, norm.root),
         )
         for total, norm in zip(totals, found, strict=True)
     ]
@@ -392,24 +386,19 @@ def _compiled(measure: Callable[..., Any], measured: _Measured, given: Any) -> A
 
 
 def _norms_of(squares: Packed, unit: Packed) -> Norms:
-    root = jax.tree.map(_root, squares)
-    return Norms(jax.tree.map(_saturated, root, unit), root, unit, squares)
+    root = jax.tree.map(safe_sqrt, squares)
+    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
 
 
 def _of_roots(root: Packed, unit: Packed) -> Norms:
-    value = jax.tree.map(_saturated, root, unit)
-    return Norms(value, root, unit, jax.tree.map(jnp.square, root))
+    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
 
 
-def _saturated_once(root: jax.Array, unit: jax.Array) -> jax.Array:
+def _saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
     """`root * unit`, at most the largest number; what is not finite stays."""
-    largest = lax.full_like(root, jnp.finfo(root.dtype).max)
+    largest = full_like(root, jnp.finfo(root.dtype).max)
     found = lax.min(lax.mul(root, unit), largest)
     return where(lax.is_finite(root), found, root)
-
-
-_saturated = traced_once(_saturated_once)
-_root = traced_once(safe_sqrt)
 
 
 def _power_norms(measured: _Measured, given: Any) -> list[Norms]:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
+from .._trees.arithmetic import full_like
 from .._trees.leaves import Path
 
 
@@ -124,9 +124,9 @@ def like(limit: Any, norms: Any) -> Any:
     return jax.tree.map(_like, limit, norms)
 
 
-def _like(limit: Any, norm: jax.Array) -> jax.Array:
+def _like(limit: Any, norm: jax.Array) -> Any:
     if isinstance(limit, float | int):
-        return lax.full_like(norm, limit)
+        return full_like(norm, limit)
     return jnp.broadcast_to(jnp.asarray(limit).astype(norm.dtype), norm.shape)
 
 

@@ -24,7 +24,7 @@ def at_least_float32(array: Any) -> Any:
 # the time that `jax.numpy` takes.
 
 
-def where(mask: jax.Array, x: Any, y: Any) -> jax.Array:
+def where(mask: Any, x: Any, y: Any) -> jax.Array:
     """`jnp.where` of arrays of one shape, one of which may be a number."""
     like = x if getattr(x, "shape", None) == mask.shape and hasattr(x, "aval") else y
     return lax.select(mask, _alike(x, like), _alike(y, like))
@@ -33,6 +33,13 @@ def where(mask: jax.Array, x: Any, y: Any) -> jax.Array:
 def _alike(x: Any, like: Any) -> Any:
     if getattr(x, "shape", None) == like.shape and x.dtype == like.dtype:
         return x
+    return full_like(like, x)
+
+
+def full_like(like: Any, x: Any) -> Any:
+    """An array like another, full of a number."""
+    if like.shape == () and not isinstance(x, jax.Array):
+        return np.asarray(x, like.dtype)
     return lax.full_like(like, x)
 
 
@@ -99,7 +106,7 @@ def power(x: jax.Array, p: float) -> jax.Array:
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The root, with a derivative of 0 at 0."""
-    zero = lax.eq(x, lax.full_like(x, 0))
+    zero = lax.eq(x, full_like(x, 0))
     return where(zero, 0, lax.sqrt(where(zero, 1, x)))
 
 

@@ -177,9 +177,9 @@ def _together(found: Norms) -> Norms:
     # In the largest unit: what is lost beside it is below its rounding.
     unit = jnp.max(found.unit)
     change = found.unit / unit
-    squares = jnp.sum(found.squares * change * change)
+    squares = jnp.sum(jnp.square(found.root * change))
     root = safe_sqrt(squares)
-    return Norms(saturated_quotient(root, 1 / unit), root, unit, squares)
+    return Norms(saturated_quotient(root, 1 / unit), root, unit)
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:

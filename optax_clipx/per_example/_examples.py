@@ -98,7 +98,7 @@ def measured(
 
 def scales_of(norms: jax.Array, limits: jax.Array, response: Response) -> Measured:
     """The scales of norms below the largest number, from nothing but the norms."""
-    known = Norms(norms, norms, jnp.ones_like(norms), jnp.square(norms))
+    known = Norms(norms, norms, jnp.ones_like(norms))
     return _measured(norms, scaling.scales(known, like_norms(limits, norms), response))
 
 
