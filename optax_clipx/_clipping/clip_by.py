@@ -269,7 +269,10 @@ def clip_norms(
         scales = replaced_if(lax.bitwise_or(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 
-    scales, zero, ended = as_one(decide, given, found, memory)
+    if groups.is_one:
+        scales, zero, ended = as_one(decide, given, found, memory)
+    else:
+        scales, zero, ended = decide(given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
     clipped = [
         scaling.times_scale(x, s, flag) for x, s in zip(arrays, scales, strict=True)

@@ -137,14 +137,14 @@ def _limits(
     count = len(leaves.arrays)
     groups = ScalarGroups(tuple(range(count)), count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
-    norms = jnp.zeros((count,), accumulator(leaves.arrays))
-    limits, _ = rule.update(norms, memory.rule, context)
+    norm = jnp.zeros((), accumulator(leaves.arrays))
+    limits, _ = rule.update(norm, memory.rule, context)
     if jnp.ndim(limits) == 0:
-        return for_all(jnp.asarray(limits, norms.dtype), count)
-    return for_each(entries(jnp.broadcast_to(limits, norms.shape)))
+        return for_all(jnp.asarray(limits, norm.dtype), count)
+    return for_each(entries(limits))
 
 
-def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(array):
         raise TypeError(
             "Expected real updates for an interval, got complex ones: clip their"
@@ -154,6 +154,9 @@ def _clamp(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
     # Selected and not only clamped: XLA's clamp flushes subnormal numbers on CPU.
     inside = (array >= low) & (array <= high)
     return jnp.where(inside, array, jnp.clip(array, low, high))
+
+
+_clamp = traced_once(_clamp_once)
 
 
 def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
@@ -215,6 +218,8 @@ def _measured(
     extras: Any = bounds
     if any(high.ndim for _, high in bounds.values):  # cut over the mesh as leaves are
         trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
+    elif len(bounds.values) == 1:
+        extras = pairs(*(_own(bound, len(bounds)) for bound in bounds.values[0]))
     found = norms(
         trees,
         ScalarGroups((0,) * len(leaves.arrays), None),
@@ -226,6 +231,11 @@ def _measured(
         extras=extras,
     )
     return [x.value for x in found]
+
+
+def _own(bound: jax.Array, count: int) -> Shared:
+    """A number of its own for each leaf: of one for all XLA would write out arrays."""
+    return for_each(entries(lax.broadcast(bound, (count,))))
 
 
 def _axis_name(options: Options) -> Any:
@@ -288,11 +298,8 @@ class _Derived:
     def __call__(self, trees: Any, scalars: Any) -> Any:
         leaves, *entries = trees
         raw = policies.sanitize(leaves) if self.sanitized else leaves
-        # Behind a barrier: XLA would write out bounds that several sums share.
-        bounds = zip(*entries, strict=True) if entries else scalars
-        if not entries and isinstance(scalars, Shared):
-            bounds = scalars.map(lax.optimization_barrier)
         act = _clamped_for_sums if self.act is _clamp else self.act
+        bounds = zip(*entries, strict=True) if entries else scalars
         found = [_changed(x, *pair, act) for x, pair in zip(raw, bounds, strict=True)]
         after, outside = zip(*found, strict=True)
         measured = [raw, list(after), Indicators(list(outside))]
@@ -305,7 +312,10 @@ def _changed_once(
     array: Any, low: jax.Array, high: jax.Array, act: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """A leaf after clipping, and 1 for each entry that was outside of its bounds."""
-    return act(array, low, high), _outside(array, low, high)
+    here = there = (low, high)
+    if not high.ndim:  # behind a barrier: XLA would write out what several sums share
+        here, there = lax.optimization_barrier((here, there))
+    return act(array, *here), _outside(array, *there)
 
 
 _changed = traced_once(_changed_once, (3,))

@@ -68,9 +68,12 @@ def summarize(
             for place in places[:each]
         ]
         dtype = parts[0][0].dtype
+        entries = [jnp.asarray(size, dtype) for size in sizes]
         rows = [
-            _row_of(*of_leaf, jnp.asarray(size, dtype), weight, ord)
-            for *of_leaf, size, weight in zip(*parts, sizes, weights, strict=True)
+            _row_of(*of_leaf, weight, ord)
+            for of_leaf, weight in zip(
+                zip(*parts, entries, strict=True), weights, strict=True
+            )
         ]
         table = _gathered(_folded(stacked(rows), ord), kept)
         count, size = _extent(parts[0], sizes, weights)

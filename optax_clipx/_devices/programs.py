@@ -274,7 +274,7 @@ def vector_of(scalars: Sequence[jax.Array]) -> jax.Array:
 
 def total_of(scalars: Sequence[jax.Array]) -> jax.Array:
     """The sum of scalars, or of arrays of one shape."""
-    if len(scalars) <= 32:
+    if len(scalars) <= 64:
         return functools.reduce(lax.add, scalars)
     return jnp.sum(stacked(scalars), axis=0)
 

@@ -38,6 +38,11 @@ class ScalarGroups:
     ids: tuple[int, ...]  # for each leaf its group
     count: int | None  # how many groups; None is the tree, of shape ()
 
+    @property
+    def is_one(self) -> bool:
+        """Whether all leaves are one group."""
+        return self.count is None
+
     def spans(self, leaf: int) -> tuple[int, ...] | None:
         """The axes of a leaf that are summed over; None are all, to a scalar."""
         return None
@@ -126,6 +131,7 @@ class UnitGroups:
     axes: tuple[tuple[int, ...], ...]  # for each leaf the axes that a unit spans
     paths: tuple[Path, ...]
     buckets: tuple[Bucket, ...] = ()
+    is_one = False
 
     def bucketed(
         self, trees: Sequence[Sequence[Any]], places: Sequence[Placement]

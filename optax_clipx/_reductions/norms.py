@@ -313,12 +313,16 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
         (squares,) = measured.totals(sums, given)
         return found(squares, plain)
 
+    of_one = measured.where.groups.is_one
+
     def once(given: Any) -> Any:
-        return as_one(first, measured.sums(given, "on_cpu"))
+        sums = measured.sums(given, "on_cpu")
+        return as_one(first, sums) if of_one else first(sums)
 
     def again(more: Any, given: Any) -> list[Norms]:
-        plain, factors = more
-        return as_one(second, measured.sums(given, "on_cpu", factors), plain)
+        plain, factors = lax.optimization_barrier(more)
+        sums = measured.sums(given, "on_cpu", factors)
+        return as_one(second, sums, plain) if of_one else second(sums, plain)
 
     def side_by_side(given: Any) -> list[Norms]:
         plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
