@@ -218,8 +218,6 @@ def _measured(
     extras: Any = bounds
     if any(high.ndim for _, high in bounds.values):  # cut over the mesh as leaves are
         trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
-    elif len(bounds.values) == 1:
-        extras = pairs(*(_own(bound, len(bounds)) for bound in bounds.values[0]))
     found = norms(
         trees,
         ScalarGroups((0,) * len(leaves.arrays), None),
@@ -231,11 +229,6 @@ def _measured(
         extras=extras,
     )
     return [x.value for x in found]
-
-
-def _own(bound: jax.Array, count: int) -> Shared:
-    """A number of its own for each leaf: of one for all XLA would write out arrays."""
-    return for_each(entries(lax.broadcast(bound, (count,))))
 
 
 def _axis_name(options: Options) -> Any:
@@ -299,8 +292,13 @@ class _Derived:
         leaves, *entries = trees
         raw = policies.sanitize(leaves) if self.sanitized else leaves
         act = _clamped_for_sums if self.act is _clamp else self.act
-        bounds = zip(*entries, strict=True) if entries else scalars
-        found = [_changed(x, *pair, act) for x, pair in zip(raw, bounds, strict=True)]
+        # Behind a barrier: XLA would write out bounds that several sums share.
+        if entries:
+            here = there = list(zip(*entries, strict=True))
+        else:
+            here, there = lax.optimization_barrier((list(scalars), list(scalars)))
+        each = zip(raw, here, there, strict=True)
+        found = [_changed(x, one, other, act) for x, one, other in each]
         after, outside = zip(*found, strict=True)
         measured = [raw, list(after), Indicators(list(outside))]
         if self.sanitized:
@@ -309,12 +307,9 @@ class _Derived:
 
 
 def _changed_once(
-    array: Any, low: jax.Array, high: jax.Array, act: Callable[..., jax.Array]
+    array: Any, here: Any, there: Any, act: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """A leaf after clipping, and 1 for each entry that was outside of its bounds."""
-    here = there = (low, high)
-    if not high.ndim:  # behind a barrier: XLA would write out what several sums share
-        here, there = lax.optimization_barrier((here, there))
     return act(array, *here), _outside(array, *there)
 
 

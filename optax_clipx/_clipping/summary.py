@@ -68,12 +68,14 @@ def summarize(
             for place in places[:each]
         ]
         dtype = parts[0][0].dtype
-        entries = [jnp.asarray(size, dtype) for size in sizes]
         rows = [
-            _row_of(*of_leaf, weight, ord)
-            for of_leaf, weight in zip(
-                zip(*parts, entries, strict=True), weights, strict=True
+            _row_of(
+                *(part[i] for part in parts),
+                jnp.asarray(sizes[i], dtype),
+                weights[i],
+                ord,
             )
+            for i in range(each)
         ]
         table = _gathered(_folded(stacked(rows), ord), kept)
         count, size = _extent(parts[0], sizes, weights)

@@ -274,7 +274,7 @@ def vector_of(scalars: Sequence[jax.Array]) -> jax.Array:
 
 def total_of(scalars: Sequence[jax.Array]) -> jax.Array:
     """The sum of scalars, or of arrays of one shape."""
-    if len(scalars) <= 64:
+    if len(scalars) <= 32:
         return functools.reduce(lax.add, scalars)
     return jnp.sum(stacked(scalars), axis=0)
 
@@ -287,10 +287,11 @@ def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
 
     `python benchmarks/compiling.py`: 1,000 leaves.
     """
+    together = jnp.stack(arrays) if arrays[0].ndim else vector_of(arrays)
     if len(arrays) <= 2 or _in_one.get():
-        return jnp.stack(arrays)
+        return together
     return lax.platform_dependent(
-        jnp.stack(arrays), cpu=lax.optimization_barrier, default=lambda x: x
+        together, cpu=lax.optimization_barrier, default=lambda x: x
     )
 
 
