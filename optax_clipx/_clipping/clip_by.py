@@ -47,17 +47,17 @@ def clip_by(
     metrics: bool = True,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips what is measured together to a limit: the form of every method here.
+    r"""Clips what is measured together to a threshold: the form of every method here.
 
     .. math:: u_i \leftarrow c_i u_i, \quad c = \mathrm{response}(n, t),
               \quad n = \mathrm{measure}(u), \quad t = \mathrm{threshold}(n)
 
     ==================  ==================  =========================================
-    norm                limit               result
+    norm                threshold           result
     ==================  ==================  =========================================
     0                   any                 zeros, with a finite gradient
     any finite          infinity            unchanged, bit for bit
-    at most the limit   finite              times the response's scale: with ``rescale``
+    at most threshold   finite              times the response's scale: with ``rescale``
                                             and ``drop`` unchanged, bit for bit
     above               0                   zeros
     infinite or NaN     any                 by ``nonfinite``
@@ -70,30 +70,31 @@ def clip_by(
             :func:`measures.unit_norms` or :func:`measures.magnitudes`.
         threshold: a number, a scalar array, an optax schedule, a pytree prefix of
             these, or a :class:`thresholds.Threshold`; in the unit of the updates.
-        response: how norms and limits give scales: :func:`responses.rescale`,
+        response: how norms and thresholds give scales: :func:`responses.rescale`,
             :func:`responses.normalize`, :func:`responses.smooth`,
             :func:`responses.drop`, or any function of the two. It is called below a
-            finite limit too, where ``normalize`` enlarges and ``smooth`` shrinks, and
-            its result does not count where the limit is infinite or the norm 0. Far
-            above the limit scales must fall as limit over norm, or be 0.
+            finite threshold too, where ``normalize`` enlarges and ``smooth`` shrinks,
+            and its result does not count where the threshold is infinite or the norm 0.
+            Far above the threshold scales must fall as threshold over norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` raises an error that names the leaves,
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite
             number, then clips.
-        axis_name: in manual code whose types are blind (pmap, ``check_vma=False``) the
-            mesh axes over which every leaf is sharded; ``()`` if none is. Ignored
-            outside of these axes.
-        specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
+        axis_name: needed in ``pmap``, and in ``shard_map`` with ``check_vma=False``,
+            where types do not say how arrays are sharded: the mesh axes over which
+            every leaf is sharded, or ``()`` if none is. Ignored outside of these axes.
+        specs: how each leaf is sharded, instead of ``axis_name``: a pytree prefix of
+            ``PartitionSpec``.
         metrics: whether the state keeps :class:`ClipMetrics`.
-        norm_arg: the name of the extra argument of ``update`` by which a norm of the
-            whole tree, computed elsewhere, may be passed.
+        norm_arg: the name of an extra argument of ``update``, with which you can pass
+            a norm of the whole tree that you have computed yourself.
 
     Returns:
         A transformation for :func:`optax.chain`. Its updates keep dtype, shape and
         sharding.
 
     Raises:
-        ValueError: for a negative or NaN limit or an unknown policy, and from
+        ValueError: for a negative or NaN threshold or an unknown policy, and from
             ``update`` if ``params`` or the place on the mesh is needed and missing.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
         FloatingPointError: with ``nonfinite="raise"``, from ``update`` outside of
@@ -315,9 +316,9 @@ def _limits(
         _refuse_state_of_others(rule, rule_state, groups, leaves, measure)
     limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
     if not isinstance(limits, tuple) and not jax.tree_util.all_leaves([limits]):
-        limits = groups.pack(from_prefix(limits, leaves.paths, "a limit"))
+        limits = groups.pack(from_prefix(limits, leaves.paths, "a threshold"))
     limits = like(limits, norm.value)
-    if narrow:  # what the rule saw as within its limit is so in float64 too
+    if narrow:  # what the rule saw as within its threshold is so in float64 too
         limits = jax.tree.map(
             lambda t, n: _within(t, n, seen(n)) if n.dtype == jnp.float64 else t,
             limits,
@@ -344,7 +345,7 @@ def _refuse_state_of_others(
 
 
 def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
-    """A limit that is not below its norm, if it is not below what a rule saw of it."""
+    """A threshold not below its norm, if it is not below what a rule saw of it."""
     within = jnp.isfinite(norm) & (seen <= _metrics.to_float32(limit))
     return jnp.where(within, jnp.maximum(limit, norm), limit)
 
@@ -375,8 +376,8 @@ def params_like(leaves: Leaves, params: Any) -> list[Any]:
     """The parameters of the measured leaves, found by path."""
     if params is None:
         raise ValueError(
-            "Expected params, got None: the limit is relative to the parameters. Call"
-            " update(updates, state, params)."
+            "Expected params, got None: the threshold is relative to the parameters."
+            " Call update(updates, state, params)."
         )
     of_params = flatten(params, updates=False)
     by_path = dict(zip(of_params.paths, of_params.arrays, strict=True))

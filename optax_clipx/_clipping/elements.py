@@ -105,7 +105,7 @@ def clip_by_magnitude(
     """`clip_by` for single entries."""
     if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros((1,), jnp.float32))):
         raise ValueError(
-            "Expected a limit that does not depend on norms or parameters for"
+            "Expected a threshold that does not depend on norms or parameters for"
             " magnitudes(), got an adaptive rule: measure with tree_norm(),"
             " leaf_norms() or unit_norms()."
         )

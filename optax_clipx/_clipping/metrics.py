@@ -22,13 +22,13 @@ class ClipMetrics(NamedTuple):
         norm: the norm of the whole updates before clipping, in the measure's order,
             saturated at float32's largest number.
         clipped_norm: the same after clipping.
-        scale: by what the group with the largest norm to limit was multiplied. For
+        scale: by what the group with the largest norm to threshold was multiplied. For
             element-wise clipping ``clipped_norm / norm``.
-        threshold: that group's limit. For element-wise clipping the larger bound.
-        clipped: the fraction of groups above their limit, 0 to 1.
+        threshold: that group's threshold. For element-wise clipping the larger bound.
+        clipped: the fraction of groups above their threshold, 0 to 1.
         nonfinite: whether any entry was infinite or NaN.
         steps: how many updates there have been.
-        num_clipped: in how many of them anything was above its limit.
+        num_clipped: in how many of them anything was above its threshold.
         num_nonfinite: in how many of them any entry was infinite or NaN.
 
     Raises:

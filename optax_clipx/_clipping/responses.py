@@ -1,8 +1,9 @@
-"""Responses: what happens to what is measured above its limit.
+"""Responses: what happens to what is measured above its threshold.
 
-A response maps norms and limits, arrays of one shape, to the scales by which the
+A response maps norms and thresholds, arrays of one shape, to the scales by which the
 updates are multiplied. It depends on the ratio of the two. It decides below a finite
-limit as well; an infinite limit and a norm of 0 change nothing, whatever it says.
+threshold as well; an infinite threshold and a norm of 0 change nothing, whatever it
+says.
 """
 
 import jax
@@ -16,14 +17,14 @@ from .._trees.arithmetic import full_like
 def rescale(
     norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
 ) -> Float[Array, "..."]:
-    r"""Brings what is above its limit down to the limit: :math:`\min(1, t / n)`.
+    r"""Reduces what is above its threshold to the threshold: :math:`\min(1, t / n)`.
 
     With ``eps`` the scale is :math:`\min(1, t / (n + \epsilon))`, PyTorch's
     coefficient for ``eps=1e-6``.
 
     Args:
         norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape.
+        limits: thresholds :math:`t`, the same shape.
         eps: a number added to the norms, in their unit.
 
     Returns:
@@ -57,18 +58,19 @@ def rescale(
 def normalize(
     norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
 ) -> Float[Array, "..."]:
-    r"""Gives everything the norm of its limit: :math:`t / (n + \epsilon)`.
+    r"""Scales everything to the norm of its threshold: :math:`t / (n + \epsilon)`.
 
-    What is below a finite limit is enlarged to it: (3, 4) with a limit of 100 becomes
-    (60, 80). An infinite limit changes nothing, as with every response.
+    What is below a finite threshold is enlarged to it: (3, 4) with a threshold of 100
+    becomes (60, 80). An infinite threshold changes nothing, as with every response.
 
     Args:
         norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape; an infinite limit changes nothing.
+        limits: thresholds :math:`t`, the same shape; an infinite threshold changes
+            nothing.
         eps: a number added to the norms, in their unit.
 
     Returns:
-        Scales, above 1 where a norm is below its limit.
+        Scales, above 1 where a norm is below its threshold.
 
     Raises:
         TypeError: if an argument is no array or number.
@@ -91,16 +93,16 @@ def normalize(
 def smooth(
     norms: Float[Array, "..."], limits: Float[Array, "..."], *, p: object = 1.0
 ) -> Float[Array, "..."]:
-    r"""Bends the norm under its limit: :math:`(1 + (n/t)^p)^{-1/p}`.
+    r"""Reduces the norm smoothly to below its threshold: :math:`(1 + (n/t)^p)^{-1/p}`.
 
-    Norms far below the limit pass almost unchanged, large ones approach it from below;
-    there is no corner. At the limit itself the scale is :math:`2^{-1/p}`. ``p=1`` is
-    :math:`1/(1 + n/t)`, ``p=2`` is :math:`1/\sqrt{1 + (n/t)^2}`; a large ``p``
-    approaches :func:`rescale`.
+    Norms far below the threshold pass almost unchanged, large ones approach it from
+    below; there is no corner. At the threshold itself the scale is :math:`2^{-1/p}`.
+    ``p=1`` is :math:`1/(1 + n/t)`, ``p=2`` is :math:`1/\sqrt{1 + (n/t)^2}`; a large
+    ``p`` approaches :func:`rescale`.
 
     Args:
         norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape.
+        limits: thresholds :math:`t`, the same shape.
         p: the sharpness of the bend, above 0.
 
     Returns:
@@ -134,11 +136,11 @@ def smooth(
 def drop(
     norms: Float[Array, "..."], limits: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    r"""Removes what is above its limit: :math:`1[n \le t]`.
+    r"""Removes what is above its threshold: :math:`1[n \le t]`.
 
     Args:
         norms: norms :math:`n`, any shape.
-        limits: limits :math:`t`, the same shape.
+        limits: thresholds :math:`t`, the same shape.
 
     Returns:
         Scales, each 0 or 1, the same shape.

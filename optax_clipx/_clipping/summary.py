@@ -1,5 +1,6 @@
 """One step seen as a whole: a few numbers from the norms of all groups."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Summary(NamedTuple):
     clipped: jax.Array
     any_clipped: jax.Array
     nonfinite: jax.Array
-    unusable: jax.Array  # a limit is negative or NaN
+    unusable: jax.Array  # a threshold is negative or NaN
 
 
 def summarize(
@@ -56,7 +57,7 @@ def summarize(
     sizes = groups.sizes(arrays, places)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
-        row = _row_of(*fields, jnp.asarray(sizes, norms.value.dtype), 1.0, ord)
+        row = _row_of(fields, sizes, 1.0, ord)
         return _from_row(row, ord, *_extent(norms.value, sizes, [1.0]))
 
     def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
@@ -67,14 +68,8 @@ def summarize(
             1 / mesh.size_of(tuple(set(kept) - set(place.axes)))
             for place in places[:each]
         ]
-        dtype = parts[0][0].dtype
         rows = [
-            _row_of(
-                *(part[i] for part in parts),
-                jnp.asarray(sizes[i], dtype),
-                weights[i],
-                ord,
-            )
+            _row_of([part[i] for part in parts], sizes[i], weights[i], ord)
             for i in range(each)
         ]
         table = _gathered(_folded(stacked(rows), ord), kept)
@@ -131,22 +126,15 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
     )
 
 
-def _row_of(
-    norms: jax.Array,
-    limits: jax.Array,
-    scales: jax.Array,
-    clipped_norms: jax.Array,
-    size: jax.Array,
-    weight: float,
-    ord: Ord,
-) -> jax.Array:
+def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Array:
     """What is to be known of the groups in one array, as a short vector."""
+    norms, limits, scales, clipped_norms = fields
     dtype = norms.dtype
     finite = jnp.isfinite(norms) & (limits > 0)
     ratio = jnp.where(finite, norms, 0) / jnp.where(finite, limits, 1)
     ratio = jnp.where(finite | (norms == 0), ratio, jnp.inf)
     over = jnp.sum((norms > limits).astype(dtype)) * weight
-    weights = (size if ord == "rms" else jnp.ones((), dtype)) * weight
+    weights = jnp.asarray(size if ord == "rms" else 1, dtype) * weight
     wholes = [whole(n, weights, ord) for n in (norms, clipped_norms)]
     numbers = (*wholes[0], *wholes[1], over, jnp.min(limits))
     return vector_of([*numbers, *_worst(ratio, limits, scales)])
@@ -168,10 +156,10 @@ def _folded(table: jax.Array, ord: Ord) -> jax.Array:
 def _worst(
     ratio: jax.Array, limit: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest ratio of norm to limit, with its limit and scale.
+    """The largest ratio of norm to threshold, with its threshold and scale.
 
-    Of ratios that differ by rounding only the largest limit is taken, since rounding
-    depends on the mesh.
+    Of ratios that differ by rounding only the largest threshold is taken, since
+    rounding depends on the mesh.
     """
     largest = jnp.max(ratio)
     here = ratio >= largest * (1 - 2.0**-18)

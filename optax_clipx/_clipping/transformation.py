@@ -172,7 +172,7 @@ def by_policy(
 ) -> tuple[Summary, Any, Any]:
     """The summary, whether every leaf becomes NaN, and whether zero.
 
-    First match wins: an unusable limit, then entries that are not finite.
+    First match wins: an unusable threshold, then entries that are not finite.
     """
     nonfinite, policy = summary.nonfinite, options.nonfinite
     zero = full_like(nonfinite, False)

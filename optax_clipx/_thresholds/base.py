@@ -118,7 +118,7 @@ def is_pair(value: Any) -> bool:
 
 
 def like(limit: Any, norms: Any) -> Any:
-    """One limit, or one of each array, in the form of the norms and in their dtype."""
+    """One threshold, or one of each array, in the form and dtype of the norms."""
     if not isinstance(limit, tuple):
         return jax.tree.map(lambda n: _like(limit, n), norms)
     return jax.tree.map(_like, limit, norms)
@@ -138,12 +138,12 @@ def per_norm(
 
     The arrays of the state begin with the axes of the norms. A norm of zero says
     nothing: it leaves the memory as it is, so that frozen parameters or an empty batch
-    can not bring a limit down to zero.
+    can not bring a threshold down to zero.
     """
 
     def one(norms: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         limits, new = update(norms, state, context)
-        # A limit of infinity times a norm of zero would be NaN.
+        # A threshold of infinity times a norm of zero would be NaN.
         limits = jnp.where(norms > 0, limits, jnp.inf)
         return jnp.broadcast_to(limits, norms.shape), jax.tree.map(
             lambda n, o: jnp.where(trailing(norms > 0, o), n, o).astype(o.dtype),
@@ -171,10 +171,10 @@ def trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Refusals(NamedTuple):
-    """What is done with a norm above its limit.
+    """What is done with a norm above its threshold.
 
     `stats` says what enters the statistics: `"raw"` the norm itself, `"clipped"` the
-    limit, `"skip"` nothing. After `patience` such norms in a row the rule gives in.
+    threshold, `"skip"` nothing. After `patience` such norms in a row the rule gives in.
     """
 
     stats: str
@@ -214,7 +214,7 @@ def refusals(
 
 
 def unless(unusable: Any, limit: jax.Array) -> jax.Array:
-    """The limit, or NaN if a number that it was made of is out of its range."""
+    """The threshold, or NaN if a number that it was made of is out of its range."""
     return limit if unusable is False else jnp.where(unusable, jnp.nan, limit)
 
 
