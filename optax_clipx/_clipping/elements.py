@@ -18,7 +18,7 @@ from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
 from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
 from .._trees.leaves import Leaves
-from .._trees.shared import Shared, for_all, for_each, pairs
+from .._trees.shared import Shared, for_each, pairs
 from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
@@ -137,11 +137,9 @@ def _limits(
     count = len(leaves.arrays)
     groups = ScalarGroups(tuple(range(count)), count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
-    norm = jnp.zeros((), accumulator(leaves.arrays))
-    limits, _ = rule.update(norm, memory.rule, context)
-    if jnp.ndim(limits) == 0:
-        return for_all(jnp.asarray(limits, norm.dtype), count)
-    return for_each(entries(limits))
+    norms = jnp.zeros((count,), accumulator(leaves.arrays))
+    limits, _ = rule.update(norms, memory.rule, context)
+    return for_each(entries(jnp.broadcast_to(limits, norms.shape)))
 
 
 def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:

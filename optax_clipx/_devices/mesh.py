@@ -307,7 +307,12 @@ def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:
 
 
 def _manual_axes() -> Axes:
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    if not axes and jax.__version_info__ < (0, 8):
+        # There pmap is no shard_map, and its axes are known by their names alone. So
+        # are those of vmap: a program that names them has to pass axis_name=().
+        axes = tuple(jax.core.unsafe_get_axis_names_DO_NOT_USE())
+    return axes
 
 
 def _has_types(manual: Axes) -> bool:
@@ -365,12 +370,13 @@ def _names(entry: Any) -> Axes:
 
 def _refuse_misspelled(names: Sequence[str], argument: str) -> None:
     """In manual code a name that is no axis at all would leave a sum out."""
-    mesh = jax.sharding.get_abstract_mesh()
-    unknown = [n for n in names if n not in mesh.axis_names and not _is_bound(n)]
-    if mesh.manual_axes and unknown:
+    manual = _manual_axes()
+    there = tuple(jax.sharding.get_abstract_mesh().axis_names) or manual
+    unknown = [n for n in names if n not in there and not _is_bound(n)]
+    if manual and unknown:
         raise ValueError(
             f"Expected {argument} to name axes of the mesh, got {_quoted(unknown)}; the"
-            f" mesh has {_quoted(mesh.axis_names)}."
+            f" mesh has {_quoted(there)}."
         )
 
 

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from .._trees.arithmetic import full_like, is_concrete, total
 from .._trees.sizes import is_known
-from .mesh import knows_shards, lies_whole, vary, varying
+from .mesh import can_be_joined, knows_shards, lies_whole, vary, varying
 
 
 def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
@@ -51,7 +51,8 @@ def as_one(fun: Callable[..., Any], *given: Any) -> Any:
     times as long as with optax's clipping, and not 1.2.
     """
     arrays = jax.tree.leaves(given)
-    if _in_one.get() or is_concrete(given) or not all(map(lies_whole, arrays)):
+    whole = can_be_joined(arrays) and all(map(lies_whole, arrays))
+    if _in_one.get() or is_concrete(given) or not whole:
         return fun(*given)
     inside = _in_one.set(True)
     try:

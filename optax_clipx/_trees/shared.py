@@ -31,11 +31,6 @@ class Shared:
 jax.tree_util.register_dataclass(Shared, ["values"], ["index"])
 
 
-def for_all(value: Any, count: int) -> Shared:
-    """One value for all leaves."""
-    return Shared((value,), (0,) * count)
-
-
 def for_each(values: Any) -> Shared:
     """A value of its own for each leaf."""
     values = tuple(values)

@@ -52,6 +52,7 @@ def on_cpu(clipper, leaves, way):
         return jax.jit(step, donate_argnums=(0, 1)).lower(updates, state).compile()
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("way", ["explicit", "shard_map"])
 @pytest.mark.parametrize(
     ("scope", "leaves"),

@@ -102,6 +102,7 @@ def test_norm_and_direction_in_float64(case):
         check(*case)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("ord", [1, 3.5, np.inf, "rms"])
 @pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 120])
 def test_other_orders(ord, exponent):
@@ -120,6 +121,7 @@ def test_sums_of_many_entries_keep_their_precision():
     np.testing.assert_allclose(float(norm), float(reference.norm([x, x])), rtol=1e-6)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("value", [3e38, 1e30, 1e-30, 1.3e-38])
 @pytest.mark.parametrize("limit", [3e38, 1.0, 1e-30])
 def test_every_scope_at_the_ends_of_the_range(value, limit):

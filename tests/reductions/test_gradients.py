@@ -28,6 +28,7 @@ def objective(make, limit=1.0):
     return fun
 
 
+@pytest.mark.one_in(2, rest="slow")
 @every_method
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_finite_at_zero(make, limit):
@@ -37,6 +38,7 @@ def test_finite_at_zero(make, limit):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.one_in(2, rest="slow")
 @every_method
 @pytest.mark.parametrize("size", [0.01, 10.0])
 def test_equals_finite_differences(make, size):
@@ -62,6 +64,7 @@ def test_equals_finite_differences(make, size):
         np.testing.assert_allclose(exact, numeric, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.one_in(4, rest="slow")
 @pytest.mark.parametrize("scale", [10.0**k for k in range(-36, 38, 2)])
 def test_of_the_norm_at_any_magnitude(scale):
     x = jnp.array([3.0, 4.0]) * scale
