@@ -46,9 +46,10 @@ def problem(size=12, dtype="float32", seed=0, broken=()):
     return params, jnp.asarray(x, dtype), jnp.asarray(y, dtype)
 
 
-def gradients(params, x, y):
+def gradients(params, x, y, settings=None):
     """The gradient of each example, in float64."""
-    found = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, x, y)
+    each = jax.vmap(jax.grad(loss), (None, 0, 0))
+    found = jax.jit(each, compiler_options=settings)(params, x, y)
     return {k: np.asarray(v).astype(np.float64) for k, v in found.items()}
 
 
@@ -316,7 +317,7 @@ def test_leaves_share_the_limit(shares, mode):
         0.5, measure=clipx.measures.leaf_norms(), shares=shares, **mode
     )(*args)
     sizes = {"a": 40, "b": 16}
-    each = gradients(*args)
+    each = gradients(*args, settings=OWN)
     for key, size in sizes.items():
         limit = 0.5 * np.sqrt(0.5 if shares == "equal" else size / 56)
         want = 0
@@ -570,7 +571,8 @@ def manual(check_vma, **options):
             in_specs=(P(), P("x"), P("x")),
             out_specs=OUT,
             check_vma=check_vma,
-        )
+        ),
+        compiler_options=OWN,
     )
 
 
@@ -612,11 +614,14 @@ def test_parameters_that_are_sharded_in_shard_map():
         in_specs=(specs, P("x"), P("x")),
         out_specs=(specs, OUT[1]),
     )
-    assert_same(jax.jit(step)(params, x, y), want)
+    assert_same(jax.jit(step, compiler_options=OWN)(params, x, y), want)
 
 
 def test_pmap():
-    (params, x, y), want = on_one_device()
+    (params, x, y), _ = on_one_device()
+    # pmap takes no settings, so neither does what it is compared with.
+    alone = jax.jit(clipped_grad(loss, 0.5, batch_argnums=(1, 2)))
+    want = alone(params, x, y)
     run = jax.pmap(
         clipped_grad(loss, 0.5, batch_argnums=(1, 2), axis_name="i"),
         axis_name="i",
