@@ -1,0 +1,77 @@
+"""A few numbers from a few numbers, in one kernel on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from xla_settings import OWN
+
+import optax_clipx as clipx
+from optax_clipx._devices.programs import as_one
+
+
+def numbers(x, y, count):
+    """A float of two, a flag, a count that goes on, and one that comes out again."""
+    return {"root": jnp.sqrt(x) + y, "over": x > y, "count": count + 1, "y": y}
+
+
+def given():
+    return jnp.float32(4.0), jnp.float32(3.0), jnp.int32(7)
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_numbers_are_those_of_the_function(around):
+    found = around(lambda *args: as_one(numbers, *args))(*given())
+    assert found["root"] == 5.0
+    assert bool(found["over"])
+    assert found["count"] == 8
+    assert found["y"] == 3.0
+
+
+def test_a_nan_ends_the_loop():
+    found = jax.jit(lambda *args: as_one(numbers, *args))(
+        jnp.float32(np.nan), jnp.float32(3.0), jnp.int32(7)
+    )
+    assert np.isnan(found["root"])
+    assert found["count"] == 8
+
+
+def test_derivatives_of_both_orders_and_of_what_is_closed_over():
+    def fun(x, factor):
+        return as_one(lambda x: {"y": factor * x**3}, x)["y"]
+
+    args = (jnp.float32(2.0), jnp.float32(5.0))
+    assert jax.jit(jax.grad(fun))(*args) == 60.0
+    assert jax.jit(jax.grad(fun, argnums=1))(*args) == 8.0
+    assert jax.jit(jax.grad(jax.grad(fun)))(*args) == 60.0
+
+
+def test_over_a_batch_each_has_its_own():
+    x = jnp.array([1.0, np.nan, 9.0])
+    found = jax.jit(jax.vmap(lambda x: as_one(jnp.sqrt, x)))(x)
+    np.testing.assert_array_equal(found, [1.0, np.nan, 3.0])
+
+
+def test_what_xla_cannot_put_into_a_small_loop_is_called_as_it_is():
+    def fun(x):
+        return jnp.sort(jnp.stack([x, -x])), jax.lax.cond(x > 0, jnp.sin, jnp.cos, x)
+
+    text = jax.jit(lambda x: as_one(fun, x)).lower(jnp.float32(1)).as_text()
+    assert "stablehlo.while" not in text
+
+
+def test_a_step_on_cpu_has_few_kernels_more_than_with_optax():
+    """Counted as XLA compiles them: what a loop holds is one."""
+
+    def kernels(clipper):
+        tx = optax.chain(clipper, optax.adam(1e-3))
+        params = [jnp.ones((64, 64)), jnp.ones(64)]
+        with jax.numpy_dtype_promotion("standard"):
+            step = jax.jit(tx.update).lower(params, tx.init(params), params)
+        text = step.compile(OWN).as_text()
+        return text[text.index("ENTRY ") :].count(" fusion(") + text.count(" call(")
+
+    optax_has = kernels(optax.clip_by_global_norm(1.0))
+    assert kernels(clipx.clip_by_global_norm(1.0)) <= optax_has + 4
+    assert kernels(clipx.zclip()) <= optax_has + 4
