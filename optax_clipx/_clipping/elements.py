@@ -18,7 +18,6 @@ from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
 from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
 from .._trees.leaves import Leaves
-from .._trees.shared import Shared, for_each, pairs
 from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
@@ -49,7 +48,7 @@ def clip_by_interval(
     ) -> tuple[list[Any], Memory]:
         low = _limits(lower, leaves, memory, extra)
         high = _limits(upper, leaves, memory, extra)
-        return _finish(leaves, options, pairs(low, high), _clamp, memory)
+        return _finish(leaves, options, low, high, _clamp, memory)
 
     return transformation(None, step, rule, options)
 
@@ -76,15 +75,14 @@ def _clip_between(
     def step(
         leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
     ) -> tuple[list[Any], Memory]:
-        high = for_each(bounds.of_leaves(max_value, name, leaves, memory.steps))
+        high = bounds.of_leaves(max_value, name, leaves, memory.steps)
         if one:
-            both = high.map(lambda h: (-h, h))
+            low = [-h for h in high]
         else:
             low = bounds.of_leaves(min_value, "min_value", leaves, memory.steps)
-            both = pairs(for_each(low), high)
         polar = one and any(map(jnp.iscomplexobj, leaves.arrays))
         act = _shrink if polar else _clamp
-        return _finish(leaves, options, both, act, memory)
+        return _finish(leaves, options, low, high, act, memory)
 
     return transformation(None, step, rule, options)
 
@@ -110,7 +108,7 @@ def clip_by_magnitude(
             " leaf_norms() or unit_norms()."
         )
 
-    def act(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    def respond(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
         return _respond(array, high, response)
 
     def step(
@@ -118,8 +116,8 @@ def clip_by_magnitude(
     ) -> tuple[list[Any], Memory]:
         high = _limits(rule, leaves, memory, extra)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
-        both = high.map(lambda h: (-h, h))
-        return _finish(leaves, options, both, _clamp if clamps else act, memory)
+        act = _clamp if clamps else respond
+        return _finish(leaves, options, -high, high, act, memory)
 
     # The rule remembers no arrays; what else it keeps, it has from init.
     plain = rule.init is no_memory
@@ -132,14 +130,14 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
 
 def _limits(
     rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any]
-) -> Shared:
-    """The limit of each leaf."""
+) -> jax.Array:
+    """The threshold of each leaf, as a vector."""
     count = len(leaves.arrays)
     groups = ScalarGroups(tuple(range(count)), count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
     norms = jnp.zeros((count,), accumulator(leaves.arrays))
     limits, _ = rule.update(norms, memory.rule, context)
-    return for_each(entries(jnp.broadcast_to(limits, norms.shape)))
+    return jnp.broadcast_to(limits, norms.shape)
 
 
 def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -176,17 +174,15 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
 def _finish(
     leaves: Leaves,
     options: Options,
-    bounds: Shared,
+    low: Any,
+    high: Any,
     act: Callable[..., jax.Array],
     memory: Memory,
 ) -> tuple[list[Any], Memory]:
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
-    flags = [~(high >= low) for low, high in bounds.values]
-    unusable = _on_all_devices(jnp.any, flags, leaves, options)
-    # A bound of NaN makes every entry NaN.
-    bounds = bounds.map(lambda pair: [jnp.where(unusable, jnp.nan, b) for b in pair])
+    bounds, unusable = _usable(low, high, leaves, options)
     clipped = [act(x, *pair) for x, pair in zip(arrays, bounds, strict=True)]
     if memory.metrics is None and options.nonfinite in ("propagate", "sanitize"):
         return clipped, memory
@@ -208,13 +204,31 @@ def _finish(
     return clipped, memory._replace(metrics=metrics)
 
 
+def _usable(
+    low: Any, high: Any, leaves: Leaves, options: Options
+) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
+    """The bounds of each leaf, all of them NaN if any leaves no interval."""
+
+    def or_nan(bound: jax.Array) -> jax.Array:
+        return jnp.where(unusable, jnp.nan, bound)
+
+    if isinstance(high, list):  # of single entries
+        pairs = list(zip(low, high, strict=True))
+        empty = [~(most >= least) for least, most in pairs]
+        unusable = _on_all_devices(jnp.any, empty, leaves, options)
+        return [(or_nan(least), or_nan(most)) for least, most in pairs], unusable
+    unusable = jnp.any(~(high >= low))  # vectors, of a number for each leaf
+    both = zip(entries(or_nan(low)), entries(or_nan(high)), strict=True)
+    return list(both), unusable
+
+
 def _measured(
-    leaves: Leaves, bounds: Shared, act: Callable[..., jax.Array], options: Options
+    leaves: Leaves, bounds: list[Any], act: Callable[..., jax.Array], options: Options
 ) -> list[jax.Array]:
     """Both norms and the root of the number of entries outside, in one reduction."""
     trees: list[Any] = [leaves.arrays]
     extras: Any = bounds
-    if any(high.ndim for _, high in bounds.values):  # cut over the mesh as leaves are
+    if any(high.ndim for _, high in bounds):  # cut over the mesh as leaves are
         trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
     found = norms(
         trees,
@@ -238,7 +252,7 @@ def _axis_name(options: Options) -> Any:
 
 
 def _summary_of(
-    found: list[jax.Array], bounds: Shared, leaves: Leaves, options: Options
+    found: list[jax.Array], bounds: list[Any], leaves: Leaves, options: Options
 ) -> Summary:
     before, after, num_outside, *num_bad = found
     arrays = leaves.arrays
@@ -247,7 +261,7 @@ def _summary_of(
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
     nonzero = jnp.where(before > 0, before, 1)
-    sizes = [jnp.abs(bound) for pair in bounds.values for bound in pair]
+    sizes = [jnp.abs(bound) for pair in bounds for bound in pair]
     return Summary(
         norm=before,
         clipped_norm=after,
