@@ -47,8 +47,8 @@ def as_one(fun: Callable[..., Any], *given: Any) -> Any:
     the loop of every leaf what led to its scale. A small loop it compiles as a whole.
     So the numbers are computed in a loop that runs once, which XLA cannot know.
 
-    `python benchmarks/everyday.py`: without it a step of Adam on 4 leaves compiles 1.7
-    times as long as with optax's clipping, and not 1.2.
+    `python -m pytest tests/devices/test_as_one.py`: with it a step of Adam on 4 leaves
+    has 17 kernels, without it 26, and with optax's clipping 14.
     """
     arrays = jax.tree.leaves(given)
     whole = can_be_joined(arrays) and all(map(lies_whole, arrays))
@@ -66,7 +66,7 @@ def as_one(fun: Callable[..., Any], *given: Any) -> Any:
     made = list(dict.fromkeys(x for x in outcome if not _is_known(x, known)))
     read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
     needed = [x for x in names if id(x) in read]
-    if not _is_small(program.jaxpr, needed + made):
+    if not _is_small(program.jaxpr, needed, made):
         return fun(*given)
     steps = program.jaxpr.replace(constvars=[], invars=needed, outvars=made)
     found = _computed(ClosedJaxpr(steps, ()), [jnp.asarray(known[x]) for x in needed])
@@ -79,12 +79,12 @@ _in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
 _on_cpu: ContextVar[bool] = ContextVar("optax_clipx_on_cpu", default=False)
 
 
-def _is_small(program: Any, carried: list[Any]) -> bool:
+def _is_small(program: Any, needed: list[Any], made: list[Any]) -> bool:
     """Whether XLA would compile a loop around a program as a whole."""
-    sizes = [x.aval.size for x in carried]
-    floats = [x for x in carried if x.aval.dtype.kind == "f"]
+    sizes = [x.aval.size for x in needed + made]
+    has_float = any(x.aval.dtype.kind == "f" for x in needed)  # which the loop watches
     few = is_known(*sizes) and sum(sizes) <= 128
-    return bool(floats) and few and _has_small_steps(program)
+    return has_float and few and _has_small_steps(program)
 
 
 def _has_small_steps(program: Any) -> bool:

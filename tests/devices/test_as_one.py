@@ -37,6 +37,11 @@ def test_a_nan_ends_the_loop():
     assert found["count"] == 8
 
 
+def test_a_float_made_of_a_count_alone():
+    found = jax.jit(lambda n: as_one(lambda n: n.astype(jnp.float32) / 2, n))
+    assert found(jnp.int32(3)) == 1.5
+
+
 def test_derivatives_of_both_orders_and_of_what_is_closed_over():
     def fun(x, factor):
         return as_one(lambda x: {"y": factor * x**3}, x)["y"]
