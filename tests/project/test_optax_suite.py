@@ -32,21 +32,38 @@ def test_optax_suite(suite, tmp_path):
     path = pathlib.Path(optax.__file__).parent / suite
     if not path.exists():
         pytest.fail(f"optax {optax.__version__} ships no {suite}")
+    ours = run(path, tmp_path, "-p", "optax_with_ours")
+    if failed := failures(ours):
+        # A bound of the last bit can fail with optax's functions, too: it depends on
+        # how the processor rounds. What fails with ours alone is a fault of ours.
+        theirs = failures(run(path, tmp_path))
+        print(f"failed with optax's own functions: {sorted(theirs)}")
+        assert failed <= theirs, ours[-6000:]
+    passed = int(re.search(r"(\d+) passed", ours).group(1))
+    assert passed + len(failed) >= least
+    for name in used:
+        assert int(re.search(rf"'{name}': (\d+)", ours).group(1)) > 0, name
+
+
+def run(path, folder, *plugin):
+    """What pytest prints for these tests of optax's, in a process of its own."""
     command = [
-        *(sys.executable, "-m", "pytest", str(path), "-q", "-p", "optax_with_ours"),
-        *("-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"),
+        *(sys.executable, "-m", "pytest", str(path), "-q", "-rfE", *plugin),
+        *("-c", os.devnull, "--rootdir", str(folder), "-p", "no:cacheprovider"),
     ]
     found = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(PLUGIN), "PYTEST_ADDOPTS": ""},
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     print(found.stdout[-3000:])
-    assert found.returncode == 0, found.stdout[-6000:]
-    passed = int(re.search(r"(\d+) passed", found.stdout).group(1))
-    assert passed >= least
-    for name in used:
-        assert int(re.search(rf"'{name}': (\d+)", found.stdout).group(1)) > 0, name
+    assert found.returncode in (0, 1), found.stdout[-6000:] + found.stderr[-2000:]
+    return found.stdout
+
+
+def failures(printed):
+    """The names of the tests that failed."""
+    return set(re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE))
