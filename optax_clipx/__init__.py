@@ -67,7 +67,10 @@ from ._methods.stable_adam import (
 # Wrappers of an optimizer or a clipper
 from ._wrappers.carry_over import carry_over as carry_over
 from ._wrappers.error_feedback import error_feedback as error_feedback
-from ._wrappers.excluding import excluding as excluding
+from ._wrappers.excluding import (
+    excluding as excluding,
+    muon_leaves as muon_leaves,
+)
 from ._wrappers.reset_moments import reset_moments as reset_moments
 from ._wrappers.skip_spikes import (
     SkipReason as SkipReason,
@@ -150,6 +153,7 @@ __all__ = [
     "measures",
     "metrics",
     "mixed_clip",
+    "muon_leaves",
     "norm_growth_clip",
     "normalize_by_norm",
     "normalized_momentum",

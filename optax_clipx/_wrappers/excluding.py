@@ -1,35 +1,53 @@
-"""Leaving leaves out of a clipper by their path."""
+"""Leaving leaves out of a clipper: by path, mask, or labels of an optimizer."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
-from .._trees.leaves import Path, chooser, path_of, show
+from .._trees.leaves import Path, chooser, from_prefix, path_of, show
 
 
 def excluding(
-    clipper: optax.GradientTransformation, where: Any
+    clipper: optax.GradientTransformation, where: Any, *, label: Any = "muon"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Excludes some leaves from a clipper: they are neither measured nor clipped.
 
-    Use it for the final linear layer in adaptive gradient clipping, for biases, and for
-    leaves that are not gradients, such as the statistics of fp8 layers
+    Use it for the leaves whose gradient norm an optimizer such as Muon ignores, for the
+    final linear layer in adaptive gradient clipping, for biases, and for leaves that
+    are not gradients, such as the statistics of fp8 layers
     (``"_overwrite_with_gradient"`` in Flax).
+
+    =================================  ============================================
+    ``where``                          excluded
+    =================================  ============================================
+    ``"head"``, ``("head", "bias")``   leaves with such a name in their path
+    ``muon_leaves``, any function      leaves for which it is true
+    of path and leaf
+    a pytree of bools                  where it is true, as in ``optax.masked``
+    a pytree of labels                 where it has ``label``, as in
+                                       ``optax.partition``
+    a pytree of dimension numbers      where it is not ``None``, as in
+    and ``None``                       ``optax.contrib.muon``
+    a function of the whole tree       what the pytree that it returns says
+    =================================  ============================================
 
     Args:
         clipper: any clipper, of this package or another.
-        where: which leaves: a name in their path, a tuple of names, or a function of
-            path and leaf that is true for them.
+        where: which leaves, as in the table. Pytrees may be prefixes.
+        label: the label of excluded leaves, or a tuple of labels.
 
     Returns:
         A transformation.
 
     Raises:
         ValueError: from ``init`` and ``update``, if no leaf is left out: a name that
-            fits nothing is a mistake.
+            fits nothing is a mistake; and if a pytree says nothing of a leaf.
         TypeError: if ``where`` is none of these.
 
     Example:
@@ -46,23 +64,18 @@ def excluding(
         :func:`optax.masked` does the work.
     """
     check_transformation(clipper, "clipper")
-    chosen = chooser(where)
+    choose = _choice(where, label if isinstance(label, tuple) else (label,))
 
     def mask(tree: Any) -> Any:
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        # A function may ask for what only arrays have: of other leaves it is not asked.
-        kept = [
-            (callable(where) and not hasattr(leaf, "shape"))
-            or not chosen(path_of(keys), leaf)
-            for keys, leaf in with_keys
-        ]
-        frozen = [callable(where) or chosen(path, None) for path in _nothing(tree)]
-        if kept and all(kept) and not any(frozen):
-            known = ", ".join(show(path_of(keys)) for keys, _ in with_keys[:20])
+        entries = [(path_of(keys), leaf) for keys, leaf in with_keys]
+        excluded = choose(tree, entries)
+        if entries and not any(excluded) and not _may_fit_nothing(where, tree):
+            known = ", ".join(show(path) for path, _ in entries[:20])
             raise ValueError(
                 f"Expected where={where!r} to fit a leaf, it fits none of: {known}."
             )
-        return jax.tree.unflatten(treedef, kept)
+        return jax.tree.unflatten(treedef, [not x for x in excluded])
 
     masked = optax.masked(optax.with_extra_args_support(clipper), mask)
 
@@ -75,11 +88,134 @@ def excluding(
     return optax.GradientTransformationExtraArgs(masked.init, update_fn)
 
 
-def _nothing(tree: Any) -> list[Path]:
-    """The places where there is None, or a leaf that another mask has taken."""
+def muon_leaves(path: Path, leaf: Any) -> bool:
+    r"""Whether ``optax.contrib.muon`` orthogonalizes a leaf: by default every matrix.
+
+    .. math:: \text{excluded} \iff \text{the leaf has two axes}
+
+    Muon's step does not depend on the norm of its gradient. A global norm that counts
+    Muon's leaves shrinks the step of all others, so leave Muon's leaves out.
+
+    Args:
+        path: the leaf's path, as strings; it is not looked at.
+        leaf: an array, or anything with a number of axes.
+
+    Returns:
+        Whether the leaf has two axes. Where you give Muon
+        ``muon_weight_dimension_numbers``, pass the same to :func:`excluding` instead.
+
+    Raises:
+        AttributeError: if the leaf is no array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> clipper = clipx.excluding(
+        ...     clipx.clip_by_global_norm(1.0), clipx.muon_leaves
+        ... )
+        >>> grads = {"kernel": jnp.full((2, 2), 1e8), "bias": jnp.array([3.0, 4.0])}
+        >>> grads, _ = clipper.update(grads, clipper.init(grads))
+        >>> print(grads["bias"])
+        [0.6 0.8]
+
+    References:
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+    """
+    return bool(leaf.ndim == 2)
+
+
+Entries = list[tuple[Path, Any]]
+Choice = Callable[[Any, Entries], list[bool]]
+
+
+def _choice(where: Any, labels: tuple[Any, ...]) -> Choice:
+    """Which leaves of a tree are excluded, for the tree and its leaves by path."""
+    if callable(where) and not _takes(where, 2):
+        return lambda tree, entries: _by_tree(where(tree), labels)(tree, entries)
+    if not callable(where) and not _has_names(where):
+        return _by_tree(where, labels)
+    chosen = chooser(where)
+    # A function may ask for what only arrays have: of other leaves it is not asked.
+    return lambda tree, entries: [
+        (not callable(where) or hasattr(leaf, "shape")) and chosen(path, leaf)
+        for path, leaf in entries
+    ]
+
+
+def _has_names(where: Any) -> bool:
+    """Whether this is a name or several, and no pytree of labels."""
+    listed = type(where) in (tuple, list, set, frozenset)
+    names = where if listed else (where,)
+    return all(isinstance(name, str) for name in names)
+
+
+def _takes(fun: Callable[..., Any], number: int) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        signature = inspect.signature(fun)
+    except ValueError:  # some builtins do not tell
+        return True
+    try:
+        signature.bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
+
+
+def _by_tree(where: Any, labels: tuple[Any, ...]) -> Choice:
+    """The choice that a pytree of bools, labels or dimension numbers makes."""
+    values = jax.tree.leaves(where, is_leaf=_is_value)
+    if not values or not all(_is_known(value, labels) for value in values):
+        raise TypeError(
+            "Expected where to be a name in the path, a tuple of names, a function of"
+            " path and leaf such as optax_clipx.muon_leaves, or a pytree (or a function"
+            " of the tree that returns one) of bools, of labels as for optax.partition"
+            " with label= the one to exclude, or of MuonDimensionNumbers and None; got"
+            f" {where!r}."
+        )
+    marks = jax.tree.map(lambda x: _is_excluded(x, labels), where, is_leaf=_is_value)
+    return lambda tree, entries: from_prefix(
+        marks, [path for path, _ in entries], "a choice in where="
+    )
+
+
+def _may_fit_nothing(where: Any, tree: Any) -> bool:
+    """Whether what is to be excluded may be None, or taken by another mask."""
 
     def is_nothing(x: Any) -> bool:
         return x is None or isinstance(x, optax.MaskedNode)
 
     entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nothing)
-    return [path_of(keys) for keys, leaf in entries if is_nothing(leaf)]
+    hidden = [path_of(keys) for keys, leaf in entries if is_nothing(leaf)]
+    if callable(where) or not _has_names(where):
+        return bool(hidden)
+    chosen = chooser(where)
+    return any(chosen(path, None) for path in hidden)
+
+
+def _is_value(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode) or _is_numbers(x)
+
+
+def _is_numbers(x: Any) -> bool:
+    """Whether this is a MuonDimensionNumbers, which not every optax has."""
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_)
+
+
+def _is_known(x: Any, labels: tuple[Any, ...]) -> bool:
+    return (
+        _is_value(x)
+        or _is_bool(x)
+        or isinstance(x, str)
+        or any(type(x) is type(label) for label in labels)
+    )
+
+
+def _is_excluded(x: Any, labels: tuple[Any, ...]) -> bool:
+    if _is_value(x):
+        return _is_numbers(x)
+    return bool(x) if _is_bool(x) else x in labels
