@@ -5,6 +5,11 @@ from ._thresholds.base import (
     Context as Context,
     Threshold as Threshold,
 )
+from ._thresholds.batch import (
+    NoiseScale as NoiseScale,
+    noise_scale as noise_scale,
+    rescaled_for_batch as rescaled_for_batch,
+)
 from ._thresholds.combine import (
     minimum as minimum,
     scaled as scaled,
@@ -21,20 +26,25 @@ from ._thresholds.quantile import (
     quantile_tracker as quantile_tracker,
 )
 from ._thresholds.relative import relative_to_params as relative_to_params
+from ._thresholds.schedule import follow_schedule as follow_schedule
 from ._thresholds.zscore import zscore as zscore
 
 __all__ = [
     "Context",
+    "NoiseScale",
     "Threshold",
     "auto",
     "constant",
     "ema_ratio",
+    "follow_schedule",
     "group_band",
     "minimum",
+    "noise_scale",
     "norm_growth",
     "quantile",
     "quantile_tracker",
     "relative_to_params",
+    "rescaled_for_batch",
     "scaled",
     "warmup",
     "zscore",

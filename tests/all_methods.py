@@ -180,6 +180,12 @@ RULES = {
     "quantile_tracker": by_rule(
         clipx.thresholds.quantile_tracker(0.8), clipx.measures.leaf_norms()
     ),
+    "follow_schedule": by_rule(
+        clipx.thresholds.follow_schedule(
+            0.1, lambda step: jnp.where(step < 2, 1.0, 0.5)
+        )
+    ),
+    "rescaled_for_batch": by_rule(clipx.thresholds.rescaled_for_batch(0.2, 1, 4)),
     "relative_to_params": by_rule(
         clipx.thresholds.relative_to_params(0.1), clipx.measures.leaf_norms()
     ),

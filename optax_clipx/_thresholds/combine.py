@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .._trees.arguments import check_between, check_count
 from .base import Context, Threshold, float32, like, memory, one_more
-from .constant import as_threshold
+from .constant import as_threshold, at
 
 
 def minimum(*rules: Any) -> Threshold:
@@ -132,7 +132,8 @@ def scaled(rule: Any, factor: Any) -> Threshold:
 
     Args:
         rule: a threshold rule, number, schedule or prefix.
-        factor: :math:`\alpha`, a number or a scalar array.
+        factor: :math:`\alpha`, a number, a scalar array, or a schedule of the number of
+            updates so far.
 
     Returns:
         A threshold rule with the state of the other.
@@ -154,19 +155,21 @@ def scaled(rule: Any, factor: Any) -> Threshold:
     References:
         Many training codes use a multiple of the median norm as the threshold.
     """
-    check_between(factor, "factor", 0, float("inf"))
+    if not callable(factor):
+        check_between(factor, "factor", 0, float("inf"))
     inner = as_threshold(rule)
 
     def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
         limits, state = inner.update(norms, state, context)
-        return jax.tree.map(scale, _in_form(limits, norms)), state
+        now = float32(at(factor, context.step))
+        return jax.tree.map(lambda t: scale(t, now), _in_form(limits, norms)), state
 
-    def scale(limit: jax.Array) -> jax.Array:
+    def scale(limit: jax.Array, now: jax.Array) -> jax.Array:
         # An infinite threshold stays infinite, also times zero.
-        times = limit * float32(factor).astype(limit.dtype)
-        return jnp.where(jnp.isinf(limit), limit, times)
+        return jnp.where(jnp.isinf(limit), limit, limit * now.astype(limit.dtype))
 
-    return _combined([inner], inner.init, update)
+    combined = _combined([inner], inner.init, update)
+    return combined._replace(uses_step=combined.uses_step or callable(factor))
 
 
 def _combined(parts: list[Threshold], init: Any, update: Any) -> Threshold:

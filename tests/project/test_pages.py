@@ -43,6 +43,7 @@ PAGES = {  # what each prints
     r"(.|\n)*burst update-before-loss \(328,\)(.|\n)*decay growing-norms"
     r"(.|\n)*leaf starved-leaves(.|\n)*rate loss-diverged \(278,\)"
     r"(.|\n)*\('spikes', 'level-shift'\)",
+    "docs/batch_size.md": r"0\.5\n0\.79\d*\nnoise scale: \d examples\n(10\.0|9\.99\d*)",
     "docs/choosing.md": r"0\.335 would have clipped 10\.0%",
 }
 METHODS = sorted(set((ROOT / "docs/methods").glob("*.md")) - {INDEX})

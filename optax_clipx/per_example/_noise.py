@@ -1,0 +1,68 @@
+"""The gradient noise scale from the norms of single examples."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._thresholds.batch import NoiseScale, estimates
+
+
+def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
+    r"""Estimates the gradient noise scale from norms that :func:`clipped_grad` found.
+
+    .. math:: |G|^2 \approx \frac{B\,|g|^2 - \overline{n^2}}{B - 1}, \qquad
+              \mathrm{tr}\,\Sigma \approx \frac{\overline{n^2} - |g|^2}{1 - 1/B}
+
+    Here :math:`B` is the number of examples, :math:`n` the norms of their gradients,
+    the bar their mean, and :math:`g` the mean gradient. It is
+    :func:`thresholds.noise_scale` for batches of one example and of :math:`B`, and no
+    gradient is computed or read for it besides the norm of the mean.
+
+    The norms have to be those of the gradients whose mean :math:`g` is. With
+    ``clipped_grad(..., max_norm=jnp.inf, reduction="mean")`` this is so. With a
+    threshold :math:`C` the mean is that of clipped gradients; pass
+    ``jnp.minimum(found.norms, C)`` and the result is the noise scale of clipped
+    gradients.
+
+    Args:
+        norms: the norms of the examples, a vector such as ``found.norms``. One that is
+            not finite counts as 0, which is what it added to the mean.
+        mean_norm: the norm of the mean gradient, of all devices in ``shard_map``, where
+            the norms have to be gathered.
+        mask: a bool for each example, false for padding; the mean is over the others.
+
+    Returns:
+        A :class:`thresholds.NoiseScale`. Average its ``signal`` and ``noise`` over
+        steps before you divide. All are NaN for fewer than two examples.
+
+    Raises:
+        ValueError: if the norms are no vector, or fewer than two.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> loss = lambda w, x: w * x
+        >>> options = {"max_norm": jnp.inf, "reduction": "mean"}
+        >>> grad_fn = clipx.per_example.clipped_grad(loss, **options)
+        >>> mean, found = grad_fn(1.0, jnp.array([1.0, 2.0, 3.0]))
+        >>> noise = clipx.per_example.noise_scale(found.norms, jnp.abs(mean))
+        >>> print(f"{noise.noise:.3f} {noise.signal:.3f} {noise.scale:.3f}")
+        1.000 3.667 0.273
+
+    References:
+        McCandlish et al., An empirical model of large-batch training, 2018,
+        arXiv 1812.06162, appendix A.1.
+    """
+    norms = jnp.asarray(norms)
+    if norms.ndim != 1 or norms.shape[0] < 2:
+        raise ValueError(
+            "Expected a vector with the norms of two examples or more, got an array of"
+            f" shape {norms.shape}. Norms of leaves or groups have no noise scale"
+            " together: call this for each of them."
+        )
+    there = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    counted = jnp.where(there & jnp.isfinite(norms), norms, 0)
+    number = jnp.sum(there).astype(counted.dtype)
+    # So that the mean of the squares over all is that over those that are there.
+    each = counted * jnp.sqrt(norms.shape[0] / number)
+    return estimates(each, jnp.asarray(mean_norm), 1, number)
