@@ -43,6 +43,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "normalize_by_norm": clipx.normalize_by_norm,
     "skip_spikes": lambda: clipx.skip_spikes(optax.identity()),
     "error_feedback": lambda: clipx.error_feedback(clipx.clip_by_global_norm(2.0)),
+    "cautious": lambda: clipx.cautious(optax.sgd(0.1, momentum=0.9)),
     "scale_by_stable_adam": clipx.scale_by_stable_adam,
     "clip_by_second_moment": lambda: clipx.clip_by_second_moment(100.0),
     "stabilize_norm": clipx.stabilize_norm,

@@ -66,6 +66,7 @@ from ._methods.stable_adam import (
 
 # Wrappers of an optimizer or a clipper
 from ._wrappers.carry_over import carry_over as carry_over
+from ._wrappers.cautious import cautious as cautious
 from ._wrappers.error_feedback import error_feedback as error_feedback
 from ._wrappers.excluding import (
     excluding as excluding,
@@ -131,6 +132,7 @@ __all__ = [
     "auto_clip",
     "backward",
     "carry_over",
+    "cautious",
     "check",
     "clip",
     "clip_by",

@@ -139,6 +139,12 @@ WRAPPERS = {
     "error_feedback_adaptive": lambda **options: clipx.error_feedback(
         clipx.adagc(warmup_steps=3, **options)
     ),
+    "cautious": lambda **options: clipx.cautious(
+        optax.chain(
+            clipx.clip_by_global_norm(0.1, **options), optax.sgd(1.0, momentum=0.9)
+        ),
+        **place(options),
+    ),
     "excluding": lambda **options: clipx.excluding(
         clipx.clip_by_global_norm(0.1, **options), has_few_axes
     ),

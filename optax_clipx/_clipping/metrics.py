@@ -96,6 +96,18 @@ class TrackState(NamedTuple):
     inner: Any
 
 
+class CautiousState(NamedTuple):
+    """The state of :func:`cautious`: what it did, and the optimizer inside of it.
+
+    ``descending`` is the fraction of entries whose update descends, ``factor`` the
+    largest factor by which those of a leaf were multiplied.
+    """
+
+    descending: Float[Array, "..."]
+    factor: Float[Array, "..."]
+    inner: Any
+
+
 def fresh(enabled: bool) -> ClipMetrics:
     """Metrics before the first step; each field an array of its own."""
 
@@ -168,6 +180,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"track/..."``,            :func:`track_norms`
     ``"track_norms/<leaf>"``,
     ``"track_ratios/<leaf>"``
+    ``"cautious/..."``          :func:`cautious`
     ==========================  ==================================================
 
     A state that has lost its types is read by the names in it: nested dicts, as of
@@ -179,8 +192,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
     Args:
         opt_state: the state of any optimizer with a clipper in it.
-        prefix: replaces ``"clip"``; the others are then ``"<prefix>_skip"`` and
-            ``"<prefix>_track"``.
+        prefix: replaces ``"clip"``; the others are then ``"<prefix>_skip"``,
+            ``"<prefix>_track"`` and ``"<prefix>_cautious"``.
 
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. With several clippers
@@ -189,7 +202,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
     Raises:
         ValueError: if there is no clipper in the state, or none that keeps metrics, no
-            :func:`skip_spikes` and no :func:`track_norms`.
+            :func:`skip_spikes`, no :func:`track_norms` and no :func:`cautious`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -205,15 +218,16 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
     typed = opt_state if _find(opt_state, _KINDS) else _by_names(opt_state)
-    clippers, skippers, trackers = (_find(typed, kind) for kind in _KINDS)
+    clippers, skippers, trackers, masks = (_find(typed, kind) for kind in _KINDS)
     kept = [(keys, state) for keys, state in clippers if state.metrics.norm is not None]
-    if not (kept or skippers or trackers):
+    if not (kept or skippers or trackers or masks):
         raise ValueError(_nothing_to_read(opt_state, bool(clippers)))
     before = "" if prefix == "clip" else f"{prefix}_"
     return (
         _shown(kept, prefix, lambda state: state.metrics._asdict())
         | _shown(skippers, f"{before}skip", _of_skipper)
         | _shown_tracked(trackers, f"{before}track")
+        | _shown(masks, f"{before}cautious", _of_cautious)
     )
 
 
@@ -248,7 +262,9 @@ def check(opt_state: Any) -> None:
     read = metrics(opt_state)
     flags = [name for name in read if name.endswith("/nonfinite")]
     if not flags:
-        raise ValueError("Expected a clipper in the state, got track_norms alone.")
+        raise ValueError(
+            "Expected a clipper in the state, got cautious or track_norms alone."
+        )
     for name in flags:
         clipper = name.removesuffix("/nonfinite")
         if not np.any(read[name]):
@@ -271,7 +287,7 @@ def zeroed(opt_state: Any) -> jax.Array:
     return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
 
 
-_KINDS = (ClipState, SkipState, TrackState)
+_KINDS = (ClipState, SkipState, TrackState, CautiousState)
 
 
 def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
@@ -283,7 +299,7 @@ def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
     for keys, leaf in leaves:
         if isinstance(leaf, kind):
             found.append((keys, leaf))
-        if isinstance(leaf, SkipState | TrackState):
+        if isinstance(leaf, SkipState | TrackState | CautiousState):
             here = (*keys, GetAttrKey("inner"))
             inside = _find(leaf.inner, kind)
             found += [((*here, *more), state) for more, state in inside]
@@ -325,6 +341,8 @@ def _state_of(parts: dict[Any, Any]) -> Any:
             leaves = jax.tree_util.tree_leaves_with_path(parts.get(field))
             named = {"/".join(path_of(keys)): leaf for keys, leaf in leaves}
             parts = {**parts, field: named}
+    elif set(CautiousState._fields) <= set(parts):
+        kind = CautiousState
     else:
         return parts
     return kind(**{field: parts.get(field) for field in kind._fields})
@@ -363,6 +381,10 @@ def _shown(
 def _of_skipper(state: SkipState) -> dict[str, Any]:
     names = ("skipped", "reason", "num_skipped", "consecutive_skips")
     return state.metrics._asdict() | {name: getattr(state, name) for name in names}
+
+
+def _of_cautious(state: CautiousState) -> dict[str, Any]:
+    return {"descending": state.descending, "factor": state.factor}
 
 
 def _shown_tracked(found: list[tuple[Any, Any]], prefix: str) -> dict[str, jax.Array]:
