@@ -9,6 +9,7 @@ from . import (
     measures as measures,
     per_example as per_example,
     plotting as plotting,
+    qk as qk,
     responses as responses,
     thresholds as thresholds,
     units as units,
@@ -56,6 +57,10 @@ from ._methods.mixed import (
     mixed_clip as mixed_clip,
     normalized_momentum as normalized_momentum,
 )
+from ._methods.qk_clip import (
+    qk_clip as qk_clip,
+    qk_clip_updates as qk_clip_updates,
+)
 from ._methods.second_moment import clip_by_second_moment as clip_by_second_moment
 from ._methods.spectral import clip_by_spectral_norm as clip_by_spectral_norm
 from ._methods.stabilizers import stabilize_norm as stabilize_norm
@@ -83,6 +88,7 @@ from ._wrappers.track_norms import track_norms as track_norms
 from ._clipping.metrics import (
     ClipMetrics as ClipMetrics,
     ClipState as ClipState,
+    QKClipState as QKClipState,
     SkipState as SkipState,
     TrackState as TrackState,
     check as check,
@@ -120,6 +126,7 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "History",
+    "QKClipState",
     "Rewind",
     "SkipReason",
     "SkipState",
@@ -164,6 +171,9 @@ __all__ = [
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
     "plotting",
+    "qk",
+    "qk_clip",
+    "qk_clip_updates",
     "quantile_clip",
     "reset_moments",
     "responses",

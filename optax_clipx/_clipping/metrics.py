@@ -108,6 +108,26 @@ class CautiousState(NamedTuple):
     inner: Any
 
 
+class QKClipState(NamedTuple):
+    """The state of :func:`qk_clip_updates`: the logits of the last step, and counts.
+
+    ``max_logit`` is the largest logit of all heads whose maximum is finite, and NaN if
+    none is; ``scale`` the smallest scale of a head; ``clipped`` the share of heads that
+    were scaled; ``nonfinite`` and ``nonpositive`` the numbers of heads that were not
+    scaled since their maximum was infinite or NaN, or not above 0. The others count
+    steps: all, those that scaled a head, and those with a maximum that was not finite.
+    """
+
+    max_logit: Float[Array, "..."]
+    scale: Float[Array, "..."]
+    clipped: Float[Array, "..."]
+    nonfinite: Int[Array, "..."]
+    nonpositive: Int[Array, "..."]
+    steps: Int[Array, "..."]
+    num_clipped: Int[Array, "..."]
+    num_nonfinite: Int[Array, "..."]
+
+
 def fresh(enabled: bool) -> ClipMetrics:
     """Metrics before the first step; each field an array of its own."""
 
@@ -181,6 +201,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"track_norms/<leaf>"``,
     ``"track_ratios/<leaf>"``
     ``"cautious/..."``          :func:`cautious`
+    ``"qk/max_logit"``, ...     :func:`qk_clip_updates`: the fields of its state
     ==========================  ==================================================
 
     A state that has lost its types is read by the names in it: nested dicts, as of
@@ -193,7 +214,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     Args:
         opt_state: the state of any optimizer with a clipper in it.
         prefix: replaces ``"clip"``; the others are then ``"<prefix>_skip"``,
-            ``"<prefix>_track"`` and ``"<prefix>_cautious"``.
+            ``"<prefix>_track"``, ``"<prefix>_cautious"`` and ``"<prefix>_qk"``.
 
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. With several clippers
@@ -202,7 +223,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
 
     Raises:
         ValueError: if there is no clipper in the state, or none that keeps metrics, no
-            :func:`skip_spikes`, no :func:`track_norms` and no :func:`cautious`.
+            :func:`skip_spikes`, :func:`track_norms`, :func:`cautious` or
+            :func:`qk_clip_updates`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -218,16 +240,18 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         Names in the manner of TensorBoard's tags, where a slash makes a group.
     """
     typed = opt_state if _find(opt_state, _KINDS) else _by_names(opt_state)
-    clippers, skippers, trackers, masks = (_find(typed, kind) for kind in _KINDS)
+    clippers, *others = (_find(typed, kind) for kind in _KINDS)
     kept = [(keys, state) for keys, state in clippers if state.metrics.norm is not None]
-    if not (kept or skippers or trackers or masks):
+    if not (kept or any(others)):
         raise ValueError(_nothing_to_read(opt_state, bool(clippers)))
+    skippers, trackers, masks, heads = others
     before = "" if prefix == "clip" else f"{prefix}_"
     return (
         _shown(kept, prefix, lambda state: state.metrics._asdict())
         | _shown(skippers, f"{before}skip", _of_skipper)
         | _shown_tracked(trackers, f"{before}track")
         | _shown(masks, f"{before}cautious", _of_cautious)
+        | _shown(heads, f"{before}qk", QKClipState._asdict)
     )
 
 
@@ -260,14 +284,15 @@ def check(opt_state: Any) -> None:
         :func:`jax.experimental.checkify.checkify` is the general tool of this kind.
     """
     read = metrics(opt_state)
-    flags = [name for name in read if name.endswith("/nonfinite")]
-    if not flags:
+    ends = [name.removesuffix("/nonfinite") for name in read]
+    clippers = [x for x in ends if {f"{x}/nonfinite", f"{x}/norm"} <= set(read)]
+    if not clippers:
         raise ValueError(
-            "Expected a clipper in the state, got cautious or track_norms alone."
+            "Expected a clipper in the state, got cautious, track_norms or"
+            " qk_clip_updates alone."
         )
-    for name in flags:
-        clipper = name.removesuffix("/nonfinite")
-        if not np.any(read[name]):
+    for clipper in clippers:
+        if not np.any(read[f"{clipper}/nonfinite"]):
             continue
         steps, norm, number = (
             np.max(read[f"{clipper}/{field}"])
@@ -287,7 +312,7 @@ def zeroed(opt_state: Any) -> jax.Array:
     return jnp.any(jnp.stack(found)) if found else jnp.zeros((), jnp.bool_)
 
 
-_KINDS = (ClipState, SkipState, TrackState, CautiousState)
+_KINDS = (ClipState, SkipState, TrackState, CautiousState, QKClipState)
 
 
 def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
@@ -343,6 +368,8 @@ def _state_of(parts: dict[Any, Any]) -> Any:
             parts = {**parts, field: named}
     elif set(CautiousState._fields) <= set(parts):
         kind = CautiousState
+    elif set(QKClipState._fields) <= set(parts):
+        kind = QKClipState
     else:
         return parts
     return kind(**{field: parts.get(field) for field in kind._fields})

@@ -14,7 +14,8 @@ SECTIONS = ("Raises:", "Example:", "References:")
 
 MODULES = (
     *(clipx.measures, clipx.thresholds, clipx.responses, clipx.functional),
-    *(clipx.backward, clipx.units, clipx.per_example, clipx.plotting),
+    *(clipx.backward, clipx.units, clipx.qk, clipx.per_example),
+    clipx.plotting,
 )
 
 
@@ -37,10 +38,12 @@ def test_dir_shows_what_is_public(module):
 NAMES = dict(public())
 WITHOUT = {
     "optax_clipx.measures.Measure",
+    "optax_clipx.qk.Layout",
     *(
         f"optax_clipx.{name}"
         for name in (
             "ClipState",
+            "QKClipState",
             "SkipState",
             "TrackState",
             "Diagnosis",

@@ -11,7 +11,8 @@ import pytest
 import optax_clipx as clipx
 from optax_clipx._trees.docstrings import complete_package
 
-MODULES = (clipx, clipx.functional, clipx.backward, clipx.per_example, clipx.plotting)
+MODULES = (clipx, clipx.functional, clipx.backward, clipx.qk, clipx.per_example)
+MODULES += (clipx.plotting,)
 FUNCTIONS = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES

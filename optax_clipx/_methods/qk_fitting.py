@@ -1,0 +1,250 @@
+"""Layouts fitted to a tree of parameters, and what is said where they do not fit."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._trees.leaves import path_of
+from .qk_layouts import Layout, Part
+
+_BIASES = {"kernel": "bias", "weight": "bias", "w": "b"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A leaf that is multiplied: its place, and where its heads and layers are.
+
+    With `width`, each head has so many entries in a row along the axis of the heads.
+    """
+
+    index: int
+    path: str
+    part: Part
+    shape: tuple[int, ...]
+    head_axis: int
+    layer_axis: int | None
+    width: int | None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A layout that fits a tree, and the shape of its maxima."""
+
+    name: str
+    slots: tuple[Slot, ...]
+    shape: tuple[int, ...]  # heads, or layers and heads
+    key_heads: int
+
+
+def fit(layout: Any, tree: Any) -> list[Fitted]:
+    """Each layout with the leaves that it names.
+
+    Raises an error that names the value where a path is missing, shapes do not agree,
+    or two layouts have the same name or leaf.
+    """
+    with_keys = jax.tree_util.tree_leaves_with_path(tree)
+    paths = ["/".join(path_of(keys)) for keys, _ in with_keys]
+    leaves = {path: leaf for path, (_, leaf) in zip(paths, with_keys, strict=True)}
+    places = {path: index for index, path in enumerate(paths)}
+    fitted = [_fit_one(one, leaves, places) for one in list_of(layout)]
+    _refuse_twice([one.name for one in fitted], "name", "Pass name= to one of them.")
+    used = [slot.path for one in fitted for slot in one.slots]
+    _refuse_twice(used, "leaf", "Leave one of them out.")
+    return fitted
+
+
+def list_of(layout: Any) -> list[Layout]:
+    """One layout, or several, as a list."""
+    layouts = [layout] if isinstance(layout, Layout) else layout
+    listed = isinstance(layouts, list | tuple)
+    if not listed or not all(isinstance(one, Layout) for one in layouts):
+        raise TypeError(
+            "Expected layout to be what optax_clipx.qk.mha, .gqa, .mla or .flax"
+            f" returns, or a list of these, got {layout!r}."
+        )
+    if not layouts:
+        raise ValueError("Expected at least one layout, got an empty list.")
+    return list(layouts)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: known names that are like this one."""
+    listed = list(known)
+    ends = [x for x in listed if x.endswith("/" + name) or name.endswith("/" + x)]
+    like = ends or difflib.get_close_matches(name, listed, n=3, cutoff=0.5)
+    if like:
+        return f" Did you mean {' or '.join(map(repr, like[:3]))}?"
+    shown = ", ".join(map(repr, listed[:10])) or "nothing"
+    return f" There is {shown}{', ...' if len(listed) > 10 else ''}."
+
+
+def _refuse_twice(values: list[str], what: str, advice: str) -> None:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(
+            f"Expected each {what} in one layout only, got {twice[0]!r} in several."
+            f" {advice}"
+        )
+
+
+def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> Fitted:
+    query = layout.parts[0]
+    heads = layout.num_heads or _size(query, leaves, layout)
+    key_heads = _key_heads(layout, leaves, heads) if layout.grouped else heads
+    slots: list[Slot] = []
+    for part in layout.parts:
+        count = key_heads if part.factor == "key" else heads
+        kernel = _slot(part, leaves, places, layout, count)
+        slots += [kernel, *_bias(kernel, leaves, places)]
+    layers = {n for n in map(_layers, slots) if n is not None}
+    if len(layers) > 1:
+        raise ValueError(
+            f"Expected the same number of layers on axis {layout.layer_axis} of each"
+            f" kernel, got {_shapes(slots)}."
+        )
+    return Fitted(layout.name, tuple(slots), (*layers, heads), key_heads)
+
+
+def _layers(slot: Slot) -> int | None:
+    return None if slot.layer_axis is None else slot.shape[slot.layer_axis]
+
+
+def _shapes(slots: Iterable[Slot]) -> str:
+    return ", ".join(f"{slot.path!r} of shape {slot.shape}" for slot in slots)
+
+
+def _shape(path: str, leaves: dict[str, Any], layout: Layout) -> tuple[int, ...]:
+    """The shape of the kernel at a path."""
+    if path not in leaves:
+        raise ValueError(
+            f"Expected a leaf at {path!r}, as the layout {layout.name!r} says, found"
+            f" none.{near(path, leaves)} Pass its path to optax_clipx.qk.mha, .gqa or"
+            " .mla."
+        )
+    dtype = getattr(leaves[path], "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        kind = dtype or type(leaves[path]).__name__
+        raise TypeError(f"Expected a floating-point array at {path!r}, got {kind}.")
+    return tuple(leaves[path].shape)
+
+
+def _size(part: Part, leaves: dict[str, Any], layout: Layout) -> int:
+    """How many entries a kernel has on the axis of its heads."""
+    shape = _shape(part.path, leaves, layout)
+    return shape[_axis(layout.head_axis, shape, part.path, "head_axis")]
+
+
+def _axis(axis: int, shape: tuple[int, ...], path: str, name: str) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"Expected {name} to be an axis of {path!r} of shape {shape}, got"
+            f" {name}={axis}."
+        )
+    return axis % len(shape)
+
+
+def _key_heads(layout: Layout, leaves: dict[str, Any], heads: int) -> int:
+    """The number of key heads, which divides that of query heads."""
+    query, key = layout.parts
+    sizes = [_size(part, leaves, layout) for part in (query, key)]
+    width = max(sizes[0] // heads, 1) if layout.num_heads else 1
+    count = sizes[1] // width
+    if count == 0 or heads % count:
+        raise ValueError(
+            f"Expected the number of query heads to be a multiple of that of key heads,"
+            f" got {heads} in {query.path!r} and {count} in {key.path!r}. Pass"
+            " head_axis= with the axis of the heads, or num_heads= if it also holds the"
+            " entries of each head."
+        )
+    return count
+
+
+def _slot(
+    part: Part,
+    leaves: dict[str, Any],
+    places: dict[str, int],
+    layout: Layout,
+    heads: int,
+) -> Slot:
+    """The kernel of a part, whose heads are as many as they have to be."""
+    shape = _shape(part.path, leaves, layout)
+    axis = _axis(layout.head_axis, shape, part.path, "head_axis")
+    layer = layout.layer_axis
+    if layer is not None:
+        layer = _axis(layer, shape, part.path, "layer_axis")
+        if layer >= axis:
+            raise ValueError(
+                f"Expected layer_axis before head_axis in {part.path!r} of shape"
+                f" {shape}, got layer_axis={layout.layer_axis} and"
+                f" head_axis={layout.head_axis}."
+            )
+    fits = shape[axis] % heads == 0 if layout.num_heads else shape[axis] == heads
+    if not fits:
+        kind = "gqa" if len(layout.parts) == 2 and not layout.grouped else "num_heads="
+        advice = {
+            "gqa": "If several query heads share a key, use optax_clipx.qk.gqa.",
+            "num_heads=": "If that axis also holds the entries of each head, pass"
+            " num_heads=.",
+        }[kind]
+        raise ValueError(
+            f"Expected {heads} heads on axis {axis} of {part.path!r}, got shape"
+            f" {shape}. {advice}"
+        )
+    slot = Slot(
+        index=places[part.path],
+        path=part.path,
+        part=part,
+        shape=shape,
+        head_axis=axis,
+        layer_axis=layer,
+        width=shape[axis] // heads if layout.num_heads else None,
+    )
+    _check_split(slot)
+    return slot
+
+
+def _check_split(slot: Slot) -> None:
+    """Refuses a split of heads that are not as wide."""
+    split = slot.part.split
+    if split is None:
+        return
+    beside = slot.shape[slot.head_axis + 1 : slot.head_axis + 2]
+    width = slot.width or (beside[0] if beside else 0)
+    if width < split:
+        raise ValueError(
+            f"Expected at least nope_dim={split} entries in each head of {slot.path!r},"
+            f" got {width} in the shape {slot.shape}. They are on the axis after"
+            " head_axis, or with num_heads= on the same."
+        )
+
+
+def _bias(kernel: Slot, leaves: dict[str, Any], places: dict[str, int]) -> list[Slot]:
+    """The bias of a kernel, if it has one: its axes are those of what comes out."""
+    parent, _, last = kernel.path.rpartition("/")
+    beside = "/".join(filter(None, (parent, _BIASES.get(last, ""))))
+    path = kernel.part.bias or (beside if last in _BIASES else None)
+    if kernel.part.bias and path not in leaves:
+        raise ValueError(
+            f"Expected a bias at {path!r}, found none.{near(str(path), leaves)}"
+        )
+    if path is None or path not in leaves:
+        return []
+    shape = tuple(leaves[path].shape)
+    # With inputs before heads, as in Flax, a bias lacks axes before; else those after.
+    fewer = len(kernel.shape) - len(shape)
+    size = kernel.shape[kernel.head_axis]
+    for axis in (kernel.head_axis - fewer, kernel.head_axis):
+        inside = 0 <= axis < len(shape) and axis != kernel.layer_axis
+        if inside and shape[axis] == size:
+            index = places[path]
+            return [
+                replace(kernel, index=index, path=path, shape=shape, head_axis=axis)
+            ]
+    raise ValueError(
+        f"Expected an axis with {size} entries in the bias {path!r}, as in"
+        f" {kernel.path!r} of shape {kernel.shape}, got shape {shape}."
+    )

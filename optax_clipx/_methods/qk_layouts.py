@@ -1,0 +1,294 @@
+"""Layouts: which leaves make the queries and keys of an attention, and its heads."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from .._trees.arguments import check_static_count
+
+WITHOUT_NAME = "attention"  # of a layer that is the whole model
+
+
+@dataclass(frozen=True)
+class Part:
+    """A leaf, and what multiplies it: "query", "key", "rotary" or "one".
+
+    Of a fused leaf the first `split` entries of each head take `factor`, and the
+    others `after`.
+    """
+
+    path: str
+    factor: str
+    bias: str | None = None
+    split: int | None = None
+    after: str = "one"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one attention, or a stack of them, has its queries, keys and heads.
+
+    The functions :func:`mha`, :func:`gqa`, :func:`mla` and :func:`flax` make it, and
+    :func:`optax_clipx.qk_clip` takes it.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    head_axis: int
+    num_heads: int | None
+    layer_axis: int | None
+    grouped: bool
+
+
+def mha(
+    query: Any,
+    key: Any,
+    *,
+    head_axis: Any = 1,
+    num_heads: Any = None,
+    layer_axis: Any = None,
+    query_bias: Any = None,
+    key_bias: Any = None,
+    name: Any = None,
+) -> Layout:
+    r"""The layout of multi-head attention: each head has its own query and key.
+
+    .. math:: W_q^h \leftarrow \gamma_h^{\alpha} W_q^h, \quad
+              W_k^h \leftarrow \gamma_h^{1-\alpha} W_k^h
+
+    Here :math:`\gamma_h` is the scale of head :math:`h`, as in
+    :func:`optax_clipx.qk_clip`. Biases are scaled with their kernels, so that query and
+    key are scaled as a whole. Rotary embeddings rotate what they get, so that the
+    logits are scaled by :math:`\gamma_h` with them too. A norm of queries or keys
+    *after* the projection would undo the scale, and needs no QK-Clip: its logits are
+    bounded by its gains.
+
+    Args:
+        query: the path of the kernel of the queries, such as ``"attn/query/kernel"``.
+        key: the path of the kernel of the keys.
+        head_axis: the axis of the kernels with one entry a head.
+        num_heads: pass it if that axis holds heads times head dimension, head after
+            head, as in a kernel of shape (in, heads * head dimension).
+        layer_axis: the axis of the layers, if the kernels are a stack of several; it
+            comes before ``head_axis``, and the maxima have the shape (layers, heads).
+        query_bias: the path of the bias of the queries. By default it is the leaf
+            ``bias`` beside a ``kernel`` or ``weight``, or ``b`` beside ``w``, if there
+            is one.
+        key_bias: the same of the keys.
+        name: the name of its maxima in ``max_logits``; by default the common part of
+            the two paths, here ``"attn"``.
+
+    Returns:
+        A layout for :func:`optax_clipx.qk_clip`.
+
+    Raises:
+        TypeError: if a path is neither a string nor a tuple of strings, or an axis is
+            no int.
+        ValueError: if query and key are the same leaf, or ``num_heads`` is below 1.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> layout = clipx.qk.mha("attn/query/kernel", "attn/key/kernel")
+        >>> layout.name
+        'attn'
+
+    References:
+        Kimi Team, Kimi K2: Open Agentic Intelligence, 2025, arXiv 2507.20534, section
+        2.1.
+    """
+    parts = (_part(query, "query", query_bias), _part(key, "key", key_bias))
+    return _layout(name, parts, head_axis, num_heads, layer_axis, grouped=False)
+
+
+def gqa(
+    query: Any,
+    key: Any,
+    *,
+    head_axis: Any = 1,
+    num_heads: Any = None,
+    layer_axis: Any = None,
+    query_bias: Any = None,
+    key_bias: Any = None,
+    name: Any = None,
+) -> Layout:
+    r"""The layout of grouped-query attention: each key serves a group of queries.
+
+    .. math:: W_k^g \leftarrow k_g W_k^g, \quad
+              k_g = \min_{h \in g} \gamma_h^{1-\alpha}, \quad
+              W_q^h \leftarrow \min(1, \gamma_h / k_g)\, W_q^h \text{ for } h \in g
+
+    Here :math:`\gamma_h` is the scale of head :math:`h`, as in
+    :func:`optax_clipx.qk_clip`, and :math:`g` a group of consecutive query heads, as
+    Flax and other libraries have them. The logits of each head shrink by
+    :math:`\gamma_h` or more, since all heads of a group share their key. No weight
+    grows. With one key head this is multi-query attention.
+
+    Args:
+        query: as in :func:`qk.mha`.
+        key: as in :func:`qk.mha`.
+        head_axis: as in :func:`qk.mha`.
+        num_heads: the number of query heads; pass it if that axis holds heads times
+            head dimension, head after head.
+        layer_axis: as in :func:`qk.mha`.
+        query_bias: as in :func:`qk.mha`.
+        key_bias: as in :func:`qk.mha`.
+        name: as in :func:`qk.mha`.
+
+    Returns:
+        A layout for :func:`optax_clipx.qk_clip`, whose maxima are one a query head.
+
+    Raises:
+        TypeError: as :func:`mha`.
+        ValueError: as :func:`mha`.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> clipx.qk.gqa("block/q/kernel", "block/k/kernel").name
+        'block'
+
+    References:
+        Ainslie et al., GQA, 2023, arXiv 2305.13245, for the groups; Kimi Team, 2025,
+        arXiv 2507.20534, for the scales of single heads.
+    """
+    parts = (_part(query, "query", query_bias), _part(key, "key", key_bias))
+    return _layout(name, parts, head_axis, num_heads, layer_axis, grouped=True)
+
+
+def mla(
+    query: Any,
+    key: Any,
+    *,
+    rotary_query: Any = None,
+    nope_dim: Any = None,
+    head_axis: Any = 1,
+    num_heads: Any = None,
+    layer_axis: Any = None,
+    name: Any = None,
+) -> Layout:
+    r"""The layout of multi-head latent attention, whose rotary key all heads share.
+
+    .. math:: W_q^{C,h} \leftarrow \gamma_h^{\alpha} W_q^{C,h}, \quad
+              W_k^{C,h} \leftarrow \gamma_h^{1-\alpha} W_k^{C,h}, \quad
+              W_q^{R,h} \leftarrow \gamma_h W_q^{R,h}
+
+    Here :math:`C` marks the parts without rotary embedding, :math:`R` those with it,
+    and :math:`\gamma_h` is the scale of head :math:`h`, as in
+    :func:`optax_clipx.qk_clip`. The rotary key :math:`W_k^R` stays as it is, since
+    every head reads it. Both products of head :math:`h` shrink by :math:`\gamma_h`, and
+    so does their sum, the logit.
+
+    Args:
+        query: the path of the kernel that makes each head's queries, the up-projection.
+            If ``rotary_query`` is None, a head has its ``nope_dim`` entries without
+            rotary embedding first, and then the rotary ones.
+        key: the path of the kernel that makes each head's keys, the up-projection. With
+            ``nope_dim`` it may also make the values: what follows a head's first
+            ``nope_dim`` entries stays as it is.
+        rotary_query: the path of the rotary part of the queries, if it has a kernel of
+            its own.
+        nope_dim: how many entries of each head have no rotary embedding.
+        head_axis: the axis of the kernels with one entry a head; the entries of a head
+            are on the axis after it.
+        num_heads: as in :func:`qk.mha`.
+        layer_axis: as in :func:`qk.mha`.
+        name: as in :func:`qk.mha`.
+
+    Returns:
+        A layout for :func:`optax_clipx.qk_clip`.
+
+    Raises:
+        TypeError: as :func:`mha`.
+        ValueError: as :func:`mha`, and if neither ``rotary_query`` nor ``nope_dim`` is
+            given, since then nothing says where the rotary part of the queries is.
+
+    Example:
+        >>> import optax_clipx as clipx
+        >>> layout = clipx.qk.mla("mla/wq_b/kernel", "mla/wkv_b/kernel", nope_dim=128)
+        >>> [part.after for part in layout.parts]
+        ['rotary', 'one']
+
+    References:
+        Kimi Team, 2025, arXiv 2507.20534, section 2.1; DeepSeek-AI, DeepSeek-V2, 2024,
+        arXiv 2405.04434, for the attention.
+    """
+    if rotary_query is None and nope_dim is None:
+        raise ValueError(
+            "Expected rotary_query= with the path of the rotary part of the queries, or"
+            " nope_dim= with the number of entries before it in each head of"
+            f" query={_joined(query, 'query')!r}; got neither."
+        )
+    if nope_dim is not None:
+        check_static_count(nope_dim, "nope_dim")
+    fused = nope_dim if rotary_query is None else None
+    parts = [
+        _part(query, "query", None, fused, "rotary"),
+        _part(key, "key", None, nope_dim),
+    ]
+    if rotary_query is not None:
+        parts.append(_part(rotary_query, "rotary", None))
+    return _layout(name, tuple(parts), head_axis, num_heads, layer_axis, grouped=False)
+
+
+def _part(
+    path: Any, factor: str, bias: Any, split: int | None = None, after: str = "one"
+) -> Part:
+    given = None if bias is None else _joined(bias, f"{factor}_bias")
+    return Part(_joined(path, factor), factor, given, split, after)
+
+
+def _joined(path: Any, what: str) -> str:
+    """A path as one string."""
+    if isinstance(path, str) and path:
+        return path
+    listed = isinstance(path, tuple | list) and path
+    if listed and all(isinstance(part, str) for part in path):
+        return "/".join(path)
+    raise TypeError(
+        f"Expected {what} to be the path of a leaf, such as 'attn/query/kernel' or"
+        f" ('attn', 'query', 'kernel'), got {path!r}."
+    )
+
+
+def _layout(
+    name: Any,
+    parts: tuple[Part, ...],
+    head_axis: Any,
+    num_heads: Any,
+    layer_axis: Any,
+    *,
+    grouped: bool,
+) -> Layout:
+    """A layout, after its arguments are checked."""
+    paths = [part.path for part in parts]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"Expected different leaves for query and key, got {paths}.")
+    if num_heads is not None:
+        check_static_count(num_heads, "num_heads")
+    if name is not None and (not isinstance(name, str) or not name):
+        raise TypeError(f"Expected name to be a string or None, got name={name!r}.")
+    axis = _axis(head_axis, "head_axis")
+    layers = None if layer_axis is None else _axis(layer_axis, "layer_axis")
+    return Layout(name or _common(paths), parts, axis, num_heads, layers, grouped)
+
+
+def _axis(axis: Any, name: str) -> int:
+    try:
+        return operator.index(axis)
+    except TypeError:
+        raise TypeError(f"Expected {name} to be an int, got {axis!r}.") from None
+
+
+def _common(paths: list[str]) -> str:
+    """The common part of some paths, by which an attention is called."""
+    shared = []
+    for names in zip(*(path.split("/") for path in paths), strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return attention_name(shared)
+
+
+def attention_name(path: list[str]) -> str:
+    """The name of the attention at a path; that of Linen's collection is no part."""
+    inner = path[1:] if path[:1] == ["params"] else path
+    return "/".join(inner) or WITHOUT_NAME
