@@ -179,6 +179,9 @@ OPTIMIZERS = {
 }
 RULES = {
     "constant": by_rule(clipx.thresholds.constant(0.1)),
+    "clip_by_spectral_norm_rule": partial(
+        clipx.clip_by_spectral_norm, clipx.thresholds.ema_ratio(1.05)
+    ),
     "magnitudes": by_rule(0.1, clipx.measures.magnitudes()),
     "norm_growth": by_rule(
         clipx.thresholds.norm_growth(1.05), clipx.measures.leaf_norms()
@@ -222,6 +225,7 @@ class Method(NamedTuple):
 
 
 REAL = {*MOMENTS, "clip_by_value", "stable_adamw", "reset_moments"} - {"mixed_clip"}
+REAL |= {"clip_by_spectral_norm_rule"}
 # Names that stand in a key together with others, or not at all.
 ALSO = {
     "tree_normalize": ("normalize", "tree_norm", "clip_by"),

@@ -137,16 +137,20 @@ def _by_svd(
     u, values, v = jnp.linalg.svd(unit, full_matrices=False)
     values = jnp.minimum(values, 1)  # no larger than the Frobenius norm
     whole = values * norm
-    limits = jnp.broadcast_to(limit, whole.shape)
-    if form == "hard":
-        clipped = jnp.minimum(whole, limits)
-    else:
-        bent = whole * smooth(whole, limits, p=2.0)
-        clipped = jnp.where(jnp.isposinf(limits) | (whole == 0), whole, bent)
+    clipped = bent(whole, limit, form)
     top = clipped[..., :1]  # products of what is small would vanish: near 1 first
     shares = quotient(clipped, jnp.where(top > 0, top, 1))
     new = _dot(u * shares[..., None, :], v) * top[..., None]
     return new, whole[..., 0], clipped[..., 0]
+
+
+def bent(values: jax.Array, limit: jax.Array, form: str) -> jax.Array:
+    """Singular values after clipping."""
+    limits = jnp.broadcast_to(limit, values.shape)
+    if form == "hard":
+        return jnp.minimum(values, limits)
+    smaller = values * smooth(values, limits, p=2.0)
+    return jnp.where(jnp.isposinf(limits) | (values == 0), values, smaller)
 
 
 def _by_products(unit: jax.Array, ratio: jax.Array, ways: Ways) -> jax.Array:

@@ -11,30 +11,32 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .._clipping import scaling
+from .._clipping.clip_by import _limits, _no_norms
 from .._clipping.entries import any_of, finish, with_flags
 from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Memory, Options, arrays_in, transformation
+from .._clipping.transformation import Memory, Options, transformation
 from .._devices import mesh
 from .._reductions.groups import UnitGroups
-from .._reductions.norms import norms
-from .._thresholds.base import Context
+from .._reductions.norms import Norms, norms
+from .._thresholds.base import Threshold, is_pair, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, check_static_count
 from .._trees.arithmetic import accumulator, widened
 from .._trees.leaves import Leaves, show
-from .singular_values import Ways, clip_matrices
+from .singular_values import Ways, bent, clip_matrices
 
 
 def clip_by_spectral_norm(
-    max_norm: Limit,
+    max_norm: Limit | Threshold,
     *,
     form: str = "hard",
     method: str = "svd",
     steps: int | None = None,
     axis: LeafAxis = None,
     batch_axes: LeafAxis = None,
+    shape_factor: bool = False,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -52,9 +54,15 @@ def clip_by_spectral_norm(
     everywhere, also where singular values are equal or zero; it computes an SVD with
     both methods.
 
+    With a threshold rule, each leaf has a threshold of its own, from the largest
+    singular values of that leaf so far: ``thresholds.quantile(0.9, window=100)`` is a
+    quantile of the last 100 of them, ``thresholds.ema_ratio(1.5)`` is 1.5 times their
+    moving average.
+
     Args:
         max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
-            schedule, or a pytree prefix of these.
+            schedule, a pytree prefix of these, or a threshold rule, which sees the
+            largest singular value of each leaf.
         form: ``"hard"`` or ``"soft"``.
         method: ``"svd"`` is exact up to rounding. ``"newton_schulz"`` uses products of
             matrices alone, as accelerators like: its error is at most
@@ -65,6 +73,9 @@ def clip_by_spectral_norm(
         axis: the axes that make up the rows of a matrix, the inputs of a layer, as in
             :func:`measures.unit_norms`; the others make up its columns.
         batch_axes: axes along which a leaf stacks matrices.
+        shape_factor: whether each matrix is multiplied by
+            :math:`\sqrt{\max(1, n/m)}` after clipping, for :math:`m` rows, the inputs
+            of a layer, and :math:`n` columns, as SPECTRA and Muon do.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`; needed in ``shard_map`` where a matrix is cut.
@@ -77,8 +88,8 @@ def clip_by_spectral_norm(
         device that holds a part of it.
 
     Raises:
-        ValueError: for a negative or NaN threshold, an unknown form or method, and from
-            ``update`` for axes out of range.
+        ValueError: for a negative or NaN threshold, an unknown form or method, a rule
+            that needs the parameters, and from ``update`` for axes out of range.
         TypeError: from ``update`` as :func:`clip_by`, and for complex leaves.
 
     Example:
@@ -91,8 +102,10 @@ def clip_by_spectral_norm(
          [0. 1.]]
 
     References:
-        Spectral clipping: arXiv 2603.14315 and 2605.11838. The Newton-Schulz iteration
-        of degree five: Higham, Functions of Matrices, 2008, chapter 8.
+        Jiang, Semenov and Stich, Enhancing LLM training via spectral clipping
+        (SPECTRA), 2026, arXiv 2603.14315; arXiv 2605.11838 (thresholds from past
+        singular values). The Newton-Schulz iteration of degree five: Higham, Functions
+        of Matrices, 2008, chapter 8.
     """
     for name, value, known in (
         ("form", form, ("hard", "soft")),
@@ -103,32 +116,49 @@ def clip_by_spectral_norm(
     steps = 24 if steps is None else steps
     check_static_count(steps, "steps")
     rule = as_threshold(max_norm, "max_norm")
-    if rule.uses_params or arrays_in(rule.init(jnp.zeros((1,), jnp.float32))):
+    if rule.uses_params:
         raise ValueError(
-            "Expected max_norm to be a number, a schedule or a prefix of these, got a"
-            " rule that adapts to norms or parameters."
+            "Expected max_norm to be a number, a schedule, a prefix of these or a rule"
+            " that looks at norms, got a rule that needs the norms of the parameters."
         )
+    adapts = isinstance(max_norm, Threshold) or is_pair(max_norm)
     options = Options(nonfinite, axis_name, specs, metrics)
     ways = Ways(form, method, steps)
+    measure = leaf_norms()
 
     def step(
         leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
     ) -> tuple[list[Any], Memory]:
-        context = Context(
-            memory.steps, None, extra, leaves.paths, lambda v: jnp.stack(v)
-        )
         dtype = accumulator(leaves.arrays)
-        limits, _ = rule.update(
-            jnp.zeros((len(leaves.arrays),), dtype), memory.rule, context
-        )
-        limits = jnp.broadcast_to(limits, (len(leaves.arrays),)).astype(dtype)
+        groups = measure.groups(leaves)
         layouts = _layouts(leaves, axis, batch_axes)
-        clipped, before, after, bad = _clip(leaves, limits, layouts, ways, options)
+        matrices, bad = _matrices(leaves, layouts, dtype, ways, options)
+        tops = jnp.zeros((len(leaves.arrays),), dtype)
+        if adapts:  # XLA sees that the SVD is that of the clipping below: one does
+            tops = jnp.stack([m.clipped(jnp.inf, dtype)[1] for m in matrices])
+        seen = Norms(tops, tops, jnp.ones_like(tops))
+        limits, new_rule = _limits(
+            seen, rule, memory, extra, None, groups, leaves, measure
+        )
+        found = [
+            m.clipped(limits[i], dtype, shape_factor) for i, m in enumerate(matrices)
+        ]
+        clipped, before, after = map(list, zip(*found, strict=True))
+        if adapts:
+            before = list(tops)
+        if adapts and method == "svd":  # known without another collective
+            factors = [m.factor if shape_factor else 1.0 for m in matrices]
+            after = list(bent(tops, limits, form) * jnp.asarray(factors, dtype))
         summary = _summary(before, after, limits)
         summary = summary._replace(nonfinite=bad | summary.nonfinite)
+        memory = memory.with_rule(summary.nonfinite, new_rule)
         return finish(leaves, clipped, summary, memory, options)
 
-    return transformation(None, step, rule, options)
+    def init_rule(leaves: Leaves) -> Any:
+        return rule.init(_no_norms(measure.groups(leaves), leaves, measure))
+
+    remembers = rule.init is not no_memory
+    return transformation(init_rule if remembers else None, step, rule, options)
 
 
 class _Layout(NamedTuple):
@@ -165,14 +195,10 @@ def _layouts(leaves: Leaves, axis: Any, batch_axes: Any) -> list[_Layout]:
     return found
 
 
-def _clip(
-    leaves: Leaves,
-    limits: jax.Array,
-    layouts: list[_Layout],
-    ways: Ways,
-    options: Options,
-) -> tuple[list[Any], list[Any], list[Any], jax.Array]:
-    """The clipped leaves, and the largest singular value of each matrix before, after.
+def _matrices(
+    leaves: Leaves, layouts: list[_Layout], dtype: Any, ways: Ways, options: Options
+) -> tuple[list["_Matrices"], jax.Array]:
+    """The matrices of each leaf, and whether any entry is not finite.
 
     All at a Frobenius norm of 1, so that no magnitude is out of range.
     """
@@ -195,35 +221,60 @@ def _clip(
     norm = lax.stop_gradient(norm)
     ones = jax.tree.map(jnp.ones_like, norm.value)
     to_one = scaling.scales(norm, ones, normalize)
-    wide = [x.astype(widened(x, limits.dtype)) for x in arrays]
+    wide = [x.astype(widened(x, dtype)) for x in arrays]
     unit = [
         jnp.where(n > 0, (x * scale) * scaling.second_factor(scale), 0)
         for x, scale, n in zip(wide, to_one, norm.value, strict=True)
     ]
     places = mesh.placements(arrays, paths, options.axis_name, options.specs)
-    found = [
-        _clip_leaf(x, u, norm.value[i], limits[i], layout, ways, place)
-        for i, (x, u, layout, place) in enumerate(
-            zip(arrays, unit, layouts, places, strict=True)
+    each = zip(arrays, unit, norm.value, layouts, places, strict=True)
+    return [_Matrices(*x, ways) for x in each], any_of(bad.value)
+
+
+class _Matrices(NamedTuple):
+    """A leaf as matrices: itself, at a norm of 1, their norms, and how they lie."""
+
+    array: jax.Array
+    unit: jax.Array
+    norm: jax.Array
+    layout: _Layout
+    place: mesh.Placement
+    ways: Ways
+
+    @property
+    def factor(self) -> float:
+        """The root of columns over rows, at least 1."""
+        shape = mesh.whole_shape(self.array.shape, self.place)
+        rows, columns = (
+            math.prod(shape[a] for a in axes)
+            for axes in (self.layout.rows, self.layout.columns)
         )
-    ]
-    clipped, before, after = zip(*found, strict=True)
-    return list(clipped), list(before), list(after), any_of(bad.value)
+        return max(1.0, columns / rows) ** 0.5
 
+    def clipped(
+        self, limit: Any, dtype: Any, shape_factor: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The clipped leaf, and the largest singular value before and after."""
 
-def _clip_leaf(
-    array: jax.Array,
-    unit: jax.Array,
-    norm: jax.Array,
-    limit: jax.Array,
-    layout: _Layout,
-    ways: Ways,
-    place: mesh.Placement,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def local(
-        shards: Sequence[Any], places: Any, limit: Any
+        def out_specs(dims: Any) -> Any:
+            return PartitionSpec(*dims[0]), PartitionSpec(), PartitionSpec()
+
+        kept = self.place.without(self.layout.rows + self.layout.columns)
+        return mesh.map_local(
+            lambda shards, places, limit: self._local(
+                shards, places, limit, shape_factor
+            ),
+            [self.array, self.unit, self.norm],
+            [self.place, self.place, kept],
+            jnp.asarray(limit, dtype),
+            out_specs,
+        )
+
+    def _local(
+        self, shards: Sequence[Any], places: Any, limit: Any, shape_factor: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         array, unit, norm = shards
+        layout, ways = self.layout, self.ways
         whole = _gathered(unit, places[1], layout)
         matrices, restore = _as_matrices(whole, layout)
         scale = norm.reshape((*matrices.shape[:-2], 1))  # one a matrix
@@ -232,16 +283,11 @@ def _clip_leaf(
         known = top.reshape(norm.shape) if ways.method == "svd" else norm
         unchanged = (known <= limit) if ways.form == "hard" else (norm == 0)
         scaled = jnp.where(norm == 0, 0, mine).astype(array.dtype)
+        clipped = jnp.where(unchanged, array, scaled)
+        if shape_factor:
+            clipped, top_after = clipped * self.factor, top_after * self.factor
         tops = [_largest(x, places[1]) for x in (top, top_after)]
-        return jnp.where(unchanged, array, scaled), tops[0], tops[1]
-
-    def out_specs(dims: Any) -> Any:
-        return PartitionSpec(*dims[0]), PartitionSpec(), PartitionSpec()
-
-    kept = place.without(layout.rows + layout.columns)
-    return mesh.map_local(
-        local, [array, unit, norm], [place, place, kept], limit, out_specs
-    )
+        return clipped, tops[0], tops[1]
 
 
 def _as_matrices(x: jax.Array, layout: _Layout) -> tuple[jax.Array, Any]:
