@@ -106,6 +106,14 @@ STATELESS = {
 }
 MOMENTS = {
     "clip_by_second_moment": partial(clipx.clip_by_second_moment, 4.0, warmup_steps=1),
+    "clip_by_second_moment_raw": partial(
+        clipx.clip_by_second_moment,
+        4.0,
+        warmup_steps=1,
+        init="first",
+        stats="raw",
+        response=partial(clipx.responses.smooth, p=2.0),
+    ),
     "scale_by_acclip": clipx.scale_by_acclip,
     "scale_by_acclip_1.5": partial(clipx.scale_by_acclip, alpha=1.5),
     "mixed_clip": partial(clipx.mixed_clip, 0.5, decay=0.5),

@@ -39,9 +39,13 @@ class EntryRule(Protocol):
         """The new moments."""
 
     def respond(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self,
+        x: jax.Array,
+        before: Sequence[jax.Array],
+        after: Sequence[jax.Array],
+        numbers: Any,
     ) -> jax.Array:
-        """The update, from the new moments: XLA can then write them in place."""
+        """The update; from the new moments alone, XLA can write them in place."""
 
     def change(
         self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
@@ -86,7 +90,8 @@ def elementwise(
             moved = rule.advance(x, old, n)
             kept = [jnp.where(bad, a, b) for a, b in zip(old, moved, strict=True)]
             # Only sanitized updates go on where the moments stay: XLA then copies them.
-            out.append(rule.respond(x, moved if derive.sanitized else kept, n))
+            after = moved if derive.sanitized else kept
+            out.append(rule.respond(x, old, after, n))
             new.append(kept)
         each = zip(trees.items(), zip(*new, strict=True), strict=True)
         memory = state._replace(**{n: rebuild(tree, x) for (n, tree), x in each})

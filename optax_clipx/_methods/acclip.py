@@ -121,10 +121,14 @@ class _ACClip:
         return [mean_of(mean, wide, of_mean), tau]
 
     def respond(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self,
+        x: jax.Array,
+        before: Sequence[jax.Array],
+        after: Sequence[jax.Array],
+        numbers: Any,
     ) -> jax.Array:
         _, _, eps = numbers
-        mean, tau = moments
+        mean, tau = after
         size = jnp.abs(mean) + eps
         scaled = tau * (mean / jnp.where(size > 0, size, 1))
         return jnp.where(size > tau, scaled, mean)
@@ -133,4 +137,4 @@ class _ACClip:
         self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
     ) -> tuple[jax.Array, jax.Array]:
         new = self.advance(x, moments, numbers)
-        return new[0], self.respond(x, new, numbers)
+        return new[0], self.respond(x, moments, new, numbers)
