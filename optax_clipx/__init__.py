@@ -82,6 +82,7 @@ from ._wrappers.skip_spikes import (
     SkipReason as SkipReason,
     skip_spikes as skip_spikes,
 )
+from ._wrappers.dominance import dominant_leaf as dominant_leaf
 from ._wrappers.track_norms import track_norms as track_norms
 
 # What happened in a step
@@ -152,6 +153,7 @@ __all__ = [
     "clip_by_value",
     "config",
     "diagnose",
+    "dominant_leaf",
     "error_feedback",
     "excluding",
     "find_threshold",

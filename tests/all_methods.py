@@ -135,6 +135,15 @@ def has_few_axes(path, leaf):
     return jnp.ndim(leaf) < 2
 
 
+def labels_by_axes(tree):
+    """Labels as `optax.partition` takes them."""
+
+    def label(leaf):
+        return "few" if getattr(leaf, "ndim", 2) < 2 else "many"
+
+    return jax.tree.map(label, tree)
+
+
 def by_rule(rule, measure=None):
     measure = clipx.measures.tree_norm() if measure is None else measure
     return lambda **options: clipx.clip_by(measure, rule, **options)
@@ -155,6 +164,9 @@ WRAPPERS = {
     ),
     "excluding": lambda **options: clipx.excluding(
         clipx.clip_by_global_norm(0.1, **options), has_few_axes
+    ),
+    "excluding_labels": lambda **options: clipx.excluding(
+        clipx.clip_by_global_norm(0.1, **options), labels_by_axes, label="few"
     ),
     "skip_spikes": lambda **options: clipx.skip_spikes(
         in_optimizer(**options), **place(options)

@@ -20,7 +20,7 @@ from .._trees.arithmetic import accumulator, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
-from .known_norm import find_norm
+from .known_norm import announced, find_norm
 from .measures import Measure
 from .responses import rescale
 from .scaling import Response
@@ -144,7 +144,8 @@ def clip_by(
         return _without_units(state) if no_units else state
 
     remembers = rule.init is not no_memory
-    return transformation(init_rule if remembers else None, step, rule, options)
+    tx = transformation(init_rule if remembers else None, step, rule, options)
+    return announced(tx) if measure.scope == "tree" and measure.ord == 2 else tx
 
 
 def clip_once(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import optax
+
 from .._reductions.norms import Norms
 
 
@@ -36,3 +38,37 @@ def find_norm(arrays: list[Any]) -> Norms | None:
         return None
     same = zip(known.arrays, arrays, strict=True)
     return known.norms if all(a is b for a, b in same) else None
+
+
+_STATES: ContextVar[list[Any] | None] = ContextVar(
+    "optax_clipx_states_of_tree_clippers", default=None
+)
+
+
+@contextlib.contextmanager
+def states_of_tree_clippers() -> Iterator[list[Any]]:
+    """A list of the states made while it lasts by clippers of the whole tree's 2-norm.
+
+    A state does not say of what its clipper takes the norm.
+    """
+    states: list[Any] = []
+    token = _STATES.set(states)
+    try:
+        yield states
+    finally:
+        _STATES.reset(token)
+
+
+def announced(
+    clipper: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """A clipper of the whole tree whose states are known as such."""
+
+    def init_fn(params: Any) -> Any:
+        state = clipper.init(params)
+        states = _STATES.get()
+        if states is not None:
+            states.append(state)
+        return state
+
+    return optax.GradientTransformationExtraArgs(init_fn, clipper.update)

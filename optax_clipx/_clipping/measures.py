@@ -158,8 +158,8 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
     Args:
         ord: the order of the norm, as for :func:`tree_norm`.
         batch_axes: axes along which a leaf stacks independent layers, each measured
-            by itself: an int, a tuple, a function of path and leaf, or a pytree prefix
-            of ints and tuples.
+            by itself: an int, a tuple, a function of path and leaf, a pytree prefix of
+            ints and tuples, or a rule of :func:`optax_clipx.units.stacked`.
 
     Returns:
         A measure for :func:`optax_clipx.clip_by`. Called on a pytree it returns a
@@ -181,6 +181,8 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
         Per-parameter norms, as in Keras's ``clipnorm``.
     """
     _refuse_traced(batch_axes, "batch_axes")
+    # A rule of units.stacked says where units are, and has with it where stacks are.
+    batch_axes = getattr(batch_axes, "batch_axes", batch_axes)
     return Measure("leaf", checked_ord(ord), batch_axes=batch_axes)
 
 

@@ -86,7 +86,8 @@ class TrackState(NamedTuple):
     """The state of :func:`track_norms`: norms, ratios, and the optimizer inside.
 
     ``vanishing`` and ``exploding`` count the leaves, or groups, whose root mean square
-    is far from that of the middle one.
+    is far from that of the middle one. Of leaves that stack layers, ``norms`` and the
+    like hold an array of all layers. What was not asked for is ``None``.
     """
 
     norms: dict[str, Float[Array, "..."]]
@@ -94,6 +95,12 @@ class TrackState(NamedTuple):
     vanishing: Int[Array, "..."]
     exploding: Int[Array, "..."]
     inner: Any
+    dominant_share: Float[Array, "..."] | None = None
+    starved: Float[Array, "..."] | None = None
+    update_norm: Float[Array, "..."] | None = None
+    spike_score: Float[Array, "..."] | None = None
+    window: Any = None
+    rms_t: dict[str, Float[Array, "..."]] | None = None
 
 
 class CautiousState(NamedTuple):
@@ -199,7 +206,8 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
                                 ``num_skipped``, ``consecutive_skips``
     ``"track/..."``,            :func:`track_norms`
     ``"track_norms/<leaf>"``,
-    ``"track_ratios/<leaf>"``
+    ``"track_ratios/<leaf>"``,
+    ``"track_rms_t/<leaf>"``
     ``"cautious/..."``          :func:`cautious`
     ``"qk/max_logit"``, ...     :func:`qk_clip_updates`: the fields of its state
     ==========================  ==================================================
@@ -362,7 +370,7 @@ def _state_of(parts: dict[Any, Any]) -> Any:
         kind: Any = SkipState if "skipped" in parts else ClipState
     elif {"norms", "vanishing", "exploding"} <= set(parts):
         kind = TrackState
-        for field in ("norms", "ratios"):
+        for field in ("norms", "ratios", "rms_t"):
             leaves = jax.tree_util.tree_leaves_with_path(parts.get(field))
             named = {"/".join(path_of(keys)): leaf for keys, leaf in leaves}
             parts = {**parts, field: named}
@@ -418,15 +426,59 @@ def _shown_tracked(found: list[tuple[Any, Any]], prefix: str) -> dict[str, jax.A
     """The same of trackers, whose leaves' names come last."""
     read: dict[str, jax.Array] = {}
     for names, (_, state) in zip(_short_names(found), found, strict=True):
-        fields = {
-            (prefix, *names, "vanishing"): state.vanishing,
-            (prefix, *names, "exploding"): state.exploding,
+        fields: dict[tuple[str, ...], Any] = {
+            (prefix, *names, field): getattr(state, field)
+            for field in _OF_TRACKER
+            if getattr(state, field) is not None
         }
-        for kind, values in (("norms", state.norms), ("ratios", state.ratios)):
-            named = values.items() if isinstance(values, Mapping) else ()
-            fields |= {(f"{prefix}_{kind}", *names, leaf): x for leaf, x in named}
+        for kind in ("norms", "ratios", "rms_t"):
+            for leaf, x in _by_layer(state, kind).items():
+                fields[(f"{prefix}_{kind}", *names, leaf)] = x
         read |= _plain({"/".join(name): x for name, x in fields.items()})
     return read
+
+
+_OF_TRACKER = (
+    "vanishing",
+    "exploding",
+    "dominant_share",
+    "starved",
+    "update_norm",
+    "spike_score",
+)
+
+
+def _by_layer(state: TrackState, kind: str) -> dict[str, Any]:
+    """What was measured of each leaf, and of each layer in it, by its name."""
+    values = getattr(state, kind)
+    if not isinstance(values, Mapping):
+        return {}
+    # One number for each model of an ensemble, or each device of a pmap.
+    (counts,) = jax.tree.leaves(state.vanishing)
+    found: dict[str, Any] = {}
+    for leaf, value in values.items():
+        (x,) = jax.tree.leaves(value)
+        for index in np.ndindex(x.shape[counts.ndim :]):
+            found["/".join((leaf, *map(str, index)))] = x[..., *index] if index else x
+    return found
+
+
+def tracked_norms(opt_state: Any) -> dict[str, jax.Array]:
+    """The norms by name that the outermost :func:`track_norms` in a state measured."""
+    typed = opt_state if _find(opt_state, TrackState) else _by_names(opt_state)
+    for _, state in _find(typed, TrackState):
+        return _plain(_by_layer(state, "norms"))
+    raise ValueError(
+        "Expected a state with optax_clipx.track_norms in it, got"
+        f" {type(opt_state).__name__}. Put it around the optimizer:"
+        " track_norms(optax.chain(clipper, optimizer))."
+    )
+
+
+def first_clipper(opt_state: Any) -> ClipState | None:
+    """The first clipper in a state that keeps metrics."""
+    kept = (state for _, state in _find(opt_state, ClipState))
+    return next((x for x in kept if x.metrics.norm is not None), None)
 
 
 def _short_names(found: list[tuple[Any, Any]]) -> list[Path]:

@@ -206,7 +206,8 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
         axis: the axis along which they are stacked.
 
     Returns:
-        A rule of path and leaf.
+        A rule of path and leaf. As ``batch_axes=`` of :func:`track_norms` and
+        :func:`measures.leaf_norms` it stands for the axes of the stacks.
 
     Raises:
         ValueError: from the rule, if the axis is out of range.
@@ -225,23 +226,39 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
     (axis,) = whole_numbers(axis)
     chosen = chooser(where)
 
-    def of_stack(path: Path, leaf: Any) -> Axes | None:
-        if not chosen(path, leaf):
-            return rule(path, leaf)
+    def axis_of(path: Path, leaf: Any) -> int:
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
                 f"Expected axis={axis} within the rank of shape {leaf.shape} at"
                 f" {show_path(path)}."
             )
-        at = axis % leaf.ndim
+        return axis % leaf.ndim
+
+    def one_layer(leaf: Any, at: int) -> Any:
         shape = leaf.shape[:at] + leaf.shape[at + 1 :]
-        axes: Any = rule(path, jax.ShapeDtypeStruct(shape, leaf.dtype))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    def of_stack(path: Path, leaf: Any) -> Axes | None:
+        if not chosen(path, leaf):
+            return rule(path, leaf)
+        at = axis_of(path, leaf)
+        layer = one_layer(leaf, at)
+        axes: Any = rule(path, layer)
         if axes is None:
             return None
-        inner = whole_numbers(axes)
-        positive = [a % len(shape) for a in inner]
+        positive = [a % len(layer.shape) for a in whole_numbers(axes)]
         return tuple(a + (a >= at) for a in positive)
 
+    def layers(path: Path, leaf: Any) -> Axes:
+        inner = getattr(rule, "batch_axes", lambda path, leaf: ())
+        if not chosen(path, leaf):
+            return tuple(inner(path, leaf))
+        at = axis_of(path, leaf)
+        found = inner(path, one_layer(leaf, at))
+        return tuple(sorted({at, *(a + (a >= at) for a in found)}))
+
+    # What `batch_axes=` of other functions is to know, where it gets this rule.
+    vars(of_stack)["batch_axes"] = layers
     return of_stack
 
 

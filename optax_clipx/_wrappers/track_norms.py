@@ -1,6 +1,8 @@
 """`track_norms`: norms of leaves or groups, and how large updates are, as metrics."""
 
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +10,87 @@ import numpy as np
 import optax
 
 from .._clipping.clip_by import params_like
-from .._clipping.known_norm import known_norm
-from .._clipping.measures import Measure, group_norms, leaf_norms
-from .._clipping.metrics import TrackState, to_float32
+from .._clipping.known_norm import known_norm, states_of_tree_clippers
+from .._clipping.measures import LeafAxis, Measure, group_norms, leaf_norms
+from .._clipping.metrics import TrackState, first_clipper, to_float32
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._reductions.norms import Norms, norms
-from .._trees.arithmetic import safe_sqrt, saturated_quotient
-from .._trees.leaves import Leaves, flatten
+from .._reductions.groups import Groups, ScalarGroups, UnitGroups
+from .._reductions.norms import Norms, as_they_are, norms
+from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
+from .._trees.leaves import Leaves, flatten, show
+from .dominance import largest_share, saw, starved_share
+from .second_moments import bias, in_its_unit, second_moments
+from .spike_score import after_norm, no_norms
 
 
 def track_norms(
     inner: optax.GradientTransformation,
     *,
     labels: Any = None,
+    batch_axes: LeafAxis = None,
     ratios: bool = False,
+    updates: bool = False,
+    second_moment: float | None = None,
     vanishing: float | int = 1e-4,
     exploding: float | int = 1e4,
     axis_name: Any = None,
     specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Measures the gradient of each leaf, or each group, and changes nothing.
+    r"""Measures the gradient of each leaf, layer or group, and changes nothing.
 
-    .. math:: n_i = \|g_i\|, \quad r_i = \|\Delta w_i\| / \|w_i\|
+    .. math:: n_i = \|g_i\|, \quad r_i = \|\Delta w_i\| / \|w_i\|, \quad
+        \text{share} = \max_i n_i^2 \Big/ \sum_j n_j^2
 
     Here :math:`g_i` is the gradient of leaf :math:`i`, :math:`w_i` its parameters and
     :math:`\Delta w_i` its update. If the first clipper inside clips the norm of the
     whole gradient, it uses these norms, and the gradients are not read once more.
-    :func:`metrics` then has ``"track_norms/<leaf>"``, ``"track_ratios/<leaf>"``, and
-    the counts ``"track/vanishing"`` and ``"track/exploding"``. These count the leaves
-    whose root mean square is zero, non-finite, or far from that of the median leaf.
+    :func:`metrics` then has:
+
+    ==========================  ==================================================
+    name                        meaning
+    ==========================  ==================================================
+    ``track_norms/<leaf>``      :math:`n_i`
+    ``track/dominant_share``    the share of the largest leaf in the sum of squares;
+                                :func:`dominant_leaf` says which leaf it is
+    ``track/starved``           the share of the other leaves to which the clipper
+                                gives a step more than 10 times smaller than if each
+                                leaf were clipped at its threshold by itself
+    ``track/vanishing``,        how many leaves have a root mean square that is zero,
+    ``track/exploding``         non-finite, or far from that of the median leaf
+    ``track_ratios/<leaf>``     :math:`r_i`; with ``ratios`` or ``updates``
+    ``track/update_norm``       the norm of the whole update; with ``updates``
+    ``track/spike_score``       the share of the last 1,000 steps in which the norm of
+                                the whole gradient was more than 7 standard deviations
+                                above the mean of the 1,000 before; with ``updates``
+    ``track_rms_t/<leaf>``      the gradient in the unit of the optimizer's own second
+                                moment; with ``second_moment``
+    ==========================  ==================================================
+
+    ``track/starved`` is there if the first clipper inside clips the norm of the whole
+    gradient, and is NaN in steps in which the clipper did not see this gradient. With
+    the second moment :math:`v` of ``optax.adam`` and its kind,
+
+    .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
+        \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8},
+
+    where :math:`g` is the gradient as such a clipper passes it on. A value far above 1
+    says that the second moment is out of date: the update is then too large.
 
     Args:
         inner: the optimizer, with its clipper in it.
         labels: measure groups of leaves instead: a pytree prefix of labels, or a
             function of path and leaf.
+        batch_axes: as in :func:`measures.leaf_norms`: the layers of a stack then count
+            as leaves, ``"<leaf>/0"``, ``"<leaf>/1"`` and so on.
         ratios: measure :math:`r_i` too, which needs ``params`` and reads them and the
-            updates once more.
+            updates once more. It is also the ratio of their root mean squares.
+        updates: measure what is on the side of the update: the ratios, the norm of the
+            whole update, and the spike score.
+        second_moment: the optimizer's decay :math:`b_2`, to measure
+            :math:`\mathrm{RMS}_t`, which reads gradients and second moments once more.
+            Leaves of which the optimizer keeps no second moment have none.
         vanishing: a leaf counts as vanishing if its root mean square is less than this
             times that of the median leaf.
         exploding: a leaf counts as exploding if it is more than this times that.
@@ -56,8 +101,11 @@ def track_norms(
         A transformation with the updates of ``inner``.
 
     Raises:
-        ValueError: unless ``0 <= vanishing < exploding``; from ``init`` if two leaves
-            have one name; from ``update`` without ``params`` where they are needed.
+        ValueError: unless ``0 <= vanishing < exploding``, unless ``second_moment`` is
+            between 0 and 1, and for both ``labels`` and ``batch_axes``; from ``init``
+            if two leaves have one name; from ``update`` without ``params`` where they
+            are needed, and if an axis of ``batch_axes`` is sharded inside of
+            ``shard_map`` or ``pmap``.
         TypeError: if ``inner`` is no transformation.
 
     Example:
@@ -73,85 +121,309 @@ def track_norms(
 
     References:
         Glorot and Bengio, Understanding the difficulty of training deep feedforward
-        neural networks, 2010, for gradients by layer.
+        neural networks, 2010, for gradients by layer. OLMo et al., 2 OLMo 2 Furious,
+        2025, arXiv 2501.00656, for the spike score. Wortsman et al., Stable and
+        low-precision training for large-scale vision-language models, 2023, arXiv
+        2304.13013, for :math:`\mathrm{RMS}_t`.
     """
     check_transformation(inner, "inner")
+    _check(labels, batch_axes, second_moment, vanishing, exploding)
+    measure = leaf_norms(batch_axes=batch_axes)
+    if labels is not None:
+        measure = group_norms(labels)
+    wrapped = optax.with_extra_args_support(inner)
+    place = _Place(axis_name, specs)
+
+    def init_fn(params: Any) -> TrackState:
+        leaves = flatten(params, updates=False)
+        with mesh.mesh_of(leaves.arrays, auto=True):
+            with states_of_tree_clippers() as known:
+                state = inner.init(params)
+            parts = _parts(measure, leaves, place)
+            first = first_clipper(state)
+            zeros = parts.zeros(parts.names)
+            rms_t = None
+            if second_moment is not None:
+                there = parts.with_moment(second_moments(state, leaves))
+                rms_t = parts.zeros(there) if there or not leaves.arrays else None
+            return TrackState(
+                norms=zeros,
+                ratios=parts.zeros(parts.names) if ratios or updates else None,
+                vanishing=jnp.zeros((), jnp.int32),
+                exploding=jnp.zeros((), jnp.int32),
+                inner=state,
+                dominant_share=_zero(),
+                starved=_zero() if any(first is x for x in known) else None,
+                update_norm=_zero() if updates else None,
+                spike_score=_zero() if updates else None,
+                window=no_norms() if updates else None,
+                rms_t=rms_t,
+            )
+
+    def update_fn(
+        grads: Any, state: TrackState, params: Any = None, **extra: Any
+    ) -> tuple[Any, TrackState]:
+        check_state(state, TrackState)
+        leaves = flatten(grads)
+        if not leaves.arrays:
+            moved, after = wrapped.update(grads, state.inner, params, **extra)
+            return moved, state._replace(inner=after)
+        with mesh.mesh_of(leaves.arrays):
+            parts = _parts(measure, leaves, place)
+            (found,) = parts.norms([leaves.arrays])
+            flat = parts.flat(found)
+            few, many = _far(flat.value, parts.sizes(), vanishing, exploding)
+            whole = _together(flat)
+        with known_norm(leaves.arrays, whole):
+            moved, after = wrapped.update(grads, state.inner, params, **extra)
+        with mesh.mesh_of(leaves.arrays):
+            state = state._replace(
+                norms=parts.by_name(found.value),
+                vanishing=few,
+                exploding=many,
+                inner=after,
+                dominant_share=to_float32(largest_share(flat)),
+            )
+            state = _after_clipper(state, flat, whole)
+            if state.window is not None:
+                score, window = after_norm(to_float32(whole.value), state.window)
+                state = state._replace(spike_score=score, window=window)
+            if state.ratios is not None or state.rms_t is not None:
+                state = _after_update(state, parts, moved, params, whole, second_moment)
+        return moved, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Place(NamedTuple):
+    """What the caller says of how arrays lie on a mesh."""
+
+    axis_name: Any
+    specs: Any
+
+
+class _Parts(NamedTuple):
+    """What is measured together: leaves, groups of them, or the layers in them."""
+
+    names: list[str]
+    leaves: Leaves
+    groups: Groups
+    place: _Place
+
+    def norms(
+        self,
+        trees: Sequence[Sequence[Any]],
+        derive: Callable[[Any, Any], Any] = as_they_are,
+        extras: Any = (),
+    ) -> list[Norms]:
+        """The norms of like trees, from one reduction."""
+        return norms(
+            trees, self.groups, 2.0, self.leaves.paths, *self.place, derive, extras
+        )
+
+    def sizes(self) -> Any:
+        """The number of entries of each part, as a vector."""
+        sizes = self.groups.sizes(self.leaves.arrays, self._places())
+        if isinstance(self.groups, ScalarGroups):
+            return sizes
+        counts = [math.prod(shape) for shape in self.shapes()]
+        return np.repeat(np.array(sizes), counts)
+
+    def flat(self, found: Norms) -> Norms:
+        """Norms as vectors."""
+        if isinstance(self.groups, ScalarGroups):
+            return found
+        return Norms(*[jnp.concatenate([x.ravel() for x in map(_on_each, xs)])
+                       for xs in found])  # fmt: skip
+
+    def by_name(
+        self, packed: Any, names: Sequence[str] | None = None
+    ) -> dict[str, jax.Array]:
+        """Numbers by name, an array for the layers of a stack."""
+        chosen = self.names if names is None else names
+        if isinstance(self.groups, ScalarGroups):
+            numbers = list(packed)
+        else:
+            each = zip(map(_on_each, packed), self.shapes(), strict=True)
+            numbers = [x.reshape(shape) for x, shape in each]
+        named = zip(self.names, numbers, strict=True)
+        return {name: to_float32(x) for name, x in named if name in chosen}
+
+    def zeros(self, names: Sequence[str]) -> Any:
+        """Before the first step."""
+        if not self.names:  # as optax.tree.map_params asks: a prefix of any dict
+            return jnp.zeros((0,), jnp.float32)
+        return {
+            name: jnp.zeros(shape, jnp.float32)
+            for name, shape in zip(self.names, self.shapes(), strict=True)
+            if name in names
+        }
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each name the numbers of layers, `()` where nothing is stacked."""
+        if isinstance(self.groups, ScalarGroups):
+            return [()] * len(self.names)
+        return [
+            tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
+            for leaf, axes in zip(self.leaves.arrays, self.groups.axes, strict=True)
+        ]
+
+    def with_moment(self, moments: Sequence[Any]) -> list[str]:
+        """The names with a leaf of which there is a second moment."""
+        there = [i for i, moment in enumerate(moments) if moment is not None]
+        if isinstance(self.groups, ScalarGroups):
+            there = [self.groups.ids[i] for i in there]
+        return [name for i, name in enumerate(self.names) if i in set(there)]
+
+    def sizes_with_moment(self, moments: Sequence[Any]) -> Any:
+        """The number of entries of each part of which there is a second moment."""
+        if isinstance(self.groups, UnitGroups):
+            return self.groups.sizes(self.leaves.arrays, self._places())
+        there = [i for i, moment in enumerate(moments) if moment is not None]
+        ids = tuple(self.groups.ids[i] for i in there)
+        places = self._places()
+        return ScalarGroups(ids, self.groups.count).sizes(
+            [self.leaves.arrays[i] for i in there], [places[i] for i in there]
+        )
+
+    def _places(self) -> list[mesh.Placement]:
+        return mesh.placements(self.leaves.arrays, self.leaves.paths, *self.place)
+
+
+def _parts(measure: Measure, leaves: Leaves, place: _Place) -> _Parts:
+    groups = measure.groups(leaves, *place)
+    if measure.scope == "group":
+        names = [str(name) for name in measure.names(leaves)]
+    else:
+        names = ["/".join(path) for path in leaves.paths]
+    parts = _Parts(names, leaves, groups, place)
+    if isinstance(groups, UnitGroups):
+        _refuse_cut_stacks(parts, groups)
+    each = zip(names, parts.shapes(), strict=True)
+    shown = ["/".join((n, *map(str, i))) for n, s in each for i in np.ndindex(s)]
+    twice = sorted({name for name in shown if shown.count(name) > 1})
+    if twice:
+        raise ValueError(f"Expected a name for each leaf or group, got {twice} twice.")
+    return parts
+
+
+def _refuse_cut_stacks(parts: _Parts, groups: UnitGroups) -> None:
+    """In manual code a device has some of the layers, and does not know which."""
+    leaves = parts.leaves
+    if not any(isinstance(x, jax.Array) for x in leaves.arrays):
+        return
+    places = groups.kept(parts._places())
+    for path, place in zip(leaves.paths, places, strict=True):
+        if place.axes:
+            raise ValueError(
+                f"The layers of {show(path)} cannot be measured: in manual code they"
+                f" are sharded over the mesh axes {place.axes}. Leave the leaf out of"
+                " batch_axes=, or shard another of its axes."
+            )
+
+
+def _on_each(x: jax.Array) -> jax.Array:
+    """An array on every device, of which Explicit axes may have cut the layers."""
+    return jax.sharding.reshard(x, jax.P()) if mesh.is_cut(x) else x
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.float32)
+
+
+def _check(
+    labels: Any,
+    batch_axes: Any,
+    second_moment: Any,
+    vanishing: float | int,
+    exploding: float | int,
+) -> None:
+    if labels is not None and batch_axes is not None:
+        raise ValueError(
+            f"Expected labels= or batch_axes=, got both: labels={labels!r},"
+            f" batch_axes={batch_axes!r}. Label the layers of a stack as leaves: pass"
+            " batch_axes= alone."
+        )
+    if second_moment is not None and not 0 < second_moment < 1:
+        raise ValueError(
+            "Expected second_moment to be the decay b2 of the optimizer's second"
+            f" moment, between 0 and 1, got second_moment={second_moment}. It is 0.999"
+            " for optax.adam."
+        )
     if not 0 <= vanishing < exploding:
         raise ValueError(
             f"Expected 0 <= vanishing < exploding, got vanishing={vanishing},"
             f" exploding={exploding}."
         )
-    measure = leaf_norms() if labels is None else group_norms(labels)
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init_fn(params: Any) -> TrackState:
-        leaves = flatten(params, updates=False)
-        with mesh.mesh_of(leaves.arrays, auto=True):
-            names = _names(measure, leaves)
-
-            def zeros() -> Any:
-                if not names:  # as optax.tree.map_params asks: a prefix of any dict
-                    return jnp.zeros((0,), jnp.float32)
-                return {name: jnp.zeros((), jnp.float32) for name in names}
-
-            return TrackState(
-                norms=zeros(),
-                ratios=zeros() if ratios else None,
-                vanishing=jnp.zeros((), jnp.int32),
-                exploding=jnp.zeros((), jnp.int32),
-                inner=inner.init(params),
-            )
-
-    def update_fn(
-        updates: Any, state: TrackState, params: Any = None, **extra: Any
-    ) -> tuple[Any, TrackState]:
-        check_state(state, TrackState)
-        leaves = flatten(updates)
-        if not leaves.arrays:
-            updates, after = wrapped.update(updates, state.inner, params, **extra)
-            return updates, state._replace(inner=after)
-        groups = measure.groups(leaves, axis_name, specs)
-        with mesh.mesh_of(leaves.arrays):
-            places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
-            sizes = groups.sizes(leaves.arrays, places)
-            (found,) = norms(
-                [leaves.arrays], groups, 2.0, leaves.paths, axis_name, specs
-            )
-            few, many = _far(found.value, sizes, vanishing, exploding)
-            whole = _together(found)
-        with known_norm(leaves.arrays, whole):
-            updates, after = wrapped.update(updates, state.inner, params, **extra)
-        names = _names(measure, leaves)
-        with mesh.mesh_of(leaves.arrays):
-            share = None
-            if ratios:
-                moved = flatten(updates)
-                before = params_like(moved, params)
-                step, size = norms(
-                    [moved.arrays, before], groups, 2.0, moved.paths, axis_name, specs
-                )
-                share = _by_name(names, _quotients(step.value, size.value))
-            new_state = TrackState(
-                _by_name(names, found.value), share, few, many, after
-            )
-        return updates, new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _names(measure: Measure, leaves: Leaves) -> list[str]:
-    if measure.scope == "group":
-        names = [str(name) for name in measure.names(leaves)]
-    else:
-        names = ["/".join(path) for path in leaves.paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Expected a name for each leaf or group, got {twice} twice.")
-    return names
+def _after_clipper(state: TrackState, flat: Norms, whole: Norms) -> TrackState:
+    """With what the clipper's threshold does to each part."""
+    clipper = first_clipper(state.inner)
+    if state.starved is None or clipper is None:
+        return state
+    starved = starved_share(flat.value, whole.value, clipper.metrics)
+    return state._replace(starved=to_float32(starved))
 
 
-def _by_name(names: list[str], packed: jax.Array) -> dict[str, jax.Array]:
-    return {name: to_float32(packed[i]) for i, name in enumerate(names)}
+def _after_update(
+    state: TrackState,
+    parts: _Parts,
+    moved: Any,
+    params: Any,
+    whole: Norms,
+    decay: float | None,
+) -> TrackState:
+    """With what is measured when the update is there, in one reduction."""
+    trees: list[Any] = []
+    grads = parts.leaves.arrays
+    moments = second_moments(state.inner, parts.leaves)
+    wide = accumulator(grads)
+    biases: Any = ()
+    if state.ratios is not None:
+        after = flatten(moved)
+        trees += [after.arrays, params_like(after, params)]
+    if state.rms_t is not None and decay is not None:
+        trees += [grads, [g if m is None else m.nu
+                          for g, m in zip(grads, moments, strict=True)]]  # fmt: skip
+        biases = [bias(moment, decay).astype(wide) for moment in moments]
+
+    found = parts.norms(trees, _also_in_its_unit if biases else as_they_are, biases)
+    if state.ratios is not None:
+        step, size = found[:2]
+        ratio = jax.tree.map(_quotients, step.value, size.value)
+        state = state._replace(ratios=parts.by_name(ratio))
+        if state.update_norm is not None:
+            norm = _together(parts.flat(step)).value
+            state = state._replace(update_norm=to_float32(norm))
+    if biases:
+        scale = _scale(state, whole)
+        sizes = parts.sizes_with_moment(moments)
+        rms = jax.tree.map(lambda n, k: _mean(n, k) * scale, found[-1].value, sizes)
+        state = state._replace(rms_t=parts.by_name(rms, parts.with_moment(moments)))
+    return state
+
+
+def _also_in_its_unit(trees: Any, biases: Any) -> Any:
+    """The last two of like trees, gradients and second moments, become one."""
+    *others, grads, moments = trees
+    return [*others, in_its_unit(grads, moments, biases)]
+
+
+def _scale(state: TrackState, whole: Norms) -> jax.Array:
+    """By what the clipper multiplied the gradient on its way to the optimizer."""
+    clipper = first_clipper(state.inner)
+    one = jnp.ones((), whole.value.dtype)
+    if state.starved is None or clipper is None:
+        return one
+    scale = jnp.asarray(clipper.metrics.scale, one.dtype)
+    return jnp.where(saw(whole.value, clipper.metrics), scale, one)
+
+
+def _mean(norms: jax.Array, sizes: Any) -> jax.Array:
+    """Root mean squares from norms of so many entries."""
+    sizes = jnp.asarray(sizes, norms.dtype)
+    return norms / jnp.sqrt(jnp.maximum(sizes, 1))
 
 
 def _far(
