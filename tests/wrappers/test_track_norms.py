@@ -225,7 +225,7 @@ def test_bad_input():
     with pytest.raises(TypeError):  # beartype is first, with words of its own
         clipx.track_norms(1.0)
     state = clipx.track_norms(optax.identity()).init(PARAMS)
-    with pytest.raises(ValueError, match="track_norms.* alone"):
+    with pytest.raises(ValueError, match="track_norms or"):
         clipx.check(state)
     with pytest.raises(ValueError, match="vanishing=2"):
         clipx.track_norms(chain(), vanishing=2, exploding=1)
