@@ -1,7 +1,8 @@
 """What QK-Clip does for a small transformer, at usual and at high learning rates.
 
-Two layers with four heads learn to repeat a random text. For each optimizer and learning
-rate the same runs are trained without QK-Clip and with three thresholds, with three seeds.
+Two layers with four heads learn to repeat a random text. For each optimizer and
+learning rate the same runs are trained without QK-Clip and with three thresholds, each
+with three seeds.
 
     python benchmarks/qk_clip.py --output docs/results/qk_clip --picture docs/images
     python benchmarks/qk_clip.py --output docs/results/qk_clip --only "Adam 0.03"
@@ -94,7 +95,7 @@ def loss_fn(params: Any, text: jax.Array) -> tuple[jax.Array, dict[str, jax.Arra
 
 
 def train(name: str, threshold: Any, seed: Any, steps: int) -> Any:
-    """One run: loss and metrics of each step, and the loss on other texts at its end."""
+    """One run: loss and metrics of each step, and the held-out loss at its end."""
     model = Repeater(nnx.Rngs(jax.random.key(seed)))
     params = nnx.state(model, nnx.Param)
     tx = optax.chain(
@@ -212,7 +213,7 @@ def _draw_column(column: Any, table: dict[str, Any], colours: Any) -> None:
             middle = np.median(row[field], axis=0)
             ax.plot(steps, middle, color=colour, lw=1.6, label=label)
     style = {"color": colours.limit, "lw": 1.0, "ls": (0, (5, 2))}
-    column[0].axhline(100, label="100", **style)
+    column[0].axhline(100, label="a logit of 100", **style)
     column[0].set_title(table["optimizer"])
     column[1].set_xlabel("step")
     for ax in column:

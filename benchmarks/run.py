@@ -32,6 +32,11 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "training": ([], ["--rounds", "5"], ["sklearn", "flax"]),
     "per_example": ([], ["--rounds", "5"], ["jax_privacy"]),
     "robustness": ([], [], []),
+    "qk_clip": (
+        ["--picture", str(IMAGES)],
+        ["--steps", "30", "--only", "Adam 0.003"],
+        ["flax", "matplotlib"],
+    ),
     # Where there is no GPU it compiles for one.
     "gpu": ([], ["--rounds", "5", "--leaves", "100"], ["jax_cuda12_plugin"]),
     "pod": ([], ["--topologies", "v5p:8x8x16", "--leaves", "10"], ["libtpu", "flax"]),
