@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._clipping.metrics import QKClipState, count
 from .._clipping.transformation import check_state
@@ -228,7 +229,12 @@ def _maxima(one: Fitted, max_logits: Any) -> jax.Array:
             f"Expected maxima of shape {kind} = {one.shape} in"
             f" max_logits[{one.name!r}], got shape {maxima.shape}."
         )
-    return maxima.astype(accumulator([maxima]))
+    maxima = maxima.astype(accumulator([maxima]))
+    if mesh.is_cut(maxima):  # one number a head: on Explicit axes each device has all
+        whole = NamedSharding(jax.typeof(maxima).sharding.mesh, PartitionSpec())
+        every = tuple(range(maxima.ndim))
+        maxima = lax.broadcast_in_dim(maxima, maxima.shape, every, out_sharding=whole)
+    return maxima
 
 
 def _scales(maxima: jax.Array, threshold: Any, alpha: Any) -> jax.Array:

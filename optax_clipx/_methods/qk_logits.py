@@ -105,7 +105,8 @@ def max_logits(
         largest(pairs[0]),
         pairs[1:],
     )
-    return mesh.max_over(best.reshape(heads) * np.asarray(scale, best.dtype), axes)
+    best = best.max(tuple(range(best.ndim - 2)), initial=-jnp.inf).reshape(heads)
+    return mesh.max_over(best * np.asarray(scale, best.dtype), axes)
 
 
 def _scale_of(scale: Any, query: Any) -> float:
@@ -198,7 +199,10 @@ def _in_block(
     causal: bool,
     precision: Any,
 ) -> Any:
-    """The largest products of one block: key heads by heads of their groups."""
+    """The largest products of one block: batch, key heads, heads of their groups.
+
+    The batch is reduced at the end, so that a sharded one takes one all-reduce.
+    """
     i, j = pair[0], pair[1]
     products = jnp.einsum(
         "...qhgd,...khd->...hgqk",
@@ -221,8 +225,7 @@ def _in_block(
         seen = part if seen is None else part & seen
     if seen is not None:
         products = jnp.where(seen, products, -jnp.inf)
-    rank = products.ndim
-    return jnp.max(products, (*range(rank - 4), rank - 2, rank - 1))
+    return jnp.max(products, (-2, -1))
 
 
 def recording(attention_fn: Any, *, axis_name: Any = None) -> Callable[..., Any]:

@@ -101,6 +101,7 @@ def test_nothing_to_see_is_minus_infinity():
     got = clipx.qk.max_logits(query, key, mask=jnp.zeros((1, 53), bool))
     np.testing.assert_array_equal(got, -np.inf)
     np.testing.assert_array_equal(clipx.qk.max_logits(query[:, :0], key), -np.inf)
+    np.testing.assert_array_equal(clipx.qk.max_logits(query[:0], key[:0]), -np.inf)
 
 
 def test_no_gradient_flows():
@@ -150,6 +151,17 @@ def test_sharded_batch_and_heads(kind, key_heads, masked):
             query, key, mask
         )
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_a_sharded_batch_takes_one_all_reduce(key_heads):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    placed = NamedSharding(mesh, P("data", None, "model", None))
+    arrays = jax.device_put(pair(300, 300, batch=8, key_heads=key_heads), placed)
+    text = jax.jit(clipx.qk.max_logits).lower(*arrays).compile().as_text()
+    names = r"(all-reduce|all-gather|all-to-all|collective-permute)"
+    found = re.findall(rf"= \S+ {names}(?:-start)?\(", text)
+    assert found == ["all-reduce"]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -181,6 +181,27 @@ def test_float32_updates_of_bfloat16_weights():
     chex.assert_trees_all_equal(got, clipx.qk_clip(usual, MAXIMA, LAYOUT))
 
 
+def wrapped(inner):
+    return {
+        "MultiSteps": optax.MultiSteps(inner, 1),
+        "apply_if_finite": optax.apply_if_finite(inner, 3),
+        "skip_spikes": clipx.skip_spikes(inner),
+        "track_norms": clipx.track_norms(inner),
+        "masked": optax.masked(inner, lambda tree: jax.tree.map(lambda _: True, tree)),
+    }
+
+
+@pytest.mark.parametrize("name", wrapped(optax.identity()))
+def test_wrappers_pass_the_maxima_on(name):
+    tx = wrapped(optax.chain(optax.sgd(0.0), clipx.qk_clip_updates(LAYOUT)))[name]
+    params = tree(0)
+    with jax.numpy_dtype_promotion("standard"):
+        got, state = steps(tx, params)
+    want = clipx.qk_clip(params, MAXIMA, LAYOUT)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
+    assert clipx.metrics(state)["qk/clipped"] == 0.25
+
+
 def test_it_needs_params_and_maxima():
     tx = clipx.qk_clip_updates(LAYOUT)
     params = tree(0)
@@ -246,6 +267,29 @@ def test_sharded_heads_give_the_answer_of_one_device(kind):
     kernels = jax.tree.map(lambda x: np.asarray(x)[:6], got["attn"])
     chex.assert_trees_all_close(kernels, want["attn"], rtol=1e-6)
     chex.assert_trees_all_close(clipx.metrics(seen), clipx.metrics(state), rtol=1e-6)
+
+
+IN_A_ROW = [
+    clipx.qk.mha("q", "k", num_heads=4, name="a"),
+    clipx.qk.gqa("q", "k", num_heads=4, name="a"),
+    clipx.qk.mla("q", "k", num_heads=4, nope_dim=1, name="a"),
+]
+
+
+@pytest.mark.parametrize("layout", IN_A_ROW, ids=["mha", "gqa", "mla"])
+@pytest.mark.parametrize("placed", [P("model"), P()])
+def test_heads_in_a_row_on_explicit_axes(layout, placed):
+    rng = np.random.default_rng(0)
+    kernels = {x: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for x in "qk"}
+    maxima = {"a": jnp.array([50.0, 400.0, 900.0, 200.0])}
+    want = clipx.qk_clip(kernels, maxima, layout)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(kernels, NamedSharding(mesh, P("data", "model")))
+        given = jax.device_put(maxima, NamedSharding(mesh, placed))
+        got = jax.jit(lambda p, m: clipx.qk_clip(p, m, layout))(sharded, given)
+    assert jax.typeof(got["q"]).sharding.spec == P("data", "model")
+    chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("placed", [P("model"), P()])
