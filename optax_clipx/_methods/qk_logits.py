@@ -308,8 +308,9 @@ def recorded(intermediates: Any) -> dict[str, jax.Array]:
     Args:
         intermediates: what was sown: the second result of Linen's
             ``apply(..., mutable=["intermediates"])``, or of
-            ``nnx.capture(model, nnx.Intermediate)(...)``. Any tree with ``max_logits``
-            in the paths of its leaves will do.
+            ``nnx.capture(model, nnx.Intermediate)(...)``; with a Flax that has no
+            ``capture``, what ``nnx.pop(model, nnx.Intermediate)`` returns after the
+            call. Any tree with ``max_logits`` in the paths of its leaves will do.
 
     Returns:
         A dict from names to arrays.

@@ -243,9 +243,11 @@ def test_linen_records():
     logits = np.where(np.tri(9, dtype=bool), reference.logits(query, key), -np.inf)
     want = reference.maxima(logits)
     np.testing.assert_allclose(got["MultiHeadDotProductAttention_0"], want, rtol=1e-5)
-    np.testing.assert_array_equal(out, model.apply({"params": params}, x, mask))
+    alone = model.apply({"params": params}, x, mask)
+    np.testing.assert_allclose(out, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax is older")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_nnx_records(kv_heads):
     layer = nnx.MultiHeadAttention(
