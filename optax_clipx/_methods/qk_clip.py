@@ -227,7 +227,8 @@ def _maxima(one: Fitted, max_logits: Any) -> jax.Array:
         kind = "(heads,)" if len(one.shape) == 1 else "(layers, heads)"
         raise ValueError(
             f"Expected maxima of shape {kind} = {one.shape} in"
-            f" max_logits[{one.name!r}], got shape {maxima.shape}."
+            f" max_logits[{one.name!r}], got shape {maxima.shape}. If the axis of the"
+            " heads also holds the entries of each head, pass num_heads= to the layout."
         )
     maxima = maxima.astype(accumulator([maxima]))
     if mesh.is_cut(maxima):  # one number a head: on Explicit axes each device has all

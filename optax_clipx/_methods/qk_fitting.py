@@ -100,6 +100,7 @@ def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> 
         count = key_heads if part.factor == "key" else heads
         kernel = _slot(part, leaves, places, layout, count)
         slots += [kernel, *_bias(kernel, leaves, places)]
+    _check_widths(slots)
     layers = {n for n in map(_layers, slots) if n is not None}
     if len(layers) > 1:
         raise ValueError(
@@ -107,6 +108,18 @@ def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> 
             f" kernel, got {_shapes(slots)}."
         )
     return Fitted(layout.name, tuple(slots), (*layers, heads), key_heads)
+
+
+def _check_widths(slots: list[Slot]) -> None:
+    """Refuses queries and keys of different widths, whose heads are others' then."""
+    whole = [s for s in slots if s.part.factor != "rotary" and s.part.split is None]
+    widths = {slot.width for slot in whole}
+    if len(widths) > 1:
+        raise ValueError(
+            "Expected heads of the same width in queries and keys, got"
+            f" {_shapes(whole)}, with widths {sorted(filter(None, widths))}. If several"
+            " query heads share a key, use optax_clipx.qk.gqa."
+        )
 
 
 def _layers(slot: Slot) -> int | None:
@@ -184,15 +197,10 @@ def _slot(
             )
     fits = shape[axis] % heads == 0 if layout.num_heads else shape[axis] == heads
     if not fits:
-        kind = "gqa" if len(layout.parts) == 2 and not layout.grouped else "num_heads="
-        advice = {
-            "gqa": "If several query heads share a key, use optax_clipx.qk.gqa.",
-            "num_heads=": "If that axis also holds the entries of each head, pass"
-            " num_heads=.",
-        }[kind]
         raise ValueError(
             f"Expected {heads} heads on axis {axis} of {part.path!r}, got shape"
-            f" {shape}. {advice}"
+            f" {shape}. If several query heads share a key, use optax_clipx.qk.gqa. If"
+            " that axis also holds the entries of each head, pass num_heads=."
         )
     slot = Slot(
         index=places[part.path],

@@ -103,6 +103,16 @@ def test_maxima_of_another_shape(shape):
     [
         (params(key=(3, 2, 2)), MHA, r"4 heads on axis 1 of 'attn/key.*qk\.gqa"),
         (
+            params((3, 8), (3, 4)),
+            clipx.qk.mha("attn/query/kernel", "attn/key/kernel", num_heads=4),
+            r"same width in queries and keys, got .*widths \[1, 2\].*qk\.gqa",
+        ),
+        (
+            params((3, 16), (3, 12)),
+            clipx.qk.gqa("attn/query/kernel", "attn/key/kernel", num_heads=2),
+            r"same width in queries and keys, got .*widths \[8, 12\]",
+        ),
+        (
             params(key=(3, 3, 2)),
             clipx.qk.gqa("attn/query/kernel", "attn/key/kernel"),
             "got 4 in 'attn/query/kernel' and 3 in 'attn/key/kernel'",
