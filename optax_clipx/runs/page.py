@@ -86,6 +86,7 @@ def page(
         _norms(go, runs, limit),
         _rates(go, runs, limit),
         _histograms(go, runs, limit),
+        *(_lines(go, runs, name, title) for name, title in _TRACKED.items()),
         *(_layers(go, label, columns) for label, (columns, _) in runs.items()),
     ]
     drawn = [chart for chart in charts if chart is not None and chart.data]
@@ -264,6 +265,38 @@ def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
             line={"color": _of_run(index)[0], "shape": "hvh"},
             **_coloured(_of_run(index)),
         )
+    return chart
+
+
+_TRACKED = {
+    "track/update_norm": "Norm of the whole update",
+    "track/dominant_share": "Share of the largest leaf in the squared norm",
+    "track/starved": "Share of the other leaves that it starves",
+    "track/spike_score": "Spike score: share of spikes among the last 1,000 norms",
+}
+
+
+def _lines(go: Any, runs: Any, name: str, title: str) -> Any:
+    """One column of all runs that have it."""
+    is_norm = name.endswith("norm")
+    chart = _chart(go, title, "step", "norm" if is_norm else "")
+    shown = []
+    for index, (label, (columns, _)) in enumerate(runs.items()):
+        if name not in columns or not present(columns[name]).any():
+            continue
+        there = present(columns[name])
+        points = envelope(columns[STEP][there], columns[name][there], _POINTS)
+        shown.append(points.middle)
+        chart.add_scatter(
+            x=points.steps,
+            y=points.middle,
+            name=label,
+            line={"color": _of_run(index)[0], "width": 1.5},
+            **_coloured(_of_run(index)),
+        )
+    if shown:
+        scale = _log_ticks(np.concatenate(shown)) if is_norm else {"tickformat": "~%"}
+        chart.update_yaxes(**scale)
     return chart
 
 

@@ -225,7 +225,8 @@ def heatmap(
             ``"track_norms/layers/0/kernel"`` that :func:`optax_clipx.track_norms`
             records.
         prefix: what the layers' columns begin with, if not ``"track_norms/"``; for
-            update-to-parameter ratios ``"track_ratios/"``.
+            update-to-parameter ratios ``"track_ratios/"``, and for gradients in the
+            unit of the second moment ``"track_rms_t/"``.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
@@ -278,9 +279,12 @@ def heatmap(
         every = max(1, -(-len(names) // 32))
         ax.set_yticks(range(0, len(names), every), shown[::every], fontsize=9)
         ax.grid(False)
-        what = "Update-to-parameter ratio" if "ratio" in start else "Gradient norm"
+        what, label = "Gradient norm", "norm"
+        if "ratio" in start:
+            what, label = "Update-to-parameter ratio", "ratio"
+        elif "rms_t" in start:
+            what, label = "Gradient to second moment (RMS)", "RMS"
         ax.set(title=f"{what} of each layer", xlabel="step")
-        label = "ratio" if "ratio" in start else "norm"
         figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05, label=label)
     return figure
 
@@ -477,6 +481,9 @@ def overview(
 ) -> Any:
     """Draws a run: norms, clip rate, histogram, and the layers if they are recorded.
 
+    The norm of the update, and the shares of the dominant leaf, of starved leaves and
+    of spikes are drawn where :func:`optax_clipx.track_norms` recorded them.
+
     Args:
         run: as for :func:`norms`.
         norm: as for :func:`norms`.
@@ -504,7 +511,9 @@ def overview(
     limited = seen.clipped is not None or seen.skipped is not None
     layers = [name for name in columns if name.startswith("track_norms/")]
     rows = [["norms", "norms"], ["rate" if limited else "histogram", "histogram"]]
+    tracked = [x for x in _TRACKED if x in columns and present(columns[x]).any()]
     heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])
+    heights += [3.0] if tracked else []
     with canvas(theme, size=(8.4, sum(heights))) as (figure, first, _):
         first.remove()
         # Apart, so that long names of layers do not push the others aside.
@@ -517,4 +526,36 @@ def overview(
             clip_rate(columns, ax=axes["rate"], **options)
         if layers:
             heatmap(columns, theme=theme, ax=parts[1, 0].subplots())
+        if tracked:
+            _draw_tracked(columns, tracked, parts[-1, 0], theme)
     return figure
+
+
+_TRACKED = {
+    "track/update_norm": "norm",
+    "track/dominant_share": "largest leaf's share",
+    "track/starved": "starved leaves",
+    "track/spike_score": "spikes",
+}
+
+
+def _draw_tracked(columns: Any, names: list[str], part: Any, theme: str) -> None:
+    """The norm of the update, and beside it what is a share."""
+    shares = [name for name in names if name != "track/update_norm"]
+    kinds = [[name for name in names if name not in shares], shares]
+    kinds = [kind for kind in kinds if kind]
+    axes = part.subplots(1, len(kinds), squeeze=False)[0]
+    for ax, kind in zip(axes, kinds, strict=True):
+        with canvas(theme, ax) as (_, ax, colours):
+            for i, name in enumerate(kind):
+                there = present(columns[name])
+                values = np.asarray(columns[name], np.float64)[there]
+                points = envelope(columns[STEP][there], values)
+                marks.line(ax, points, colours.lines[i], _TRACKED[name])
+            ax.set(xlabel="step", title="Shares" if kind is shares else "Update norm")
+            if kind is shares:
+                ax.set_ylim(-0.03, 1.03)
+                ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
+                marks.legend_above(ax)
+            else:
+                marks.log_scale(ax, values)

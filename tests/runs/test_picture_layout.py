@@ -25,6 +25,10 @@ def run_with_everything():
         "clip/clipped": ((norms > limits) & ~skipped).astype(float),
         "skip/skipped": skipped.astype(float),
         "track_norms/encoder/layers/0/attention/query/kernel": norms,
+        "track/update_norm": norms / 100,
+        "track/dominant_share": np.linspace(0.2, 0.9, COUNT),
+        "track/starved": np.linspace(1, 0, COUNT),
+        "track/spike_score": np.full(COUNT, 0.01),
     }
 
 

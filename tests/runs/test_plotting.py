@@ -106,6 +106,54 @@ def lines_of(figure, axes=0):
     return {line.get_label(): line for line in figure.axes[axes].get_lines()}
 
 
+def tracked_run():
+    """What `track_norms(..., updates=True)` adds, in some of the steps."""
+    shares = {
+        "track/dominant_share": 0.9,
+        "track/starved": 0.5,
+        "track/spike_score": 0.01,
+    }
+    columns = {name: np.full(300, x) for name, x in shares.items()}
+    columns["track/starved"][7] = np.nan
+    return run_of() | columns | {"track/update_norm": np.geomspace(1, 1e-3, 300)}
+
+
+def test_the_overview_shows_the_update_and_the_shares():
+    figure = plotting.overview(tracked_run())
+    update, shares = figure.axes[-2:]
+    assert update.get_title(loc="left") == "Update norm"
+    assert update.get_yscale() == "log"
+    np.testing.assert_allclose(update.get_lines()[0].get_ydata()[-1], 1e-3, rtol=0.1)
+    drawn = {x.get_label(): x.get_ydata()[0] for x in shares.get_lines()}
+    assert drawn == {"largest leaf's share": 0.9, "starved leaves": 0.5, "spikes": 0.01}
+
+
+def test_the_overview_shows_the_shares_alone():
+    columns = run_of() | {"track/dominant_share": np.full(300, 0.9)}
+    figure = plotting.overview(columns)
+    assert figure.axes[-1].get_title(loc="left") == "Shares"
+    assert len(figure.axes) == len(plotting.overview(run_of()).axes) + 1
+
+
+def test_the_page_shows_the_update_and_the_shares():
+    pytest.importorskip("plotly")
+    from optax_clipx.runs import page
+
+    def titles(run):
+        columns = drawing.columns_of(run)
+        return re.findall("<h2>(.*?)</h2>", page.page({"run": (columns, "clip/norm")}))
+
+    added = [title for title in titles(tracked_run()) if title not in titles(run_of())]
+    assert added == list(page._TRACKED.values())
+
+
+def test_the_map_of_rms_t_says_what_it_is():
+    run = {f"track_rms_t/{name}": np.ones(9) for name in LAYERS}
+    axes = plotting.heatmap(run, prefix="track_rms_t/").axes[0]
+    title = "Gradient to second moment (RMS) of each layer"
+    assert axes.get_title(loc="left") == title
+
+
 def test_norms_show_limit_and_clipped_steps():
     run = run_of()
     lines = lines_of(plotting.norms(run))
