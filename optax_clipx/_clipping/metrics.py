@@ -101,6 +101,7 @@ class TrackState(NamedTuple):
     spike_score: Float[Array, "..."] | None = None
     window: Any = None
     rms_t: dict[str, Float[Array, "..."]] | None = None
+    muon_share: Float[Array, "..."] | None = None
 
 
 class CautiousState(NamedTuple):
@@ -443,6 +444,7 @@ _OF_TRACKER = (
     "exploding",
     "dominant_share",
     "starved",
+    "muon_share",
     "update_norm",
     "spike_score",
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._clipping.metrics import ClipMetrics, tracked_norms
 from .._reductions.norms import Norms
+from .._trees.leaves import Leaves, flatten
 
 STARVED = 10.0  # how many times smaller a step is than clipping by leaves would give
 
@@ -66,6 +67,27 @@ def largest_share(norms: Norms) -> jax.Array:
     squares = jnp.square(norms.root * (norms.unit / jnp.max(norms.unit)))
     total = jnp.sum(squares)
     return jnp.where(total == 0, 0, jnp.max(squares) / jnp.where(total == 0, 1, total))
+
+
+def handled_by_muon(state: Any, leaves: Leaves) -> list[bool]:
+    """Which leaves an optax.contrib.muon in an optimizer's state orthogonalizes."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_muon)
+    moments = [flatten(node.mu, updates=False) for node in nodes if _is_muon(node)]
+    paths = {path for each in moments for path in each.paths}
+    return [path in paths for path in leaves.paths]
+
+
+def _is_muon(node: Any) -> bool:
+    fields = getattr(node, "_fields", ())
+    return isinstance(node, tuple) and {"mu", "ns_coeffs"} <= set(fields)
+
+
+def share_of(some: Any, norms: Norms) -> jax.Array:
+    """The share of some groups in the sum of squares."""
+    squares = jnp.square(norms.root * (norms.unit / jnp.max(norms.unit)))
+    total = jnp.sum(squares)
+    mine = jnp.sum(jnp.where(jnp.asarray(some), squares, 0))
+    return jnp.where(total == 0, 0, mine / jnp.where(total == 0, 1, total))
 
 
 def starved_share(

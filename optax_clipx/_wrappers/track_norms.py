@@ -20,7 +20,13 @@ from .._reductions.groups import Groups, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
 from .._trees.leaves import Leaves, flatten, show
-from .dominance import largest_share, saw, starved_share
+from .dominance import (
+    handled_by_muon,
+    largest_share,
+    saw,
+    share_of,
+    starved_share,
+)
 from .second_moments import bias, in_its_unit, second_moments
 from .spike_score import after_norm, no_norms
 
@@ -57,6 +63,9 @@ def track_norms(
     ``track/starved``           the share of the other leaves to which the clipper
                                 gives a step more than 10 times smaller than if each
                                 leaf were clipped at its threshold by itself
+    ``track/muon_share``        the share of the leaves that ``optax.contrib.muon``
+                                orthogonalizes in the norm by which the clipper scales
+                                all leaves
     ``track/vanishing``,        how many leaves have a root mean square that is zero,
     ``track/exploding``         non-finite, or far from that of the median leaf
     ``track_ratios/<leaf>``     :math:`r_i`; with ``ratios`` or ``updates``
@@ -69,7 +78,8 @@ def track_norms(
     ==========================  ==================================================
 
     ``track/starved`` is there if the first clipper inside clips the norm of the whole
-    gradient, and is NaN in steps in which the clipper did not see this gradient. With
+    gradient, and is NaN in steps in which the clipper did not see this gradient; so is
+    ``track/muon_share``, if there is a Muon inside, and no ``labels``. With
     the second moment :math:`v` of ``optax.adam`` and its kind,
 
     .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
@@ -142,6 +152,8 @@ def track_norms(
             parts = _parts(measure, leaves, place)
             first = first_clipper(state)
             zeros = parts.zeros(parts.names)
+            of_tree = any(first is x for x in known)
+            muon = labels is None and any(handled_by_muon(state, leaves))
             rms_t = None
             if second_moment is not None:
                 there = parts.with_moment(second_moments(state, leaves))
@@ -153,7 +165,8 @@ def track_norms(
                 exploding=jnp.zeros((), jnp.int32),
                 inner=state,
                 dominant_share=_zero(),
-                starved=_zero() if any(first is x for x in known) else None,
+                starved=_zero() if of_tree else None,
+                muon_share=_zero() if of_tree and muon else None,
                 update_norm=_zero() if updates else None,
                 spike_score=_zero() if updates else None,
                 window=no_norms() if updates else None,
@@ -184,7 +197,7 @@ def track_norms(
                 inner=after,
                 dominant_share=to_float32(largest_share(flat)),
             )
-            state = _after_clipper(state, flat, whole)
+            state = _after_clipper(state, parts, flat, whole)
             if state.window is not None:
                 score, window = after_norm(to_float32(whole.value), state.window)
                 state = state._replace(spike_score=score, window=window)
@@ -226,8 +239,11 @@ class _Parts(NamedTuple):
         sizes = self.groups.sizes(self.leaves.arrays, self._places())
         if isinstance(self.groups, ScalarGroups):
             return sizes
-        counts = [math.prod(shape) for shape in self.shapes()]
-        return np.repeat(np.array(sizes), counts)
+        return np.repeat(np.array(sizes), self.counts())
+
+    def counts(self) -> list[int]:
+        """How many layers each name has; 1 where nothing is stacked."""
+        return [math.prod(shape) for shape in self.shapes()]
 
     def flat(self, found: Norms) -> Norms:
         """Norms as vectors."""
@@ -357,13 +373,20 @@ def _check(
         )
 
 
-def _after_clipper(state: TrackState, flat: Norms, whole: Norms) -> TrackState:
+def _after_clipper(
+    state: TrackState, parts: _Parts, flat: Norms, whole: Norms
+) -> TrackState:
     """With what the clipper's threshold does to each part."""
     clipper = first_clipper(state.inner)
     if state.starved is None or clipper is None:
         return state
     starved = starved_share(flat.value, whole.value, clipper.metrics)
-    return state._replace(starved=to_float32(starved))
+    state = state._replace(starved=to_float32(starved))
+    if state.muon_share is None:
+        return state
+    muon = np.repeat(handled_by_muon(state.inner, parts.leaves), parts.counts())
+    share = jnp.where(saw(whole.value, clipper.metrics), share_of(muon, flat), jnp.nan)
+    return state._replace(muon_share=to_float32(share))
 
 
 def _after_update(

@@ -159,6 +159,12 @@ ADVICE = {
         'clipx.auto_clip(scope="leaf")',
         "One layer dominates the gradient norm",
     ),
+    "muon-in-norm": Advice(
+        "Muon's leaves have {share:.1%} of the squared norm by which all leaves are"
+        " clipped, in {part:.0%} of the steps.",
+        "clipx.excluding(clipx.clip_by_global_norm({max_norm}), clipx.muon_leaves)",
+        "One layer dominates the gradient norm",
+    ),
     "dead-leaf": Advice(
         "There is no gradient in {leaves}.",
         "jax.tree.map(jnp.any, grads)  # False: the loss does not depend on it",

@@ -18,6 +18,7 @@ _STRETCHES = {  # codes whose two steps are the first and the last of a stretch
     "never-clipped",
     "dominant-leaf",
     "starved-leaves",
+    "muon-in-norm",
     "vanishing-by-depth",
     "exploding-by-depth",
 }

@@ -154,6 +154,12 @@ class Signals:
         return Line("clipped", seen.steps, flags).chosen(known)
 
     @cached_property
+    def muon_share(self) -> Line | None:
+        """The share of Muon's leaves in the norm by which all leaves are scaled."""
+        name = "track/muon_share"
+        return self._line(name if name in self.columns else None)
+
+    @cached_property
     def skipped(self) -> Line | None:
         """Which steps were skipped."""
         names = ("skip/skipped", "clip/skipped", "skipped")

@@ -19,7 +19,8 @@ PAGES = {  # what each prints
     "docs/units.md": r"\(6, 16, 32\) +\(1,\)(.|\n)*0\.1000(.|\n)*1\. +0\.5 0\.1",
     "docs/moments.md": r"True\nTrue",
     "docs/muon.md": r"one norm: .* 1\d\d\.\d times smaller\n"
-    r"excluding: .* 1\.0 times smaller\n(5\.65685\d+\n){4}",
+    r"excluding: .* 1\.0 times smaller\n(5\.65685\d+\n){4}"
+    r"1\.0 1\.0",
     "docs/adaptive.md": r"2449 came down to 2\.69\n1",
     "docs/backward.md": r"2184\d\.\d*\n(3\.0|2\.999999\d)$",
     "docs/per_example.md": r"1 64\n1\.0\n\(10,\)",

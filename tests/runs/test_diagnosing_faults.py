@@ -42,6 +42,20 @@ def test_a_healthy_run_is_healthy(kind, seed):
     assert diagnosis.codes == ()
 
 
+def test_muons_leaves_in_a_norm_that_clips_nothing_do_no_harm():
+    run, _ = FAULTS["muon-in-norm"](np.random.default_rng(0))
+    run["clip/threshold"][:] = run["clip/norm"].max()
+    assert "muon-in-norm" not in clipx.diagnose(run).codes
+
+
+def test_muons_leaves_in_a_norm_are_named_with_the_remedy():
+    run, _ = FAULTS["muon-in-norm"](np.random.default_rng(0))
+    (found,) = clipx.diagnose(run).findings
+    assert "Muon's leaves have 97." in found.sentence
+    assert "in 70% of the steps" in found.sentence
+    assert found.advice.startswith("clipx.excluding(clipx.clip_by_global_norm(")
+
+
 def test_each_code_has_a_planted_fault_and_advice():
     assert set(FAULTS) == set(ADVICE)
 

@@ -239,6 +239,53 @@ def test_dimension_numbers_name_leaves_of_any_rank():
     assert float(clipx.metrics(state)["clip/norm"]) == pytest.approx(3 * 32**0.5)
 
 
+def shares(tx, spike):
+    tx = clipx.track_norms(tx)
+    _, state = tx.update(gradients(spike=spike), tx.init(PARAMS), PARAMS)
+    return clipx.metrics(state).get("track/muon_share")
+
+
+def test_the_share_of_muons_leaves_in_the_norm():
+    assert float(shares(in_front(LIMIT), spike=True)) == 1.0
+    grads = gradients()
+    squares = {name: float(jnp.sum(x**2)) for name, x in grads.items()}
+    want = (squares["kernel"] + squares["head"]) / sum(squares.values())
+    assert float(shares(in_front(LIMIT), spike=False)) == pytest.approx(want)
+
+
+def test_the_share_of_muons_leaves_in_a_norm_without_them_is_unknown():
+    tx = in_front(clipx.excluding(LIMIT, clipx.muon_leaves))
+    assert np.isnan(shares(tx, spike=False))
+
+
+@pytest.mark.parametrize(
+    "tx", [in_front(clipx.clip_by_leaf_norm(1.0)), optax.chain(LIMIT, optax.adam(1.0))]
+)
+def test_without_muon_or_a_norm_of_all_there_is_no_such_share(tx):
+    assert shares(tx, spike=False) is None
+
+
+def test_the_share_of_muons_layers():
+    tx = clipx.track_norms(
+        optax.chain(
+            LIMIT,
+            optax.partition(
+                {
+                    "m": muon(
+                        1e-2, muon_weight_dimension_numbers=MuonDimensionNumbers(1, 2)
+                    ),
+                    "a": optax.adam(1e-2),
+                },
+                {"w": "m", "b": "a"},
+            ),
+        ),
+        batch_axes={"w": 0, "b": ()},
+    )
+    grads = {"w": jnp.ones((3, 2, 2)), "b": jnp.ones(4)}
+    _, state = tx.update(grads, tx.init(grads), grads)
+    assert float(clipx.metrics(state)["track/muon_share"]) == 0.75
+
+
 def test_in_nnx():
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     tx = optax.chain(clipx.excluding(LIMIT, clipx.muon_leaves), muon(1e-2))

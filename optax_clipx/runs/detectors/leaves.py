@@ -69,6 +69,27 @@ def starved(run: Signals) -> list[Finding]:
     ]
 
 
+def muon(run: Signals) -> list[Finding]:
+    """Steps that are clipped by a norm that is that of Muon's leaves alone."""
+    share, clipped = run.muon_share, run.clipped
+    if share is None or clipped is None:
+        return []
+    flags = np.interp(share.steps, clipped.steps, clipped.values) > 0.5
+    spoiled = flags & (share.values >= criteria.MUON)  # NaN is none
+    if spoiled.mean() < criteria.MUON_STEPS:
+        return []
+    return [
+        finding(
+            "muon-in-norm",
+            "warning",
+            _stretch(share.steps, spoiled),
+            **{"share": float(np.median(share.values[spoiled]))},
+            part=float(spoiled.mean()),
+            column=share.name,
+        )
+    ]
+
+
 def dead(run: Signals) -> list[Finding]:
     """Leaves without a gradient, from some step to the end."""
     _, table = run.leaf_levels
