@@ -232,6 +232,23 @@ METHODS: dict[str, Method] = {
     "Chorowski et al.": published(log_zscore_published),
     "historical_update_clip": ours(zero(clipx.historical_update_clip)),
     "Levanter's clip_update_norm": published(window_published),
+    "clip_by_spectral_norm, quantile(0.9, window=100)": ours(
+        zero(clipx.clip_by_spectral_norm, clipx.thresholds.quantile(0.9, window=100))
+    ),
+    "clip_by_second_moment, AdamWClip": ours(
+        zero(clipx.clip_by_second_moment, 9.0, debias=True, warmup_steps=1)
+    ),
+    "clip_by_second_moment, ADOPT": ours(
+        zero(
+            clipx.clip_by_second_moment,
+            lambda k: jnp.sqrt(k.astype(jnp.float32)),
+            decay=0.9999,
+            init="first",
+            stats="raw",
+            floor=1e-6,
+            warmup_steps=1,
+        )
+    ),
     "skip_spikes": ours(lambda: clipx.skip_spikes(optax.identity())),
     "skip, window of 128": published(skip_window_published),
     "skip, fed by accepted steps": published(skip_average_published),

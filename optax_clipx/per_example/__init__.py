@@ -14,6 +14,7 @@ from ._optax_names import (
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
 from ._psac import psac as psac
+from ._slack import slack_indicator as slack_indicator
 from ._users import group_by_user as group_by_user
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
     "psac",
+    "slack_indicator",
 ]
 
 
