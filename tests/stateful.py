@@ -9,6 +9,17 @@ import optax
 
 import optax_clipx as clipx
 
+
+def with_maxima(layout, maxima):
+    """QK-Clip with the same largest logits in each step."""
+    tx = clipx.qk_clip_updates(layout)
+
+    def update(updates, state, params):
+        return tx.update(updates, state, params, max_logits=maxima)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 # By the public name; a second word tells apart what keeps something else.
 STATEFUL = {
     "clip": clipx.clip(0.5),
@@ -75,6 +86,11 @@ STATEFUL = {
     ),
     "track_norms": clipx.track_norms(
         optax.chain(clipx.clip_by_global_norm(1.0), optax.scale(-0.1)), ratios=True
+    ),
+    "cautious": clipx.cautious(optax.sgd(0.1, momentum=0.9)),
+    "qk_clip_updates": with_maxima(
+        clipx.qk.mha("dense/kernel", "head", head_axis=0),
+        {"attention": np.linspace(50.0, 400.0, 8, dtype=np.float32)},
     ),
 }
 

@@ -18,6 +18,10 @@ KINDS = (
 )
 
 
+# Its `update` needs the largest logits: tests/methods/test_qk_updates.py.
+SUITES = {"qk_clip_updates"}
+
+
 def makes_a_method(fun):
     """Whether it returns a transformation, or a part of one, or is a response."""
     if not inspect.isfunction(fun):
@@ -31,7 +35,7 @@ def test_none_is_missing():
     public = {name for name, fun in PUBLIC.items() if makes_a_method(fun)}
     assert {"clip_by", "zscore", "tree_norm", "drop", "track_norms"} <= public
     covered = frozenset().union(*(method.covers for method in EVERY.values()))
-    assert public - covered == set(), "put these in tests/all_methods.py"
+    assert public - covered - SUITES == set(), "put these in tests/all_methods.py"
     assert covered <= set(PUBLIC)
 
 
