@@ -189,6 +189,9 @@ WRAPPERS = {
     "track_norms": lambda **options: clipx.track_norms(
         in_optimizer(**options), ratios=True, **place(options)
     ),
+    "track_norms_updates": lambda **options: clipx.track_norms(
+        in_optimizer(**options), updates=True, second_moment=0.999, **place(options)
+    ),
     "track_norms_labels": lambda **options: clipx.track_norms(
         clipx.clip_by_global_norm(0.1, **options), labels=by_axes, **place(options)
     ),
@@ -307,7 +310,7 @@ def remembered(state):
         if isinstance(node, clipx.ClipMetrics):
             return node.steps, node.num_clipped, node.num_nonfinite
         if isinstance(node, clipx.TrackState):
-            return remembered(node.inner)
+            return remembered(node.inner), node.window
         return node
 
     kinds = (clipx.ClipMetrics, clipx.TrackState)

@@ -1,5 +1,6 @@
 """Which leaf makes up most of the gradient, and what that costs the others."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,9 +65,19 @@ def dominant_leaf(opt_state: Any) -> tuple[str, float]:
 
 def largest_share(norms: Norms) -> jax.Array:
     """The share of the largest of all groups in the sum of squares."""
+    return _share(norms, jnp.max)
+
+
+def share_of(some: Any, norms: Norms) -> jax.Array:
+    """The share of some groups in the sum of squares."""
+    return _share(norms, lambda x: jnp.sum(jnp.where(jnp.asarray(some), x, 0)))
+
+
+def _share(norms: Norms, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    # In the largest unit: what is lost beside it is below its rounding.
     squares = jnp.square(norms.root * (norms.unit / jnp.max(norms.unit)))
     total = jnp.sum(squares)
-    return jnp.where(total == 0, 0, jnp.max(squares) / jnp.where(total == 0, 1, total))
+    return jnp.where(total == 0, 0, part(squares) / jnp.where(total == 0, 1, total))
 
 
 def handled_by_muon(state: Any, leaves: Leaves) -> list[bool]:
@@ -80,14 +91,6 @@ def handled_by_muon(state: Any, leaves: Leaves) -> list[bool]:
 def _is_muon(node: Any) -> bool:
     fields = getattr(node, "_fields", ())
     return isinstance(node, tuple) and {"mu", "ns_coeffs"} <= set(fields)
-
-
-def share_of(some: Any, norms: Norms) -> jax.Array:
-    """The share of some groups in the sum of squares."""
-    squares = jnp.square(norms.root * (norms.unit / jnp.max(norms.unit)))
-    total = jnp.sum(squares)
-    mine = jnp.sum(jnp.where(jnp.asarray(some), squares, 0))
-    return jnp.where(total == 0, 0, mine / jnp.where(total == 0, 1, total))
 
 
 def starved_share(

@@ -1,8 +1,6 @@
 """`track_norms`: norms of leaves or groups, and how large updates are, as metrics."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +9,14 @@ import optax
 
 from .._clipping.clip_by import params_like
 from .._clipping.known_norm import known_norm, states_of_tree_clippers
-from .._clipping.measures import LeafAxis, Measure, group_norms, leaf_norms
+from .._clipping.measures import LeafAxis, group_norms, leaf_norms
 from .._clipping.metrics import TrackState, first_clipper, to_float32
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._reductions.groups import Groups, ScalarGroups, UnitGroups
-from .._reductions.norms import Norms, as_they_are, norms
+from .._reductions.norms import Norms, as_they_are
 from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
-from .._trees.leaves import Leaves, flatten, show
+from .._trees.leaves import flatten
 from .dominance import (
     handled_by_muon,
     largest_share,
@@ -27,6 +24,7 @@ from .dominance import (
     share_of,
     starved_share,
 )
+from .named_parts import Parts, Place, parts_of
 from .second_moments import bias, in_its_unit, second_moments
 from .spike_score import after_norm, no_norms
 
@@ -142,14 +140,14 @@ def track_norms(
     if labels is not None:
         measure = group_norms(labels)
     wrapped = optax.with_extra_args_support(inner)
-    place = _Place(axis_name, specs)
+    place = Place(axis_name, specs)
 
     def init_fn(params: Any) -> TrackState:
         leaves = flatten(params, updates=False)
         with mesh.mesh_of(leaves.arrays, auto=True):
             with states_of_tree_clippers() as known:
                 state = inner.init(params)
-            parts = _parts(measure, leaves, place)
+            parts = parts_of(measure, leaves, place)
             first = first_clipper(state)
             zeros = parts.zeros(parts.names)
             of_tree = any(first is x for x in known)
@@ -182,7 +180,7 @@ def track_norms(
             moved, after = wrapped.update(grads, state.inner, params, **extra)
             return moved, state._replace(inner=after)
         with mesh.mesh_of(leaves.arrays):
-            parts = _parts(measure, leaves, place)
+            parts = parts_of(measure, leaves, place)
             (found,) = parts.norms([leaves.arrays])
             flat = parts.flat(found)
             few, many = _far(flat.value, parts.sizes(), vanishing, exploding)
@@ -206,141 +204,6 @@ def track_norms(
         return moved, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _Place(NamedTuple):
-    """What the caller says of how arrays lie on a mesh."""
-
-    axis_name: Any
-    specs: Any
-
-
-class _Parts(NamedTuple):
-    """What is measured together: leaves, groups of them, or the layers in them."""
-
-    names: list[str]
-    leaves: Leaves
-    groups: Groups
-    place: _Place
-
-    def norms(
-        self,
-        trees: Sequence[Sequence[Any]],
-        derive: Callable[[Any, Any], Any] = as_they_are,
-        extras: Any = (),
-    ) -> list[Norms]:
-        """The norms of like trees, from one reduction."""
-        return norms(
-            trees, self.groups, 2.0, self.leaves.paths, *self.place, derive, extras
-        )
-
-    def sizes(self) -> Any:
-        """The number of entries of each part, as a vector."""
-        sizes = self.groups.sizes(self.leaves.arrays, self._places())
-        if isinstance(self.groups, ScalarGroups):
-            return sizes
-        return np.repeat(np.array(sizes), self.counts())
-
-    def counts(self) -> list[int]:
-        """How many layers each name has; 1 where nothing is stacked."""
-        return [math.prod(shape) for shape in self.shapes()]
-
-    def flat(self, found: Norms) -> Norms:
-        """Norms as vectors."""
-        if isinstance(self.groups, ScalarGroups):
-            return found
-        return Norms(*[jnp.concatenate([x.ravel() for x in map(_on_each, xs)])
-                       for xs in found])  # fmt: skip
-
-    def by_name(
-        self, packed: Any, names: Sequence[str] | None = None
-    ) -> dict[str, jax.Array]:
-        """Numbers by name, an array for the layers of a stack."""
-        chosen = self.names if names is None else names
-        if isinstance(self.groups, ScalarGroups):
-            numbers = list(packed)
-        else:
-            each = zip(map(_on_each, packed), self.shapes(), strict=True)
-            numbers = [x.reshape(shape) for x, shape in each]
-        named = zip(self.names, numbers, strict=True)
-        return {name: to_float32(x) for name, x in named if name in chosen}
-
-    def zeros(self, names: Sequence[str]) -> Any:
-        """Before the first step."""
-        if not self.names:  # as optax.tree.map_params asks: a prefix of any dict
-            return jnp.zeros((0,), jnp.float32)
-        return {
-            name: jnp.zeros(shape, jnp.float32)
-            for name, shape in zip(self.names, self.shapes(), strict=True)
-            if name in names
-        }
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Of each name the numbers of layers, `()` where nothing is stacked."""
-        if isinstance(self.groups, ScalarGroups):
-            return [()] * len(self.names)
-        return [
-            tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
-            for leaf, axes in zip(self.leaves.arrays, self.groups.axes, strict=True)
-        ]
-
-    def with_moment(self, moments: Sequence[Any]) -> list[str]:
-        """The names with a leaf of which there is a second moment."""
-        there = [i for i, moment in enumerate(moments) if moment is not None]
-        if isinstance(self.groups, ScalarGroups):
-            there = [self.groups.ids[i] for i in there]
-        return [name for i, name in enumerate(self.names) if i in set(there)]
-
-    def sizes_with_moment(self, moments: Sequence[Any]) -> Any:
-        """The number of entries of each part of which there is a second moment."""
-        if isinstance(self.groups, UnitGroups):
-            return self.groups.sizes(self.leaves.arrays, self._places())
-        there = [i for i, moment in enumerate(moments) if moment is not None]
-        ids = tuple(self.groups.ids[i] for i in there)
-        places = self._places()
-        return ScalarGroups(ids, self.groups.count).sizes(
-            [self.leaves.arrays[i] for i in there], [places[i] for i in there]
-        )
-
-    def _places(self) -> list[mesh.Placement]:
-        return mesh.placements(self.leaves.arrays, self.leaves.paths, *self.place)
-
-
-def _parts(measure: Measure, leaves: Leaves, place: _Place) -> _Parts:
-    groups = measure.groups(leaves, *place)
-    if measure.scope == "group":
-        names = [str(name) for name in measure.names(leaves)]
-    else:
-        names = ["/".join(path) for path in leaves.paths]
-    parts = _Parts(names, leaves, groups, place)
-    if isinstance(groups, UnitGroups):
-        _refuse_cut_stacks(parts, groups)
-    each = zip(names, parts.shapes(), strict=True)
-    shown = ["/".join((n, *map(str, i))) for n, s in each for i in np.ndindex(s)]
-    twice = sorted({name for name in shown if shown.count(name) > 1})
-    if twice:
-        raise ValueError(f"Expected a name for each leaf or group, got {twice} twice.")
-    return parts
-
-
-def _refuse_cut_stacks(parts: _Parts, groups: UnitGroups) -> None:
-    """In manual code a device has some of the layers, and does not know which."""
-    leaves = parts.leaves
-    if not any(isinstance(x, jax.Array) for x in leaves.arrays):
-        return
-    places = groups.kept(parts._places())
-    for path, place in zip(leaves.paths, places, strict=True):
-        if place.axes:
-            raise ValueError(
-                f"The layers of {show(path)} cannot be measured: in manual code they"
-                f" are sharded over the mesh axes {place.axes}. Leave the leaf out of"
-                " batch_axes=, or shard another of its axes."
-            )
-
-
-def _on_each(x: jax.Array) -> jax.Array:
-    """An array on every device, of which Explicit axes may have cut the layers."""
-    return jax.sharding.reshard(x, jax.P()) if mesh.is_cut(x) else x
 
 
 def _zero() -> jax.Array:
@@ -374,7 +237,7 @@ def _check(
 
 
 def _after_clipper(
-    state: TrackState, parts: _Parts, flat: Norms, whole: Norms
+    state: TrackState, parts: Parts, flat: Norms, whole: Norms
 ) -> TrackState:
     """With what the clipper's threshold does to each part."""
     clipper = first_clipper(state.inner)
@@ -391,7 +254,7 @@ def _after_clipper(
 
 def _after_update(
     state: TrackState,
-    parts: _Parts,
+    parts: Parts,
     moved: Any,
     params: Any,
     whole: Norms,

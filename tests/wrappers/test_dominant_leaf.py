@@ -131,7 +131,15 @@ def test_a_clipper_within_a_wrapper_is_found(wrap):
     assert float(read["track/starved"]) == 1.0
 
 
-def dominant(tx, params, grads):
+TRACK = clipx.track_norms(
+    optax.chain(clipx.clip_by_global_norm(1.0), optax.adam(1e-3)),
+    updates=True,
+    second_moment=0.999,
+)
+
+
+def dominant(params, grads):
+    tx = TRACK
     return clipx.dominant_leaf(tx.update(grads, tx.init(params), params)[1])[0]
 
 
@@ -139,17 +147,19 @@ def test_the_name_in_linen():
     params = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["params"]["bias"] = jnp.ones(3)
-    assert dominant(clipx.track_norms(SGD), params, grads) == "params/bias"
+    assert dominant(params, grads) == "params/bias"
 
 
 def test_the_name_in_nnx():
     model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    optimizer = nnx.Optimizer(model, clipx.track_norms(SGD), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, TRACK, wrt=nnx.Param)
     grads = nnx.grad(lambda m: jnp.sum(m(100 * jnp.ones((1, 2)))))(model)
     optimizer.update(model, grads)
     name, share = clipx.dominant_leaf(optimizer.opt_state)
     assert name == "layers/0/kernel"
     assert share > 0.99
+    read = clipx.metrics(optimizer.opt_state)
+    assert {"track_ratios/layers/0/bias", "track_rms_t/layers/0/kernel"} <= set(read)
 
 
 def test_the_name_in_equinox():
@@ -158,7 +168,7 @@ def test_the_name_in_equinox():
     params = eqx.filter(model, eqx.is_inexact_array)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads = eqx.tree_at(lambda m: m.layers[1].weight, grads, jnp.ones((1, 4)))
-    assert dominant(clipx.track_norms(SGD), params, grads) == "layers/1/weight"
+    assert dominant(params, grads) == "layers/1/weight"
 
 
 def test_the_name_in_haiku():
@@ -167,7 +177,7 @@ def test_the_name_in_haiku():
     params = net.init(jax.random.key(0), jnp.ones((1, 2)))
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["mlp/~/linear_1"]["w"] = jnp.ones((3, 1))
-    assert dominant(clipx.track_norms(SGD), params, grads) == "mlp/~/linear_1/w"
+    assert dominant(params, grads) == "mlp/~/linear_1/w"
 
 
 class Block(nn.Module):
@@ -271,6 +281,15 @@ def test_an_ensemble_under_vmap():
     np.testing.assert_allclose(norms[1] / norms[0], 2.0, rtol=1e-6)
     with pytest.raises(ValueError, match=r"one model, got norms of shapes \[\(2,\)\]"):
         clipx.dominant_leaf(state)
+
+
+def test_layers_of_a_state_that_pmap_has_replicated():
+    tx = clipx.track_norms(SGD, batch_axes=layers, updates=True, axis_name=())
+    grads = jax.tree.map(lambda x: jnp.stack([x] * 2), stack())
+    state = jax.pmap(tx.init)(grads)
+    _, state = jax.pmap(tx.update, "x")(grads, state, grads)
+    norm = clipx.metrics(state)["track_norms/blocks/3"]
+    np.testing.assert_allclose(norm, np.linalg.norm(stack()["blocks"][3].ravel()), 1e-6)
 
 
 def test_labels_and_layers_at_once_are_refused():
