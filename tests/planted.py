@@ -152,13 +152,6 @@ def starved_leaves(rng):
     return run, [0]
 
 
-def muon_in_norm(rng):
-    run = with_leaves(rng, LAYERS)
-    run["track/muon_share"] = rng.uniform(0.95, 0.99, len(run["clip/norm"]))
-    run["clip/threshold"] = np.quantile(run["clip/norm"], 0.3) + 0 * run["clip/norm"]
-    return run, [0]
-
-
 def dead_leaf(rng):
     run = with_leaves(rng, LAYERS)
     step = int(rng.integers(200, 900))
@@ -198,7 +191,6 @@ FAULTS = {
     "never-clipped": never_clipped,
     "dominant-leaf": dominant_leaf,
     "starved-leaves": starved_leaves,
-    "muon-in-norm": muon_in_norm,
     "dead-leaf": dead_leaf,
     "vanishing-by-depth": vanishing_by_depth,
     "exploding-by-depth": exploding_by_depth,

@@ -18,6 +18,13 @@ class Advice(NamedTuple):
     entry: str
 
 
+# Who starves the other leaves, and what to type then.
+MUON = "the leaves that Muon handles"
+WITHOUT_MUON = (
+    "clipx.excluding(clipx.clip_by_global_norm({max_norm}), clipx.muon_leaves)"
+)
+
+
 def _nonfinite(evidence: Mapping[str, Any]) -> str:
     verb = "is" if evidence["count"] == 1 else "are"
     return (
@@ -157,12 +164,6 @@ ADVICE = {
         "The steps of all other leaves are {factor:.3g} times smaller than without"
         " {starved_by}.",
         'clipx.auto_clip(scope="leaf")',
-        "One layer dominates the gradient norm",
-    ),
-    "muon-in-norm": Advice(
-        "Muon's leaves have {share:.1%} of the squared norm by which all leaves are"
-        " clipped, in {part:.0%} of the steps.",
-        "clipx.excluding(clipx.clip_by_global_norm({max_norm}), clipx.muon_leaves)",
         "One layer dominates the gradient norm",
     ),
     "dead-leaf": Advice(

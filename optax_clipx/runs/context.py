@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import criteria
+from .advice import MUON, WITHOUT_MUON
 from .findings import Finding, advice
 from .signals import Signals
 
@@ -31,6 +32,8 @@ def _completed(finding: Finding, found: Sequence[Finding], run: Signals) -> Find
     if finding.code == "growing-norms":
         more |= _peak(run, finding.steps[0])
     words = {} if usual is None else {"max_norm": f"{float(f'{_TIMES * usual:.2g}'):g}"}
+    if finding.evidence.get("starved_by") == MUON:
+        words["line"] = WITHOUT_MUON
     if isinstance(run.source, Path):
         words["run"] = repr(str(run.source))
     return finding._replace(

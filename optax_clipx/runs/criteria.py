@@ -125,8 +125,6 @@ DOMINANT_FACTOR = 5.0  # above the next largest leaf's norm
 LEAST_LEAVES = 3
 STARVED = 5.0  # how much smaller all other leaves' steps are by the dominant one
 STARVED_STEPS = 0.5  # fraction of the steps
-MUON = 0.9  # fraction of the squared norm that Muon's leaves have
-MUON_STEPS = 0.1  # fraction of the steps, clipped ones
 DEAD_STEPS = 50
 DEAD = 1e-6  # of the median leaf, and of the leaf's own earlier level
 

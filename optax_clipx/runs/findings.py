@@ -18,7 +18,6 @@ _STRETCHES = {  # codes whose two steps are the first and the last of a stretch
     "never-clipped",
     "dominant-leaf",
     "starved-leaves",
-    "muon-in-norm",
     "vanishing-by-depth",
     "exploding-by-depth",
 }
@@ -74,10 +73,15 @@ def finding(code: str, severity: str, steps: Iterable[Any], **evidence: Any) -> 
     return Finding(code, severity, places, plain, advice(code))
 
 
-def advice(code: str, max_norm: str = "3 * usual_norm", run: str = "history") -> str:
+def advice(
+    code: str,
+    max_norm: str = "3 * usual_norm",
+    run: str = "history",
+    line: str | None = None,
+) -> str:
     """The line to type for a fault, and the entry of Troubleshooting."""
-    _, line, entry = ADVICE[code]
-    typed = line.format(max_norm=max_norm, run=run)
+    _, usual, entry = ADVICE[code]
+    typed = (line or usual).format(max_norm=max_norm, run=run)
     return f'{typed}  (Troubleshooting: "{entry}")'
 
 

@@ -48,7 +48,6 @@ _RULES = (
     _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
     _Rule(leaves.dominant, ("sound_leaves",), ("dominant-leaf",)),
     _Rule(leaves.starved, ("sound_leaves", "threshold"), ("starved-leaves",)),
-    _Rule(leaves.muon, (), ("muon-in-norm",)),
     _Rule(leaves.dead, ("sound_leaves",), ("dead-leaf",)),
     _Rule(
         leaves.depth, ("sound_leaves",), ("vanishing-by-depth", "exploding-by-depth")

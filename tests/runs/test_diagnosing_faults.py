@@ -42,18 +42,33 @@ def test_a_healthy_run_is_healthy(kind, seed):
     assert diagnosis.codes == ()
 
 
-def test_muons_leaves_in_a_norm_that_clips_nothing_do_no_harm():
-    run, _ = FAULTS["muon-in-norm"](np.random.default_rng(0))
-    run["clip/threshold"][:] = run["clip/norm"].max()
-    assert "muon-in-norm" not in clipx.diagnose(run).codes
+def with_muon(share, threshold):
+    """Half of the leaves are Muon's, and none of them dominates."""
+    run = {f"track_norms/{i}": np.full(200, 3.0 if i < 4 else 1.0) for i in range(8)}
+    run |= {
+        "clip/norm": np.full(200, 40**0.5),
+        "clip/threshold": np.full(200, threshold),
+    }
+    return run | {"track/muon_share": np.full(200, share)}
 
 
-def test_muons_leaves_in_a_norm_are_named_with_the_remedy():
-    run, _ = FAULTS["muon-in-norm"](np.random.default_rng(0))
-    (found,) = clipx.diagnose(run).findings
-    assert "Muon's leaves have 97." in found.sentence
-    assert "in 70% of the steps" in found.sentence
-    assert found.advice.startswith("clipx.excluding(clipx.clip_by_global_norm(")
+def test_leaves_that_muon_handles_starve_the_others():
+    findings = clipx.diagnose(with_muon(0.99, 1.0)).findings
+    (found,) = [x for x in findings if x.code == "starved-leaves"]
+    assert found.severity == "warning"
+    assert found.evidence["factor"] == pytest.approx(40**0.5)
+    assert "times smaller than without the leaves that Muon handles" in found.sentence
+    assert found.advice.startswith(
+        "clipx.excluding(clipx.clip_by_global_norm(3 * usual_norm), clipx.muon_leaves)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "threshold"), [(0.9, 1.0), (0.99, 7.0), (np.nan, 1.0)]
+)
+def test_muons_leaves_do_no_harm(share, threshold):
+    """Few of the norm's squares, no clipping, or a norm without them."""
+    assert "starved-leaves" not in clipx.diagnose(with_muon(share, threshold)).codes
 
 
 def test_each_code_has_a_planted_fault_and_advice():

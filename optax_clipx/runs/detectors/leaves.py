@@ -5,9 +5,10 @@ import re
 import numpy as np
 
 from .. import criteria
+from ..advice import MUON
 from ..findings import Finding, finding
 from ..levels import ranks_agree
-from ..signals import Signals
+from ..signals import Line, Signals
 
 _LONGEST_NAME = 1000  # characters: files may hold anything
 
@@ -40,10 +41,13 @@ def dominant(run: Signals) -> list[Finding]:
 
 def starved(run: Signals) -> list[Finding]:
     """All leaves whose steps are much smaller by one leaf's part in the norm."""
-    if len(run.sound_leaves) < criteria.LEAST_LEAVES or run.threshold is None:
+    limit = run.threshold
+    by_muon = None if limit is None else _starved_by_muon(run, limit)
+    if by_muon is not None:
+        return [by_muon]
+    if len(run.sound_leaves) < criteria.LEAST_LEAVES or limit is None:
         return []
     steps, table = run.leaf_levels
-    limit = run.threshold
     limits = np.interp(steps, limit.steps, np.nan_to_num(limit.values, posinf=np.inf))
     tiny = np.finfo(float).tiny
     largest = np.maximum(table.max(axis=0), tiny)
@@ -69,25 +73,30 @@ def starved(run: Signals) -> list[Finding]:
     ]
 
 
-def muon(run: Signals) -> list[Finding]:
-    """Steps that are clipped by a norm that is that of Muon's leaves alone."""
-    share, clipped = run.muon_share, run.clipped
-    if share is None or clipped is None:
-        return []
-    flags = np.interp(share.steps, clipped.steps, clipped.values) > 0.5
-    spoiled = flags & (share.values >= criteria.MUON)  # NaN is none
-    if spoiled.mean() < criteria.MUON_STEPS:
-        return []
-    return [
-        finding(
-            "muon-in-norm",
-            "warning",
-            _stretch(share.steps, spoiled),
-            **{"share": float(np.median(share.values[spoiled]))},
-            part=float(spoiled.mean()),
-            column=share.name,
-        )
-    ]
+def _starved_by_muon(run: Signals, threshold: Line) -> Finding | None:
+    """The same of the leaves together whose steps do not depend on any norm."""
+    share, norm = run.muon_share, run.norm
+    if share is None or norm is None:
+        return None
+    steps = share.steps
+    whole = np.interp(steps, norm.steps, np.nan_to_num(norm.values))
+    limits = np.interp(steps, threshold.steps, np.nan_to_num(threshold.values))
+    tiny = np.finfo(float).tiny
+    others = whole * np.sqrt(np.maximum(1 - share.values, 0))
+    without = np.minimum(1, limits / np.maximum(others, tiny))
+    factor = without / np.minimum(1, limits / np.maximum(whole, tiny))
+    starving = factor >= criteria.STARVED  # a share of NaN starves nobody
+    if starving.mean() < criteria.STARVED_STEPS:
+        return None
+    return finding(
+        "starved-leaves",
+        "warning",
+        _stretch(steps, starving),
+        starved_by=MUON,
+        **{"factor": float(np.median(factor[starving]))},
+        share=float(np.median(share.values[starving])),
+        column=share.name,
+    )
 
 
 def dead(run: Signals) -> list[Finding]:
