@@ -83,6 +83,8 @@ from ._wrappers.skip_spikes import (
     skip_spikes as skip_spikes,
 )
 from ._wrappers.dominance import dominant_leaf as dominant_leaf
+from ._wrappers.reports import TapCounts as TapCounts, flush_taps as flush_taps
+from ._wrappers.tap import tap as tap
 from ._wrappers.track_norms import track_norms as track_norms
 
 # What happened in a step
@@ -133,6 +135,7 @@ __all__ = [
     "SkipState",
     "Suggestion",
     "Sweep",
+    "TapCounts",
     "TrackState",
     "__version__",
     "adagc",
@@ -157,6 +160,7 @@ __all__ = [
     "error_feedback",
     "excluding",
     "find_threshold",
+    "flush_taps",
     "functional",
     "historical_update_clip",
     "history",
@@ -186,6 +190,7 @@ __all__ = [
     "stabilize_norm",
     "stable_adamw",
     "suggest_threshold",
+    "tap",
     "thresholds",
     "track_norms",
     "units",

@@ -1,0 +1,143 @@
+"""Reports to the host from a program on any number of devices: one, not one a device.
+
+`report` is the identity on some arrays that hands another to a function of the host. It
+is a primitive of its own because JAX calls every program with an effect, as that of
+`jax.debug.callback`, through Python: 0.5 ms a step with 25 arrays, and more with more.
+Without an effect, a report is made if one of its results is used.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .mesh import _manual_axes, index_in
+
+OnHost = Callable[[Any], None]
+
+
+def report(
+    on_host: OnHost,
+    every: int,
+    step: jax.Array,
+    values: jax.Array,
+    carried: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Calls `on_host(values)` if the step is a multiple of `every`.
+
+    Under vmap one call has the values of all, with one axis more in front.
+
+    Returns:
+        What is carried, unchanged; the call is made if any of it is used.
+    """
+    first = index_in(_manual_axes()) == 0
+    step, values = lax.stop_gradient((step, values))
+    return _report.bind(step, values, first, *carried, on_host=on_host, every=every)
+
+
+def _at_once(
+    step: Any, values: Any, first: Any, *carried: Any, on_host: OnHost, every: int
+) -> list[Any]:
+    if int(step) % every == 0 and _is_first_process(values):
+        on_host(values)
+    return list(carried)
+
+
+def _types(
+    step: Any, values: Any, first: Any, *carried: Any, **params: Any
+) -> list[Any]:
+    return list(carried)
+
+
+def _in_program(
+    step: Any, values: Any, first: Any, *carried: Any, on_host: OnHost, every: int
+) -> list[Any]:
+    def call(values: Any) -> None:
+        _call_host(on_host, values)
+
+    due = first & (step % every == 0)
+    lax.cond(due, call, lambda _: None, values)
+    return list(carried)
+
+
+def _of_all(args: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
+    """One report for all that vmap maps over, and a condition that stays one."""
+    (step, values, first, *carried), (at, values_at, first_at, *carried_at) = args, dims
+    # What has stopped, as in a mapped while loop, keeps its last step.
+    step = step if at is None else jnp.max(step, at)
+    first = first if first_at is None else jnp.any(first, first_at)
+    values = values if values_at is None else jnp.moveaxis(values, values_at, 0)
+    return _report.bind(step, values, first, *carried, **params), carried_at
+
+
+def _derivative(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    """That of the identity, which reports nothing."""
+    return _report.bind(*primals, **params), list(tangents[3:])
+
+
+def wait_for_programs() -> None:
+    """Waits until the programs that were started have run, with their reports."""
+    jax.effects_barrier()
+    # Programs without effects are known by their results, or, where these were dropped,
+    # by their place before a further program of the same devices.
+    devices = jax.local_devices()
+    mesh = Mesh(devices, "all", axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec("all"))
+    with jax.set_mesh(mesh):  # the caller's may be another
+        mark = _sum(jax.device_put(np.zeros(len(devices), np.float32), spread))
+    for array in [mark, *jax.live_arrays()]:
+        with contextlib.suppress(RuntimeError):  # of a program that failed, or donated
+            array.block_until_ready()
+
+
+@jax.jit
+def _sum(numbers: jax.Array) -> jax.Array:
+    return jnp.sum(numbers)
+
+
+_report = Primitive("report")
+_report.multiple_results = True
+_report.def_impl(_at_once)
+_report.def_abstract_eval(_types)
+_lowered = mlir.lower_fun(_in_program, multiple_results=True)
+mlir.register_lowering(_report, _lowered, cacheable=False)
+batching.primitive_batchers[_report] = _of_all
+ad.primitive_jvps[_report] = _derivative
+
+
+def _is_first_process(array: jax.Array) -> bool:
+    """Whether the first device that holds an array belongs to this process."""
+    devices: Any = array.sharding.device_set
+    first = min(devices, key=lambda device: device.id)
+    return first.process_index == jax.process_index()
+
+
+def _call_host(on_host: OnHost, values: jax.Array) -> None:
+    """Calls the host from the first device along all axes that are not manual."""
+
+    def call(values: jax.Array) -> None:
+        jax.debug.callback(on_host, values)
+
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    manual = _manual_axes()
+    left = tuple(name for name in axes if name not in manual)
+    if not manual or len(left) < 2:
+        return call(values)
+
+    # JAX does the same, but for one axis only: two are an error in JAX 0.10.
+    def call_on_first(values: jax.Array) -> tuple[()]:
+        lax.cond(index_in(left) == 0, call, lambda _: None, values)
+        return ()
+
+    spec = PartitionSpec()
+    jax.shard_map(call_on_first, in_specs=spec, out_specs=(), axis_names=set(left))(
+        values
+    )
+    return None

@@ -1,0 +1,172 @@
+"""`tap`: the metrics of an optimizer handed to a function on the host."""
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from .._clipping.metrics import count, metrics, to_float32
+from .._clipping.transformation import check_state
+from .._clipping.uncalled import check_transformation
+from .._devices import mesh
+from .._devices.host import report
+from .._trees.arguments import check_static_count
+from .reports import Reports
+from .sinks import as_function, name_of
+
+SWITCH = "OPTAX_CLIPX_TAP"
+
+
+class TapState(NamedTuple):
+    """How many updates there have been, and the optimizer inside."""
+
+    tapped: jax.Array
+    inner: Any
+
+
+def tap(
+    inner: optax.GradientTransformation, sink: Any, *, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Hands the metrics of an optimizer to a function, in loops that hide its state.
+
+    The function is called on the host as ``sink(step, {"clip/norm": 1.2, ...})`` with
+    what :func:`metrics` reads, and the updates are those of ``inner``. Put ``tap``
+    outermost. Steps are counted from 0, by calls of ``update``.
+
+    - **One report a step**, on any number of devices and processes, and in the order of
+      the steps. The first device of the mesh reports, so with several processes the
+      one that holds it, usually process 0.
+    - **Training never waits for the sink**, which a thread calls. Up to 4,096 reports
+      wait for it; further ones are dropped, with a warning and a count.
+    - **A sink that raises** does not stop training. The first exception is a warning,
+      and all are counted. :func:`flush_taps` returns both counts.
+    - **Under vmap** one report has arrays with an entry for each seed.
+    - **A step that comes again**, since training was begun again or restored from a
+      checkpoint, is reported again.
+
+    The environment variable ``OPTAX_CLIPX_TAP=off`` turns all taps off. It is read
+    where ``update`` is traced, and the state is the same either way.
+
+    Args:
+        inner: the optimizer, with a clipper, :func:`skip_spikes` or
+            :func:`track_norms` in it.
+        sink: a function of step and metrics; a :class:`History`; ``print``, for a line
+            of text a report; or TensorBoard's ``SummaryWriter``. The metrics are
+            Python numbers, or NumPy arrays under vmap.
+        every: report each step that is a multiple of this. In other steps nothing is
+            sent to the host.
+
+    Returns:
+        A transformation with the updates of ``inner``.
+
+    Raises:
+        TypeError: if ``inner`` is no transformation, or ``sink`` is nothing that takes
+            step and metrics.
+        ValueError: unless ``every >= 1``; from ``init`` if nothing in ``inner`` keeps
+            metrics; for another value of the environment variable than ``on`` or
+            ``off``.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_clipx as clipx
+        >>> history = clipx.History()
+        >>> clipper = clipx.clip_by_global_norm(1.0)
+        >>> tx = clipx.tap(optax.chain(clipper, optax.sgd(0.1)), history)
+        >>> params = jnp.zeros(2)
+        >>> def step(state, x):
+        ...     _, state = tx.update(jnp.array([3.0, x]), state, params)
+        ...     return state, None
+        >>> state, _ = jax.lax.scan(step, tx.init(params), jnp.arange(0.0, 8.0, 4.0))
+        >>> counts = clipx.flush_taps()
+        >>> history["clip/norm"].tolist()
+        [3.0, 5.0]
+
+    References:
+        :func:`jax.debug.callback` is what it is made of.
+    """
+    check_transformation(inner, "inner")
+    check_static_count(every, "every")
+    reports = Reports(as_function(sink), name_of(sink), int(every))
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> TapState:
+        with mesh.mesh_of(jax.tree.leaves(params), auto=True):
+            state = TapState(jnp.zeros((), jnp.int32), inner.init(params))
+        metrics(state)  # an error here if there is nothing to report
+        return state
+
+    def update_fn(
+        updates: Any, state: TapState, params: Any = None, **extra: Any
+    ) -> tuple[Any, TapState]:
+        check_state(state, TapState)
+        leaves = jax.tree.leaves(updates)
+        updates, after = wrapped.update(updates, state.inner, params, **extra)
+        with mesh.mesh_of(leaves):
+            tapped = count(state.tapped, True)
+            if _is_on():
+                seen, carried = metrics(after), (updates, tapped)
+                updates, tapped = _report(reports, state.tapped, seen, carried)
+        return updates, TapState(tapped, after)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_on() -> bool:
+    value = os.environ.get(SWITCH, "on")
+    if value not in ("on", "off"):
+        raise ValueError(f"Expected {SWITCH} to be 'on' or 'off', got {value!r}.")
+    return value == "on"
+
+
+def _report(
+    reports: Reports, step: jax.Array, values: dict[str, jax.Array], carried: Any
+) -> Any:
+    """Sends what was measured in a step to the host, and gives back what is carried."""
+    kinds = {name: _kind(x) for name, x in values.items()}
+    packed = _pack([step, *values.values()], ["i", *kinds.values()])
+
+    def on_host(packed: Any) -> None:
+        bits = np.asarray(packed)
+        reports.put(int(bits[..., 0].max()), functools.partial(_unpack, kinds, bits))
+
+    leaves, treedef = jax.tree.flatten(carried)
+    return jax.tree.unflatten(
+        treedef, report(on_host, reports.every, step, packed, leaves)
+    )
+
+
+def _kind(value: jax.Array) -> str:
+    kind = jnp.result_type(value).kind
+    return kind if kind in "bi" else "f"
+
+
+def _pack(values: list[jax.Array], kinds: list[str]) -> jax.Array:
+    """One array of int32 with the bits of all: it is sent in one piece."""
+
+    def bits(value: jax.Array, kind: str) -> jax.Array:
+        if kind != "f":
+            return value.astype(jnp.int32)
+        value = lax.stop_gradient(to_float32(jnp.asarray(value)))
+        return lax.bitcast_convert_type(value, jnp.int32)
+
+    return jnp.stack([bits(x, kind) for x, kind in zip(values, kinds, strict=True)], -1)
+
+
+def _unpack(kinds: dict[str, str], bits: np.ndarray) -> dict[str, Any]:
+    """The metrics by name: Python numbers, or arrays if there are several seeds."""
+    dtypes = {"f": np.float32, "i": np.int32, "b": np.int32}
+    read = {
+        name: np.ascontiguousarray(bits[..., i]).view(dtypes[kind])
+        for i, (name, kind) in enumerate(kinds.items(), 1)
+    }
+    read = {
+        name: x.astype(bool) if kinds[name] == "b" else x for name, x in read.items()
+    }
+    return read if bits.ndim > 1 else {name: x.item() for name, x in read.items()}
