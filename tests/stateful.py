@@ -92,6 +92,7 @@ STATEFUL = {
         clipx.qk.mha("dense/kernel", "head", head_axis=0),
         {"attention": np.linspace(50.0, 400.0, 8, dtype=np.float32)},
     ),
+    "tap": clipx.tap(clipx.zclip(warmup_steps=3), lambda step, metrics: None),
 }
 
 

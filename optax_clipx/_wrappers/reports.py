@@ -82,10 +82,12 @@ def flush_taps() -> TapCounts:
             "Expected flush_taps() outside of a sink, got a call by a sink, which would"
             " wait for itself. Call it where the training ends."
         )
+    taps = _of_this_process()
     try:
-        wait_for_programs()
+        if taps:
+            wait_for_programs()
     finally:
-        for reports in _of_this_process():
+        for reports in taps:
             reports.flush()
     with _counting:
         return TapCounts(*(_counts[name] for name in TapCounts._fields))
@@ -101,6 +103,7 @@ class Reports:
 
     def __init__(self, sink: Callable[[int, Any], object], name: str, every: int):
         self.sink, self.name, self.every = sink, name, every
+        self.process = os.getpid()
         self.warned: set[str] = set()
         self.start_anew()
         _all.add(self)
@@ -110,7 +113,6 @@ class Reports:
 
     def start_anew(self) -> None:
         """Forgets what has come: in a forked process it belongs to the parent."""
-        self.process = os.getpid()
         self.delivering = threading.Lock()  # held while the sink has a report
         self.changed = threading.Condition()  # held while what follows changes
         self.expected = 0
@@ -242,11 +244,12 @@ def _of_this_process() -> list[Reports]:
 
 
 def _deliver_at_exit() -> None:
-    if not _of_this_process():  # a fork whose parent delivers
+    taps = _of_this_process()
+    if not taps:  # a fork, whose parent delivers
         return
     with contextlib.suppress(Exception):  # of somebody else's callback
         wait_for_programs()
-    for reports in _of_this_process():
+    for reports in taps:
         reports.flush(seconds=5.0)
 
 

@@ -30,7 +30,7 @@ class TapState(NamedTuple):
 
 
 def tap(
-    inner: optax.GradientTransformation, sink: Any, *, every: int = 1
+    inner: optax.GradientTransformation, sink: Any, *, every: Any = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Hands the metrics of an optimizer to a function, in loops that hide its state.
 
@@ -103,7 +103,7 @@ def tap(
         return state
 
     def update_fn(
-        updates: Any, state: TapState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, TapState]:
         check_state(state, TapState)
         leaves = jax.tree.leaves(updates)

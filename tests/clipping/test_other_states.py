@@ -57,6 +57,7 @@ def test_a_limit_without_memory_takes_any_state_and_returns_it(name, make):
         (clipx.skip_spikes(optax.adam(1.0)), "SkipState"),
         (clipx.track_norms(optax.adam(1.0)), "TrackState"),
         (clipx.reset_moments(optax.adam(1.0)), "ResetState"),
+        (clipx.tap(clipx.clip(1.0), print), "TapState"),
         (clipx.error_feedback(clipx.clip(1.0)), "ErrorState"),
         (clipx.excluding(clipx.clip(1.0), "b"), "MaskedState"),
         (clipx.normalized_momentum(), "EmaState"),
@@ -152,6 +153,7 @@ WRAPPERS = {
     "skip_spikes": clipx.skip_spikes,
     "reset_moments": clipx.reset_moments,
     "track_norms": clipx.track_norms,
+    "tap": lambda tx: clipx.tap(tx, print),
     "error_feedback": clipx.error_feedback,
     "excluding": lambda tx: clipx.excluding(tx, "b"),
 }
