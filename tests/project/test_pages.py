@@ -18,6 +18,7 @@ PAGES = {  # what each prints
     r"shard_map 64\.0\n10\.0\n10\.0",
     "docs/units.md": r"\(6, 16, 32\) +\(1,\)(.|\n)*0\.1000(.|\n)*1\. +0\.5 0\.1",
     "docs/moments.md": r"True\nTrue",
+    "docs/tap.md": r"100 10\.0\n\[1\.0, 2\.0, 3\.0, 4\.0\]",
     "docs/muon.md": r"one norm: .* 1\d\d\.\d times smaller\n"
     r"excluding: .* 1\.0 times smaller\n(5\.65685\d+\n){4}"
     r"1\.0 1\.0",
