@@ -62,8 +62,10 @@ def _in_program(
     def call(values: Any) -> None:
         _call_host(on_host, values)
 
-    due = first & (step % every == 0)
-    lax.cond(due, call, lambda _: None, values)
+    if every == 1 and not _manual_axes():
+        call(values)
+    else:
+        lax.cond(first & (step % every == 0), call, lambda _: None, values)
     return list(carried)
 
 
@@ -130,6 +132,13 @@ def _call_host(on_host: OnHost, values: jax.Array) -> None:
     left = tuple(name for name in axes if name not in manual)
     if not manual or len(left) < 2:
         return call(values)
+
+    if jax.__version_info__ < (0, 10):  # XLA may abort the process
+        raise ValueError(
+            f"Cannot report from a shard_map that leaves the mesh axes {left} to the"
+            f" compiler on JAX {jax.__version__}. Let it map over all axes, turn taps"
+            " off with OPTAX_CLIPX_TAP=off, or install jax>=0.10."
+        )
 
     # JAX does the same, but for one axis only: two are an error in JAX 0.10.
     def call_on_first(values: jax.Array) -> tuple[()]:

@@ -1,6 +1,7 @@
 """`tap`: one report a step, wherever the updates lie."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from test_processes import HERE, free_port, start
 
 GRADS = jnp.arange(1.0, 9.0)  # of norm 14.28
 STEPS = 20
+since_jax_0_10 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA cannot nest this shard_map"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +88,9 @@ def test_a_scan_whose_results_nobody_keeps(seen, kind, every):
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [(8,), (4, 2), (2, 2, 2)], ids=["whole", "one_left", "two_left"]
+    "sizes",
+    [(8,), (4, 2), pytest.param((2, 2, 2), marks=since_jax_0_10)],
+    ids=["whole", "one_left", "two_left"],
 )
 def test_shard_map_over_the_first_axis(seen, sizes, check_vma, every):
     names = ("x", "y", "z")[: len(sizes)]
@@ -119,6 +125,22 @@ def test_seeds_over_devices(seen):
     jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g))))(grads)
     clipx.flush_taps()
     assert seen == [(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+def test_programs_communicate_as_without_it(seen, kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    grads = jax.device_put(GRADS, NamedSharding(mesh, P("d")))
+
+    def collectives(tx):
+        program = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
+        kinds = r"= \S+ (all-\w+|collective-\w+|reduce-scatter)"
+        return re.findall(kinds, program)
+
+    bare = optax.chain(clipx.clip_by_global_norm(1.0), optax.sgd(0.1))
+    alone = collectives(bare)
+    assert alone
+    assert collectives(make(seen, every=10)) == alone
 
 
 @pytest.mark.slow
