@@ -151,4 +151,6 @@ def _refuse_cut_stacks(parts: Parts, groups: UnitGroups) -> None:
 
 def _on_each(x: jax.Array) -> jax.Array:
     """An array on every device, of which Explicit axes may have cut the layers."""
-    return jax.sharding.reshard(x, jax.P()) if mesh.is_cut(x) else x
+    return (
+        jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if mesh.is_cut(x) else x
+    )

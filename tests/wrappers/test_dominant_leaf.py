@@ -286,7 +286,7 @@ def test_an_ensemble_under_vmap():
 def test_layers_of_a_state_that_pmap_has_replicated():
     tx = clipx.track_norms(SGD, batch_axes=layers, updates=True, axis_name=())
     grads = jax.tree.map(lambda x: jnp.stack([x] * 2), stack())
-    state = jax.pmap(tx.init)(grads)
+    state = jax.pmap(tx.init, "x")(grads)
     _, state = jax.pmap(tx.update, "x")(grads, state, grads)
     norm = clipx.metrics(state)["track_norms/blocks/3"]
     np.testing.assert_allclose(norm, np.linalg.norm(stack()["blocks"][3].ravel()), 1e-6)
