@@ -192,6 +192,9 @@ WRAPPERS = {
     "track_norms_updates": lambda **options: clipx.track_norms(
         in_optimizer(**options), updates=True, second_moment=0.999, **place(options)
     ),
+    "tap": lambda **options: clipx.tap(  # which asks for metrics
+        in_optimizer(**{**options, "metrics": True}), lambda *report: None, every=2
+    ),
     "track_norms_labels": lambda **options: clipx.track_norms(
         clipx.clip_by_global_norm(0.1, **options), labels=by_axes, **place(options)
     ),

@@ -161,7 +161,7 @@ def skip_spikes(
                 metrics.fresh(True),
                 rule.init(scalar),
                 loss_rule.init(scalar),
-                _checked(_inner_state(inner, params)),
+                _checked(init_inner(inner, params)),
                 skipped=jnp.zeros((), jnp.bool_),
                 reason=jnp.zeros((), jnp.int32),
                 num_skipped=jnp.zeros((), jnp.int32),
@@ -286,7 +286,8 @@ def _select(condition: jax.Array, this: Any, that: Any) -> Any:
     return jax.tree.map(one, this, that)
 
 
-def _inner_state(inner: optax.GradientTransformation, params: Any) -> Any:
+def init_inner(inner: optax.GradientTransformation, params: Any) -> Any:
+    """The state of the optimizer inside; leaves that are no arrays are explained."""
     try:
         return inner.init(params)
     except TypeError:

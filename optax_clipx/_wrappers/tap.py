@@ -18,6 +18,7 @@ from .._devices.host import report
 from .._trees.arguments import check_static_count
 from .reports import Reports
 from .sinks import as_function, name_of
+from .skip_spikes import init_inner
 
 SWITCH = "OPTAX_CLIPX_TAP"
 
@@ -98,7 +99,7 @@ def tap(
 
     def init_fn(params: Any) -> TapState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
-            state = TapState(jnp.zeros((), jnp.int32), inner.init(params))
+            state = TapState(jnp.zeros((), jnp.int32), init_inner(inner, params))
         metrics(state)  # an error here if there is nothing to report
         return state
 
