@@ -77,7 +77,15 @@ def contexts(name):
             )
         )
 
-    return {
+    cube = jax.make_mesh((2, 2, 2), ("d", "x", "y"), axis_types=(AxisType.Auto,) * 3)
+    mapped_partly = jax.shard_map(
+        one, mesh=cube, in_specs=P("d"), out_specs=P("d"), axis_names={"d"}
+    )
+    two_left = (
+        {} if jax.__version_info__ < (0, 10) else {"two_left": jax.jit(mapped_partly)}
+    )
+
+    return two_left | {
         "eager": lambda g: one(jnp.asarray(g)),
         "eager_sharded": on(auto, P("d"), one),
         "jit": lambda g: jax.jit(one)(jnp.asarray(g)),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._devices.host import call_from_each_device
 from .._devices.mesh import axes_to_sum, max_over, placements
 from .._reductions.norms import Indicators
 from .._trees.leaves import Leaves, Path, show
@@ -57,7 +58,7 @@ def raise_if_nonfinite(
     places = placements(leaves.arrays, paths, axis_name, specs)
     axes = axes_to_sum(leaves.arrays, places)
     everywhere = max_over(jnp.stack(flags).astype(jnp.int32), axes)
-    jax.debug.callback(on_host, nonfinite, everywhere, partitioned=True)
+    call_from_each_device(on_host, nonfinite, everywhere)
 
 
 def _raise(paths: list[Path], flags: list[bool]) -> None:

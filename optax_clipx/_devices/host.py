@@ -124,29 +124,48 @@ def _is_first_process(array: jax.Array) -> bool:
 def _call_host(on_host: OnHost, values: jax.Array) -> None:
     """Calls the host from the first device along all axes that are not manual."""
 
-    def call(values: jax.Array) -> None:
-        jax.debug.callback(on_host, values)
+    def call(*values: jax.Array) -> None:
+        jax.debug.callback(on_host, *values)
 
-    axes = jax.sharding.get_abstract_mesh().axis_names
-    manual = _manual_axes()
-    left = tuple(name for name in axes if name not in manual)
-    if not manual or len(left) < 2:
+    left = _axes_left()
+    if len(left) < 2:
         return call(values)
 
-    if jax.__version_info__ < (0, 10):  # XLA may abort the process
-        raise ValueError(
-            f"Cannot report from a shard_map that leaves the mesh axes {left} to the"
-            f" compiler on JAX {jax.__version__}. Let it map over all axes, turn taps"
-            " off with OPTAX_CLIPX_TAP=off, or install jax>=0.10."
-        )
-
-    # JAX does the same, but for one axis only: two are an error in JAX 0.10.
     def call_on_first(values: jax.Array) -> tuple[()]:
         lax.cond(index_in(left) == 0, call, lambda _: None, values)
         return ()
 
-    spec = PartitionSpec()
-    jax.shard_map(call_on_first, in_specs=spec, out_specs=(), axis_names=set(left))(
-        values
-    )
-    return None
+    return _over(left, call_on_first, values)
+
+
+def call_from_each_device(fun: Callable[..., None], *values: jax.Array) -> None:
+    """Calls the host from each device, with what it holds of the values."""
+
+    def call(*values: jax.Array) -> tuple[()]:
+        jax.debug.callback(fun, *values, partitioned=True)
+        return ()
+
+    left = _axes_left()
+    if len(left) < 2:
+        call(*values)
+    else:
+        _over(left, call, *values)
+
+
+def _axes_left() -> tuple[str, ...]:
+    """In code that is manual over some axes, the others."""
+    manual = _manual_axes()
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(name for name in axes if name not in manual) if manual else ()
+
+
+def _over(axes: tuple[str, ...], fun: Callable[..., Any], *values: jax.Array) -> None:
+    """Makes the other axes manual, too: JAX 0.10 does it itself, but for one alone."""
+    if jax.__version_info__ < (0, 10):  # XLA may abort the process
+        raise ValueError(
+            f"Cannot call the host in a shard_map that leaves the mesh axes {axes} to"
+            f" the compiler on JAX {jax.__version__}. Let it map over all axes, or"
+            " install jax>=0.10; OPTAX_CLIPX_TAP=off turns taps off."
+        )
+    specs = tuple(PartitionSpec() for _ in values)
+    jax.shard_map(fun, in_specs=specs, out_specs=(), axis_names=set(axes))(*values)
