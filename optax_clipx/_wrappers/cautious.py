@@ -90,7 +90,8 @@ def cautious(
     wrapped = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> CautiousState:
-        with mesh.mesh_of(jax.tree.leaves(params), auto=True):
+        leaves = flatten(params, updates=False)
+        with mesh.mesh_of(leaves.arrays, auto=True):
             return CautiousState(
                 descending=jnp.zeros((), jnp.float32),
                 factor=jnp.ones((), jnp.float32),
