@@ -57,8 +57,8 @@ def slack_indicator(
         [2. 2. 2. 0.]
 
     References:
-        SlaClip, 2026; the description in google-deepmind/jax_privacy, pull request 343.
-        The threshold that follows a private quantile: Andrew et al., 2021,
+        The idea is SlaClip's, 2026, as google-deepmind/jax_privacy describes it in pull
+        request 343; the formula above is ours, and its bound is tested. The threshold that follows a private quantile: Andrew et al., 2021,
         arXiv 1905.03871.
     """
     check_limit(max_norm, "max_norm")
