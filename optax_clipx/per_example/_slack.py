@@ -58,8 +58,8 @@ def slack_indicator(
 
     References:
         The idea is SlaClip's, 2026, as google-deepmind/jax_privacy describes it in pull
-        request 343; the formula above is ours, and its bound is tested. The threshold that follows a private quantile: Andrew et al., 2021,
-        arXiv 1905.03871.
+        request 343; the formula above is ours, and its bound is tested. The threshold
+        that follows a private quantile: Andrew et al., 2021, arXiv 1905.03871.
     """
     check_limit(max_norm, "max_norm")
     check_static_count(size, "size")
