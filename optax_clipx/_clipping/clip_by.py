@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from .._devices.mesh import mesh_of, placements
-from .._devices.programs import as_one, replaced_if
+from .._devices.numbers import as_one
+from .._devices.programs import replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, like, no_memory

@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from .._devices import mesh
-from .._devices.programs import as_one, entries, traced_once
+from .._devices.numbers import as_one
+from .._devices.programs import entries, traced_once
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless

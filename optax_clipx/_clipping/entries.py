@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from .._devices import mesh
-from .._devices.programs import as_one
+from .._devices.numbers import as_one
 from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Indicators, norms
 from .._thresholds.base import stateless

@@ -8,18 +8,17 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from .._trees.arithmetic import full_like, is_concrete, total
+from .._trees.arithmetic import total
 from .._trees.sizes import is_known
-from .mesh import can_be_joined, knows_shards, lies_whole, vary, varying
+from .mesh import knows_shards, vary, varying
+from .numbers import is_inside
 
 
 def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
@@ -40,131 +39,6 @@ def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
     return run
 
 
-def as_one(fun: Callable[..., Any], *given: Any) -> Any:
-    """`fun(*given)`: a few numbers from a few numbers, compiled as one kernel.
-
-    XLA for CPU compiles a kernel for each number that comes out, and computes anew in
-    the loop of every leaf what led to its scale. A small loop it compiles as a whole.
-    So the numbers are computed in a loop that runs once, which XLA cannot know.
-
-    `python -m pytest tests/devices/test_as_one.py`: with it a step of Adam on 4 leaves
-    has 17 kernels, without it 26, and with optax's clipping 14.
-    """
-    arrays = jax.tree.leaves(given)
-    whole = can_be_joined(arrays) and all(map(lies_whole, arrays))
-    if _in_one.get() or is_concrete(given) or not whole:
-        return fun(*given)
-    inside = _in_one.set(True)
-    try:
-        program, shapes = jax.make_jaxpr(fun, return_shape=True)(*given)
-    finally:
-        _in_one.reset(inside)
-    names = [*program.jaxpr.constvars, *program.jaxpr.invars]
-    known = dict(zip(names, (*program.consts, *arrays), strict=True))
-    # What comes out as it went in, or is not looked at, stays out of the loop.
-    outcome = program.jaxpr.outvars
-    made = list(dict.fromkeys(x for x in outcome if not _is_known(x, known)))
-    read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
-    needed = [x for x in names if id(x) in read]
-    if not _is_small(program.jaxpr, needed, made):
-        return fun(*given)
-    steps = program.jaxpr.replace(constvars=[], invars=needed, outvars=made)
-    found = _computed(ClosedJaxpr(steps, ()), [jnp.asarray(known[x]) for x in needed])
-    known.update(zip(made, found, strict=True))
-    results = [_value(x, known) for x in outcome]
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
-
-
-_in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
-_on_cpu: ContextVar[bool] = ContextVar("optax_clipx_on_cpu", default=False)
-
-
-def _is_small(program: Any, needed: list[Any], made: list[Any]) -> bool:
-    """Whether XLA would compile a loop around a program as a whole."""
-    sizes = [x.aval.size for x in needed + made]
-    has_float = any(x.aval.dtype.kind == "f" for x in needed)  # which the loop watches
-    few = is_known(*sizes) and sum(sizes) <= 128
-    return has_float and few and _has_small_steps(program)
-
-
-def _has_small_steps(program: Any) -> bool:
-    for step in program.eqns:
-        name = step.primitive.name
-        inner = step.params.get("jaxpr", step.params.get("call_jaxpr"))
-        if name in ("jit", "pjit", "custom_jvp_call"):
-            small = _has_small_steps(inner)
-        else:
-            plain = inner is None and name not in ("cond", "while", "sort")
-            small = plain and all(x.aval.size <= 64 for x in step.outvars)
-        if step.effects or not small:
-            return False
-    return True
-
-
-def _is_known(name: Any, known: dict[Any, Any]) -> bool:
-    return isinstance(name, Literal) or name in known
-
-
-def _value(name: Any, known: dict[Any, Any]) -> Any:
-    return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
-
-
-def _computed(program: Any, arrays: list[Any]) -> list[Any]:
-    """What a program makes of its arguments."""
-    called = jaxpr_as_fun(program)
-    looped = functools.partial(_in_a_loop, called, program.out_avals)
-    if _on_cpu.get():
-        return looped(*arrays)
-
-    @jax.custom_jvp
-    def run(*arrays: Any) -> list[Any]:
-        return lax.platform_dependent(*arrays, cpu=looped, default=called)
-
-    @run.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(called, primals, tangents)
-
-    return run(*arrays)
-
-
-def _in_a_loop(
-    fun: Callable[..., list[Any]], shapes: list[Any], *arrays: Any
-) -> list[Any]:
-    """The same, in a loop that runs once.
-
-    What comes out takes the places of what went in: XLA would move out of the loop
-    what is computed of numbers that stay.
-    """
-    slots, places = list(arrays), []
-    free: dict[Any, list[int]] = {}
-    for i, x in enumerate(arrays):
-        free.setdefault((x.shape, x.dtype), []).append(i)
-    for x in shapes:
-        alike = free.get((x.shape, x.dtype))
-        if not alike:
-            slots.append(lax.full(x.shape, 0, x.dtype))
-        places.append(alike.pop() if alike else len(slots) - 1)
-    watched = next(i for i, x in enumerate(arrays) if x.dtype.kind == "f")
-    emptied = [i for i in range(len(arrays)) if i not in places]
-
-    def body(carry: Any) -> Any:
-        _, slots = carry
-        after = list(slots)
-        for i in emptied:
-            after[i] = full_like(slots[i], 0)
-        for place, x in zip(places, fun(*slots[: len(arrays)]), strict=True):
-            after[place] = x
-        number = lax.squeeze(
-            lax.slice(lax.reshape(slots[watched], (slots[watched].size,)), (0,), (1,)),
-            (0,),
-        )
-        return lax.select(lax.eq(number, number), np.int32(1), np.int32(2)), after
-
-    start = (np.int32(0), slots)
-    _, after = lax.while_loop(lambda carry: lax.lt(carry[0], np.int32(1)), body, start)
-    return [after[place] for place in places]
-
-
 def if_needed(
     once: Callable[..., Any],
     again: Callable[..., Any],
@@ -183,19 +57,15 @@ def if_needed(
     """
 
     def on_cpu(given: Any) -> Any:
-        here = _on_cpu.set(True)
-        try:
-            found, needed, more = once(given)
-            return lax.cond(
-                needed,
-                lambda found, more, given: again(more, given),
-                lambda found, more, given: found,
-                found,
-                more,
-                given,
-            )
-        finally:
-            _on_cpu.reset(here)
+        found, needed, more = once(given)
+        return lax.cond(
+            needed,
+            lambda found, more, given: again(more, given),
+            lambda found, more, given: found,
+            found,
+            more,
+            given,
+        )
 
     return lax.platform_dependent(given, cpu=on_cpu, default=side_by_side)
 
@@ -225,7 +95,7 @@ def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
 
     `python benchmarks/everyday.py`: AGC.
     """
-    if _in_one.get():
+    if is_inside():
         return jax.tree.map(lambda x: jnp.where(flag, value, x), arrays)
     return _replaced(flag, value, arrays)
 
@@ -260,7 +130,7 @@ _cut = traced_once(_cut_once, (1,))
 
 def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
     """The parts of a vector, one after the other."""
-    return lax.split(vector, sizes) if _in_one.get() else _cut(vector, sizes)
+    return lax.split(vector, sizes) if is_inside() else _cut(vector, sizes)
 
 
 def entries(vector: jax.Array) -> list[jax.Array]:
@@ -289,7 +159,7 @@ def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
     `python benchmarks/compiling.py`: 1,000 leaves.
     """
     together = jnp.stack(arrays) if arrays[0].ndim else vector_of(arrays)
-    if len(arrays) <= 2 or _in_one.get():
+    if len(arrays) <= 2 or is_inside():
         return together
     return lax.platform_dependent(
         together, cpu=lax.optimization_barrier, default=lambda x: x

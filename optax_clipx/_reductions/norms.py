@@ -18,8 +18,8 @@ from jax import lax
 
 from .._devices import mesh
 from .._devices.mesh import knows_shards
+from .._devices.numbers import as_one
 from .._devices.programs import (
-    as_one,
     if_needed,
     sum_on_cpu,
     sums_by_parts,

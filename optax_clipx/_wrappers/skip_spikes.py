@@ -20,7 +20,7 @@ from .._clipping.summary import Summary, nothing
 from .._clipping.transformation import Memory, Options, check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._devices.programs import as_one
+from .._devices.numbers import as_one
 from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold

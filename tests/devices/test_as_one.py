@@ -8,7 +8,7 @@ import pytest
 from xla_settings import OWN
 
 import optax_clipx as clipx
-from optax_clipx._devices.programs import as_one
+from optax_clipx._devices.numbers import as_one
 
 
 def numbers(x, y, count):
@@ -50,6 +50,15 @@ def test_derivatives_of_both_orders_and_of_what_is_closed_over():
     assert jax.jit(jax.grad(fun))(*args) == 60.0
     assert jax.jit(jax.grad(fun, argnums=1))(*args) == 8.0
     assert jax.jit(jax.grad(jax.grad(fun)))(*args) == 60.0
+
+
+def test_a_derivative_beside_counts_and_flags():
+    def fun(x, count):
+        found = as_one(numbers, x, jnp.float32(3.0), count)
+        return found["root"], (found["count"], found["over"])
+
+    slope, (count, over) = jax.jit(jax.grad(fun, has_aux=True))(4.0, jnp.int32(7))
+    assert (slope, count, bool(over)) == (0.25, 8, True)
 
 
 def test_over_a_batch_each_has_its_own():
