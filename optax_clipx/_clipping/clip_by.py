@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from .._devices.mesh import mesh_of, placements
 from .._devices.numbers import as_one
@@ -17,7 +16,7 @@ from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float
-from .._trees.arithmetic import accumulator, full_like, where
+from .._trees.arithmetic import accumulator, either, finite, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
@@ -269,7 +268,7 @@ def clip_norms(
         lost, zero, ended = as_one(end, summary, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
         value = where(lost, np.nan, full_like(summary.norm, 0))
-        scales = replaced_if(lax.bitwise_or(lost, zero), value, scales)
+        scales = replaced_if(either(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 
     if groups.is_one:
@@ -303,8 +302,8 @@ def _limits(
     narrow = bool(arrays_in(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
-        finite = where(lax.is_finite(n), n, full_like(n, 0))
-        return _metrics.to_float32(finite) if narrow else finite
+        usable = where(finite(n), n, full_like(n, 0))
+        return _metrics.to_float32(usable) if narrow else usable
 
     context = Context(
         step=memory.steps,

@@ -18,7 +18,21 @@ from jax import lax
 from .._devices.programs import traced_once
 from .._reductions.groups import Groups, Packed
 from .._reductions.norms import Norms
-from .._trees.arithmetic import full_like, safe_sqrt, times, where, widened
+from .._trees.arithmetic import (
+    Number,
+    at_least,
+    both,
+    either,
+    equal,
+    full_like,
+    less,
+    more,
+    product,
+    safe_sqrt,
+    times,
+    where,
+    widened,
+)
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -56,8 +70,8 @@ def scales(norms: Norms, limits: Packed, response: Response) -> Packed:
 def _scale(
     value: jax.Array,
     root: jax.Array,
-    unit: jax.Array,
-    limit: jax.Array,
+    unit: Number,
+    limit: Number,
     response: Response,
 ) -> jax.Array:
     most, extremes = float(jnp.finfo(value.dtype).max), _EXTREMES[value.dtype]
@@ -65,38 +79,38 @@ def _scale(
     def number(x: float | int) -> Any:
         return full_like(value, x)
 
-    one, no_limit = number(1), lax.eq(limit, number(np.inf))
+    one, zero = number(1), number(0)
     # The norm in a unit in which none is too large.
-    reduced = lax.mul(root, lax.mul(unit, number(extremes.low)))
-    below = lax.mul(reduced, number(extremes.extreme / extremes.low))
-    extreme = lax.bitwise_and(lax.lt(limit, below), lax.gt(limit, number(0)))
-    raised = lax.mul(limit, number(extremes.raised))
-    far = lax.lt(raised, lax.mul(reduced, number(extremes.far / extremes.low)))
-    saturated = lax.bitwise_and(lax.gt(unit, one), lax.ge(value, number(most)))
+    reduced = product(root, product(unit, number(extremes.low)))
+    below = product(reduced, number(extremes.extreme / extremes.low))
+    extreme = both(less(limit, below), more(limit, zero))
+    raised = product(limit, number(extremes.raised))
+    far = less(raised, product(reduced, number(extremes.far / extremes.low)))
+    saturated = both(more(unit, one), at_least(value, number(most)))
     # What takes the place of norm and limit.
-    elsewhere = lax.bitwise_or(extreme, saturated)
-    norm = where(elsewhere, reduced, where(lax.gt(value, number(0)), value, one))
+    elsewhere, nothing = either(extreme, saturated), equal(value, zero)
+    norm = where(elsewhere, reduced, where(more(value, zero), value, one))
     high = where(far, extremes.higher, number(extremes.high))
     factor = where(extreme, high, where(saturated, extremes.low, one))
-    scale = lax.min(response(norm, lax.mul(limit, factor)), number(most))
+    scale = lax.min(response(norm, product(limit, factor)), number(most))
     back = where(
         far,
         -((extremes.low / extremes.higher) ** 0.5),
         number(-((extremes.low / extremes.high) ** 0.5)),
     )
-    scale = where(extreme, lax.mul(safe_sqrt(scale), back), scale)
+    scale = where(extreme, product(safe_sqrt(scale), back), scale)
     # An infinite limit, like a zero norm, changes nothing.
-    return where(lax.bitwise_or(no_limit, lax.eq(value, number(0))), one, scale)
+    return jnp.asarray(where(either(equal(limit, number(np.inf)), nothing), one, scale))
 
 
 def second_factor(scale: jax.Array) -> jax.Array:
     """By what is multiplied after the scale itself: by an extreme one once more."""
-    return where(lax.lt(scale, full_like(scale, 0)), scale, full_like(scale, 1))
+    return where(less(scale, full_like(scale, 0)), scale, full_like(scale, 1))
 
 
 def as_numbers(scales: Packed) -> Packed:
     """The scales as single numbers, of which extreme ones may be 0."""
-    return jax.tree.map(lambda s: lax.mul(s, second_factor(s)), scales)
+    return jax.tree.map(lambda s: product(s, second_factor(s)), scales)
 
 
 def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
@@ -106,16 +120,15 @@ def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
 
 
 def _clipped_norm(
-    value: jax.Array, root: jax.Array, unit: jax.Array, limit: jax.Array, s: jax.Array
+    value: jax.Array, root: jax.Array, unit: Number, limit: Number, s: jax.Array
 ) -> jax.Array:
     most = full_like(value, jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
     first = where(
-        lax.ge(value, most), lax.mul(lax.mul(root, s), unit), lax.mul(value, s)
+        at_least(value, most), product(product(root, s), unit), product(value, s)
     )
-    clipped = lax.min(lax.mul(first, second_factor(s)), most)
-    same = lax.bitwise_or(lax.is_finite(limit), lax.ne(limit, limit))
-    return where(same, clipped, value)
+    clipped = lax.min(product(first, second_factor(s)), most)
+    return where(equal(limit, full_like(limit, np.inf)), value, clipped)
 
 
 def apply(
@@ -135,7 +148,7 @@ def _times_scale_once(
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
     scaled = times(times(wide, scale), second_factor(scale)).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    same = lax.eq(scale, full_like(scale, 1))
+    same = equal(scale, full_like(scale, 1))
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
         return jnp.where(same & ((scaled == scaled) | True), array, scaled)

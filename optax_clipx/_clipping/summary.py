@@ -15,7 +15,7 @@ from .._devices.programs import stacked, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import as_norm, combine, whole
-from .._trees.arithmetic import full_like
+from .._trees.arithmetic import at_least, finite, full_like, more, negated
 from .._trees.leaves import Path
 from .._trees.sizes import as_number, is_known
 from . import scaling
@@ -27,11 +27,11 @@ class Summary(NamedTuple):
     norm: jax.Array
     clipped_norm: jax.Array
     scale: jax.Array
-    threshold: jax.Array
+    threshold: jax.Array | np.ndarray
     clipped: jax.Array
     any_clipped: jax.Array
     nonfinite: jax.Array
-    unusable: jax.Array  # a threshold is negative or NaN
+    unusable: jax.Array | np.bool_  # a threshold is negative or NaN
 
 
 def summarize(
@@ -113,16 +113,16 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
 
 
 def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
-    over = lax.gt(norms.value, limits)
+    over = more(norms.value, limits)
     return Summary(
         norm=norms.value,
         clipped_norm=scaling.clipped_norms(norms, limits, scales),
         scale=scaling.as_numbers(scales),
         threshold=limits,
-        clipped=over.astype(norms.value.dtype),
+        clipped=lax.convert_element_type(over, norms.value.dtype),
         any_clipped=over,
-        nonfinite=lax.bitwise_not(lax.is_finite(norms.value)),
-        unusable=lax.bitwise_not(lax.ge(limits, full_like(limits, 0))),
+        nonfinite=negated(finite(norms.value)),
+        unusable=negated(at_least(limits, full_like(limits, 0))),
     )
 
 

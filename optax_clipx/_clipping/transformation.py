@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from .._devices.mesh import mesh_of
 from .._thresholds.base import Threshold
-from .._trees.arithmetic import full_like, is_concrete, where
+from .._trees.arithmetic import (
+    both,
+    either,
+    full_like,
+    is_concrete,
+    negated,
+    where,
+)
 from .._trees.leaves import Leaves, flatten
 from . import metrics as _metrics, policies, summary as _summary
 from .known_norm import find_norm, known_norm
@@ -175,27 +181,23 @@ def by_policy(
     First match wins: an unusable threshold, then entries that are not finite.
     """
     nonfinite, policy = summary.nonfinite, options.nonfinite
-    zero = full_like(nonfinite, False)
+    zero, lost = full_like(nonfinite, False), summary.unusable
     if policy == "raise":
         policies.raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
-    lost = summary.unusable
     if policy in ("propagate", "raise"):
-        lost = lax.bitwise_or(lost, nonfinite)
+        lost = either(lost, nonfinite)
     if policy == "zero":
-        zero = lax.bitwise_and(nonfinite, lax.bitwise_not(lost))
+        zero = both(nonfinite, negated(lost))
 
-    def after(value: jax.Array) -> jax.Array:
-        value = where(lost, np.nan, value)
-        return where(zero, 0, value) if policy == "zero" else value
+    def after(value: jax.Array) -> Any:
+        return where(zero, 0, where(lost, np.nan, value))
 
-    changed = lax.bitwise_or(lost, zero)
-
+    changed = either(lost, zero)
     summary = summary._replace(
-        nonfinite=nonfinite,
         clipped_norm=after(summary.clipped_norm),
         scale=after(summary.scale),
         clipped=where(changed, 0, summary.clipped),
-        any_clipped=lax.bitwise_and(summary.any_clipped, lax.bitwise_not(changed)),
+        any_clipped=both(summary.any_clipped, negated(changed)),
     )
     return summary, lost, zero
 

@@ -137,12 +137,28 @@ def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
+def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
+    def run(*arrays: Any) -> list[Any]:
+        floats = [i for i, x in enumerate(arrays) if x.dtype == jnp.float32]
+        parts = [lax.reshape(arrays[i], (arrays[i].size,)) for i in floats]
+        vector = lax.optimization_barrier(lax.concatenate(parts, 0))
+        given, start = list(arrays), 0
+        for i, part in zip(floats, parts, strict=True):
+            piece = lax.slice(vector, (start,), (start + part.size,))
+            given[i] = lax.reshape(piece, arrays[i].shape)
+            start += part.size
+        return jaxpr_as_fun(program)(*given)
+
+    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+
+
 _computed.def_impl(_run)
 _computed.def_abstract_eval(_types)
 ad.primitive_jvps[_computed] = _slope
 batching.primitive_batchers[_computed] = _over_a_batch
 mlir.register_lowering(_computed, _lowered)
 mlir.register_lowering(_computed, _lowered_on_cpu, platform="cpu")
+mlir.register_lowering(_computed, _lowered_on_gpu, platform="cuda")
 
 
 def _in_a_loop(

@@ -7,7 +7,7 @@ a power of two, and the norm is `root * unit`.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ import numpy as np
 from jax import lax
 
 from .._devices import mesh
-from .._devices.mesh import knows_shards
+from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
 from .._devices.programs import (
+    Passes,
     if_needed,
     sum_on_cpu,
     sums_by_parts,
+    together,
     traced_once,
 )
 from .._trees.arithmetic import (
@@ -32,12 +34,12 @@ from .._trees.arithmetic import (
     is_concrete,
     power,
     quotient,
-    safe_sqrt,
     times,
     where,
     widened,
 )
 from .._trees.leaves import Path
+from .._trees.sizes import is_known
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
 from .leaf_sums import Where, can_go_by_parts, sum_over_axes
 
@@ -260,85 +262,132 @@ def _mean(total: jax.Array, size: Any) -> jax.Array:
     return total / jnp.asarray(size, total.dtype)
 
 
-def _choose(squares: jax.Array, small: float, large: float) -> jax.Array:
-    """1 where the squares are in range, else one of two numbers."""
+def _unit_of(squares: jax.Array) -> jax.Array:
+    """The unit in which squares are taken: 1 where the plain ones are in range."""
+    limits = _RANGES[squares.dtype]
+    return _by_range(squares, limits.small, limits.large, 1)
+
+
+def _units(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
+    """Those of squares that do not leave the range are 1."""
+    each = zip(plain, risks, strict=True)
+    return [jax.tree.map(_unit_of if risk else _one, x) for x, risk in each]
+
+
+def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
+    """What belongs to the range in which the squares are."""
     limits = _RANGES[squares.dtype]
     above = lax.gt(squares, full_like(squares, limits.high))
-    usual = where(above, large, full_like(squares, 1))
-    return where(lax.lt(squares, full_like(squares, limits.low)), small, usual)
-
-
-def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
-    """The squares that were taken in the right unit."""
-    limits = _RANGES[plain.dtype]
-    usual = where(lax.gt(plain, full_like(plain, limits.high)), large, plain)
-    return where(lax.lt(plain, full_like(plain, limits.low)), small, usual)
-
-
-def _outside(squares: jax.Array) -> jax.Array:
-    """Whether any squares are out of range."""
-    limits = _RANGES[squares.dtype]
-    low = lax.lt(squares, full_like(squares, limits.low))
-    flags = lax.bitwise_or(low, lax.gt(squares, full_like(squares, limits.high)))
-    return jnp.any(flags) if flags.ndim else flags
+    below = lax.lt(squares, full_like(squares, limits.low))
+    usual = usual if isinstance(usual, jax.Array) else full_like(squares, usual)
+    return where(below, small, where(above, large, usual))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     """The norm of each derived tree's groups, whatever their magnitude."""
-    limits, risks = _RANGES[measured.dtype], measured.at_risk(given)
-
-    def in_units(plain: Sequence[Packed], small: float, large: float) -> list[Packed]:
-        return [
-            jax.tree.map(lambda x: _choose(x, small, large), squares)
-            if risk
-            else jax.tree.map(jnp.ones_like, squares)
-            for squares, risk in zip(plain, risks, strict=True)
-        ]
-
-    def found(squares: Sequence[Packed], plain: Sequence[Packed]) -> list[Norms]:
-        return list(
-            map(_norms_of, squares, in_units(plain, limits.small, limits.large))
-        )
-
-    def first(sums: list[Any]) -> Any:
-        (plain,) = measured.totals(sums, given)
-        at_risk = [x for x, risk in zip(plain, risks, strict=True) if risk]
-        flags = map(_outside, jax.tree.leaves(at_risk))
-        factors = in_units(plain, 1 / limits.small, 1 / limits.large)
-        needed = functools.reduce(lax.bitwise_or, flags)
-        return found(plain, plain), needed, (plain, measured.spread(factors))
-
-    def second(sums: list[Any], plain: Sequence[Packed]) -> list[Norms]:
-        (squares,) = measured.totals(sums, given)
-        return found(squares, plain)
-
-    of_one = measured.where.groups.is_one
-
-    def once(given: Any) -> Any:
-        sums = measured.sums(given, "on_cpu")
-        return as_one(first, sums) if of_one else first(sums)
-
-    def again(more: Any, given: Any) -> list[Norms]:
-        plain, factors = lax.optimization_barrier(more)
-        sums = measured.sums(given, "on_cpu", factors)
-        return as_one(second, sums, plain) if of_one else second(sums, plain)
-
-    def side_by_side(given: Any) -> list[Norms]:
-        plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
-        each = zip(risks, plain, small, large, strict=True)
-        picked = [jax.tree.map(_pick, *x) if risk else x[0] for risk, *x in each]
-        return found(picked, plain)
-
+    risks = measured.at_risk(given)
     if not any(risks):
         (plain,) = measured.totals(measured.sums(given, "plain"), given)
-        return [_norms_of(s, jax.tree.map(jnp.ones_like, s)) for s in plain]
+        return list(map(_norms_of, plain, _units(plain, risks)))
+    passes = _passes(measured, risks)
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
     groups, places = measured.where
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
-        return side_by_side(given)
-    return if_needed(once, again, side_by_side, given)
+        return passes.side_by_side(given)
+    return if_needed(passes, _joined(measured, given, risks) or passes, given)
+
+
+def _passes(measured: _Measured, risks: list[bool]) -> Passes:
+    """A pass over plain squares, one over those in the right unit, and both at once."""
+    in_one = as_one if measured.where.groups.is_one else _called
+
+    def once(given: Any) -> Any:
+        def found(sums: list[Any]) -> Any:
+            (plain,) = measured.totals(sums, given)
+            unit = _units(plain, risks)
+            at_risk = [x for x, risk in zip(unit, risks, strict=True) if risk]
+            flags = map(_is_not_one, jax.tree.leaves(at_risk))
+            factors = jax.tree.map(lambda unit: lax.div(_one(unit), unit), unit)
+            needed = functools.reduce(lax.bitwise_or, flags)
+            return list(map(_norms_of, plain, unit)), needed, (unit, factors)
+
+        return in_one(found, measured.sums(given, "on_cpu"))
+
+    def again(more: Any, given: Any) -> list[Norms]:
+        def found(sums: list[Any], unit: list[Packed]) -> list[Norms]:
+            (squares,) = measured.totals(sums, given)
+            return list(map(_norms_of, squares, unit))
+
+        unit, factors = lax.optimization_barrier(more)
+        sums = measured.sums(given, "on_cpu", measured.spread(factors))
+        return in_one(found, sums, unit)
+
+    def side_by_side(given: Any) -> list[Norms]:
+        plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
+        picked = [
+            jax.tree.map(lambda x, small, large: _by_range(x, small, large, x), *each)
+            if risk
+            else each[0]
+            for risk, *each in zip(risks, plain, small, large, strict=True)
+        ]
+        return list(map(_norms_of, picked, _units(plain, risks)))
+
+    return Passes(once, again, side_by_side)
+
+
+def _called(fun: Callable[..., Any], *given: Any) -> Any:
+    return fun(*given)
+
+
+def _joined(measured: _Measured, given: Any, risks: list[bool]) -> Passes | None:
+    """The same passes with small leaves put together; None where there are none.
+
+    Only for the norm of the whole tree, of leaves that each device holds as a whole.
+    """
+    trees, _ = given
+    every = [x for tree in trees for x in tree]
+    plain = measured.derive is as_they_are and measured.where.groups.is_one
+    if not plain or not can_be_joined(every) or not all(map(lies_whole, every)):
+        return None
+    if any(place.axes for place in measured.where.places):
+        return None
+    lots = _lots(trees)
+    if len(lots) == len(trees[0]):
+        return None
+    count = len(lots)
+    groups, places = ScalarGroups((0,) * count, None), (mesh.Placement((), ()),) * count
+    passes = _passes(replace(measured, where=Where(groups, places)), risks)
+
+    def put_together(given: Any) -> Any:
+        trees, extras = given
+        return tuple(
+            tuple(together([tree[i] for i in lot]) for lot in lots) for tree in trees
+        ), extras
+
+    return Passes(
+        lambda given: passes.once(put_together(given)),
+        lambda more, given: passes.again(more, put_together(given)),
+        lambda given: passes.side_by_side(put_together(given)),
+    )
+
+
+def _lots(trees: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """Which leaves are put together: small ones of one dtype, up to 2^16 entries."""
+    lots: list[list[int]] = []
+    open_lots: dict[Any, tuple[list[int], int]] = {}
+    for i, leaf in enumerate(trees[0]):
+        kind = tuple(tree[i].dtype for tree in trees)
+        lot, size = open_lots.get(kind, ([], 2**16))
+        small = is_known(leaf.size) and leaf.size <= 2**12
+        if not small or size + leaf.size > 2**16:
+            lot, size = [], 0
+            lots.append(lot)
+        lot.append(i)
+        if small:
+            open_lots[kind] = (lot, size + leaf.size)
+    return lots
 
 
 @_two_norms.defjvp
@@ -389,9 +438,18 @@ def _compiled(measure: Callable[..., Any], measured: _Measured, given: Any) -> A
     return measure(measured, given)
 
 
+def _one(x: jax.Array) -> jax.Array:
+    return lax.full_like(x, 1)
+
+
+def _is_not_one(unit: jax.Array) -> jax.Array:
+    """Whether any is not 1."""
+    flags = lax.ne(unit, full_like(unit, 1))
+    return jnp.any(flags) if flags.ndim else flags
+
+
 def _norms_of(squares: Packed, unit: Packed) -> Norms:
-    root = jax.tree.map(safe_sqrt, squares)
-    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
+    return _of_roots(jax.tree.map(lax.sqrt, squares), unit)
 
 
 def _of_roots(root: Packed, unit: Packed) -> Norms:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._trees.arithmetic import where
 from .base import Context, Threshold, memory, per_norm, put, ranked
 
 _SHARE = 0.05  # of the norms are below the level
@@ -77,16 +78,17 @@ def auto() -> Threshold:
     """
 
     def update(norm: jax.Array, state: AutoState, context: Context) -> Any:
-        level = jnp.where(state.level > 0, state.level, norm)
+        level = where(state.level > 0, state.level, norm)
         higher = norm > level
-        above = jnp.where(higher, jnp.minimum(state.above, 2**20) + 1, 0)
+        above = where(higher, jnp.minimum(state.above, 2**20) + 1, 0)
         doublings = jnp.minimum(above.astype(jnp.float32) / _DOUBLING, _MOST_DOUBLINGS)
         seen = jnp.minimum(state.seen, 2**20) + 1
         pace = jnp.maximum(_PACE, 1 / (seen.astype(jnp.float32) + 1))
         up = jnp.minimum(pace * _SHARE * jnp.exp2(doublings), 1)
-        moved = level * jnp.exp(jnp.where(higher, up, -pace * (1 - _SHARE)))
+        moved = level * jnp.exp(where(higher, up, -pace * (1 - _SHARE)))
         first = put(state.first, state.seen, norm)
-        most = jnp.where(seen == _FIRST, ranked(first, _FIRST // 2), jnp.inf)
+        (median,) = ranked(first, _FIRST // 2)
+        most = where(seen == _FIRST, median, jnp.inf)
         info = jnp.finfo(jnp.float32)
         moved = jnp.clip(jnp.minimum(moved, most), info.tiny, info.max / _FACTOR)
         return _FACTOR * level, AutoState(moved, seen, above, first)

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
-from .._trees.arithmetic import full_like
+from .._trees.arithmetic import full_like, where
 from .._trees.leaves import Path
 
 
@@ -127,6 +129,8 @@ def like(limit: Any, norms: Any) -> Any:
 def _like(limit: Any, norm: jax.Array) -> Any:
     if isinstance(limit, float | int):
         return full_like(norm, limit)
+    if isinstance(limit, np.ndarray) and limit.shape == norm.shape:
+        return limit.astype(norm.dtype)
     return jnp.broadcast_to(jnp.asarray(limit).astype(norm.dtype), norm.shape)
 
 
@@ -144,12 +148,13 @@ def per_norm(
     def one(norms: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
         limits, new = update(norms, state, context)
         # A threshold of infinity times a norm of zero would be NaN.
-        limits = jnp.where(norms > 0, limits, jnp.inf)
-        return jnp.broadcast_to(limits, norms.shape), jax.tree.map(
-            lambda n, o: jnp.where(trailing(norms > 0, o), n, o).astype(o.dtype),
-            new,
-            state,
-        )
+        there = lax.gt(norms, full_like(norms, 0))
+
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            return where(trailing(there, old), new, old).astype(old.dtype)
+
+        limits = jnp.broadcast_to(where(there, limits, jnp.inf), norms.shape)
+        return limits, jax.tree.map(kept, new, state)
 
     def init_all(norms: Any) -> Any:
         return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)
@@ -167,6 +172,8 @@ def per_norm(
 
 def trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
     """A mask of norms in the rank of something that is remembered of them."""
+    if mask.ndim == like.ndim:
+        return mask
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
@@ -182,11 +189,11 @@ class Refusals(NamedTuple):
 
     def in_a_row(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
         """How many in a row now, and whether the rule gives in."""
-        refused = jnp.where(over, refused + 1, 0)
+        refused = where(over, refused + 1, 0)
         if self.patience is None:
             return jnp.minimum(refused, 1), jnp.zeros_like(over)
         give_in = refused >= jnp.asarray(self.patience, jnp.int32)
-        return jnp.where(give_in, 0, refused), give_in
+        return where(give_in, 0, refused), give_in
 
     def entering(
         self, norm: jax.Array, limit: jax.Array, over: jax.Array
@@ -195,7 +202,7 @@ class Refusals(NamedTuple):
         anything = ~over if self.stats == "skip" else jnp.ones_like(over)
         if self.stats == "raw":
             return norm, anything
-        return jnp.where(over, jnp.minimum(limit, norm), norm), anything
+        return where(over, jnp.minimum(limit, norm), norm), anything
 
 
 STATS = ("raw", "clipped", "skip")
@@ -215,7 +222,7 @@ def refusals(
 
 def unless(unusable: Any, limit: jax.Array) -> jax.Array:
     """The threshold, or NaN if a number that it was made of is out of its range."""
-    return limit if unusable is False else jnp.where(unusable, jnp.nan, limit)
+    return limit if unusable is False else where(unusable, jnp.nan, limit)
 
 
 def float32(value: Any) -> jax.Array:
@@ -236,16 +243,16 @@ def numbered(size: int, like: jax.Array) -> jax.Array:
 def put(values: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
     """The values with one at a place along the last axis; beyond its end, none."""
     here = numbered(values.shape[-1], value) == place[..., None]
-    return jnp.where(here, value[..., None], values)
+    return where(here, value[..., None], values)
 
 
-def ranked(values: jax.Array, rank: int) -> jax.Array:
-    """The entry of a rank, from 0, along the last axis; all pairs are compared."""
+def ranked(values: jax.Array, *ranks: int) -> list[jax.Array]:
+    """The entries of some ranks, from 0, along the last axis; compares all pairs."""
     one, other = values[..., :, None], values[..., None, :]
     number = numbered(values.shape[-1], values[..., 0])
     earlier = number[..., None, :] < number[..., :, None]
     below = jnp.sum((other < one) | ((other == one) & earlier), axis=-1)
-    return jnp.sum(jnp.where(below == rank, values, 0), axis=-1)
+    return [jnp.sum(where(below == rank, values, 0), axis=-1) for rank in ranks]
 
 
 def memory(norms: jax.Array, dtype: Any = jnp.float32, size: int = 0) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._trees.arguments import check_between, check_count
+from .._trees.arithmetic import where
 from .base import Context, Threshold, float32, like, memory, one_more
 from .constant import as_threshold, at
 
@@ -112,13 +113,13 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
         first, first_state = parts[0].update(norms, state.rule, context)
         second, second_state = parts[1].update(norms, state.then, context)
         limits = jax.tree.map(
-            lambda k, a, b: jnp.where(k < jnp.asarray(steps, jnp.int32), a, b),
+            lambda k, a, b: where(k < jnp.asarray(steps, jnp.int32), a, b),
             state.seen,
             _in_form(first, norms),
             _in_form(second, norms),
         )
         seen = jax.tree.map(
-            lambda k, n: jnp.where(n > 0, one_more(k), k), state.seen, norms
+            lambda k, n: where(n > 0, one_more(k), k), state.seen, norms
         )
         return limits, WarmupState(seen, first_state, second_state)
 
@@ -166,7 +167,7 @@ def scaled(rule: Any, factor: Any) -> Threshold:
 
     def scale(limit: jax.Array, now: jax.Array) -> jax.Array:
         # An infinite threshold stays infinite, also times zero.
-        return jnp.where(jnp.isinf(limit), limit, limit * now.astype(limit.dtype))
+        return where(jnp.isinf(limit), limit, limit * now.astype(limit.dtype))
 
     combined = _combined([inner], inner.init, update)
     return combined._replace(uses_step=combined.uses_step or callable(factor))

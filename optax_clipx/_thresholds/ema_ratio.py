@@ -13,6 +13,7 @@ from .._trees.arguments import (
     check_decay,
     out_of_range,
 )
+from .._trees.arithmetic import where
 from .base import (
     Context,
     Threshold,
@@ -143,17 +144,17 @@ def ema_ratio(
         in_warmup = jnp.full_like(norm, jnp.inf)
         if warmup_limit is not None:
             share = jnp.minimum(1, float32(warmup_limit) / _positive(whole_norm(norm)))
-            in_warmup = jnp.where(share < 1, share * norm, jnp.inf)
+            in_warmup = where(share < 1, share * norm, jnp.inf)
         clipped = jnp.minimum(norm, in_warmup)
         started = {
-            "min": jnp.minimum(jnp.where(count == 1, jnp.inf, state.average), clipped),
+            "min": jnp.minimum(where(count == 1, jnp.inf, state.average), clipped),
             "mean": state.average + (clipped - state.average) / number,
             "first": state.average,
         }[init]
 
         first = count == warm + 1
         begins = first if init == "first" else first & (warm == 0)
-        average = jnp.where(begins, norm, state.average)
+        average = where(begins, norm, state.average)
         limit = float32(ratio) * jnp.maximum(average, float32(floor))
         over = ~warming & (norm > limit)
         refused, give_in = counted.in_a_row(over, state.refused)
@@ -161,13 +162,13 @@ def ema_ratio(
         entering, anything = counted.entering(norm, limit, over)
         beta = float32(decay)
         # The first norm is the average already.
-        beta = jnp.where(begins, 0, beta)
-        after = jnp.where(anything, beta * average + (1 - beta) * entering, average)
-        after = jnp.where(give_in, norm, after)
-        limit = jnp.where(give_in, jnp.inf, limit)
-        limit = jnp.where(warming, in_warmup, limit)
+        beta = where(begins, 0, beta)
+        after = where(anything, beta * average + (1 - beta) * entering, average)
+        after = where(give_in, norm, after)
+        limit = where(give_in, jnp.inf, limit)
+        limit = where(warming, in_warmup, limit)
         return unless(out_of_range(decay, one=True), limit), EmaRatioState(
-            count, jnp.where(warming, started, after), refused
+            count, where(warming, started, after), refused
         )
 
     rule = per_norm(start, update)
@@ -243,13 +244,13 @@ def norm_growth(
 
     def update(norm: jax.Array, state: LastState, context: Context) -> Any:
         limit = float32(ratio) * jnp.maximum(state.last, float32(floor))
-        limit = jnp.where(state.last > 0, limit, jnp.inf)
+        limit = where(state.last > 0, limit, jnp.inf)
         over = norm > limit
         refused, give_in = counted.in_a_row(over, state.refused)
-        limit = jnp.where(give_in, jnp.inf, limit)
+        limit = where(give_in, jnp.inf, limit)
         over = over & ~give_in
         entering, anything = counted.entering(norm, limit, over)
-        last = jnp.where(anything, entering, state.last)
+        last = where(anything, entering, state.last)
         return limit, LastState(last, refused)
 
     return per_norm(lambda norms: LastState(*_two(norms)), update)
@@ -318,14 +319,14 @@ def group_band(
     counted = refusals("raw", patience)
 
     def update(norm: jax.Array, state: BandState, context: Context) -> Any:
-        beta = jnp.where(state.average > 0, float32(decay), 0)
+        beta = where(state.average > 0, float32(decay), 0)
         average = beta * state.average + (1 - beta) * norm
         lower = float32(low(context.step) if callable(low) else low) * average
         upper = float32(high(context.step) if callable(high) else high) * average
         refused, give_in = counted.in_a_row(norm > upper, state.refused)
         target = jnp.clip(norm, jnp.maximum(lower, float32(floor)), upper)
-        target = jnp.where(give_in, norm, target)
-        average = jnp.where(give_in, norm, average)
+        target = where(give_in, norm, target)
+        average = where(give_in, norm, average)
         target = unless(out_of_range(decay, one=True), target)
         return target, BandState(average, refused)
 
@@ -338,4 +339,4 @@ def _two(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _positive(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 1)
+    return where(x > 0, x, 1)

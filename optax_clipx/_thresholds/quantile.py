@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._trees.arguments import check_between, check_static_count
+from .._trees.arithmetic import where
 from .base import Context, Threshold, float32, memory, numbered, per_norm
 
 # The sketch: equal bins of the logarithm over 24 decades, 5.7% wide, so that the
@@ -146,7 +147,7 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
     check_between(learning_rate, "learning_rate", 0, float("inf"))
 
     def update(norm: jax.Array, state: TrackerState, context: Context) -> Any:
-        limit = jnp.where(state.quantile > 0, state.quantile, norm)
+        limit = where(state.quantile > 0, state.quantile, norm)
         below = (norm <= limit).astype(jnp.float32)
         moved = limit * jnp.exp(-float32(learning_rate) * (below - float32(q)))
         info = jnp.finfo(jnp.float32)
@@ -158,11 +159,11 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
 def _update_history(norm: jax.Array, state: HistoryState, q: Any) -> Any:
     size = state.history.shape[-1]
     place = numbered(size, norm) == (state.seen % size)[..., None]
-    history = jnp.where(place, norm[..., None], state.history)
+    history = where(place, norm[..., None], state.history)
     count = state.seen + 1
     number = jnp.minimum(count, size)
     kept = numbered(size, norm) < number[..., None]
-    ordered = jnp.sort(jnp.where(kept, history, jnp.inf), axis=-1)
+    ordered = jnp.sort(where(kept, history, jnp.inf), axis=-1)
     last = (number - 1).astype(jnp.float32)
     position = float32(q) * last
     below = jnp.floor(position)
@@ -170,7 +171,7 @@ def _update_history(norm: jax.Array, state: HistoryState, q: Any) -> Any:
     low = _entry(ordered, below)
     high = _entry(ordered, jnp.minimum(below + 1, last))
     # The count runs on to know the place; it returns to a full history.
-    count = jnp.where(count >= 2 * size, size, count)
+    count = where(count >= 2 * size, size, count)
     return low + weight * (high - low), HistoryState(count, history)
 
 
@@ -184,12 +185,12 @@ def _init_sketch(norms: jax.Array) -> SketchState:
 
 
 def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
-    position = (jnp.log(jnp.where(norm > 0, norm, 1)) - _LOW) / _WIDTH
+    position = (jnp.log(where(norm > 0, norm, 1)) - _LOW) / _WIDTH
     index = jnp.clip(jnp.floor(position), 0, _BINS - 1).astype(jnp.int32)
     here = numbered(_BINS, norm) == index[..., None]
     # Before the sum of all counts overflows they are halved, which keeps their ratios.
     full = jnp.any(state.counts >= jnp.iinfo(jnp.int32).max // _BINS, axis=-1)
-    before = jnp.where(full[..., None], state.counts // 2, state.counts)
+    before = where(full[..., None], state.counts // 2, state.counts)
     counts = before + here.astype(jnp.int32)
     outside = (position < 0) | (position >= _BINS)
     ranks = jnp.cumsum(counts, axis=-1)

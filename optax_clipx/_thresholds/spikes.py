@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._trees.arithmetic import hypotenuse, where
 from .base import (
     Context,
     Threshold,
@@ -87,21 +88,21 @@ class _Spikes(NamedTuple):
         limit = state.level + above
         higher, lower = active & (value > limit), active & (value < state.level - above)
         side = higher.astype(jnp.int32) - lower.astype(jnp.int32)
-        far = jnp.where(side * state.far >= 0, state.far + side, side)
-        far = jnp.where(side == 0, 0, far)
+        far = where(side * state.far >= 0, state.far + side, side)
+        far = where(side == 0, 0, far)
         # After so many in a row this is the new level, whose spread stays.
         accepted = jnp.abs(far) >= jnp.asarray(self.patience, jnp.int32)
-        level = jnp.where(accepted, value, state.level)
+        level = where(accepted, value, state.level)
         entered = self.entered(value, state._replace(level=level))
         stays = (side != 0) & ~accepted
         new = SpikeState(
-            seen=jnp.where(stays, state.seen, entered.seen),
+            seen=where(stays, state.seen, entered.seen),
             first=entered.first,
-            level=jnp.where(stays, state.level, entered.level),
-            spread=jnp.where(stays, state.spread, entered.spread),
-            far=jnp.where(accepted, 0, far),
+            level=where(stays, state.level, entered.level),
+            spread=where(stays, state.spread, entered.spread),
+            far=where(accepted, 0, far),
         )
-        return jnp.where(active & ~accepted, limit, jnp.inf), new
+        return where(active & ~accepted, limit, jnp.inf), new
 
     def entered(self, value: jax.Array, state: SpikeState) -> SpikeState:
         """The state after one more usual value."""
@@ -113,8 +114,8 @@ class _Spikes(NamedTuple):
         return SpikeState(
             seen=seen,
             first=first,
-            level=jnp.where(started, level, first_level),
-            spread=jnp.where(started, spread, first_spread),
+            level=where(started, level, first_level),
+            spread=where(started, spread, first_spread),
             far=state.far,
         )
 
@@ -123,7 +124,7 @@ class _Spikes(NamedTuple):
 
         Two of the eight may be anything.
         """
-        lower, middle, above, upper = (ranked(first, rank) for rank in (2, 3, 4, 5))
+        lower, middle, above, upper = ranked(first, 2, 3, 4, 5)
         level = middle / 2 + above / 2
         spread = 2 * (upper / _QUARTILES - lower / _QUARTILES)
         return level, jnp.maximum(spread, self.floor(_FIRST_SPREAD, level))
@@ -139,9 +140,9 @@ class _Spikes(NamedTuple):
         off = value - state.level
         level = state.level + of_level * off
         # The deviation is kept, and not its square, which could overflow.
-        spread = jnp.hypot(
+        spread = hypotenuse(
             jnp.sqrt(1 - of_spread) * state.spread,
-            jnp.sqrt(of_spread * (1 - of_spread)) * off,
+            jnp.sqrt(of_spread * (1 - of_spread)) * jnp.abs(off),
         )
         least = _LEAST_SPREAD[self.of_logarithms]
         return level, jnp.maximum(spread, self.floor(least, level))

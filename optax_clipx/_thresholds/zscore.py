@@ -13,6 +13,7 @@ from .._trees.arguments import (
     check_static_count,
     out_of_range,
 )
+from .._trees.arithmetic import hypotenuse, where
 from .base import (
     Context,
     Refusals,
@@ -185,7 +186,7 @@ class _ZScore(NamedTuple):
         return WindowState(seen, memory(norms, size=self.window), refused)
 
     def update(self, norm: jax.Array, state: Any, context: Context) -> Any:
-        value = jnp.log(jnp.where(norm > 0, norm, 1)) if self.log else norm
+        value = jnp.log(where(norm > 0, norm, 1)) if self.log else norm
         seen = self.entered(state, value) if self.include_current else state
         count, mean, sd = self.moments(seen)
         z_threshold = float32(self.z_threshold)
@@ -197,20 +198,20 @@ class _ZScore(NamedTuple):
         over = active & (value > trigger)
         refused, give_in = self.refusals.in_a_row(over, state.refused)
         over = over & ~give_in
-        limit = jnp.where(over, self.above(value, mean, sd, z_threshold), trigger)
+        limit = where(over, self.above(value, mean, sd, z_threshold), trigger)
         if not self.include_current:
             entering, anything = self.refusals.entering(value, limit, over)
             moved = self.moved(state, value, mean)
             seen = jax.tree.map(
-                lambda m, s: jnp.where(trailing(give_in, s), m, s), moved, state
+                lambda m, s: where(trailing(give_in, s), m, s), moved, state
             )
-            entering = jnp.where(give_in, value, entering)
+            entering = where(give_in, value, entering)
             entered = self.entered(seen, entering)
             seen = jax.tree.map(
-                lambda e, s: jnp.where(trailing(anything, s), e, s), entered, seen
+                lambda e, s: where(trailing(anything, s), e, s), entered, seen
             )
         limit = jnp.exp(limit) if self.log else limit
-        limit = jnp.where(active & ~give_in, limit, jnp.inf)
+        limit = where(active & ~give_in, limit, jnp.inf)
         limit = unless(out_of_range(self.decay, one=True), limit)
         return limit, seen._replace(refused=refused)
 
@@ -223,8 +224,8 @@ class _ZScore(NamedTuple):
             return mean
         if self.target == "threshold":
             return mean + z_threshold * sd
-        z = (value - mean) / jnp.where(sd > 0, sd, 1)
-        raised = mean + z_threshold * (z_threshold / jnp.where(z > 0, z, 1)) * sd
+        z = (value - mean) / where(sd > 0, sd, 1)
+        raised = mean + z_threshold * (z_threshold / where(z > 0, z, 1)) * sd
         factor = float32(self.clip_factor)
         return raised + jnp.log(factor) if self.log else raised * factor
 
@@ -236,13 +237,13 @@ class _ZScore(NamedTuple):
             count = jnp.minimum(state.seen, self.window)
             kept = numbered(self.window, count) < count[..., None]
             number = jnp.maximum(count, 1).astype(jnp.float32)
-            values = jnp.where(kept, state.window, 0)
+            values = where(kept, state.window, 0)
             # Relative to the largest, so that no sum overflows.
             peak = jnp.max(jnp.abs(values), axis=-1)
-            peak = jnp.where(peak > 0, peak, 1)
+            peak = where(peak > 0, peak, 1)
             ratios = values / peak[..., None]
             mean = jnp.sum(ratios, axis=-1) / number
-            off = jnp.where(kept, ratios - mean[..., None], 0)
+            off = where(kept, ratios - mean[..., None], 0)
             sd = jnp.sqrt(jnp.sum(off * off, axis=-1) / number) * peak
             mean = mean * peak
         floor = float32(self.min_relative_sd)
@@ -259,25 +260,23 @@ class _ZScore(NamedTuple):
             place = (
                 numbered(self.window, value) == (state.seen % self.window)[..., None]
             )
-            window = jnp.where(place, value[..., None], state.window)
+            window = where(place, value[..., None], state.window)
             # The count runs on to know the place; it returns to a full window.
             full = 2 * self.window
-            count = jnp.where(count >= full, self.window, count)
+            count = where(count >= full, self.window, count)
             return state._replace(seen=count, window=window)
         number = count.astype(jnp.float32)
         plain = (number - 1) / number
         decay = float32(self.decay)
         warmup = self.steps(self.warmup_steps)
-        takes_over = jnp.where(plain <= decay, plain, decay)
-        decay = jnp.where(
-            warmup > 0, jnp.where(count <= warmup, plain, decay), takes_over
-        )
+        takes_over = where(plain <= decay, plain, decay)
+        decay = where(warmup > 0, where(count <= warmup, plain, decay), takes_over)
         off = jnp.abs(value - state.mean)
         mean = decay * state.mean + (1 - decay) * value
         # The deviation is kept, and not its square, which could overflow.
         exact = self.log | (count <= warmup) | (warmup == 0)
-        share = jnp.sqrt((1 - decay) * decay) * jnp.where(exact, 1, jnp.sqrt(decay))
-        sd = jnp.hypot(jnp.sqrt(decay) * state.sd, share * off)
+        share = jnp.sqrt((1 - decay) * decay) * where(exact, 1, jnp.sqrt(decay))
+        sd = hypotenuse(jnp.sqrt(decay) * state.sd, share * off)
         return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:
@@ -288,7 +287,7 @@ class _ZScore(NamedTuple):
                 return off
             # Relative first: value / mean may be beyond the largest number.
             largest = jnp.finfo(jnp.float32).max
-            relative = off / jnp.where(mean > 0, mean, 1)
+            relative = off / where(mean > 0, mean, 1)
             return jnp.clip(relative * value, -largest / 4, largest / 4)
 
         if self.window is None:

@@ -1,12 +1,14 @@
 """Arithmetic that stays right near the ends of the range, for complex numbers too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+Number = jax.Array | np.ndarray | np.generic  # NumPy's where a value is known
 
 
 def accumulator(arrays: Sequence[Any]) -> Any:
@@ -24,14 +26,63 @@ def at_least_float32(array: Any) -> Any:
 # the time that `jax.numpy` takes.
 
 
-def where(mask: Any, x: Any, y: Any) -> jax.Array:
-    """`jnp.where` of arrays of one shape, one of which may be a number."""
-    like = x if getattr(x, "shape", None) == mask.shape and hasattr(x, "aval") else y
+def _of_scalars(traced: Callable[..., Any], known: Callable[..., Any]) -> Any:
+    """An operation of `jax.lax`, computed at once where all scalars are known."""
+
+    def run(*args: Any) -> Any:
+        if all(isinstance(x, np.generic | np.ndarray) for x in args):
+            with np.errstate(all="ignore"):
+                return known(*args)
+        return traced(*args)
+
+    return run
+
+
+equal = _of_scalars(lax.eq, np.equal)
+less = _of_scalars(lax.lt, np.less)
+more = _of_scalars(lax.gt, np.greater)
+at_least = _of_scalars(lax.ge, np.greater_equal)
+product = _of_scalars(lax.mul, np.multiply)
+negated = _of_scalars(lax.bitwise_not, np.logical_not)
+finite = _of_scalars(lax.is_finite, np.isfinite)
+
+
+def either(x: Any, y: Any) -> Any:
+    """Whether one of two flags is set."""
+    for known, other in ((x, y), (y, x)):
+        if isinstance(known, np.generic | np.ndarray) and known.shape == ():
+            return known if known else other
+    return lax.bitwise_or(x, y)
+
+
+def both(x: Any, y: Any) -> Any:
+    """Whether both of two flags are set."""
+    for known, other in ((x, y), (y, x)):
+        if isinstance(known, np.generic | np.ndarray) and known.shape == ():
+            return other if known else known
+    return lax.bitwise_and(x, y)
+
+
+def where(mask: Any, x: Any, y: Any) -> Any:
+    """`jnp.where`; traced in a quarter of its time where all are of one shape."""
+    shape = getattr(mask, "shape", None)
+    like = x if isinstance(x, jax.Array) and x.shape == shape else y
+    if getattr(like, "shape", None) != shape or not (_fits(x, like) and _fits(y, like)):
+        return jnp.where(mask, x, y)
+    if isinstance(mask, np.generic | np.ndarray) and shape == ():
+        return _alike(x if mask else y, like)
     return lax.select(mask, _alike(x, like), _alike(y, like))
 
 
+def _fits(x: Any, like: Any) -> bool:
+    """Whether a value is of the same kind, or a number of which there is one."""
+    if isinstance(x, bool | int | float):
+        return not isinstance(x, float) or jnp.issubdtype(like.dtype, jnp.floating)
+    return getattr(x, "shape", None) in (like.shape, ()) and x.dtype == like.dtype
+
+
 def _alike(x: Any, like: Any) -> Any:
-    if getattr(x, "shape", None) == like.shape and x.dtype == like.dtype:
+    if getattr(x, "shape", None) == like.shape:
         return x
     return full_like(like, x)
 
@@ -106,8 +157,15 @@ def power(x: jax.Array, p: float) -> jax.Array:
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The root, with a derivative of 0 at 0."""
-    zero = lax.eq(x, full_like(x, 0))
+    zero = equal(x, full_like(x, 0))
     return where(zero, 0, lax.sqrt(where(zero, 1, x)))
+
+
+def hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The root of the sum of two squares, of what is not negative."""
+    largest = lax.max(x, y)
+    ratio = lax.div(lax.min(x, y), where(equal(largest, full_like(x, 0)), 1, largest))
+    return lax.mul(largest, lax.sqrt(1 + lax.mul(ratio, ratio)))
 
 
 def saturated_quotient(root: jax.Array, factor: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from .._trees.arguments import check_count
+from .._trees.arithmetic import where
 from .._trees.leaves import flatten, path_of, show
 
 
@@ -188,7 +189,7 @@ def skip_spikes(
             fields, keep, known = as_one(
                 functools.partial(_judged, loss_rule, extra), before, loss, *found
             )
-            feed = [jnp.where(keep, jnp.zeros_like(x), x) for x in dropped]
+            feed = [where(keep, jnp.zeros_like(x), x) for x in dropped]
         # A clipper that comes first inside need not measure the same again.
         with known_norm(feed, known):
             inner_updates, after = wrapped.update(
@@ -227,21 +228,21 @@ def _judged(
     )
     by_loss = skipped & ~(summary.nonfinite | spike)
     summary = summary._replace(
-        clipped_norm=jnp.where(by_loss, 0, summary.clipped_norm),
-        scale=jnp.where(by_loss, 0, summary.scale),
-        clipped=jnp.where(by_loss, 1, summary.clipped),
+        clipped_norm=where(by_loss, 0, summary.clipped_norm),
+        scale=where(by_loss, 0, summary.scale),
+        clipped=where(by_loss, 1, summary.clipped),
         any_clipped=spike | loss_spike,
         nonfinite=frozen,
     )
-    known = jax.tree.map(lambda n: jnp.where(skipped, 0, n), norm)
-    known = known._replace(unit=jnp.where(skipped, 1, norm.unit))
+    known = jax.tree.map(lambda n: where(skipped, 0, n), norm)
+    known = known._replace(unit=where(skipped, 1, norm.unit))
     fields = {
         "metrics": metrics.advance(state.metrics, summary),
         "rule": _select(frozen, state.rule, rule),
         "skipped": skipped,
         "reason": reason,
         "num_skipped": metrics.count(state.num_skipped, skipped),
-        "consecutive_skips": jnp.where(
+        "consecutive_skips": where(
             skipped, metrics.count(state.consecutive_skips, True), 0
         ),
     }
@@ -270,7 +271,7 @@ def _judge(
         no = jnp.zeros((), jnp.bool_)
         return no, no, state.loss_rule
     bad = ~jnp.isfinite(loss)
-    usable = jnp.where(bad, 0, loss)
+    usable = where(bad, 0, loss)
     limit, new = rule.update(usable, state.loss_rule, context)
     return bad, ~bad & (usable > limit), new
 
@@ -281,7 +282,7 @@ def _select(condition: jax.Array, this: Any, that: Any) -> Any:
             return b
         b = jnp.asarray(b)
         # Keys of random numbers cannot be cast, and need not.
-        return jnp.where(condition, a, b if b.dtype == a.dtype else b.astype(a.dtype))
+        return where(condition, a, b if b.dtype == a.dtype else b.astype(a.dtype))
 
     return jax.tree.map(one, this, that)
 
