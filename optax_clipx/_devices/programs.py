@@ -83,7 +83,7 @@ def if_needed(passes: Passes, joined: Passes, given: Any) -> Any:
     )
 
 
-def together(arrays: Sequence[jax.Array]) -> jax.Array:
+def together(arrays: Sequence[jax.Array | np.ndarray]) -> Any:
     """The entries of arrays as one vector.
 
     On CPU it is stored: a sum would look for the array of each entry.
