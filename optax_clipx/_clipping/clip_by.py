@@ -15,7 +15,7 @@ from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
-from .._trees.arguments import AxisNames, Limit, Specs, as_float
+from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from .._trees.arithmetic import accumulator, either, finite, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
@@ -127,7 +127,7 @@ def clip_by(
     options = Options(nonfinite, axis_name, specs, metrics, norm_arg)
     rule = as_threshold(threshold)
     if measure.scope == "element":
-        return clip_by_magnitude(rule, response, options)
+        return clip_by_magnitude(rule, response, options, is_limit(threshold))
 
     parts = Parts(measure, rule, response, options)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -17,7 +18,16 @@ from .._reductions.norms import Indicators, Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
-from .._trees.arithmetic import accumulator, saturated_quotient, times, widened
+from .._trees.arithmetic import (
+    Number,
+    accumulator,
+    at_least,
+    negated,
+    saturated_quotient,
+    times,
+    where,
+    widened,
+)
 from .._trees.leaves import Leaves
 from . import bounds, policies
 from .responses import rescale
@@ -43,12 +53,13 @@ def clip_by_interval(
             f" max_value={max_value}."
         )
     rule = lower._replace(uses_step=lower.uses_step or upper.uses_step)
+    one = is_limit(min_value) and is_limit(max_value)
 
     def step(
         leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
     ) -> tuple[list[Any], Memory]:
-        low = _limits(lower, leaves, memory, extra)
-        high = _limits(upper, leaves, memory, extra)
+        low = _limits(lower, leaves, memory, extra, one)
+        high = _limits(upper, leaves, memory, extra, one)
         return _finish(leaves, options, low, high, _clamp, memory)
 
     return transformation(None, step, rule, options)
@@ -88,7 +99,7 @@ def _clip_between(
     return transformation(None, step, rule, options)
 
 
-def _shrink(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+def _shrink(array: Any, low: Number, high: Number) -> jax.Array:
     return _respond(array, high, rescale)
 
 
@@ -99,9 +110,9 @@ def clamp_once(tree: Any, min_value: Any, max_value: Any, options: Options) -> A
 
 
 def clip_by_magnitude(
-    rule: Threshold, response: Response, options: Options
+    rule: Threshold, response: Response, options: Options, one: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """`clip_by` for single entries."""
+    """`clip_by` for single entries; whether the rule is one number for all leaves."""
     if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros((1,), jnp.float32))):
         raise ValueError(
             "Expected a threshold that does not depend on norms or parameters for"
@@ -109,13 +120,13 @@ def clip_by_magnitude(
             " leaf_norms() or unit_norms()."
         )
 
-    def respond(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+    def respond(array: Any, low: Number, high: Number) -> jax.Array:
         return _respond(array, high, response)
 
     def step(
         leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
     ) -> tuple[list[Any], Memory]:
-        high = _limits(rule, leaves, memory, extra)
+        high = _limits(rule, leaves, memory, extra, one)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
         act = _clamp if clamps else respond
         return _finish(leaves, options, -high, high, act, memory)
@@ -130,15 +141,19 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
 
 
 def _limits(
-    rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any]
-) -> jax.Array:
-    """The threshold of each leaf, as a vector."""
+    rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any], one: bool
+) -> jax.Array | np.ndarray:
+    """One threshold for all leaves, or a vector of one for each."""
+    dtype = accumulator(leaves.arrays)
+    if one:
+        limit, _ = rule.update(jnp.zeros((), dtype), memory.rule, Context(memory.steps))
+        return limit
     count = len(leaves.arrays)
     groups = ScalarGroups(tuple(range(count)), count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
-    norms = jnp.zeros((count,), accumulator(leaves.arrays))
+    norms = jnp.zeros((count,), dtype)
     limits, _ = rule.update(norms, memory.rule, context)
-    return jnp.broadcast_to(limits, norms.shape)
+    return jnp.broadcast_to(jnp.asarray(limits), norms.shape)
 
 
 def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -156,7 +171,7 @@ def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 _clamp = traced_once(_clamp_once)
 
 
-def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
+def _respond(array: Any, limit: Number, response: Response) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
     root = magnitude = jnp.abs(wide)
     unit = jnp.ones_like(magnitude)
@@ -167,7 +182,7 @@ def _respond(array: Any, limit: jax.Array, response: Response) -> jax.Array:
         root = jnp.abs(times(wide, 1 / unit))
         magnitude = saturated_quotient(root, 1 / unit)
     itself = Norms(magnitude, root, unit)
-    limits = jnp.broadcast_to(limit, magnitude.shape)
+    limits = jnp.broadcast_to(jnp.asarray(limit), magnitude.shape)
     found = scales(itself, limits, response)
     return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))
 
@@ -189,7 +204,7 @@ def _finish(
         return clipped, memory
     found = _measured(leaves, bounds, act, options)
 
-    def ending(found: Any, unusable: jax.Array, bounds: Any, memory: Memory) -> Any:
+    def ending(found: Any, unusable: Any, bounds: Any, memory: Memory) -> Any:
         summary = _summary_of(found, bounds, leaves, options)
         summary = summary._replace(unusable=unusable)
         lost = zero = None
@@ -207,19 +222,22 @@ def _finish(
 
 def _usable(
     low: Any, high: Any, leaves: Leaves, options: Options
-) -> tuple[list[tuple[jax.Array, jax.Array]], jax.Array]:
+) -> tuple[list[tuple[Number, Number]], jax.Array | np.bool_]:
     """The bounds of each leaf, all of them NaN if any leaves no interval."""
 
-    def or_nan(bound: jax.Array) -> jax.Array:
-        return jnp.where(unusable, jnp.nan, bound)
+    def or_nan(bound: Number) -> Number:
+        return where(unusable, np.nan, bound)
 
     if isinstance(high, list):  # of single entries
         pairs = list(zip(low, high, strict=True))
         empty = [~(most >= least) for least, most in pairs]
         unusable = _on_all_devices(jnp.any, empty, leaves, options)
         return [(or_nan(least), or_nan(most)) for least, most in pairs], unusable
-    unusable = jnp.any(~(high >= low))  # vectors, of a number for each leaf
-    both = zip(entries(or_nan(low)), entries(or_nan(high)), strict=True)
+    unusable = negated(at_least(high, low))
+    if high.ndim == 0:
+        return [(or_nan(low), or_nan(high))] * len(leaves.arrays), unusable
+    unusable = jnp.any(unusable)
+    both = zip(*(entries(jnp.asarray(or_nan(x))) for x in (low, high)), strict=True)
     return list(both), unusable
 
 
@@ -262,7 +280,8 @@ def _summary_of(
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
     share = jnp.square(num_outside) / size
     nonzero = jnp.where(before > 0, before, 1)
-    sizes = [jnp.abs(bound) for pair in bounds for bound in pair]
+    different = {id(bound): bound for pair in bounds for bound in pair}
+    sizes = [jnp.abs(bound) for bound in different.values()]
     return Summary(
         norm=before,
         clipped_norm=after,

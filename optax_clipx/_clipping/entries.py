@@ -79,7 +79,8 @@ def elementwise(
         arrays = [jnp.asarray(x) for x in leaves.arrays]
         trees = {name: x for name, x in state._asdict().items() if name != "seen"}
         moments = [moments_in(tree, leaves) for tree in trees.values()]
-        numbers = [numbers_at(m.dtype, state) for m in moments[0]]
+        made = {m.dtype: numbers_at(m.dtype, state) for m in moments[0]}
+        numbers = [made[m.dtype] for m in moments[0]]
         summary = _changed(leaves, [arrays, *moments], numbers, derive, options)
         summary = summary._replace(unusable=jnp.asarray(unusable))
         if derive.sanitized:

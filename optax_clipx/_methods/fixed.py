@@ -7,12 +7,15 @@ import optax
 
 from .._clipping.bounds import has_entries
 from .._clipping.clip_by import clip_by
-from .._clipping.elements import clip_by_entry, clip_by_interval
+from .._clipping.elements import (
+    clip_by_entry,
+    clip_by_interval,
+    clip_by_magnitude,
+)
 from .._clipping.measures import (
     LeafAxis,
     group_norms,
     leaf_norms,
-    magnitudes,
     tree_norm,
     unit_norms,
 )
@@ -20,7 +23,14 @@ from .._clipping.responses import rescale
 from .._clipping.transformation import Options
 from .._thresholds.constant import constant
 from .._thresholds.relative import relative_to_params
-from .._trees.arguments import AxisNames, Limit, Specs, check_eps, check_limit
+from .._trees.arguments import (
+    AxisNames,
+    Limit,
+    Specs,
+    check_eps,
+    check_limit,
+    is_limit,
+)
 
 
 def clip(
@@ -66,18 +76,11 @@ def clip(
     References:
         Mikolov, Statistical language models based on neural networks, 2012.
     """
+    options = Options(nonfinite, axis_name, specs, metrics)
     if has_entries(max_delta):
-        options = Options(nonfinite, axis_name, specs, metrics)
         return clip_by_entry(max_delta, options)
     rule = constant(max_delta, "max_delta")
-    return clip_by(
-        magnitudes(),
-        rule,
-        nonfinite=nonfinite,
-        axis_name=axis_name,
-        specs=specs,
-        metrics=metrics,
-    )
+    return clip_by_magnitude(rule, rescale, options, is_limit(max_delta))
 
 
 def clip_by_value(

@@ -133,13 +133,47 @@ def local_norms(
 ) -> list[Norms]:
     """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
-    measured = _Measured(derive, Where(groups, places), dtype, ord)
+    lots = _lots(trees, extras, groups, places)
+    measured = _Measured(derive, Where(groups, places), dtype, ord, lots)
     measure = _two_norms if ord in (2, "rms") else _power_norms
     given = (trees, extras)
     # Outside of a trace compiled once for all that is measured alike.
     if is_concrete(given) and all(map(knows_shards, jax.tree.leaves(trees))):
         return _compiled(measure, measured, given)
     return measure(measured, given)
+
+
+def _lots(
+    trees: Sequence[Sequence[Any]],
+    extras: Any,
+    groups: Groups,
+    places: Sequence[mesh.Placement],
+) -> tuple[tuple[int, ...], ...]:
+    """Which leaves are put together: small ones of one kind, up to 2^16 entries.
+
+    Only for the norm of the whole tree, of leaves that each device holds as a whole.
+    Without any to put together there are no lots.
+    """
+    every = [x for tree in trees for x in tree]
+    if not groups.is_one or any(place.axes for place in places):
+        return ()
+    if not can_be_joined(every) or not all(map(lies_whole, every)):
+        return ()
+    lots: list[list[int]] = []
+    begun: dict[Any, tuple[list[int], int]] = {}
+    for i, leaf in enumerate(trees[0]):
+        alike = {tree[i].shape for tree in trees} == {leaf.shape}
+        small = alike and is_known(leaf.size) and leaf.size <= 2**12
+        scalars = tuple(map(id, jax.tree.leaves(extras[i]))) if extras else ()
+        kind = (scalars, *(tree[i].dtype for tree in trees))
+        lot, size = begun.get(kind, ([], 2**16))
+        if not small or size + leaf.size > 2**16:
+            lot, size = [], 0
+            lots.append(lot)
+        lot.append(i)
+        if small:
+            begun[kind] = (lot, size + leaf.size)
+    return tuple(map(tuple, lots)) if len(lots) < len(trees[0]) else ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +184,7 @@ class _Measured:
     where: Where
     dtype: Any
     ord: Ord
+    lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
 
     def rows(self, given: Any) -> list[list[Any]]:
         """The leaves of each derived tree."""
@@ -296,7 +331,9 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     groups, places = measured.where
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
         return passes.side_by_side(given)
-    return if_needed(passes, _joined(measured, given, risks) or passes, given)
+    return if_needed(
+        passes, _joined(measured, risks) if measured.lots else passes, given
+    )
 
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
@@ -341,21 +378,9 @@ def _called(fun: Callable[..., Any], *given: Any) -> Any:
     return fun(*given)
 
 
-def _joined(measured: _Measured, given: Any, risks: list[bool]) -> Passes | None:
-    """The same passes with small leaves put together; None where there are none.
-
-    Only for the norm of the whole tree, of leaves that each device holds as a whole.
-    """
-    trees, _ = given
-    every = [x for tree in trees for x in tree]
-    plain = measured.derive is as_they_are and measured.where.groups.is_one
-    if not plain or not can_be_joined(every) or not all(map(lies_whole, every)):
-        return None
-    if any(place.axes for place in measured.where.places):
-        return None
-    lots = _lots(trees)
-    if len(lots) == len(trees[0]):
-        return None
+def _joined(measured: _Measured, risks: list[bool]) -> Passes:
+    """The same passes with small leaves put together."""
+    lots = measured.lots
     count = len(lots)
     groups, places = ScalarGroups((0,) * count, None), (mesh.Placement((), ()),) * count
     passes = _passes(replace(measured, where=Where(groups, places)), risks)
@@ -364,30 +389,13 @@ def _joined(measured: _Measured, given: Any, risks: list[bool]) -> Passes | None
         trees, extras = given
         return tuple(
             tuple(together([tree[i] for i in lot]) for lot in lots) for tree in trees
-        ), extras
+        ), [extras[lot[0]] for lot in lots] if extras else extras
 
     return Passes(
         lambda given: passes.once(put_together(given)),
         lambda more, given: passes.again(more, put_together(given)),
         lambda given: passes.side_by_side(put_together(given)),
     )
-
-
-def _lots(trees: Sequence[Sequence[Any]]) -> list[list[int]]:
-    """Which leaves are put together: small ones of one dtype, up to 2^16 entries."""
-    lots: list[list[int]] = []
-    open_lots: dict[Any, tuple[list[int], int]] = {}
-    for i, leaf in enumerate(trees[0]):
-        kind = tuple(tree[i].dtype for tree in trees)
-        lot, size = open_lots.get(kind, ([], 2**16))
-        small = is_known(leaf.size) and leaf.size <= 2**12
-        if not small or size + leaf.size > 2**16:
-            lot, size = [], 0
-            lots.append(lot)
-        lot.append(i)
-        if small:
-            open_lots[kind] = (lot, size + leaf.size)
-    return lots
 
 
 @_two_norms.defjvp
