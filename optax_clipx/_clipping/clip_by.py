@@ -247,15 +247,7 @@ def clip_norms(
         )
         scales = scaling.scales(norm, limits, response)
         summary = _summary.summarize(
-            norm,
-            limits,
-            scales,
-            groups,
-            measure.ord,
-            arrays,
-            leaves.paths,
-            options.axis_name,
-            options.specs,
+            norm, limits, scales, groups, measure.ord, leaves, options
         )
         if sanitized:
             bad = [jnp.any(n > 0) for n in jax.tree.leaves(found[1].value)]

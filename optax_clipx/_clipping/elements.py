@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from .._devices import mesh
 from .._devices.numbers import as_one
-from .._devices.programs import entries, traced_once
+from .._devices.programs import entries, traced_once, unknown
+from .._devices.sums import clamped, outside
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Indicators, Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless
@@ -163,7 +163,7 @@ def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
             " magnitudes with optax_clipx.clip(max_delta)."
         )
     low, high = low.astype(array.dtype), high.astype(array.dtype)
-    # Selected and not only clamped: XLA's clamp flushes subnormal numbers on CPU.
+    # Selected and not only clamped: a clamp may flush subnormal numbers.
     inside = (array >= low) & (array <= high)
     return jnp.where(inside, array, jnp.clip(array, low, high))
 
@@ -323,12 +323,12 @@ class _Derived:
     def __call__(self, trees: Any, scalars: Any) -> Any:
         leaves, *entries = trees
         raw = policies.sanitize(leaves) if self.sanitized else leaves
-        act = _clamped_for_sums if self.act is _clamp else self.act
-        # Behind a barrier: XLA would write out bounds that several sums share.
+        act = clamped if self.act is _clamp else self.act
+        # Unknown: bounds that several sums share would be stored.
         if entries:
             here = there = list(zip(*entries, strict=True))
         else:
-            here, there = lax.optimization_barrier((list(scalars), list(scalars)))
+            here, there = unknown((list(scalars), list(scalars)))
         each = zip(raw, here, there, strict=True)
         found = [_changed(x, one, other, act) for x, one, other in each]
         after, outside = zip(*found, strict=True)
@@ -342,31 +342,10 @@ def _changed_once(
     array: Any, here: Any, there: Any, act: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """A leaf after clipping, and 1 for each entry that was outside of its bounds."""
-    return act(array, *here), _outside(array, *there)
+    return act(array, *here), outside(array, *there)
 
 
 _changed = traced_once(_changed_once, (3,))
-
-
-def _outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
-    """1 for each entry outside of its bounds, else 0.
-
-    On CPU the sum of a comparison takes three times as long as that of this sign.
-    """
-    if jnp.iscomplexobj(array):
-        array = jnp.abs(array)
-    inside = _clamped_for_sums(array, low, high)
-    return jnp.sign(jnp.abs(array.astype(high.dtype) - inside.astype(high.dtype)))
-
-
-def _clamped_for_sums(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
-    """The clamp in a form that XLA does not turn into its clamp operation.
-
-    Inside of a reduction on CPU that one takes eight times as long.
-    """
-    return -jnp.maximum(
-        -jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype)
-    )
 
 
 def _is_number(value: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from .._devices import mesh
 from .._devices.numbers import as_one
+from .._devices.programs import unknown
 from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Indicators, norms
 from .._thresholds.base import stateless
@@ -45,7 +45,7 @@ class EntryRule(Protocol):
         after: Sequence[jax.Array],
         numbers: Any,
     ) -> jax.Array:
-        """The update; from the new moments alone, XLA can write them in place."""
+        """The update; of the new moments alone, which can then be written in place."""
 
     def change(
         self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
@@ -90,7 +90,7 @@ def elementwise(
         for x, old, n in zip(arrays, zip(*moments, strict=True), numbers, strict=True):
             moved = rule.advance(x, old, n)
             kept = [jnp.where(bad, a, b) for a, b in zip(old, moved, strict=True)]
-            # Only sanitized updates go on where the moments stay: XLA then copies them.
+            # Only sanitized updates go on where the moments stay: these are copied.
             after = moved if derive.sanitized else kept
             out.append(rule.respond(x, old, after, n))
             new.append(kept)
@@ -180,8 +180,8 @@ Shares = tuple[jax.Array, jax.Array]  # of an average: a decay, and 1 - decay
 
 def mean_of(mean: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
     """The exponential moving average after one more value; of a decay, or of shares."""
-    # Behind a barrier: for b = 1/2 XLA would halve the sum, which may overflow.
-    b, rest = lax.optimization_barrier(shares_of(decay, mean.dtype))
+    # Unknown: for b = 1/2 the compiler would halve the sum, which may overflow.
+    b, rest = unknown(shares_of(decay, mean.dtype))
     return b * mean + rest * x
 
 

@@ -1,7 +1,7 @@
 """What happens to updates that are not finite."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,16 @@ from .._trees.leaves import Leaves, Path, show
 POLICIES = ("propagate", "zero", "raise", "sanitize")
 
 
+class Options(NamedTuple):
+    """What every clipper takes."""
+
+    nonfinite: str = "propagate"
+    axis_name: Any = None
+    specs: Any = None
+    metrics: bool = True
+    norm_arg: str = "norm"
+
+
 def check_policy(nonfinite: Any) -> None:
     """Refuses unknown policies at construction."""
     if nonfinite not in POLICIES:
@@ -26,6 +36,13 @@ def check_policy(nonfinite: Any) -> None:
 def sanitize(arrays: Sequence[Any]) -> list[jax.Array]:
     """NaN becomes 0, an infinity the largest finite number of its dtype."""
     return [jnp.nan_to_num(x) for x in arrays]
+
+
+def as_given(arrays: Sequence[Any], options: Options) -> list[jax.Array]:
+    """The updates, sanitized if the policy says so."""
+    if options.nonfinite == "sanitize":
+        return sanitize(arrays)
+    return list(map(jnp.asarray, arrays))
 
 
 def where_nonfinite(arrays: Sequence[Any]) -> Indicators:

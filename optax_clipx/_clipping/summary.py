@@ -11,14 +11,15 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.programs import stacked, vector_of
+from .._devices.sums import stacked, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import as_norm, combine, whole
 from .._trees.arithmetic import at_least, finite, full_like, more, negated
-from .._trees.leaves import Path
+from .._trees.leaves import Leaves
 from .._trees.sizes import as_number, is_known
 from . import scaling
+from .policies import Options
 
 
 class Summary(NamedTuple):
@@ -40,10 +41,8 @@ def summarize(
     scales: Packed,
     groups: Groups,
     ord: Ord,
-    arrays: list[Any],
-    paths: list[Path],
-    axis_name: Any,
-    specs: Any,
+    leaves: Leaves,
+    options: Options,
 ) -> Summary:
     """One step seen as a whole, from the groups' norms and no other pass.
 
@@ -53,7 +52,8 @@ def summarize(
     if not isinstance(groups, UnitGroups) and groups.count is None:
         return _of_tree(norms, limits, scales)
     clipped = scaling.clipped_norms(norms, limits, scales)
-    places = mesh.placements(arrays, paths, axis_name, specs)
+    arrays = leaves.arrays
+    places = mesh.placements(arrays, leaves.paths, options.axis_name, options.specs)
     sizes = groups.sizes(arrays, places)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):

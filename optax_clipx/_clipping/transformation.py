@@ -22,17 +22,8 @@ from .._trees.leaves import Leaves, flatten
 from . import metrics as _metrics, policies, summary as _summary
 from .known_norm import find_norm, known_norm
 from .metrics import ClipState
+from .policies import Options as Options
 from .summary import Summary
-
-
-class Options(NamedTuple):
-    """What every clipper takes."""
-
-    nonfinite: str = "propagate"
-    axis_name: Any = None
-    specs: Any = None
-    metrics: bool = True
-    norm_arg: str = "norm"
 
 
 class Memory(NamedTuple):
@@ -77,6 +68,7 @@ def transformation(
     parameters, and `update` takes any state.
     """
     policies.check_policy(options.nonfinite)
+    clipper = _Clipper(init_rule, rule, options)
 
     def one_step(
         leaves: Leaves, params: Any, memory: Memory, extra: Any, known: Any
@@ -87,41 +79,13 @@ def transformation(
     compiled = jax.jit(one_step)
     used: list[bool] = []
 
-    def init_fn(params: Any) -> Any:
-        with mesh_of(jax.tree.leaves(params), auto=True):
-            rule_state: Any = ()
-            if init_rule is not None:
-                rule_state = init_rule(flatten(params, updates=False))
-            if not options.metrics and not rule.uses_step and not arrays_in(rule_state):
-                return optax.EmptyState()
-            return ClipState(_metrics.fresh(options.metrics), rule_state)
-
-    def update_fn(
+    def update(
         updates: Any, state: Any = None, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        leaves = flatten(updates)
-        if state is None:
-            state = init_fn(updates)
-            if arrays_in(getattr(state, "rule", ())):
-                raise ValueError(
-                    "Expected the state of an adaptive clipper, got None. Call"
-                    " init(params) first and pass its state on."
-                )
-        kept = isinstance(state, ClipState)
-        needed = init_rule is not None or rule.uses_step
-        without = not options.metrics and not rule.uses_step
-        if needed and not (without and isinstance(state, optax.EmptyState)):
-            check_state(state, ClipState)
-        if init_rule is None and kept and arrays_in(state.rule):
-            raise TypeError(of_another_rule("nothing", state.rule))
-        steps = state.metrics.steps if kept else jnp.zeros((), jnp.int32)
-        rule_state = state.rule if kept else ()
+        leaves, state = flatten(updates), clipper.started(state, updates)
+        memory = clipper.memory(state)
         if not leaves.arrays:
-            if not isinstance(state, ClipState):
-                return updates, state
-            new_metrics = _metrics.advance(state.metrics, _summary.nothing())
-            return updates, ClipState(new_metrics, rule_state)
-        memory = Memory(rule_state, steps, state.metrics if kept else None)
+            return updates, _after_nothing(state)
         known = find_norm(leaves.arrays)
         given = (leaves, params if rule.uses_params else None, memory, extra, known)
         run = one_step
@@ -131,10 +95,64 @@ def transformation(
             used[:] = [True]
         with mesh_of(leaves.arrays):
             arrays, memory = run(*given)
+        kept = isinstance(state, ClipState)
         after = ClipState(memory.metrics, memory.rule) if kept else state
         return leaves.rebuild(arrays), after
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(clipper.init, update)
+
+
+class _Clipper(NamedTuple):
+    """What a clipper remembers: how it begins, and whether a state is its own."""
+
+    init_rule: Callable[[Leaves], Any] | None
+    rule: Threshold
+    options: Options
+
+    def init(self, params: Any) -> Any:
+        with mesh_of(jax.tree.leaves(params), auto=True):
+            rule_state: Any = ()
+            if self.init_rule is not None:
+                rule_state = self.init_rule(flatten(params, updates=False))
+            if not self._keeps_metrics() and not arrays_in(rule_state):
+                return optax.EmptyState()
+            return ClipState(_metrics.fresh(self.options.metrics), rule_state)
+
+    def started(self, state: Any, updates: Any) -> Any:
+        """The state, or a new one where there is none and none is needed."""
+        if state is not None:
+            return state
+        state = self.init(updates)
+        if arrays_in(getattr(state, "rule", ())):
+            raise ValueError(
+                "Expected the state of an adaptive clipper, got None. Call"
+                " init(params) first and pass its state on."
+            )
+        return state
+
+    def memory(self, state: Any) -> Memory:
+        """What a state remembers; a state of another clipper is refused."""
+        kept = isinstance(state, ClipState)
+        needed = self.init_rule is not None or self.rule.uses_step
+        empty = not self._keeps_metrics() and isinstance(state, optax.EmptyState)
+        if needed and not empty:
+            check_state(state, ClipState)
+        if self.init_rule is None and kept and arrays_in(state.rule):
+            raise TypeError(of_another_rule("nothing", state.rule))
+        if not kept:
+            return Memory((), jnp.zeros((), jnp.int32), None)
+        return Memory(state.rule, state.metrics.steps, state.metrics)
+
+    def _keeps_metrics(self) -> bool:
+        return self.options.metrics or self.rule.uses_step
+
+
+def _after_nothing(state: Any) -> Any:
+    """The state after updates without any leaf."""
+    if not isinstance(state, ClipState):
+        return state
+    metrics = _metrics.advance(state.metrics, _summary.nothing())
+    return ClipState(metrics, state.rule)
 
 
 def check_state(state: Any, kind: Any) -> None:

@@ -87,10 +87,15 @@ def flax(path: Path, leaf: Any) -> Axes:
         return _of_core(path, leaf, 2, (0, 1)) if in_heads else (rank - 1,)
     if rank == 2:
         return (0,)
-    if _is_vector(leaf):
-        return tuple(range(rank))
-    if in_heads:
+    if in_heads and not _is_vector(leaf):
         return _of_core(path, leaf, 3, (0,))
+    return _of_high_rank(path, leaf, layer)
+
+
+def _of_high_rank(path: Path, leaf: Any, layer: str) -> Axes:
+    """The same of what has three axes or more, and is no query, key or value."""
+    if _is_vector(leaf):
+        return tuple(range(leaf.ndim))
     if _is_convolution(layer):
         return _filters(path, leaf, "flax")
     if layer == "out" and any("att" in part.lower() for part in path[:-2]):
@@ -98,8 +103,8 @@ def flax(path: Path, leaf: Any) -> Axes:
     of_attention = axes_in_attention(path, leaf)
     if of_attention is not None:
         return of_attention
-    if rank in (4, 5) and not has_heads(path):
-        return tuple(range(rank - 1))
+    if leaf.ndim in (4, 5) and not has_heads(path):
+        return tuple(range(leaf.ndim - 1))
     raise ValueError(_unclear(path, leaf, "flax"))
 
 

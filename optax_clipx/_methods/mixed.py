@@ -126,7 +126,7 @@ def mixed_clip(
             mean_of(m, x.astype(m.dtype), decay)
             for m, x in zip(moments, arrays, strict=True)
         ]
-        # First chosen and then measured: XLA can write the new ones in place.
+        # First chosen and then measured: the new ones can be written in place.
         kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
         goes_on = options.nonfinite == "sanitize"
         momentum, _ = clip(moved if goes_on else kept, {}, lambda *_: None)

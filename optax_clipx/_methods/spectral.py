@@ -134,7 +134,7 @@ def clip_by_spectral_norm(
         layouts = _layouts(leaves, axis, batch_axes)
         matrices, bad = _matrices(leaves, layouts, dtype, ways, options)
         tops = jnp.zeros((len(leaves.arrays),), dtype)
-        if adapts:  # XLA sees that the SVD is that of the clipping below: one does
+        if adapts:  # the compiler sees that the SVD is that of the clipping below
             tops = jnp.stack([m.clipped(jnp.inf, dtype)[1] for m in matrices])
         seen = Norms(tops, tops, jnp.ones_like(tops))
         limits, new_rule = _limits(

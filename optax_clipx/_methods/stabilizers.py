@@ -120,16 +120,8 @@ def stabilize_norm(
     ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
         state = memory.rule
-        arrays = [jnp.asarray(x) for x in leaves.arrays]
-        if options.nonfinite == "sanitize":
-            arrays = policies.sanitize(arrays)
-        check_memory(state, StabilizerMemory)
-        if state.peak.shape != (len(arrays),):
-            raise ValueError(
-                f"Expected the {len(state.peak)} leaves that init saw, got"
-                f" {len(arrays)}."
-                " Leave frozen ones out with optax_clipx.excluding or optax.masked."
-            )
+        arrays = policies.as_given(leaves.arrays, options)
+        _check_state(state, len(arrays))
         every = ScalarGroups(tuple(range(len(arrays))), len(arrays))
         where = (leaves.paths, options.axis_name, options.specs)
         (largest,) = norms([arrays], every, float("inf"), *where)
@@ -180,6 +172,15 @@ def stabilize_norm(
         return finish(leaves, out, summary, memory, options)
 
     return transformation(init, step, NO_RULE, options)
+
+
+def _check_state(state: Any, leaves: int) -> None:
+    check_memory(state, StabilizerMemory)
+    if state.peak.shape != (leaves,):
+        raise ValueError(
+            f"Expected the {len(state.peak)} leaves that init saw, got {leaves}."
+            " Leave frozen ones out with optax_clipx.excluding or optax.masked."
+        )
 
 
 def _raw_and_cut(trees: Any, extras: Any) -> Any:

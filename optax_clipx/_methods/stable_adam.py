@@ -140,7 +140,7 @@ def scale_by_stable_adam(
             root_of_mean(r, jnp.abs(x.astype(r.dtype)), now_b2, 2.0)
             for r, x in zip(roots, arrays, strict=True)
         ]
-        # First chosen and then used: XLA can write the new moments in place.
+        # First chosen and then used: the new moments can be written in place.
         kept = [jnp.where(bad, m, n) for m, n in zip(means + roots, moved, strict=True)]
         used = moved if options.nonfinite == "sanitize" else kept
         out = []

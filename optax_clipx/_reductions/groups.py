@@ -24,7 +24,8 @@ from .._devices.mesh import (
     size_of,
     varying,
 )
-from .._devices.programs import cut, entries, total_of
+from .._devices.programs import cut, entries
+from .._devices.sums import total_of
 from .._trees.leaves import Path, show
 from .._trees.sizes import as_number, is_known
 

@@ -19,14 +19,8 @@ from jax import lax
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
-from .._devices.programs import (
-    Passes,
-    if_needed,
-    sum_on_cpu,
-    sums_by_parts,
-    together,
-    traced_once,
-)
+from .._devices.programs import Passes, if_needed, traced_once, unknown
+from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
@@ -212,10 +206,10 @@ class _Measured:
     def sums(self, given: Any, how: str, factors: Any = None) -> list[Any]:
         """Of each derived tree and leaf the sums of squares on this device.
 
-        Factors are those of each tree and leaf, or None. `how` is "plain", "on_cpu",
+        Factors are those of each tree and leaf, or None. `how` is "plain", "each",
         or "at_three": plain, and in two other units.
         """
-        parts = self._sums_by_parts(given, factors) if how == "on_cpu" else None
+        parts = self._sums_by_parts(given, factors) if how == "each" else None
         return parts or [
             [
                 self._sums(i, x, how, factors and factors[k][i])
@@ -279,14 +273,14 @@ def _squares(x: jax.Array, factor: Any, dtype: Any) -> jax.Array:
 def _sums_once(
     x: Any, factor: Any, axes: tuple[int, ...] | None, dtype: Any, how: str
 ) -> list[jax.Array]:
-    if how == "on_cpu":
-        return [sum_on_cpu(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
+    if how == "each":
+        return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
     factors = [factor]
     if how == "at_three":
         limits = _RANGES[dtype]
         units = [np.asarray(1 / u, dtype) for u in (limits.small, limits.large)]
-        # Behind a barrier: of an array with one entry XLA would square the factor.
-        factors += lax.optimization_barrier(units)
+        # Unknown: of an array with one entry the factor would be squared.
+        factors += unknown(units)
     return [sum_over_axes(_squares(x, f, dtype), axes) for f in factors]
 
 
@@ -350,15 +344,15 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             needed = functools.reduce(lax.bitwise_or, flags)
             return list(map(_norms_of, plain, unit)), needed, (unit, factors)
 
-        return in_one(found, measured.sums(given, "on_cpu"))
+        return in_one(found, measured.sums(given, "each"))
 
     def again(more: Any, given: Any) -> list[Norms]:
         def found(sums: list[Any], unit: list[Packed]) -> list[Norms]:
             (squares,) = measured.totals(sums, given)
             return list(map(_norms_of, squares, unit))
 
-        unit, factors = lax.optimization_barrier(more)
-        sums = measured.sums(given, "on_cpu", measured.spread(factors))
+        unit, factors = unknown(more)
+        sums = measured.sums(given, "each", measured.spread(factors))
         return in_one(found, sums, unit)
 
     def side_by_side(given: Any) -> list[Norms]:

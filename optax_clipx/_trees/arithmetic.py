@@ -116,7 +116,7 @@ def times(x: Any, factor: jax.Array | np.ndarray) -> jax.Array:
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x / y`, where `y` may be near the largest number.
 
-    Where it is broadcast, XLA multiplies by `1 / y`, which then would be flushed to 0.
+    Where it is broadcast, compilers multiply by `1 / y`, which would be flushed to 0.
     """
     small = jnp.where(y > jnp.finfo(y.dtype).max * 2.0**-28, 2.0**-30, 1)
     small = small.astype(y.dtype)

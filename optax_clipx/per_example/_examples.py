@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .._clipping import scaling
 from .._clipping.scaling import Response
-from .._devices import mesh
+from .._devices.examples import weighted_sums
 from .._devices.mesh import Axes, Placement
 from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Norms, Ord, as_they_are, local_norms
-from .._trees.arithmetic import accumulator, times, widened
+from .._trees.arithmetic import accumulator, widened
 
 
 @dataclass(frozen=True)
@@ -115,23 +114,6 @@ def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
     return zeros + (limits if norms.ndim == 1 else limits[None])
 
 
-def in_rows(arrays: list[Any]) -> list[Any]:
-    """The arrays, computed once; on CPU an example lies in memory as a row."""
-    # XLA would give one consumer of a bfloat16 array digits that another does not see,
-    # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).
-    if any(map(mesh.is_cut, arrays)):
-        return lax.optimization_barrier(arrays)
-
-    def flattened(arrays: list[Any]) -> list[jax.Array]:
-        rows = [x.reshape(x.shape[0], x[:1].size) for x in arrays]
-        rows = lax.optimization_barrier(rows)
-        return [row.reshape(x.shape) for row, x in zip(rows, arrays, strict=True)]
-
-    return lax.platform_dependent(
-        arrays, cpu=flattened, default=lax.optimization_barrier
-    )
-
-
 def weighted_sum(
     arrays: list[jax.Array], groups: ExampleGroups, found: Measured, mask: Any
 ) -> list[jax.Array]:
@@ -139,56 +121,11 @@ def weighted_sum(
     dtype = accumulator(arrays)
     finite = all_finite(found.norms)
     keep = finite if mask is None else finite & mask
-    parts = (
+    usual = jnp.all(finite) & jnp.all(found.coarse == 1)
+    return weighted_sums(
         [x.astype(widened(x, dtype)) for x in arrays],
         [along(keep, x.ndim) for x in arrays],
         groups.spread(found.coarse),
         groups.spread(found.fine),
+        usual,
     )
-
-    def sums(*parts: Any) -> list[jax.Array]:
-        each = zip(*parts, strict=True)
-        return [
-            jnp.sum(jnp.where(k, times(times(x, c), f), 0), axis=0)
-            for x, k, c, f in each
-        ]
-
-    # On CPU a sum along the first axis takes up to 80 times as long as a product of a
-    # vector and a matrix, but there 0 times NaN is NaN.
-    def products(arrays: Any, keeps: Any, coarse: Any, fine: Any) -> list[jax.Array]:
-        weights = [jnp.where(k, f, 0) for k, f in zip(keeps, fine, strict=True)]
-        usual = jnp.all(finite) & jnp.all(found.coarse == 1)
-        arrays = _cleaned(arrays, usual, keeps, coarse)
-        return list(map(_product, weights, arrays))
-
-    if any(mesh.is_cut(x) or jnp.iscomplexobj(x) for x in arrays):
-        return sums(*parts)
-    return lax.platform_dependent(*parts, cpu=products, default=sums)
-
-
-@jax.custom_jvp
-def _cleaned(arrays: Any, usual: jax.Array, keeps: Any, coarse: Any) -> Any:
-    """The arrays, and if they are not usual, scaled coarsely and rid of the rest."""
-
-    # A loop of no or one turn changes what it carries where it lies. A cond keeps room
-    # for a second copy: 154 MB beside gradients of 77 MB.
-    def turn(state: Any) -> Any:
-        return state[0] | True, _clean(state[1], keeps, coarse)
-
-    return lax.while_loop(lambda state: ~state[0], turn, (usual, arrays))[1]
-
-
-@_cleaned.defjvp
-def _cleaned_jvp(primals: Any, tangents: Any) -> Any:
-    # Loops cannot be differentiated backward. The factors are constants.
-    _, _, keeps, coarse = primals
-    return _cleaned(*primals), _clean(tangents[0], keeps, coarse)
-
-
-def _clean(arrays: Any, keeps: Any, coarse: Any) -> list[jax.Array]:
-    each = zip(arrays, keeps, coarse, strict=True)
-    return [jnp.where(k, times(x, c), 0) for x, k, c in each]
-
-
-def _product(weights: jax.Array, array: jax.Array) -> jax.Array:
-    return jnp.tensordot(weights.reshape(-1), array, 1, precision="highest")

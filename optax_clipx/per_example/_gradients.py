@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from .._clipping.measures import Measure, tree_norm
 from .._clipping.responses import rescale
 from .._clipping.scaling import Response
+from .._devices.examples import in_rows
 from .._devices.mesh import mesh_of
 from .._reductions.groups import ScalarGroups
 from .._trees.arguments import (
@@ -36,7 +37,7 @@ from ._batch_arguments import (
     size_of_batch,
     unpacked,
 )
-from ._examples import ExampleGroups, in_rows, like_norms, measured, weighted_sum
+from ._examples import ExampleGroups, like_norms, measured, weighted_sum
 
 
 class ClippedExamples(NamedTuple):
@@ -186,26 +187,10 @@ def clipped_grad(
         Xia et al., Differentially private learning with per-sample adaptive clipping,
         2023, arXiv 2212.00328 (DP-PSAC).
     """
-    if not callable(fun):
-        raise TypeError(f"Expected fun to be a function, got {fun!r}.")
     measure = tree_norm() if measure is None else measure
-    if not isinstance(measure, Measure):
-        raise TypeError(f"Expected a measure such as tree_norm(), got {measure!r}.")
-    if measure.scope not in ("tree", "leaf", "group") or measure.batch_axes is not None:
-        raise ValueError(
-            "Expected measure to be tree_norm(), leaf_norms() or group_norms(labels),"
-            f" got {measure!r}."
-        )
+    _check(fun, measure, shares)
     check_max_norm(max_norm)
-    check_choice(shares, "shares", ("equal", "size"))
-    check_choice(reduction, "reduction", ("sum", "mean"))
-    if batch_size is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f'Expected reduction="mean" beside batch_size={batch_size}, got'
-                f" reduction={reduction!r}."
-            )
-        check_limit(batch_size, "batch_size")
+    _check_mean(reduction, batch_size)
     if microbatch_size is not None:
         check_static_count(microbatch_size, "microbatch_size")
         microbatch_size = int(microbatch_size)
@@ -282,6 +267,31 @@ def clipped_grad(
             return leaves.rebuild([finish(x) for x in sums]), found
 
     return grad_fn
+
+
+def _check(fun: Any, measure: Any, shares: Any) -> None:
+    if not callable(fun):
+        raise TypeError(f"Expected fun to be a function, got {fun!r}.")
+    if not isinstance(measure, Measure):
+        raise TypeError(f"Expected a measure such as tree_norm(), got {measure!r}.")
+    if measure.scope not in ("tree", "leaf", "group") or measure.batch_axes is not None:
+        raise ValueError(
+            "Expected measure to be tree_norm(), leaf_norms() or group_norms(labels),"
+            f" got {measure!r}."
+        )
+    check_choice(shares, "shares", ("equal", "size"))
+
+
+def _check_mean(reduction: Any, batch_size: Any) -> None:
+    check_choice(reduction, "reduction", ("sum", "mean"))
+    if batch_size is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'Expected reduction="mean" beside batch_size={batch_size}, got'
+            f" reduction={reduction!r}."
+        )
+    check_limit(batch_size, "batch_size")
 
 
 def _clipped_sums(

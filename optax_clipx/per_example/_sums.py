@@ -11,6 +11,7 @@ from jax import lax
 
 from .._clipping.scaling import Response
 from .._devices import mesh
+from .._devices.examples import in_rows
 from .._trees.arithmetic import widened
 from .._trees.leaves import Leaves, show
 from ._examples import (
@@ -18,7 +19,6 @@ from ._examples import (
     Measured,
     all_finite,
     along,
-    in_rows,
     like_norms,
     measured,
     scales_of,
@@ -97,12 +97,12 @@ class ClippedGrad:
             parts = x.reshape(x.shape[0] // self.steps, self.steps, *x.shape[1:])
             return lax.dynamic_index_in_dim(parts, i, 1, keepdims=False)
 
-        # The smallest first: in this order XLA adds them up, and where the gradients of
-        # one leaf were the sum of a larger one has room.
+        # The smallest first: in this order they are added up, and where the gradient
+        # of one leaf was the sum of a larger one has room.
         zeros, structure = jax.tree.flatten(start)
         order = sorted(range(len(zeros)), key=lambda k: zeros[k].size)
 
-        # Neither indices nor flags are stacked: on CPU each would be as much as a norm.
+        # Neither indices nor flags are stacked: each would be as much as a norm.
         def step(carry: Any, known: Any) -> tuple[Any, Any]:
             i, total = carry
             chosen = jax.tree.map(functools.partial(take, i), examples)

@@ -124,13 +124,7 @@ def find_threshold(
         Pascanu et al., 2013, arXiv 1211.5063: training is not very sensitive to the
         threshold, so that a coarse grid will do.
     """
-    if not (0 < low < high < np.inf):
-        raise ValueError(f"Expected 0 < low < high, got low={low}, high={high}.")
-    if num < 2:
-        raise ValueError(f"Expected num >= 2, got num={num}.")
-    for name, given in (("seeds", seeds), ("learning_rates", learning_rates)):
-        if given is not None and not len(given):
-            raise ValueError(f"Expected {name} to be None or not empty, got {given!r}.")
+    _check(low, high, num, seeds=seeds, learning_rates=learning_rates)
     limits = tuple(float(f"{x:.6g}") for x in np.geomspace(low, high, num))
     rates = (None,) if learning_rates is None else tuple(map(float, learning_rates))
     kept_seeds = (None,) if seeds is None else tuple(map(_whole, seeds))
@@ -160,6 +154,16 @@ def find_threshold(
     if picture is not None:
         found.plot(picture, force=force)
     return found
+
+
+def _check(low: Any, high: Any, num: int, **lists: Collection[Any] | None) -> None:
+    if not (0 < low < high < np.inf):
+        raise ValueError(f"Expected 0 < low < high, got low={low}, high={high}.")
+    if num < 2:
+        raise ValueError(f"Expected num >= 2, got num={num}.")
+    for name, given in lists.items():
+        if given is not None and not len(given):
+            raise ValueError(f"Expected {name} to be None or not empty, got {given!r}.")
 
 
 def _whole(seed: Any) -> int:

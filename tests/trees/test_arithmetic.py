@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx._devices import programs
+from optax_clipx._devices import sums
 from optax_clipx._reductions import norms as reductions
 from optax_clipx._reductions.whole_norm import whole_norm
 from optax_clipx._thresholds import quantile as _quantile
@@ -60,9 +60,7 @@ def test_factors_are_powers_of_two_that_undo_each_other():
 
 def test_small_leaves_are_summed_as_vectors():
     for shape, flat in (((2, 2**12), True), ((2, 2**12 + 1), False), ((7,), True)):
-        total = functools.partial(
-            programs.sum_on_cpu, jnp.abs, axes=None, sums=jnp.float32
-        )
+        total = functools.partial(sums.sum_of, jnp.abs, axes=None, sums=jnp.float32)
         text = str(jax.make_jaxpr(total)(jnp.ones(shape)))
         assert (f"f32[{math.prod(shape)}] = abs" in text) == flat
 
