@@ -342,7 +342,8 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             flags = map(_is_not_one, jax.tree.leaves(at_risk))
             factors = jax.tree.map(lambda unit: lax.div(_one(unit), unit), unit)
             needed = functools.reduce(lax.bitwise_or, flags)
-            return list(map(_norms_of, plain, unit)), needed, (unit, factors)
+            each = measured.spread(factors)  # a factor that leaves share is stored
+            return list(map(_norms_of, plain, unit)), needed, (unit, each)
 
         return in_one(found, measured.sums(given, "each"))
 
@@ -352,7 +353,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             return list(map(_norms_of, squares, unit))
 
         unit, factors = unknown(more)
-        sums = measured.sums(given, "each", measured.spread(factors))
+        sums = measured.sums(given, "each", factors)
         return in_one(found, sums, unit)
 
     def side_by_side(given: Any) -> list[Norms]:
