@@ -142,11 +142,6 @@ ERRORS = {
         ValueError,
         "a rule that adapts",
     ),
-    "spectral rule adapts": (
-        lambda: clipx.clip_by_spectral_norm(clipx.thresholds.zscore()),
-        ValueError,
-        "a rule that adapts",
-    ),
     "skip_spikes of what": (
         lambda: clipx.skip_spikes(3),
         TypeError,
