@@ -278,7 +278,7 @@ def _summary_of(
     places = mesh.placements(arrays, leaves.paths, _axis_name(options), options.specs)
     groups = ScalarGroups((0,) * len(arrays), None)
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
-    share = jnp.square(num_outside) / size
+    share = jnp.round(jnp.square(num_outside)) / size
     nonzero = jnp.where(before > 0, before, 1)
     different = {id(bound): bound for pair in bounds for bound in pair}
     sizes = [jnp.abs(bound) for bound in different.values()]

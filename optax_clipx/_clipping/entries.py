@@ -250,7 +250,7 @@ def _changed(
     )
     places = mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
     size = jnp.asarray(groups.sizes(leaves.arrays, places), norm.dtype)
-    share = jnp.square(different) / size
+    share = jnp.round(jnp.square(different)) / size
     return Summary(
         norm=norm,
         clipped_norm=clipped_norm,
