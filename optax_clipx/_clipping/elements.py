@@ -156,7 +156,7 @@ def _limits(
     return jnp.broadcast_to(jnp.asarray(limits), norms.shape)
 
 
-def _clamp_once(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+def _clamp_once(array: Any, low: Number, high: Number) -> jax.Array:
     if jnp.iscomplexobj(array):
         raise TypeError(
             "Expected real updates for an interval, got complex ones: clip their"

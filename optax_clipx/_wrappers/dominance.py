@@ -39,8 +39,9 @@ def dominant_leaf(opt_state: Any) -> tuple[str, float]:
         >>> tx = clipx.track_norms(optax.sgd(0.1))
         >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([1.0])}
         >>> _, state = tx.update(grads, tx.init(grads))
-        >>> clipx.dominant_leaf(state)
-        ('w', 0.9)
+        >>> name, share = clipx.dominant_leaf(state)
+        >>> print(name, f"{share:.2f}")
+        w 0.90
 
     References:
         Megatron-LM reports the largest share beside the gradient norm.
