@@ -198,6 +198,7 @@ def test_few_long_rows_are_not_derived_row_by_row():
     assert "stablehlo.pad" not in text
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("scope", ["tree", "group"])
 def test_no_loop_adds_up_all_leaves(scope):
     """XLA would look for it in a time that grows with the square of the leaves."""

@@ -258,6 +258,7 @@ def test_relative_to_params_for_whole_leaves():
             np.testing.assert_allclose(norm, limit, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_functions_return_what_the_transformations_do():
     grads, params = tree(), tree(1)
     f = clipx.functional

@@ -48,6 +48,7 @@ def test_mha_is_the_reference(rng, alpha):
     np.testing.assert_allclose(got["attn"]["key"]["kernel"], want[1], rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gqa_is_the_reference(rng, alpha, groups):

@@ -264,6 +264,7 @@ def test_a_layer_alone():
     assert [one.name for one in clipx.qk.flax(layer)] == ["attention"]
 
 
+@pytest.mark.slow
 def test_a_stack_of_nnx():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(axis_size=3)

@@ -23,6 +23,7 @@ def pair(queries=37, keys=53, heads=4, key_heads=4, batch=2, dim=8):
     return [RNG.normal(size=s).astype(np.float32) for s in shapes]
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_it_is_the_dense_maximum(key_heads, block_size):
@@ -33,6 +34,7 @@ def test_it_is_the_dense_maximum(key_heads, block_size):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 99), (99, 5)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_length(lengths, causal):
@@ -110,6 +112,7 @@ def test_no_gradient_flows():
     np.testing.assert_array_equal(got, 0.0)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("lengths", [(192, 320), (48, 80), (1024, 1024)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_program_holds_no_array_of_both_lengths(lengths, causal):
@@ -134,6 +137,7 @@ def test_memory_does_not_grow_with_the_lengths():
     assert found.temp_size_in_bytes < 2048 * 2048 * 4 / 16
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("masked", [False, True])
@@ -153,6 +157,7 @@ def test_sharded_batch_and_heads(kind, key_heads, masked):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("key_heads", [2, 4])
 def test_a_sharded_batch_takes_one_all_reduce(key_heads):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -164,6 +169,7 @@ def test_a_sharded_batch_takes_one_all_reduce(key_heads):
     assert found == ["all-reduce"]
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
     query, key = pair(batch=8)
@@ -179,6 +185,7 @@ def test_shard_map(check_vma):
     np.testing.assert_allclose(jax.jit(run)(query, key), want, rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_manual_code_asks_for_the_axes(check_vma):
     query, key = pair(batch=8)
@@ -248,6 +255,7 @@ def test_linen_records():
 
 
 @pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax is older")
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_nnx_records(kv_heads):
     layer = nnx.MultiHeadAttention(

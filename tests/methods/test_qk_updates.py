@@ -191,6 +191,7 @@ def wrapped(inner):
     }
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("name", wrapped(optax.identity()))
 def test_wrappers_pass_the_maxima_on(name):
     tx = wrapped(optax.chain(optax.sgd(0.0), clipx.qk_clip_updates(LAYOUT)))[name]
@@ -234,6 +235,7 @@ def test_leaves_that_are_masked_away_elsewhere():
     assert jax.tree.structure(got) == jax.tree.structure(params)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_heads_give_the_answer_of_one_device(kind):
     params, grads = tree(0), tree(1)
@@ -276,6 +278,7 @@ IN_A_ROW = [
 ]
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("layout", IN_A_ROW, ids=["mha", "gqa", "mla"])
 @pytest.mark.parametrize("placed", [P("model"), P()])
 def test_heads_in_a_row_on_explicit_axes(layout, placed):
@@ -292,6 +295,7 @@ def test_heads_in_a_row_on_explicit_axes(layout, placed):
     chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("placed", [P("model"), P()])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_groups_on_a_mesh(kind, placed):
@@ -310,6 +314,7 @@ def test_groups_on_a_mesh(kind, placed):
     chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-6)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_heads_sharded_in_shard_map(check_vma):
     params, grads = tree(0), tree(1)

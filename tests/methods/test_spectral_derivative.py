@@ -162,6 +162,7 @@ def test_a_second_derivative_where_singular_values_differ(form):
     assert_allclose(found, want, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm", "clipped_norm"])
 def test_of_the_metrics(name):
     """The largest singular value is 3: it moves by u'dv before, and not after."""

@@ -61,6 +61,7 @@ def test_each_leaf_follows_its_largest_singular_value(seed, name):
             assert error <= 1e-5 * np.linalg.norm(matrix)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
 def test_the_spike_of_one_leaf_moves_no_other_threshold(method):
     tx = clipx.clip_by_spectral_norm(QUANTILE, method=method)
@@ -76,6 +77,7 @@ def test_the_spike_of_one_leaf_moves_no_other_threshold(method):
     assert state.metrics.threshold == pytest.approx(120.8, rel=1e-4)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("policy", ["propagate", "zero", "sanitize"])
 def test_a_step_that_is_not_finite_teaches_nothing(policy):
     tx = clipx.clip_by_spectral_norm(QUANTILE, nonfinite=policy)

@@ -207,6 +207,7 @@ def test_the_bound_in_a_thousand_cases(seed, decade, above, dtype, two, fun):
     check_bound(seed, decade, above, dtype, two, fun)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "mode", [{}, pytest.param({"two_pass": True}, marks=pytest.mark.slow)], ids=str

@@ -23,10 +23,10 @@ FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
 
 
 def cells():
-    """Each pair; one of 73 is a usual test, two are slow, the rest is for WHOLE."""
+    """Each pair; one of 146 is a usual test, four are slow, the rest is for WHOLE."""
     for i, row in enumerate(EVERY):
         for j, column in enumerate(CONTEXTS):
-            place = (7 * i + j) % 73
+            place = (7 * i + j) % 146
             if place % 36 and not WHOLE:
                 continue  # two thousand, which take seconds to collect
             slow = place or column == "before each optimizer"

@@ -61,6 +61,7 @@ def write_idx(path, array):
         file.write(data)
 
 
+@pytest.mark.slow
 def test_the_regression_explodes_without_clipping_and_trains_with_it(tmp_path):
     arguments = ["--task", "regression", "--seeds", 2, "--methods", "none", "global"]
     found = run("exploding_gradients.py", *arguments, "--output", "out", cwd=tmp_path)

@@ -19,6 +19,7 @@ SUITES = {
 }
 
 
+@pytest.mark.slow
 # Each takes a process of its own; the first is the one of clipping.
 @pytest.mark.parametrize(
     "suite",

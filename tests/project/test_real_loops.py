@@ -723,6 +723,7 @@ def dreamerv3(lib):
     return losses
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_the_losses_are_those_of_optax(name):

@@ -115,6 +115,7 @@ def test_other_orders(ord, exponent):
     np.testing.assert_allclose(float(norm), float(reference.norm(tree, ord)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_of_many_entries_keep_their_precision():
     x = np.random.default_rng(0).normal(size=1 << 24).astype(np.float32)
     norm = clipx.functional.global_norm([x, x])

@@ -25,6 +25,7 @@ DISTRIBUTIONS = {
 SHARES = [0.01, 0.1, 0.5, 0.9, 0.99]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [20000, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_the_sketch_is_within_three_percent(number):
     rng = np.random.default_rng(0)

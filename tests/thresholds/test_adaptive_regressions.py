@@ -23,6 +23,7 @@ def run(rule, norms):
     return limits, state
 
 
+@pytest.mark.slow
 def test_units_of_one_zero_on_each_device():
     """XLA squares a constant factor of arrays with one entry: 0 times infinity."""
     explicit = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))

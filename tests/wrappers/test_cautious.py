@@ -155,6 +155,7 @@ def on(kind, values):
     }
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("jitted", [True, False])
 def test_sharded_leaves(kind, jitted):

@@ -143,6 +143,7 @@ def dominant(params, grads):
     return clipx.dominant_leaf(tx.update(grads, tx.init(params), params)[1])[0]
 
 
+@pytest.mark.slow
 def test_the_name_in_linen():
     params = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
     grads = jax.tree.map(jnp.zeros_like, params)
@@ -171,6 +172,7 @@ def test_the_name_in_equinox():
     assert dominant(params, grads) == "layers/1/weight"
 
 
+@pytest.mark.slow
 def test_the_name_in_haiku():
     hk = pytest.importorskip("haiku")
     net = hk.transform(lambda x: hk.nets.MLP([3, 1])(x))
@@ -243,6 +245,7 @@ def test_norms_and_ratios_of_layers_are_those_of_numpy():
     )  # the parameters are the gradients
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_layers_on_a_mesh_that_cuts_the_stack(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
@@ -273,6 +276,7 @@ def test_layers_that_are_cut_in_manual_code_are_refused():
                       check_vma=False)({"blocks": stack()["blocks"]})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_ensemble_under_vmap():
     grads = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), stack())
     tx = clipx.track_norms(SGD, batch_axes=layers)

@@ -100,6 +100,7 @@ PLACES = {
 }
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("shape", [(8,), (4, 2)])
 def test_on_a_mesh(kind, shape):

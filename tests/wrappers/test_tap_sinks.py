@@ -206,6 +206,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize(
     "more",
     [

@@ -259,6 +259,7 @@ def tracked(**options):
     return clipx.track_norms(optax.chain(LIMIT, optax.adam(1e-2)), **options)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_the_update_takes_no_further_all_reduce(kind):
     before, after = tracked(ratios=True), tracked(updates=True)
