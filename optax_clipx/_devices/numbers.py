@@ -1,5 +1,6 @@
 """A few numbers from a few numbers, which XLA for CPU compiles as one kernel."""
 
+import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -138,27 +139,7 @@ def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
 
 
 def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
-    """The same, from numbers that lie in one vector.
-
-    XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.
-
-    `python benchmarks/everyday.py --h100`: with it a step of Adam on 4 leaves has 10
-    kernels, without it 14, and with optax's clipping 9.
-    """
-
-    def run(*arrays: Any) -> list[Any]:
-        floats = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
-        if not floats:
-            return jaxpr_as_fun(program)(*arrays)
-        parts = [lax.reshape(arrays[i], (arrays[i].size,)) for i in floats]
-        vector = lax.optimization_barrier(lax.concatenate(parts, 0))
-        given, start = list(arrays), 0
-        for i, part in zip(floats, parts, strict=True):
-            piece = lax.slice(vector, (start,), (start + part.size,))
-            given[i] = lax.reshape(piece, arrays[i].shape)
-            start += part.size
-        return jaxpr_as_fun(program)(*given)
-
+    run = functools.partial(_from_one_vector, jaxpr_as_fun(program))
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
@@ -170,6 +151,27 @@ mlir.register_lowering(_computed, _lowered)
 mlir.register_lowering(_computed, _lowered_on_cpu, platform="cpu")
 for _gpu in ("cuda", "rocm"):
     mlir.register_lowering(_computed, _lowered_on_gpu, platform=_gpu)
+
+
+def _from_one_vector(fun: Callable[..., Any], *arrays: Any) -> Any:
+    """The same, from numbers that lie in one vector.
+
+    XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.
+
+    `python benchmarks/everyday.py --h100`: with it a step of Adam on 4 leaves has 10
+    kernels, without it 14, and with optax's clipping 9.
+    """
+    floats = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
+    if not floats:
+        return fun(*arrays)
+    parts = [lax.reshape(arrays[i], (arrays[i].size,)) for i in floats]
+    vector = lax.optimization_barrier(lax.concatenate(parts, 0))
+    given, start = list(arrays), 0
+    for i, part in zip(floats, parts, strict=True):
+        piece = lax.slice(vector, (start,), (start + part.size,))
+        given[i] = lax.reshape(piece, arrays[i].shape)
+        start += part.size
+    return fun(*given)
 
 
 def _in_a_loop(

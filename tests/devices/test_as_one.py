@@ -1,5 +1,7 @@
 """A few numbers from a few numbers, in one kernel on CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from xla_settings import OWN
 
 import optax_clipx as clipx
-from optax_clipx._devices.numbers import as_one
+from optax_clipx._devices.numbers import _from_one_vector, as_one
 
 
 def numbers(x, y, count):
@@ -27,6 +29,26 @@ def test_the_numbers_are_those_of_the_function(around):
     assert bool(found["over"])
     assert found["count"] == 8
     assert found["y"] == 3.0
+
+
+def test_numbers_that_lie_in_one_vector_are_the_same():
+    """As for GPUs, here on CPU."""
+
+    def fun(x, count, y, flag):
+        return x + 1, count, y * 2, flag
+
+    args = (jnp.float32(4.0), jnp.int32(7), jnp.array([1.0, 3.0]), jnp.bool_(True))
+    x, count, y, flag = jax.jit(functools.partial(_from_one_vector, fun))(*args)
+    assert (x, count, flag) == (5.0, 7, True)
+    np.testing.assert_array_equal(y, [2.0, 6.0])
+
+
+def test_gpus_read_one_vector_and_tpus_the_numbers():
+    traced = jax.jit(lambda *args: as_one(numbers, *args)).trace(*given())
+    for platform, joined in (("cuda", True), ("rocm", True), ("tpu", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.concatenate" in text) == joined
+        assert "stablehlo.while" not in text
 
 
 def test_a_nan_ends_the_loop():
