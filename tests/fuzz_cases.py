@@ -95,11 +95,12 @@ def draw_config(name: str, seed: int) -> Config:
     tree = Pair(tree, (np.zeros(3, jnp.dtype(dtypes[0])),))
     leaves = list(filter(is_measured, jax.tree.leaves(tree)))
     params = [values(rng, x.shape, x.dtype, rng.uniform(-3, 1)) for x in leaves]
+    leaves_out = name in ("excluding", "excluding_labels") and outer != "skip_spikes"
     chosen = [
         {"excluding": not has_few_axes((), x), "masked": x.ndim % 2 == 1}.get(
             outer, True
         )
-        and not (name == "excluding" and outer != "skip_spikes" and has_few_axes((), x))
+        and not (leaves_out and has_few_axes((), x))
         for x in leaves
     ]
     center = rng.choice([rng.uniform(-30, 30), rng.uniform(-2, 2)])

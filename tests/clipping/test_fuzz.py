@@ -52,6 +52,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 # These change the updates by what their metrics say, and by nothing else.
 PURE = {*ALL_METHODS, *ADAPTIVE, *STATELESS, *RULES, "clip_by_second_moment"}
+PURE -= {"clip_by_spectral_norm_rule"}  # its norm is a singular value
 ENTRIES = {*ELEMENT_METHODS, "magnitudes", "clip_by_second_moment"}
 STRETCHING = {"tree_normalize", "normalize_by_norm", "group_band"}
 SMOOTH = {"tree_smooth", "smooth_clip", "normalize_by_norm", "tree_normalize"}

@@ -47,7 +47,7 @@ PAGES = {  # what each prints
     r"(.|\n)*\('spikes', 'level-shift'\)",
     "docs/batch_size.md": r"0\.5\n0\.79\d*\nnoise scale: \d examples\n(10\.0|9\.99\d*)",
     "docs/methods/qk_clip.md": r"4307\.\d+ 1\.0\n\d+\.\d+ 0\.\d*\n"
-    r"\[( *(99\.9+|100\.)\d*){4}\]\nlayers/0 \[0\.1372",
+    r"\[( *(99\.9+|100\.)\d*){4} *\]\nlayers/0 \[0\.1372",
     "docs/choosing.md": r"0\.335 would have clipped 10\.0%",
 }
 ALONE = {INDEX, ROOT / "docs/methods/qk_clip.md"}  # their code is more than one line
