@@ -390,12 +390,15 @@ def draw(name: str, cells: dict[str, Any], theme: str) -> Any:
             if trial.shows == "norm" and method == "no clipping":
                 continue
             colour = colours.lines[number % len(colours.lines)]
-            line(ax, trial.shows, runs, method, colour, colours)
+            dashed = number >= 3  # of the later colours some are much alike
+            line(ax, trial.shows, runs, method, colour, colours, dashed)
         title = textwrap.fill(situation.title, 72 // len(trial.situations))
         ax.set_title(title, fontsize=9.5, fontweight="normal")
         ax.set(yscale="log", xlabel="step")
     axes[0].set_ylabel(
-        "threshold and norm" if trial.shows == "norm" else "held-out loss"
+        "threshold and norm"
+        if trial.shows == "norm"
+        else "held-out loss\n(lower is better)"
     )
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3)
@@ -403,9 +406,16 @@ def draw(name: str, cells: dict[str, Any], theme: str) -> Any:
 
 
 def line(
-    ax: Any, shows: str, runs: list[Any], method: str, colour: str, colours: Any
+    ax: Any,
+    shows: str,
+    runs: list[Any],
+    method: str,
+    colour: str,
+    colours: Any,
+    dashed: bool,
 ) -> None:
     """One method in one panel."""
+    style: dict[str, Any] = {"color": colour, "ls": "--" if dashed else "-"}
     if shows == "norm":
         norms = np.array(runs[0]["series"]["norm"])
         steps = np.arange(len(norms)) * (EVERY // 5)
@@ -415,11 +425,11 @@ def line(
                 steps, norms, color=grey, lw=0.8, label="norm, with follow_schedule"
             )
         threshold = np.array(runs[0]["series"]["threshold"])
-        ax.plot(steps, threshold, color=colour, lw=1.6, label=method)
+        ax.plot(steps, threshold, lw=1.6, label=method, **style)
         return
     losses = np.array([run["series"]["loss"] for run in runs])
     steps = EVERY * (1 + np.arange(losses.shape[1]))
-    ax.plot(steps, np.median(losses, axis=0), color=colour, lw=1.4, label=method)
+    ax.plot(steps, np.median(losses, axis=0), lw=1.4, label=method, **style)
     low, high = losses.min(axis=0), losses.max(axis=0)
     ax.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
 
