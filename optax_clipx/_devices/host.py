@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .mesh import _manual_axes, index_in
+from .mesh import index_in, manual_axes
 
 OnHost = Callable[[Any], None]
 
@@ -37,7 +37,7 @@ def report(
     Returns:
         What is carried, unchanged; the call is made if any of it is used.
     """
-    first = index_in(_manual_axes()) == 0
+    first = index_in(manual_axes()) == 0
     step, values = lax.stop_gradient((step, values))
     return _report.bind(step, values, first, *carried, on_host=on_host, every=every)
 
@@ -62,7 +62,7 @@ def _in_program(
     def call(values: Any) -> None:
         _call_host(on_host, values)
 
-    if every == 1 and not _manual_axes():
+    if every == 1 and not manual_axes():
         call(values)
     else:
         lax.cond(first & (step % every == 0), call, lambda _: None, values)
@@ -154,7 +154,7 @@ def call_from_each_device(fun: Callable[..., None], *values: jax.Array) -> None:
 
 def _axes_left() -> tuple[str, ...]:
     """In code that is manual over some axes, the others."""
-    manual = _manual_axes()
+    manual = manual_axes()
     axes = jax.sharding.get_abstract_mesh().axis_names
     return tuple(name for name in axes if name not in manual) if manual else ()
 

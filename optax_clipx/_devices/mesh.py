@@ -52,7 +52,7 @@ def placements(
     arrays: Sequence[Any], paths: list[Path], axis_name: Any, specs: Any
 ) -> list[Placement]:
     """Where each leaf of manual code is sharded; `()` outside of manual code."""
-    manual = _manual_axes()
+    manual = manual_axes()
     if specs is not None:
         given = from_prefix(
             specs,
@@ -98,7 +98,7 @@ def is_unknown(axis_name: Any, specs: Any) -> bool:
 
 def blind_axes() -> Axes:
     """The manual axes of several devices, where types do not say how values lie."""
-    manual = _manual_axes()
+    manual = manual_axes()
     if not manual or _has_types(manual):
         return ()
     return tuple(name for name in manual if lax.axis_size(name) > 1)
@@ -143,7 +143,7 @@ def mean_over_devices(value: jax.Array, axis_name: Any) -> jax.Array:
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else axis_name
         axes |= {name for name in names if _is_bound(name)}
-    manual = _manual_axes()
+    manual = manual_axes()
     if manual and not _has_types(manual):
         axes |= set(manual)
     ordered = tuple(sorted(axes))
@@ -306,7 +306,8 @@ def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:
             )
 
 
-def _manual_axes() -> Axes:
+def manual_axes() -> Axes:
+    """The mesh axes of the manual code that is being traced."""
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     if not axes and jax.__version_info__ < (0, 8):
         # There pmap is no shard_map, and its axes are known by their names alone. So
@@ -330,7 +331,7 @@ def varying(value: Any) -> frozenset[str]:
 
 def vary(value: jax.Array, axes: Axes) -> jax.Array:
     """The value, typed as varying over the axes where types say so."""
-    if not axes or not _has_types(_manual_axes() or axes):
+    if not axes or not _has_types(manual_axes() or axes):
         return value
     missing = tuple(name for name in axes if name not in varying(value))
     if not missing:
@@ -370,7 +371,7 @@ def _names(entry: Any) -> Axes:
 
 def _refuse_misspelled(names: Sequence[str], argument: str) -> None:
     """In manual code a name that is no axis at all would leave a sum out."""
-    manual = _manual_axes()
+    manual = manual_axes()
     there = tuple(jax.sharding.get_abstract_mesh().axis_names) or manual
     unknown = [n for n in names if n not in there and not _is_bound(n)]
     if manual and unknown:

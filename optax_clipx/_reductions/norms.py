@@ -146,6 +146,7 @@ def _lots(
     """Which leaves are put together: small ones of one kind, up to 2^16 entries.
 
     Only for the norm of the whole tree, of leaves that each device holds as a whole.
+    Leaves of one kind have the same dtype and share their extras, as the same objects.
     Without any to put together there are no lots.
     """
     every = [x for tree in trees for x in tree]

@@ -77,8 +77,8 @@ def track_norms(
 
     ``track/starved`` is there if the first clipper inside clips the norm of the whole
     gradient, and is NaN in steps in which the clipper did not see this gradient; so is
-    ``track/muon_share``, if there is a Muon inside, and no ``labels``. With
-    the second moment :math:`v` of ``optax.adam`` and its kind,
+    ``track/muon_share``, if there is a Muon inside, and no ``labels``. For an optimizer
+    that keeps a second moment :math:`v`, as ``optax.adam`` does,
 
     .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
         \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8},

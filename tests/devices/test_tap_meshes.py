@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optax_clipx as clipx
 
 sys.path.insert(0, str(Path(__file__).parent))
+from tap_worker import scanned
 from test_processes import HERE, free_port, start
 
 GRADS = jnp.arange(1.0, 9.0)  # of norm 14.28
@@ -42,17 +43,6 @@ def make(seen, every=1, axis_name=None):
         lambda step, metrics: seen.append((step, round(metrics["clip/norm"], 2))),
         every=every,
     )
-
-
-def scanned(tx):
-    def train(grads):
-        def step(state, _):
-            updates, state = tx.update(grads, state)
-            return state, jnp.sum(updates)
-
-        return jax.lax.scan(step, tx.init(grads), None, length=STEPS)[1]
-
-    return train
 
 
 def check(seen, every=1):

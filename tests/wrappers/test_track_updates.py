@@ -14,22 +14,10 @@ import optax_clipx as clipx
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import hlo
+from test_track_norms import _standard_promotion, grads_like  # noqa: F401
 
 PARAMS = {"w": jnp.full((3, 4), 2.0), "b": jnp.full((5,), 0.5)}
 LIMIT = clipx.clip_by_global_norm(0.5)
-
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax's optimizers rely on it
-        yield
-
-
-def grads_like(params, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params
-    )
 
 
 def test_the_norm_of_the_whole_update():
