@@ -134,7 +134,8 @@ def _report(
     packed = _pack([step, *values.values()], ["i", *kinds.values()])
 
     def on_host(packed: Any) -> None:
-        bits = np.asarray(packed)
+        # A copy: a thread that lets go of JAX's memory when Python ends is an abort.
+        bits = np.array(packed)
         reports.put(int(bits[..., 0].max()), functools.partial(_unpack, kinds, bits))
 
     leaves, treedef = jax.tree.flatten(carried)

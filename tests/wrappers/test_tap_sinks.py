@@ -8,6 +8,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optax_clipx as clipx
@@ -223,6 +224,15 @@ def test_what_is_queued_at_the_end_is_delivered_once(more):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(step) for step in range(20)]
+
+
+def test_what_is_queued_is_no_memory_of_jax(monkeypatch):
+    # Where a thread frees that after Python has ended, the process aborts.
+    queued = []
+    monkeypatch.setattr(Reports, "put", lambda self, step, read: queued.append(read))
+    train_and_flush(print, 2)
+    arrays = [x for read in queued for x in read.args if isinstance(x, np.ndarray)]
+    assert [array.flags.owndata for array in arrays] == [True, True]
 
 
 def test_a_history_in_a_file_has_all_at_the_end(tmp_path):
