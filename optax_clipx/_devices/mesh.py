@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from .._trees.leaves import Path, from_prefix, show
 from .config import config
 
-Axes = tuple[str, ...]
+Axes = tuple[Any, ...]  # names, or what JAX 0.7 puts in the place of one of pmap
 
 
 class Placement(NamedTuple):

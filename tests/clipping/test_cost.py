@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from versions import FUSED
 from xla_settings import OWN
 
 import optax_clipx as clipx
@@ -87,6 +88,7 @@ PASSES = {  # over the gradients' size; twice, for the branch
 }
 
 
+@FUSED
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PASSES)
 def test_a_step_reads_the_gradients_once_more(name):
@@ -94,6 +96,7 @@ def test_a_step_reads_the_gradients_once_more(name):
     assert added < 2 * PASSES[name] + (0.7 if name == "agc" else 0.02)
 
 
+@FUSED
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", PASSES)
 def test_nothing_of_a_leafs_size_is_held_beside_it(name):
@@ -102,6 +105,7 @@ def test_nothing_of_a_leafs_size_is_held_beside_it(name):
     assert cost(name).kept == pytest.approx(cost("none").kept, abs=256)
 
 
+@FUSED
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make",
@@ -142,6 +146,7 @@ def test_optax_writes_the_clipped_gradients_and_holds_them():
     assert cost("optax").held > 4 * LEAVES * SHAPE[0] * SHAPE[1]
 
 
+@FUSED
 @pytest.mark.parametrize("name", ["tree", "leaf", "zclip"])
 def test_a_leaf_adds_two_fusions(name):
     def a_leaf(name):
@@ -159,6 +164,7 @@ def test_leaves_of_one_shape_are_compiled_once(name):
     assert cost(name, 2 * LEAVES).kernels - cost(name).kernels < LEAVES
 
 
+@FUSED
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("scope", "shape"), [("tree", (512, 512)), ("unit", (64, 2**16))]

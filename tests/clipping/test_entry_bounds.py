@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
+from versions import EXPLICIT
 
 import optax_clipx as clipx
 
@@ -149,7 +150,7 @@ WANT = np.clip(ROW, -WIDE, WIDE)
 
 @pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("spec", [("x",), ()], ids=["cut", "whole"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 def test_a_bound_of_a_cut_leaf_under_jit(kind, spec):
     clipper = clipx.clip_by_value(-on_mesh(kind, WIDE, *spec), WIDE)
     placed = on_mesh(kind, ROW, "x")

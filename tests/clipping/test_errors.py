@@ -16,9 +16,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from versions import MESH_OF_TRACED
 
 import optax_clipx as clipx
 from optax_clipx.__main__ import main
+from optax_clipx._devices.mesh import vary
 
 GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
 per_example, units = clipx.per_example, clipx.units
@@ -753,7 +755,7 @@ def test_units_that_a_named_axis_has_whole(by_type):
 
     def step(grads):
         if by_type:  # says of equal copies that they may differ
-            grads = jax.lax.pcast(grads, "x", to="varying")
+            grads = jax.tree.map(lambda x: vary(x, ("x",)), grads)
         updates, state = tx.update(grads, tx.init(grads))
         updates = jax.tree.map(lambda x: x[None], updates)
         return updates, state.metrics.norm
@@ -766,6 +768,7 @@ def test_units_that_a_named_axis_has_whole(by_type):
     assert norm == pytest.approx(jnp.sqrt(jnp.sum(weights**2) + 0.25))
 
 
+@MESH_OF_TRACED
 def test_arrays_that_a_compiled_function_closes_over():
     mesh = jax.make_mesh((2,), ("x",))
     grads = {

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
+from versions import EXPLICIT
 
 import optax_clipx as clipx
 
@@ -21,7 +22,7 @@ def test_on_one_device():
     assert_allclose(jax.grad(fourth)(ENTRIES), WANT, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 def test_under_jit(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     placed = jax.device_put(ENTRIES, NamedSharding(mesh, P("x")))

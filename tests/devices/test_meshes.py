@@ -14,8 +14,13 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import MESH_OF_TRACED, since
 
 import optax_clipx as clipx
+from optax_clipx._devices.mesh import vary
+
+EXPLICIT_VMAP = since((0, 8), "cannot put a branch under vmap over an Explicit axis")
+HOST_MEMORY = since((0, 8), "does not return arrays in the memory of the host")
 
 SPECS = {
     "both": P("x", "y"),
@@ -119,6 +124,7 @@ def test_pmap_over_shards():
     assert_same(clipped, want)
 
 
+@since((0, 8), "cannot tell the axis of a vmap from one of pmap")
 def test_vmap_is_for_each_example_unless_named():
     values = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
     alone = clipx.clip_by_global_norm(0.7)
@@ -129,6 +135,7 @@ def test_vmap_is_for_each_example_unless_named():
     np.testing.assert_allclose(jnp.linalg.norm(clipped), 0.7, rtol=1e-6)
 
 
+@MESH_OF_TRACED
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 1e-30])
 @pytest.mark.parametrize("policy", ["propagate", "zero"])
@@ -171,7 +178,7 @@ def test_an_unreduced_leaf_is_refused():
 
 def test_a_value_made_varying_needs_specs():
     def step(x):
-        x = lax.pcast(x, "y", to="varying")
+        x = vary(x, ("y",))
         found = clipx.clip_by_global_norm(0.7, specs=P("x")).update(x)[1]
         return found.metrics.norm
 
@@ -304,6 +311,7 @@ def test_eager_norm_outside_of_a_mesh_context():
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
+@HOST_MEMORY
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("jitted", [True, False])
@@ -326,6 +334,7 @@ def test_pinned_host_memory(kind, jitted):
         jax.jit(lambda g: optax.clip_by_global_norm(1.0).update(g, None)[0])(values)
 
 
+@EXPLICIT_VMAP
 @pytest.mark.one_in(10)
 @pytest.mark.parametrize("context", [True, False])
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
@@ -451,6 +460,19 @@ def test_state_is_replicated_from_init_on(make, kind, context):
     assert step._cache_size() == 1
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 8), reason="JAX 0.8 takes them")
+def test_traced_explicit_updates_need_the_mesh_around_the_program():
+    explicit = mesh(AxisType.Explicit)
+    grads = jax.device_put(jnp.full((8, 2), 3.0), NamedSharding(explicit, P("x")))
+    update = jax.jit(clipx.clip_by_global_norm(1.0).update)
+    with pytest.raises(ValueError, match=r"program with jax\.set_mesh\(mesh\)"):
+        update(grads)
+    with jax.set_mesh(explicit):
+        clipped, _ = update(grads)
+    np.testing.assert_allclose(clipped, 0.25, rtol=1e-6)
+
+
+@MESH_OF_TRACED
 @pytest.mark.parametrize("bad", [None, np.nan, 1e6])
 def test_stages_on_disjoint_meshes(bad):
     """docs/meshes.md: norms of stages, the norm of these norms, then each stage.
@@ -498,6 +520,7 @@ def test_a_misspelled_axis_is_an_error_in_manual_code(said):
     np.testing.assert_allclose(np.linalg.norm(clipped), 1, rtol=1e-6)
 
 
+@EXPLICIT_VMAP
 def test_gradients_of_models_along_an_explicit_axis():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((8, 3, 4)), NamedSharding(mesh, P("data")))

@@ -37,11 +37,13 @@ def on_cpu(clipper, leaves, way):
         jax.ShapeDtypeStruct((8, 4), jnp.bfloat16, sharding=NamedSharding(mesh, s))
         for s in specs
     ]
+    with jax.set_mesh(mesh):
+        kinds = jax.eval_shape(clipper.init, updates)
     state = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(
             s.shape, s.dtype, sharding=NamedSharding(mesh, P())
         ),
-        jax.eval_shape(clipper.init, updates),
+        kinds,
     )
     step = clipper.update
     if way == "shard_map":

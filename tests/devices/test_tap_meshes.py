@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import EXPLICIT, since
 
 import optax_clipx as clipx
 
@@ -20,9 +21,7 @@ from test_processes import HERE, free_port, start
 
 GRADS = jnp.arange(1.0, 9.0)  # of norm 14.28
 STEPS = 20
-since_jax_0_10 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA cannot nest this shard_map"
-)
+since_jax_0_10 = since((0, 10), "has an XLA that cannot nest this shard_map")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def check(seen, every=1):
     assert seen == [(step, 14.28) for step in range(0, STEPS, every)]
 
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
+KINDS = [AxisType.Auto, EXPLICIT]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
