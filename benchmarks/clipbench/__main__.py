@@ -9,21 +9,20 @@ added to OUTPUT.jsonl as they come: an interrupted run goes on where it was.
 """
 
 import argparse
-import json
+import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clipbench.methods import METHODS, OPTIMIZERS
 from clipbench.report import write_report
-from clipbench.running import run
+from clipbench.rows import add, kept
+from clipbench.running import missing_methods, plan, run
 from clipbench.tasks import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-Record = dict[str, Any]
 
 
 def main() -> None:
@@ -47,27 +46,12 @@ def main() -> None:
     options = parser.parse_args()
     path = options.output.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = kept(path, options.again)
+    records = kept(path, lambda r: r.get("method") in options.again)
     cells = [(t, o) for t in options.tasks for o in options.optimizers]
-    with path.open("a") as file:
-        for record in run(cells, options.methods, records, options.workers):
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+    total = sum(len(missing_methods(c, options.methods, records)) for c in cells)
+    jobs = functools.partial(plan, cells, options.methods)
+    add(path, records, run(jobs, records, options.workers, total))
     write_report(records, options.output.with_suffix(".md"), options.pictures)
-
-
-def kept(path: Path, again: list[str]) -> list[Record]:
-    """The results that are there, less those that are wanted again."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text().split("\n")  # after the last line end: cut off
-    records = [json.loads(line) for line in lines]
-    records = [r for r in records if r.get("method") not in again]
-    whole = path.with_suffix(".new")  # never is there but half a file
-    whole.write_text("".join(json.dumps(r) + "\n" for r in records))
-    whole.replace(path)
-    return records
 
 
 if __name__ == "__main__":

@@ -2,54 +2,50 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from tqdm import tqdm
 
 Record = dict[str, Any]
+Job = tuple[Any, ...]  # a function and its arguments
 
 
 def run(
-    cells: list[tuple[str, str]],
-    methods: list[str],
+    plan: Callable[[list[Record]], Iterable[Job]],
     records: list[Record],
     workers: int,
+    total: int,
 ) -> Iterator[Record]:
-    """The records that are missing, as they come."""
-    todo, rates = {}, {}
-    for cell in cells:
-        own = [r for r in records if (r["task"], r["optimizer"]) == cell]
-        if tuned := [r["rate"] for r in own if r["kind"] == "rate"]:
-            rates[cell] = tuned[0]
-        done = {r["method"] for r in own if r["kind"] == "method"}
-        if missing := [m for m in methods if m not in done]:
-            todo[cell] = missing
+    """The records that are missing, as they come.
+
+    Args:
+        plan: from the records so far to the jobs that are missing and can start now,
+            the most important first.
+        records: those that are there.
+        workers: how many processes.
+        total: how many records of methods are missing.
+    """
+    known = list(records)
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=one_core) as pool,
-        tqdm(total=sum(map(len, todo.values())), unit="method") as progress,
+        tqdm(total=total, unit="method") as progress,
     ):
-        waiting = set()
-
-        def start(cell: tuple[str, str], rate: float) -> None:
-            waiting.update(pool.submit(train, *cell, m, rate) for m in todo[cell])
-
-        for cell in todo:
-            if cell in rates:
-                start(cell, rates[cell])
-            else:
-                waiting.add(pool.submit(tune, *cell))
-        while waiting:
-            future = next(as_completed(waiting))
-            waiting.remove(future)
+        running: dict[Any, Job] = {}
+        while True:
+            free = [job for job in plan(known) if job not in running.values()]
+            for job in free[: workers - len(running)]:
+                running[pool.submit(*job)] = job
+            if not running:
+                return
+            future = next(as_completed(running))
+            del running[future]
             record = future.result()
+            known.append(record)
             yield record
-            if record["kind"] == "method":
-                progress.update()
-            else:
-                start((record["task"], record["optimizer"]), record["rate"])
+            progress.update(record["kind"] == "method")
 
 
 def one_core() -> None:
@@ -57,6 +53,32 @@ def one_core() -> None:
     os.environ["XLA_FLAGS"] = (
         "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     )
+
+
+def plan(
+    cells: list[tuple[str, str]], methods: list[str], records: list[Record]
+) -> Iterator[Job]:
+    """A method can start once the learning rate of its cell is tuned."""
+    for cell in cells:
+        own = [r for r in records if (r["task"], r["optimizer"]) == cell]
+        rates = [r["rate"] for r in own if r["kind"] == "rate"]
+        missing = missing_methods(cell, methods, records)
+        if missing and not rates:
+            yield tune, *cell
+        else:
+            yield from ((train, *cell, method, rates[0]) for method in missing)
+
+
+def missing_methods(
+    cell: tuple[str, str], methods: list[str], records: list[Record]
+) -> list[str]:
+    """The methods without a record in a cell."""
+    done = {
+        r["method"]
+        for r in records
+        if r["kind"] == "method" and (r["task"], r["optimizer"]) == cell
+    }
+    return [m for m in methods if m not in done]
 
 
 def tune(task: str, optimizer: str) -> Record:

@@ -1,0 +1,1 @@
+"""A comparison of methods of clipping on a small language model."""

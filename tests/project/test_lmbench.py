@@ -1,0 +1,159 @@
+"""The language models of the comparison: data, runs, what is missing, tables."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "lmbench"
+sys.path.insert(0, str(FOLDER.parent))
+
+from lmbench import corpus, methods, models, planning, training  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _as_outside():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_no_long_line_is_in_both_parts_of_the_text():
+    train, held_out = corpus.texts()
+    assert len(train) > 1_000_000
+    assert len(held_out) > 100_000
+    lines = [{x.strip() for x in t.splitlines()} for t in (train, held_out)]
+    assert not [x for x in lines[0] & lines[1] if len(x) >= 30]
+
+
+def test_one_batch_of_each_ten_is_corrupt():
+    given = corpus.batches(0, 40, 3, 9)
+    changed = corpus.corrupted(given, 0, 10)
+    assert given.shape == (40, 3, 9)
+    rows = np.flatnonzero((given != changed).any((1, 2)))
+    assert rows.tolist() == [5, 15, 25, 35]
+
+
+def test_the_small_model_has_a_third_of_a_million_parameters():
+    shapes = jax.eval_shape(
+        lambda key: models.init(
+            key, models.MODELS["pre-norm"], models.SIZES["small"], 114
+        ),
+        jax.random.key(0),
+    )
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == 356_736
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+def test_a_byte_is_predicted_from_those_before_it(model):
+    size = models.SIZES["tiny"]
+    params = models.init(jax.random.key(0), models.MODELS[model], size, 7)
+    texts = np.array([[0, 1, 2, 3, 4, 5, 6, 0, 1]])
+
+    def first_losses(texts):
+        # The loss over a prefix does not see what comes after it.
+        return models.loss(params, texts[:, :5], models.MODELS[model], size.heads)
+
+    changed = texts.copy()
+    changed[0, 6] = 3
+    np.testing.assert_array_equal(first_losses(texts), first_losses(changed))
+    whole = [
+        models.loss(params, x, models.MODELS[model], size.heads)
+        for x in (texts, changed)
+    ]
+    assert whole[0] != whole[1]
+
+
+@pytest.mark.parametrize("setting", ["no norm", "QK-norm"])
+def test_a_run_learns(setting):
+    size = models.SIZES["tiny"]._replace(steps=60)
+    found = training.run(methods.SETTINGS[setting], "none", math.inf, 0.01, 0, size)
+    untrained = training.run(methods.SETTINGS[setting], "none", math.inf, 0.0, 0, size)
+    assert found["final"] < untrained["final"] - 0.3
+    assert found["clipped"] == found["spikes"] == 0.0
+
+
+def test_a_threshold_below_all_norms_clips_every_step():
+    size = models.SIZES["tiny"]
+    fixed = methods.FIXED
+    found = training.run(methods.SETTINGS["no norm"], fixed, 1e-3, 0.01, 0, size)
+    again = training.run(methods.SETTINGS["no norm"], fixed, 1e-3, 0.01, 0, size)
+    assert found["clipped"] == 1.0
+    assert found == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_takes_each_of_its_numbers(method):
+    size = models.SIZES["tiny"]
+    for number in methods.METHODS[method].numbers:
+        found = training.run(methods.SETTINGS["no norm"], method, number, 1e-3, 0, size)
+        assert math.isfinite(found["final"])
+
+
+def row(setting, method, number, final):
+    return {
+        "kind": "method",
+        "setting": setting,
+        "method": method,
+        "number": None if math.isinf(number) else number,
+        "size": "small",
+        "unigram": 3.3,
+        "final": final,
+        "spikes": [[0.0] * 3] * 3,
+        "clipped": [[0.5] * 3] * 3,
+        "norm": [[1.0] * 3] * 3,
+        "rate": 0.01,
+        "seconds": 1.0,
+    }
+
+
+def rate(model, optimizer):
+    found = {"kind": "rate", "model": model, "optimizer": optimizer, "size": "small"}
+    return found | {"rate": 0.01, "seconds": 1.0}
+
+
+def test_a_rate_is_tuned_first_and_its_results_are_not_wanted_twice():
+    plan = lambda records: list(planning.plan(["no norm"], ["none"], "small", records))  # noqa: E731
+    assert plan([]) == [(planning.tune, "no norm", "adamw", "small")]
+    known = [rate("no norm", "adamw")]
+    job = (planning.train, "no norm", "none", math.inf, 0.01, "small")
+    assert plan(known) == [job]
+    assert plan([*known, row("no norm", "none", math.inf, [[2.0] * 3] * 3)]) == []
+
+
+def test_the_best_methods_have_two_more_numbers():
+    known = [rate("no norm", "adamw")]
+    reached = {"zclip": 2.4, "quantile_clip": 2.1, "adagc": 2.2, "SPAM": 2.3}
+    for method, loss in reached.items():
+        number = methods.METHODS[method].numbers[0]
+        known.append(row("no norm", method, number, [[loss] * 3] * 3))
+    jobs = planning.plan(["no norm"], list(reached), "small", known)
+    assert [job[2:4] for job in jobs] == [
+        ("quantile_clip", 0.025),
+        ("quantile_clip", 0.4),
+        ("adagc", 1.01),
+        ("adagc", 1.16),
+        ("SPAM", 500.0),
+        ("SPAM", 50.0),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_a_run_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, str(FOLDER), "--size", "tiny", "--settings", "no norm"]
+    command += ["--methods", "none", methods.FIXED, "--output", str(tmp_path / "rows")]
+    subprocess.run(command, check=True)
+    path = tmp_path / "rows.jsonl"
+    lines = path.read_text().splitlines()
+    assert [json.loads(x)["kind"] for x in lines] == ["rate"] + ["method"] * 7
+    path.write_text("\n".join([*lines[:6], lines[6][:40]]))  # killed while writing
+    subprocess.run(command, check=True)
+    again = [json.loads(x) for x in path.read_text().splitlines()]
+    without = lambda x: {k: v for k, v in x.items() if k != "seconds"}  # noqa: E731
+    assert [without(x) for x in again] == [without(json.loads(x)) for x in lines]
