@@ -172,13 +172,18 @@ def whole_table(found: dict[Cell, dict[str, Record]]) -> list[str]:
 
 def draw(found: dict[Cell, dict[str, Record]], folder: Path) -> None:
     """The whole table as a picture, and what each number changes; light and dark."""
+    pictures = {"clipbench": draw_table, "clipbench_sensitivity": draw_sensitivity}
+    save_pictures(pictures, found, folder)
+
+
+def save_pictures(pictures: dict[str, Any], found: Any, folder: Path) -> None:
+    """Every picture on a light and a dark page, from its name and what draws it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"clipbench": draw_table, "clipbench_sensitivity": draw_sensitivity}
     for theme, end in (("light", ""), ("dark", "_dark")):
         for name, draw_one in pictures.items():
             with plt.rc_context(rc(theme)):

@@ -13,7 +13,15 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "lmbench"
 sys.path.insert(0, str(FOLDER.parent))
 
-from lmbench import corpus, methods, models, planning, training  # noqa: E402
+from lmbench import (  # noqa: E402
+    corpus,
+    methods,
+    models,
+    pictures,
+    planning,
+    report,
+    training,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +149,81 @@ def test_the_best_methods_have_two_more_numbers():
         ("SPAM", 500.0),
         ("SPAM", 50.0),
     ]
+
+
+FIXED_3 = [[3.0, 3.0, 3.0], [2.0, 2.1, 2.5], [9.0, 2.6, 2.6]]
+FIXED_1 = [[3.0, 3.0, 3.0], [2.2, 2.3, 2.0], [2.4, 2.4, 2.4]]
+
+
+def small_table():
+    none = [[3.0, 3.0, 3.0], [2.5, 2.5, 2.5], [None, 2.5, 4.0]]
+    zclip = [[3.0, 3.0, 3.0], [2.4, 2.4, 2.4], [2.3, 2.3, 2.3]]
+    return report.table_of(
+        [
+            rate("no norm", "adamw"),
+            row("no norm", "zclip", 2.5, zclip),
+            row("no norm", methods.FIXED, 3.0, FIXED_3),
+            row("no norm", "zclip", 1.25, [[2.0] * 3] * 3),
+            row("no norm", "none", math.inf, none),
+            row("no norm", methods.FIXED, 1.0, FIXED_1),
+        ]
+    )
+
+
+def test_a_run_above_the_unigram_model_has_diverged():
+    rows = small_table()["no norm"]
+    assert list(rows) == ["none", "fixed 1", "fixed 3", "zclip", "zclip (1.25)"]
+    assert np.isinf(rows["none"].losses[2]).tolist() == [True, False, True]
+    assert [report.largest_rate(rows[k]) for k in ("none", "fixed 1")] == ["1", "3"]
+
+
+def test_the_best_fixed_threshold_in_hindsight_and_chosen_by_other_seeds():
+    rows = small_table()["no norm"]
+    assert report.best_fixed(rows).tolist() == [2.2, 2.3, 2.0]  # 6.5 before 6.6
+    # Seeds 1 and 2 choose threshold 1 (4.3 before 4.6), 0 and 2 as well (4.2 before
+    # 4.5), and 0 and 1 threshold 3 (4.1 before 4.5).
+    assert report.chosen_elsewhere(rows).tolist() == [2.2, 2.3, 2.5]
+    assert report.gap(rows, "zclip") == pytest.approx(2.3 - 6.5 / 3)
+    assert report.gap(rows, "zclip", report.HIGH) == pytest.approx(-0.1)
+    assert report.gap(rows, "none", report.HIGH) == math.inf
+
+
+def test_an_interval_is_over_all_ways_to_draw_the_seeds():
+    assert report.interval(np.array([1.0, 1.0, 1.0])) == (1.0, 1.0)
+    # Means of 27 draws from 0, 3 and 6: the second least and greatest are 1 and 5.
+    assert report.interval(np.array([0.0, 3.0, 6.0])) == (1.0, 5.0)
+
+
+def test_noise_is_what_neither_the_seed_nor_the_method_explains():
+    def rows_of(*losses):
+        found = {}
+        for i, at in enumerate(losses):
+            found[str(i)] = report.Row("m", 0.0, True, np.array([at] * 3), *[None] * 5)
+        return found
+
+    assert report.noise(rows_of([1.0, 2.0, 3.0], [5.0, 6.0, 7.0])) == 0.0
+    # Residuals of 0.5, -0.5, 0 and the opposite; two degrees of freedom.
+    found = report.noise(rows_of([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]))
+    assert found == pytest.approx(np.sqrt(4 * 0.25 / 2))
+    assert report.luck(1.0, 1, 6) == pytest.approx(1.267, abs=0.02)
+
+
+def test_tables_and_pictures_are_written(tmp_path):
+    records = [
+        rate("no norm", "adamw") | {"tried": {"0.01": 2.5}},
+        row("no norm", methods.FIXED, 1.0, FIXED_1),
+        row("no norm", "none", math.inf, FIXED_3),
+        row("no norm", "zclip", 2.5, FIXED_1),
+        row("no norm", "zclip", 1.25, FIXED_1),
+    ]
+    report.write_report(records, tmp_path / "x.md", tmp_path)
+    text = (tmp_path / "x.md").read_text()
+    assert "| zclip | 2.167 (2.067 to 2.267) | +0.000 (+0.000 to +0.000) |" in text
+    assert "| no norm | zclip | 1.25 |" in text
+    names = {p.name for p in tmp_path.glob("*.png")}
+    ends = [f"{x}{y}.png" for x in ("", "_rates", "_thresholds") for y in ("", "_dark")]
+    assert names == {f"lmbench{end}" for end in ends}
+    assert pictures.SHOWN[0] == "none"
 
 
 @pytest.mark.slow
