@@ -57,7 +57,10 @@ def draw_table(found: Table, colours: Any, plt: Any) -> Any:
     ax.set_yticks(range(len(labels)), labels)
     hatched = {"facecolor": colours.page, "edgecolor": colours.text, "hatch": "////"}
     for (i, j), value in np.ndenumerate(values):
-        if math.isinf(value):
+        if value == -math.inf:
+            style = {"ha": "center", "va": "center", "fontsize": 8.5}
+            ax.text(j, i, "trains", color=colours.text, **style)
+        elif math.isinf(value):
             ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, lw=0, **hatched))
         elif not math.isnan(value):
             red, green, blue, _ = image.cmap(image.norm(min(max(value, 0), MOST)))
@@ -67,7 +70,7 @@ def draw_table(found: Table, colours: Any, plt: Any) -> Any:
     for edge in range(2, len(columns), 2):
         ax.axvline(edge - 0.5, color=colours.text, lw=1.5)
     ax.set_title(
-        "Held-out loss minus that of the best fixed threshold, in nats", pad=10
+        "Held-out loss above the best fixed threshold at the same rate", pad=10
     )
     figure.colorbar(
         image, ax=ax, extend="max", shrink=0.6, label="nats (lower is better)"
@@ -114,7 +117,7 @@ def draw_rates(found: Table, colours: Any, plt: Any) -> Any:
         ax.axhline(top, color=colours.text, lw=1, ls=":")
         ax.text(0.03, top, "diverged", va="bottom", transform=ax.get_yaxis_transform())
         ax.set(xscale="log", xlabel="learning rate")
-        lowest = min(row.losses.min() for row in rows.values())
+        lowest = min([top, *(row.losses.min() for row in rows.values())])
         ax.set_ylim(lowest - 0.05, top + 0.12)
         rate = rows["none"].rate
         ticks = [rate / 3, rate, 3 * rate]

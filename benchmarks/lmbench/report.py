@@ -123,9 +123,11 @@ def noise(rows: dict[str, Row], place: int = TUNED) -> float:
     """The standard deviation of a loss that is of neither its method nor its seed."""
     found = np.array([row.losses[place] for row in rows.values()])
     found = found[np.isfinite(found).all(axis=1)]
+    if len(found) < 2:
+        return math.nan
     rest = found - found.mean(axis=1, keepdims=True) - found.mean(axis=0) + found.mean()
     freedom = (found.shape[0] - 1) * (found.shape[1] - 1)
-    return float(np.sqrt(np.sum(rest**2) / max(freedom, 1)))
+    return float(np.sqrt(np.sum(rest**2) / freedom))
 
 
 def least(rows: dict[str, Row], place: int = TUNED) -> float:
@@ -203,7 +205,7 @@ def summary_table(found: Table) -> list[str]:
         if not there[0][key].default:
             continue
         gaps = np.array([gap(rows, key) for rows in there])
-        noises = np.array([least(rows) for rows in there])
+        noises = np.nan_to_num([least(rows) for rows in there])
         high = [gap(rows, key, HIGH) for rows in there]
         runs = np.array([rows[key].losses[HIGH] for rows in there])
         nones = np.array([gap(rows, "none") for rows in there])
@@ -225,15 +227,19 @@ def gap(rows: dict[str, Row], key: str, place: int | None = None) -> float:
 
     With a place, both are at this rate.
     """
+    row = rows[key]
     if place is None:
-        row = rows[key]
-        return float(row.losses[row.best].mean() - best_fixed(rows).mean())
-    lowest = min(row.losses[place].mean() for row in fixed(rows))
-    return float(rows[key].losses[place].mean() - lowest)
+        own, reference = row.losses[row.best].mean(), best_fixed(rows).mean()
+    else:
+        own = row.losses[place].mean()
+        reference = min(other.losses[place].mean() for other in fixed(rows))
+    return float(own - reference) if math.isfinite(own) else math.inf
 
 
 def number(loss: float | None) -> str:
-    """A loss."""
+    """A loss or a gap."""
+    if loss == -math.inf:
+        return "fixed diverged"
     good = loss is not None and math.isfinite(loss)
     return f"{loss:.3f}" if good else "diverged"
 
@@ -254,14 +260,15 @@ def setting_table(name: str, rows: dict[str, Row]) -> list[str]:
     names += ["largest rate that trains", "clipped steps", "spike score at 3x"]
     reference, elsewhere = best_fixed(rows), chosen_elsewhere(rows)
     lines = head(*names)
-    gap = with_interval(elsewhere - reference, signed=True)
+    trains = np.isfinite(elsewhere).all()
+    gap = with_interval(elsewhere - reference, signed=True) if trains else ""
     luckless = "best fixed threshold, chosen by other seeds"
     lines.append(line(luckless, with_interval(elsewhere), gap, *[""] * 6))
     for key, row in rows.items():
         if not row.default:
             continue
         best = row.losses[row.best]
-        whole = bool(np.isfinite(best).all())
+        whole = bool(np.isfinite([best, reference]).all())
         cells = [
             with_interval(best),
             with_interval(best - reference, signed=True) if whole else "",

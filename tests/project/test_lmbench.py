@@ -226,6 +226,18 @@ def test_tables_and_pictures_are_written(tmp_path):
     assert pictures.SHOWN[0] == "none"
 
 
+def test_tables_say_where_every_run_diverged(tmp_path):
+    records = [
+        row("no norm", method, number, [[4.0] * 3] * 3)
+        for method, number in ((methods.FIXED, 1.0), ("none", math.inf))
+    ]
+    records.append(row("no norm", "zclip", 2.5, [[4.0] * 3, [4.0] * 3, [2.0] * 3]))
+    report.write_report(records, tmp_path / "x.md", tmp_path)
+    text = (tmp_path / "x.md").read_text()
+    assert "| none | diverged |  | diverged | diverged | 9 of 9 | none |" in text
+    assert "| zclip | 1 | 1 | fixed diverged | fixed diverged |" in text
+
+
 @pytest.mark.slow
 @pytest.mark.whole
 def test_a_run_goes_on_where_it_was(tmp_path):
