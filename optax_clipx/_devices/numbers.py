@@ -127,20 +127,30 @@ def _over_a_batch(arrays: Any, axes: Any, *, program: Any) -> Any:
 
 
 def _lowered(context: Any, *arrays: Any, program: Any) -> Any:
-    run = jaxpr_as_fun(program)
-    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+    return mlir.core_call_lowering(context, *arrays, name="as_one", call_jaxpr=program)
 
 
 def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
     def run(*arrays: Any) -> list[Any]:
-        return _in_a_loop(jaxpr_as_fun(program), program.out_avals, *arrays)
+        return _in_a_loop(_plain(program), program.out_avals, *arrays)
 
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
 def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
-    run = functools.partial(_from_one_vector, jaxpr_as_fun(program))
+    run = functools.partial(_from_one_vector, _plain(program))
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+
+
+# The program itself, which is lowered as it is: its steps are not traced once more.
+_program = Primitive("optax_clipx_program")
+_program.multiple_results = True
+_program.def_abstract_eval(_types)
+mlir.register_lowering(_program, _lowered)
+
+
+def _plain(program: Any) -> Callable[..., list[Any]]:
+    return functools.partial(_program.bind, program=program)
 
 
 _computed.def_impl(_run)
