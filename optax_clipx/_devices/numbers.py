@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.interpreters import mlir
 
 from .._trees.arithmetic import full_like, is_concrete
 from .._trees.sizes import is_known
 from .mesh import can_be_joined, lies_whole
+from .primitives import primitive_of
 
 
 def as_one(fun: Callable[..., Any], *given: Any) -> Any:
@@ -91,12 +92,6 @@ def _value(name: Any, known: dict[Any, Any]) -> Any:
     return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
 
 
-# What a program makes of its arguments. On CPU its lowering is the loop; its derivative
-# and what becomes of it under vmap are those of the program.
-_computed = Primitive("optax_clipx_as_one")
-_computed.multiple_results = True
-
-
 def _run(*arrays: Any, program: Any) -> list[Any]:
     return jaxpr_as_fun(program)(*arrays)
 
@@ -105,25 +100,10 @@ def _types(*arrays: Any, program: Any) -> list[Any]:
     return program.out_avals
 
 
-def _slope(arrays: Any, changes: Any, *, program: Any) -> Any:
-    changes = [
-        ad.instantiate_zeros(change)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-        else np.zeros(x.shape, jax.dtypes.float0)
-        for x, change in zip(arrays, changes, strict=True)
-    ]
-    found, slopes = jax.jvp(jaxpr_as_fun(program), tuple(arrays), tuple(changes))
-    return found, [
-        ad.Zero(jax.typeof(x).to_tangent_aval())
-        if slope.dtype == jax.dtypes.float0
-        else slope
-        for x, slope in zip(found, slopes, strict=True)
-    ]
-
-
-def _over_a_batch(arrays: Any, axes: Any, *, program: Any) -> Any:
-    found = jax.vmap(jaxpr_as_fun(program), in_axes=tuple(axes))(*arrays)
-    return found, [0] * len(found)
+# What a program makes of its arguments. On CPU its lowering is the loop.
+_computed = primitive_of("as_one", _run, _types)
+# The program itself: its steps are lowered without being traced once more.
+_program = primitive_of("program", _run, _types)
 
 
 def _lowered(context: Any, *arrays: Any, program: Any) -> Any:
@@ -142,10 +122,6 @@ def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
-# The program itself, which is lowered as it is: its steps are not traced once more.
-_program = Primitive("optax_clipx_program")
-_program.multiple_results = True
-_program.def_abstract_eval(_types)
 mlir.register_lowering(_program, _lowered)
 
 
@@ -153,10 +129,6 @@ def _plain(program: Any) -> Callable[..., list[Any]]:
     return functools.partial(_program.bind, program=program)
 
 
-_computed.def_impl(_run)
-_computed.def_abstract_eval(_types)
-ad.primitive_jvps[_computed] = _slope
-batching.primitive_batchers[_computed] = _over_a_batch
 mlir.register_lowering(_computed, _lowered)
 mlir.register_lowering(_computed, _lowered_on_cpu, platform="cpu")
 for _gpu in ("cuda", "rocm"):

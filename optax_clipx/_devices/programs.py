@@ -17,6 +17,7 @@ from jax import lax
 from .._trees.arithmetic import where
 from .mesh import knows_shards
 from .numbers import is_inside
+from .platforms import Ways, by_platform
 
 
 def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
@@ -50,7 +51,7 @@ class Passes(NamedTuple):
     side_by_side: Callable[[Any], Any]
 
 
-def if_needed(passes: Passes, joined: Passes, given: Any) -> Any:
+def if_needed(passes: Passes, joined: Passes, given: Any, like: Any = None) -> Any:
     """What a first pass finds, or a second one if the first says that it is needed.
 
     On CPU each sum over a leaf is a pass of its own, and the second one runs only if it
@@ -74,28 +75,22 @@ def if_needed(passes: Passes, joined: Passes, given: Any) -> Any:
             given,
         )
 
-    if joined is passes:
-        return lax.platform_dependent(given, cpu=on_cpu, default=passes.side_by_side)
-    return lax.platform_dependent(
-        given, cpu=on_cpu, tpu=passes.side_by_side, default=joined.side_by_side
-    )
+    ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
+    return by_platform(ways, given, like)
 
 
-def _replaced_once(flag: Any, value: Any, arrays: Any) -> Any:
+def _replaced(given: Any) -> Any:
+    flag, value, arrays = given
+    return jax.tree.map(lambda x: where(flag, value, x), arrays)
+
+
+def _replaced_in_a_branch(given: Any) -> Any:
     def replaced(value: jax.Array, arrays: Any) -> Any:
         # Made from the arrays, so that it lies on the mesh as they do.
         return jax.tree.map(lambda x: jnp.where(x == x, value, value), arrays)
 
-    def everywhere(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.where(flag, value, x), arrays)
-
-    def on_cpu(flag: jax.Array, value: jax.Array, arrays: Any) -> Any:
-        return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
-
-    return lax.platform_dependent(flag, value, arrays, cpu=on_cpu, default=everywhere)
-
-
-_replaced = traced_once(_replaced_once)
+    flag, value, arrays = given
+    return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
 
 
 def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
@@ -107,12 +102,31 @@ def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
     `python benchmarks/everyday.py`: AGC.
     """
     if is_inside():
-        return jax.tree.map(lambda x: where(flag, value, x), arrays)
-    return _replaced(flag, value, arrays)
+        return _replaced((flag, value, arrays))
+    ways = Ways(_replaced_in_a_branch, _replaced, _replaced)
+    return by_platform(ways, (flag, value, arrays), like=arrays)
 
 
-def _cut_once(vector: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    """The same.
+def _at(places: Any, sizes: tuple[int, ...], vector: jax.Array) -> list[jax.Array]:
+    each = zip(places, sizes, strict=True)
+    return [lax.dynamic_slice(vector, (place,), (size,)) for place, size in each]
+
+
+def _cut_at_unknown_places(sizes: tuple[int, ...], vector: jax.Array) -> Any:
+    def places() -> Any:
+        starts = [0, *itertools.accumulate(sizes)][:-1]
+        return tuple(map(np.uint32, starts))
+
+    first = lax.index_in_dim(vector, 0, keepdims=False)
+    return _at(lax.cond(lax.is_finite(first), places, places), sizes, vector)
+
+
+def _cut(sizes: tuple[int, ...], vector: jax.Array) -> Any:
+    return lax.split(vector, sizes)
+
+
+def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
+    """The parts of a vector, one after the other.
 
     XLA for CPU compiles a kernel of its own for each part whose place it knows, and for
     all that uses it. It learns the places from a branch, and compiles one for all parts
@@ -121,27 +135,12 @@ def _cut_once(vector: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
     `python benchmarks/everyday.py`: without it a step of Adam on 4 leaves compiles 1.25
     times as long.
     """
-    starts = [0, *itertools.accumulate(sizes)][:-1]
-    places = tuple(map(np.uint32, starts))
-
-    def known() -> Any:
-        return places
-
-    def unknown(vector: jax.Array) -> Any:
-        first = lax.index_in_dim(vector, 0, keepdims=False)
-        return lax.cond(lax.is_finite(first), known, known)
-
-    found = lax.platform_dependent(vector, cpu=unknown, default=lambda vector: known())
-    each = zip(found, sizes, strict=True)
-    return [lax.dynamic_slice(vector, (place,), (size,)) for place, size in each]
-
-
-_cut = traced_once(_cut_once, (1,))
-
-
-def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
-    """The parts of a vector, one after the other."""
-    return lax.split(vector, sizes) if is_inside() else _cut(vector, sizes)
+    if is_inside():
+        return lax.split(vector, sizes)
+    on_cpu = functools.partial(_cut_at_unknown_places, sizes)
+    plain = functools.partial(_cut, sizes)
+    like = [jax.ShapeDtypeStruct((size,), vector.dtype) for size in sizes]
+    return by_platform(Ways(on_cpu, plain, plain), vector, like)
 
 
 def entries(vector: jax.Array) -> list[jax.Array]:

@@ -18,6 +18,7 @@ from .._trees.arithmetic import total
 from .._trees.sizes import is_known
 from .mesh import knows_shards, vary, varying
 from .numbers import is_inside
+from .platforms import stored_on_cpu
 
 
 def together(arrays: Sequence[jax.Array | np.ndarray]) -> Any:
@@ -27,9 +28,8 @@ def together(arrays: Sequence[jax.Array | np.ndarray]) -> Any:
     """
     if len(arrays) == 1:
         return arrays[0]
-    vector = lax.concatenate([lax.reshape(x, (x.size,)) for x in arrays], 0)
-    return lax.platform_dependent(
-        vector, cpu=lax.optimization_barrier, default=lambda x: x
+    return stored_on_cpu(
+        lax.concatenate([lax.reshape(x, (x.size,)) for x in arrays], 0)
     )
 
 
@@ -56,9 +56,7 @@ def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
     together = jnp.stack(arrays) if arrays[0].ndim else vector_of(arrays)
     if len(arrays) <= 2 or is_inside():
         return together
-    return lax.platform_dependent(
-        together, cpu=lax.optimization_barrier, default=lambda x: x
-    )
+    return stored_on_cpu(together)
 
 
 def sum_of(

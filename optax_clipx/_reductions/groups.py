@@ -89,6 +89,10 @@ class ScalarGroups:
             return sizes[0]
         return np.array(sizes) if is_known(*totals) else jnp.stack(sizes)
 
+    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+        """The shapes of what is packed, of leaves that lie whole on a device."""
+        return jax.ShapeDtypeStruct(() if self.count is None else (self.count,), dtype)
+
     def spread(self, packed: Packed) -> list[Any]:
         """For each leaf what its group has."""
         if self.count is None:
@@ -216,6 +220,14 @@ class UnitGroups:
             )
         )
         return tuple(b.fill(sizes) for b in self.buckets) or sizes
+
+    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+        """The shapes of what is packed, of leaves that lie whole on a device."""
+        if self.buckets:
+            shapes: Any = [(sum(bucket.counts()),) for bucket in self.buckets]
+        else:
+            shapes = [self._shape(i, x) for i, x in enumerate(arrays)]
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
     def spread(self, packed: Packed) -> list[Any]:
         """For each leaf its units' values, which broadcast against it."""

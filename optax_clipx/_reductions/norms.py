@@ -326,9 +326,10 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     groups, places = measured.where
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
         return passes.side_by_side(given)
-    return if_needed(
-        passes, _joined(measured, risks) if measured.lots else passes, given
-    )
+    joined = _joined(measured, risks) if measured.lots else passes
+    one = groups.like(given[0][0], measured.dtype)
+    like = None if any(place.axes for place in places) else [Norms(one, one, one)]
+    return if_needed(passes, joined, given, like and like * len(risks))
 
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:

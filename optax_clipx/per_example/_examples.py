@@ -53,6 +53,11 @@ class ExampleGroups(ScalarGroups):
         sizes = super().sizes(one, places)
         return sizes if self.count is None else sizes[None]
 
+    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+        """The shapes of what is packed, of leaves that lie whole on a device."""
+        one = super().like(arrays, dtype)
+        return jax.ShapeDtypeStruct((arrays[0].shape[0], *one.shape), dtype)
+
     def spread(self, packed: Packed) -> list[Any]:
         """For each leaf what its group has, of a shape that broadcasts against it."""
         columns = [packed] if self.count is None else list(packed.T)

@@ -1,0 +1,52 @@
+"""A function as a primitive of JAX, whose lowering may differ by platform."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+
+
+def primitive_of(
+    name: str, run: Callable[..., list[Any]], types: Callable[..., list[Any]]
+) -> Primitive:
+    """A primitive that is evaluated, differentiated and mapped as `run(*arrays)` is.
+
+    `types(*arrays)` are the types of its results. What is static is passed to both by
+    name. How it is lowered is left to say.
+    """
+
+    def slope(arrays: Any, changes: Any, **static: Any) -> Any:
+        fun = functools.partial(run, **static)
+        moved = [_as_jvp_wants_it(*x) for x in zip(arrays, changes, strict=True)]
+        found, slopes = jax.jvp(fun, tuple(arrays), tuple(moved))
+        return found, [_or_zero(*x) for x in zip(found, slopes, strict=True)]
+
+    def over_a_batch(arrays: Any, axes: Any, **static: Any) -> Any:
+        fun = functools.partial(run, **static)
+        found = jax.vmap(fun, in_axes=tuple(axes))(*arrays)
+        return found, [0] * len(found)
+
+    made = Primitive(f"optax_clipx_{name}")
+    made.multiple_results = True
+    made.def_impl(run)
+    made.def_abstract_eval(types)
+    ad.primitive_jvps[made] = slope
+    batching.primitive_batchers[made] = over_a_batch
+    return made
+
+
+def _as_jvp_wants_it(x: Any, change: Any) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return ad.instantiate_zeros(change)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _or_zero(x: Any, slope: Any) -> Any:
+    if slope.dtype == jax.dtypes.float0:
+        return ad.Zero(jax.typeof(x).to_tangent_aval())
+    return slope
