@@ -63,6 +63,9 @@ def rows_of(task: Any, seeds: int) -> list[dict[str, Any]]:
         for rate in RATES:
             suggestion = clipx.suggest_threshold(norms, rate, limit=run.limit)
             row = {**base, "recorded": shown, "how": f"clip_rate={rate:g}"}
+            if np.isnan(suggestion.value):  # it exploded too early
+                found.append({**row, "limit": None, "score": np.nan})
+                continue
             score = fixed(suggestion.value)
             found.append({**row, "limit": suggestion.value, "score": score})
             if suggestion.rule:
@@ -80,10 +83,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---:|---:|---:|")
     for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']:.3g}"
-        cells = (row["task"], row["recorded"], row["how"], limit)
-        lines.append(
-            f"| {' | '.join(cells)} | {row['score']:.3f} | {row['of best']:.1%} |"
-        )
+        score = f"{row['score']:.3f} | {row['of best']:.1%}"
+        if np.isnan(row["score"]):
+            limit, score = "none", "|"
+        cells = (row["task"], row["recorded"], row["how"], limit, score)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

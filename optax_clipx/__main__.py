@@ -19,7 +19,7 @@ from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
 from .runs.overwriting import may_write
-from .runs.suggesting import suggest_threshold
+from .runs.suggesting import Suggestion, suggest_threshold
 from .runs.table import present
 
 _RUNS = """
@@ -50,8 +50,10 @@ examples:
 """,
     "watch": """
 examples:
-  python -m optax_clipx watch run.jsonl                     until Ctrl-C
-  python -m optax_clipx watch runs/*.jsonl --once           one look
+  python -m optax_clipx watch run.jsonl                     Ctrl-C ends it
+  python -m optax_clipx watch runs/*.jsonl --once           shows the run once
+
+Where the output is not a terminal, as in a pipe, the run is shown once.
 """,
     "diagnose": """
 examples:
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--every", type=_number, default=1.0, metavar="SECONDS", help="between looks"
     )
-    watch.add_argument("--once", action="store_true", help="look once")
+    watch.add_argument("--once", action="store_true", help="show the run once and end")
 
     diagnose = command("diagnose", _diagnose, "say what is wrong with a run")
     _norm_options(diagnose)
@@ -210,13 +212,19 @@ def _suggest(given: argparse.Namespace) -> None:
         except ValueError as error:
             raise ReadError(f"{run}: {error}") from None
     if given.json:
-        print(json.dumps({label: x._asdict() for label, x in found.items()}))
+        print(json.dumps({label: _plain(x) for label, x in found.items()}))
         return
     indents: Any = {"initial_indent": "  ", "subsequent_indent": "    "}
     for label, suggestion in found.items():
         print(printable(label))
         for line in str(suggestion).splitlines():
             print(textwrap.fill(line, 80, **indents))
+
+
+def _plain(suggestion: Suggestion) -> dict[str, Any]:
+    """The fields for JSON, which has no NaN."""
+    fields = suggestion._asdict()
+    return {name: None if x != x else x for name, x in fields.items()}
 
 
 def _compare(given: argparse.Namespace) -> None:
@@ -292,7 +300,7 @@ def _name_or_number(text: str | None) -> str | float | None:
 
 def _load(run: str, given: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
     """The columns of a run and the name of its norm."""
-    columns = History.load(run, step=given.step).columns
+    columns = naming.with_whole_norm(History.load(run, step=given.step).columns)
     norm = naming.pick(columns, "norm", given.norm, run)
     if not np.isfinite(columns[norm]).any():
         raise ReadError(

@@ -397,9 +397,12 @@ def _nothing_to_read(opt_state: Any, silent: bool) -> str:
         states = opt_state if type(opt_state) is tuple else [opt_state]
         kinds, advice = ", ".join(type(state).__name__ for state in states), ""
     return (
-        "Expected a state with an optax_clipx transform that keeps metrics, got"
-        f" {kinds}. Pass what tx.init and tx.update return: metrics(opt_state)."
-        + (" The clippers in it have metrics=False." if silent else advice)
+        "Expected an optimizer state with an optax_clipx clipper that keeps metrics,"
+        f" got {kinds} without one."
+        + (" The clippers in it have metrics=False." if silent else "")
+        + " Put a clipper in front of the optimizer, such as"
+        " optax.chain(optax_clipx.clip_by_global_norm(1.0), optimizer), and pass what"
+        " tx.init and tx.update return, or the nnx.Optimizer." + advice
     )
 
 

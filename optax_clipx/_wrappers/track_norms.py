@@ -341,5 +341,5 @@ def _together(found: Norms) -> Norms:
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:
-    safe = jnp.where(size > 0, size, 1)
-    return jnp.where(size > 0, step / safe, jnp.where(step > 0, jnp.inf, 0))
+    safe = jnp.where(size == 0, 1, size)
+    return jnp.where(size == 0, jnp.where(step > 0, jnp.inf, step), step / safe)

@@ -194,7 +194,7 @@ class Norms(NamedTuple):
 
 def norms_of(run: Any, norm: str | None, limit: float | int | None) -> Norms:
     """What the pictures of norms show: the steps of which a norm was recorded."""
-    columns = columns_of(run)
+    columns = naming.with_whole_norm(columns_of(run))
     name = naming.pick(columns, "norm", norm)
     norms = naming.norms_of_all_steps(columns, name)
     there = present(norms)

@@ -86,7 +86,7 @@ def follow(
     every: float | int,
     once: bool,
 ) -> None:
-    """Shows some runs until interrupted, or once."""
+    """Shows some runs until interrupted; once if the output is no terminal."""
     try:
         from rich.console import Console, Group
         from rich.live import Live
@@ -107,7 +107,7 @@ def follow(
         return Group(*shown)
 
     console = Console()
-    if once:
+    if once or not console.is_terminal:
         console.print(view())
         return
     with Live(view(), console=console, auto_refresh=False, screen=False) as live:
@@ -124,6 +124,7 @@ def _panel(label: str, follower: Follower, norm: str | None, alarm: Alarm) -> An
     columns, title = follower.look(), Text(printable(label))
     if not len(columns[STEP]):
         return Panel("nothing is recorded yet", title=title, title_align="left")
+    columns = naming.with_whole_norm(columns)
     name = naming.pick(columns, "norm", norm, follower.path)
     seen = norms_of(columns, name, None)
     grid = Grid.grid(padding=(0, 2))

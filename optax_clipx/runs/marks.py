@@ -102,6 +102,17 @@ def log_scale(ax: Any, values: np.ndarray) -> None:
         ax.set_yscale("log", nonpositive="mask")
 
 
+def log_axis(ax: Any, edges: np.ndarray) -> None:
+    """A logarithmic axis; within one power of ten it has a few plain numbers."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    ax.set_xscale("log")
+    if edges[-1] < 10 * edges[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+
+
 def legend_above(ax: Any) -> None:
     """A legend between the title and the axes, in as many columns as there is room for.
 

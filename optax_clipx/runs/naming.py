@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .jsonl import ReadError
-from .table import Columns, present
+from .table import MISSING, Columns, present
 
 # What others call the step; the first that is there is taken. Keras counts epochs.
 STEP_NAMES = (
@@ -22,6 +22,7 @@ STEP_NAMES = (
     "updates",
     "epoch",
 )
+_OWN_LEAVES = "track_norms/"  # what comes before the names of leaves
 # What the norm and the loss are called; the more telling names come first. MaxText's
 # grad_norm is that after clipping.
 _USUAL: dict[str, tuple[str, ...]] = {
@@ -77,11 +78,12 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
         return name
     if f"clip/{what}" in columns:
         return f"clip/{what}"
+    others = [n for n in columns if not n.startswith(_OWN_LEAVES)]  # "norm" is a leaf
     for kind in _USUAL.get(what, (what,)):
         if kind in columns:
             return kind
         # Clippers in a row come before what is measured around them.
-        fitting = [n for n in columns if _ends_in(n, kind)]
+        fitting = [n for n in others if _ends_in(n, kind)]
         fitting = [n for n in fitting if not n.startswith("skip/")] or fitting
         if len(fitting) == 1:
             return fitting[0]
@@ -93,9 +95,25 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
     raise ReadError(no_column(source, what, columns, mend))
 
 
+def with_whole_norm(columns: Columns) -> Columns:
+    """With ``track/norm``, if the norms of all leaves are there and no other norm is.
+
+    ``track_norms`` records the 2-norm of each leaf; the norm of the whole gradient is
+    the root of the sum of their squares.
+    """
+    parts = [x for name, x in columns.items() if name.startswith(_OWN_LEAVES)]
+    others = [name for name in columns if not name.startswith(_OWN_LEAVES)]
+    if not parts or any(_ends_in(n, kind) for n in others for kind in _USUAL["norm"]):
+        return columns
+    norms = np.asarray(parts, np.float64)
+    whole = np.sqrt(np.sum(np.square(norms), axis=0))
+    there = np.all([present(x) for x in norms], axis=0)
+    return {**columns, "track/norm": np.where(there, whole, MISSING)}
+
+
 # What comes before the names of leaves: ours, Levanter's, Lightning's, and others'.
 LEAVES = (
-    "track_norms/",
+    _OWN_LEAVES,
     "grad/norm/",
     "grad_2.0_norm/",
     "grad_norms/",

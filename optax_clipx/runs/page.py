@@ -345,9 +345,9 @@ def _table(runs: Any, limit: float | int | None) -> str:
         seen = norms_of(columns, name, limit)
         finite = seen.norms[np.isfinite(seen.norms)]
         try:
-            suggested = f"{suggest_threshold(seen.norms, limit=seen.limits).value:.4g}"
+            value = suggest_threshold(seen.norms, limit=seen.limits).value
         except ValueError:
-            suggested = "-"
+            value = np.nan
         rows.append(
             (
                 label,
@@ -358,7 +358,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
                 _usual(seen.limits),
                 "-" if seen.rate is None else f"{seen.rate:.1%}",
                 "-" if seen.skip_rate is None else f"{seen.skip_rate:.1%}",
-                suggested,
+                "-" if np.isnan(value) else f"{value:.4g}",
             )
         )
     cells = "".join(f"<th>{name}</th>" for name in header)

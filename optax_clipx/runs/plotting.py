@@ -199,7 +199,7 @@ def histogram(
                 base = top
         if seen.limits is not None:
             marks.limit_line(ax, seen.limits, colours)
-        ax.set_xscale("log")
+        marks.log_axis(ax, edges)
         title = "Norms and the threshold"
         if seen.limits is None:
             title = "Norms; the threshold is not recorded"

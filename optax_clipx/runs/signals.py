@@ -66,7 +66,7 @@ class Signals:
     def __init__(
         self, columns: Columns, names: Names, back: Restarts, source: Any = "this run"
     ) -> None:
-        self.columns = columns
+        self.columns = columns = naming.with_whole_norm(columns)
         self.source = source
         self.names = names
         self.restarts = back

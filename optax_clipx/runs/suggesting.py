@@ -13,26 +13,37 @@ _TRACKER_RATE = 0.02  # the default learning_rate of thresholds.quantile_tracker
 _TIMES = 3  # the usual norm, as the bound of a rule that follows rising norms
 _MANY = 0.01
 _NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long they were
+_WINDOW = 5  # norms in the median that is followed back to where an explosion begins
+_GROWN = 3  # times the level before: what is above is part of the explosion
+_EXPLODED = 1000  # times the median: norms that end there were not recorded to the end
+_FEWEST = 20  # norms before an explosion; with fewer no threshold is suggested
 
 
 class Suggestion(NamedTuple):
     """A suggested threshold, and its clip rate on the recorded run.
 
+    If training exploded, all numbers describe the steps before the norms grew.
+
     Attributes:
-        value: the threshold.
-        clip_rate: the fraction of steps after the warm-up that were above it.
-        rates: the same for each tenth of these steps.
+        value: the threshold. It is NaN if training exploded so early that no threshold
+            can be suggested.
+        clip_rate: the fraction of steps after the warm-up whose norm was above
+            ``value``.
+        rates: the same fraction in each tenth of these steps.
         drift: the median norm in the last third divided by that in the first third.
         warmup: the number of steps at the start that were left out.
         spikes: the fraction of steps whose norm is far above the others.
-        nonfinite: how many norms were infinite or NaN.
-        recorded: the threshold that the run was clipped with and that nearly all its
-            norms are above; ``None`` if there was none, or if fewer are.
-        warning: why a fixed threshold may be wrong here; empty if it is not.
-        rule: an adaptive rule to use instead, as code; ``None`` if a threshold will do.
-        asked: the fraction of steps that was asked for.
-        why: why ``clip_rate`` is not ``asked``; empty if it is.
-        exploded: whether more than 1% of the norms were infinite or NaN.
+        nonfinite: how many norms of the whole run were infinite or NaN.
+        recorded: the threshold that the run was clipped with, if it clipped nearly
+            every step; otherwise ``None``.
+        warning: why a fixed threshold may be wrong for this run. It is empty if there
+            is no reason.
+        rule: an adaptive rule to use instead of a fixed threshold, as code. It is
+            ``None`` if a fixed threshold is enough.
+        asked: the fraction of steps to clip that you asked for.
+        why: why ``clip_rate`` differs from ``asked``. It is empty if they are equal.
+        exploded: whether training exploded: the norms end as infinity or NaN, or end
+            more than 1,000 times above their median.
     """
 
     value: float
@@ -50,13 +61,15 @@ class Suggestion(NamedTuple):
     exploded: bool = False
 
     def __str__(self) -> str:
-        low, high = min(self.rates), max(self.rates)
-        lines = [
-            self._use(),
-            f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
-            f" (between {low:.1%} and {high:.1%} in each tenth of the run);"
-            f" {_percent(self.asked)} was asked for",
-        ]
+        lines = [self._use()]
+        if not np.isnan(self.value):
+            low, high = min(self.rates), max(self.rates)
+            lines.append(
+                f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
+                f" (between {low:.1%} and {high:.1%} in each tenth of"
+                f" {'the steps before the growth' if self.exploded else 'the run'});"
+                f" {_percent(self.asked)} was asked for"
+            )
         if self.why:
             lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
         if self.warmup:
@@ -78,10 +91,20 @@ class Suggestion(NamedTuple):
 
     def _use(self) -> str:
         """The one thing to do."""
+        clipper = f"optax_clipx.clip_by_global_norm({self.value:.4g})"
         if self.rule and self.drift > 1:
-            first = "a lower learning rate, and " if self.exploded else ""
-            return f"use this one: {first}{self.rule}"
-        return f"use this one: optax_clipx.clip_by_global_norm({self.value:.4g})"
+            clipper = self.rule
+        if np.isnan(self.value):
+            clipper = "record the norms again with optax_clipx.auto_clip()"
+        if self.exploded:
+            first = "use a lower learning rate first, for example a third"
+            return f"{first}; then {clipper}"
+        if self.recorded == self.value:
+            return (
+                "record another run first, with a higher threshold, for example"
+                f" optax_clipx.clip_by_global_norm({2 * self.value:.4g})"
+            )
+        return f"use this one: {clipper}"
 
 
 def suggest_threshold(
@@ -98,6 +121,9 @@ def suggest_threshold(
     :math:`r`, the quantile of the other norms is used. If the norms fall during the
     run, so that the clip rate at its end would be much lower, the threshold is the
     quantile of the last third.
+
+    If training exploded, only the norms before they grew are used. If there are fewer
+    than 20 of these, the threshold is NaN: no threshold is suggested.
 
     A run of which nearly every step was clipped gives no information about higher
     thresholds: with longer steps its norms would be different. The suggestion is then
@@ -146,12 +172,14 @@ def suggest_threshold(
             f"Expected positive finite norms, got none among {len(values)}. Record a"
             " run with a threshold, or with a lower learning rate."
         )
-    skipped = _warmup(used)
-    steady = used[skipped:]
-    usual = steady[np.isfinite(steady)]
-    cutoff = _spike_level(usual)
-    spikes = float(np.mean(steady > cutoff))
-    recorded = _recorded(steady, limits[skipped:])
+    kept = _before_explosion(used)
+    exploded = len(kept) < len(used)
+    if exploded and len(kept) < _FEWEST:
+        return _none(clip_rate, nonfinite, len(kept))
+    skipped = _warmup(kept)
+    steady = kept[skipped:]
+    cutoff = _spike_level(steady[np.isfinite(steady)])
+    recorded = _recorded(steady, limits[skipped : len(kept)])
     ceiling = np.inf if recorded is None else recorded
     value = min(_limit(steady, cutoff, clip_rate), ceiling)
     drift, drifting = _drift(steady, value, clip_rate)
@@ -159,24 +187,41 @@ def suggest_threshold(
         # A threshold for the high norms of the start would let pass what is a spike
         # later, and too low a threshold does less harm than too high a one.
         value = min(_limit(_cut(steady, 3)[-1], cutoff, clip_rate), ceiling)
-    exploded = nonfinite > _MANY * len(steady)
-    rates = tuple(float(np.mean(part > value)) for part in _cut(steady, 10))
     found = Suggestion(
         value=value,
         clip_rate=float(np.mean(steady > value)),
-        rates=rates,
+        rates=tuple(float(np.mean(part > value)) for part in _cut(steady, 10)),
         drift=drift,
         warmup=int(np.flatnonzero(values > 0)[skipped]) if skipped else 0,
-        spikes=spikes,
+        spikes=float(np.mean(steady > cutoff)),
         nonfinite=nonfinite,
         recorded=recorded,
         warning="",
-        rule=_rule(1 - clip_rate, value, steady, drift, exploded) if drifting else None,
+        rule=_rule(1 - clip_rate, value, steady, drift) if drifting else None,
         asked=float(clip_rate),
         exploded=exploded,
     )
     return found._replace(
         warning=_warning(found, len(steady), clip_rate), why=_why(found, len(steady))
+    )
+
+
+def _none(clip_rate: float | int, nonfinite: int, kept: int) -> Suggestion:
+    """What is said of a run that exploded before its usual norm could be seen."""
+    return Suggestion(
+        value=np.nan,
+        clip_rate=np.nan,
+        rates=(),
+        drift=1.0,
+        warmup=0,
+        spikes=0.0,
+        nonfinite=nonfinite,
+        recorded=None,
+        warning=f"this run exploded after {naming.counted(kept, 'step')}; a threshold"
+        f" needs at least {_FEWEST} steps before the norms grow",
+        rule=None,
+        asked=float(clip_rate),
+        exploded=True,
     )
 
 
@@ -187,7 +232,7 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     of_run = isinstance(norms, str) or hasattr(norms, "__fspath__")
     if of_run or hasattr(norms, "steps"):
-        columns = readers.columns_of_run(norms)
+        columns = naming.with_whole_norm(readers.columns_of_run(norms))
         source = norms if of_run else norms.path
         name = naming.pick(columns, "norm", None, source)
         norms = naming.norms_of_all_steps(columns, name)
@@ -224,6 +269,38 @@ def _recorded(norms: np.ndarray, limits: np.ndarray) -> float | None:
     return float(np.median(limits[limits > 0])) if np.any(limits > 0) else None
 
 
+def _before_explosion(norms: np.ndarray) -> np.ndarray:
+    """The norms of a run that exploded up to where they grow; else all of them."""
+    end = _breaks_at(norms)
+    before = norms[:end]
+    usual = before[np.isfinite(before)]
+    last = usual[-max(1, len(usual) // 20) :]
+    if end == len(norms) and _median(last) <= _EXPLODED * _median(usual):
+        return norms
+    if len(before) < _WINDOW:
+        return before[:0]
+    windows = np.lib.stride_tricks.sliding_window_view(before, _WINDOW)
+    levels = np.sort(windows)[:, _WINDOW // 2]
+    # Looked at is a stretch twice as long as the growth, so that half of it is before.
+    stretch = max(_FEWEST, len(levels) // 3)
+    while True:
+        low = float(levels[-stretch:].min())
+        kept = int(np.flatnonzero(levels <= _GROWN * low)[-1]) + 1
+        grown = len(levels) - kept
+        if stretch >= min(2 * grown, len(levels)):
+            return before[: kept + _WINDOW // 2]
+        stretch = 2 * grown
+
+
+def _breaks_at(norms: np.ndarray) -> int:
+    """Where the norms stop being finite for good; their number if they do not."""
+    lost = ~np.isfinite(norms)
+    after = np.cumsum(lost[::-1])[::-1]
+    lasting = lost & (after > _MANY * len(norms))
+    lasting &= 2 * after > np.arange(len(norms), 0, -1)
+    return int(np.argmax(lasting)) if lasting.any() else len(norms)
+
+
 def _warmup(norms: np.ndarray) -> int:
     """How many norms at the start have another level than the second half."""
     pieces = _cut(norms, min(_PIECES, len(norms) // 5))
@@ -231,7 +308,7 @@ def _warmup(norms: np.ndarray) -> int:
         return 0
     levels = np.log([_median(piece) for piece in pieces])
     later = levels[len(levels) // 2 :]
-    if not np.isfinite(later).all():  # the run did not settle: it exploded
+    if not np.isfinite(later).all():  # the run did not settle
         return 0
     far = ~np.isfinite(levels)
     far |= np.abs(levels - np.median(later)) > max(3 * _deviation(later), np.log(1.5))
@@ -273,15 +350,11 @@ def _drift(norms: np.ndarray, value: float, clip_rate: float) -> tuple[float, bo
     return levels[-1] / levels[0], bool(moved and uneven)
 
 
-def _rule(
-    quantile: float, value: float, norms: np.ndarray, drift: float, exploded: bool
-) -> str:
+def _rule(quantile: float, value: float, norms: np.ndarray, drift: float) -> str:
     # Norms that fell are followed down, and never up beyond the threshold; norms that
     # rose are followed up to a few times the usual norm: where clipping is what keeps
     # them low, a rule that follows them without a bound lets training explode.
-    # The norms of a run that exploded are usual at its start alone.
-    usual = _cut(norms, 3)[0 if exploded else -1]
-    most = value if drift < 1 else _TIMES * _median(usual)
+    most = value if drift < 1 else _TIMES * _median(_cut(norms, 3)[-1])
     bound = f"max_norm={most:.4g}"
     return f'optax_clipx.quantile_clip({quantile:.4g}, estimator="tracker", {bound})'
 
@@ -329,13 +402,12 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
         said.append(
             "nearly every step of this run was clipped, with a median threshold of"
             f" {found.value:.4g}; such a run gives no information about higher"
-            " thresholds, so none is suggested;"
-            " record one with optax_clipx.auto_clip(), or with a higher threshold"
+            " thresholds"
         )
     if found.exploded:
         said.append(
-            "this run exploded, so its norms may be higher than those of a stable run:"
-            " choose again from a run that does not explode"
+            f"this run exploded, and the threshold comes from the {count} steps before"
+            " the norms grew; choose again from a run that does not explode"
         )
     if found.rule:
         said.append(

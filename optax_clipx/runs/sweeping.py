@@ -87,9 +87,10 @@ def find_threshold(
             ``train_fn(threshold)``. With ``seeds`` it is called with ``seed=``, with
             ``learning_rates`` with ``learning_rate=`` as well. The score is a number
             or an array with one entry; NaN says that training failed.
-        low: :math:`a`, the smallest threshold; a fifth of what
-            :func:`suggest_threshold` says is a good start.
-        high: :math:`b`, the largest threshold; five times that.
+        low: :math:`a`, the smallest threshold. A good choice is 0.2 times the
+            threshold that :func:`suggest_threshold` suggests.
+        high: :math:`b`, the largest threshold. A good choice is 5 times the threshold
+            that :func:`suggest_threshold` suggests.
         num: :math:`m`, how many thresholds to try.
         seeds: whole numbers; train with each of these. Scores are compared by their
             median.
@@ -99,7 +100,7 @@ def find_threshold(
             continues there: what is in the file is not trained again.
         picture: where to save a picture of the result.
         force: overwrite a picture that exists. The file of scores is continued.
-        progress: show a progress bar (tqdm).
+        progress: show a progress bar, if tqdm is installed.
 
     Returns:
         A :class:`Sweep`.
@@ -110,7 +111,7 @@ def find_threshold(
             if training failed with every threshold.
         FileExistsError: if there is such a picture and ``force`` is false; before
             anything is trained.
-        ImportError: if tqdm or, for a picture, matplotlib is not installed.
+        ImportError: if you ask for a picture and matplotlib is not installed.
 
     Example:
         >>> import optax_clipx as clipx
@@ -265,9 +266,9 @@ def _bar(total: int, progress: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise ImportError(
-            "tqdm is missing. Run: pip install tqdm, or pass progress=False."
-        ) from None
+        said = "no progress bar: tqdm is missing. Run: pip install tqdm"
+        print(said, file=sys.stderr)
+        return None
 
     bar = tqdm(total=total, desc="thresholds", unit="run", delay=1e-9)
     if not sys.stderr.isatty():

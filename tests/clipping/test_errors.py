@@ -380,7 +380,6 @@ def as_events(run):
     [
         ("matplotlib", lambda run: clipx.plotting.norms(run), "optax_clipx[plot]"),
         ("pandas", lambda run: clipx.History.load(run).to_pandas(), "install pandas"),
-        ("tqdm", lambda run: sweep(), "progress=False"),
         ("rich", lambda run: main(["watch", str(run), "--once"]), "[watch]"),
         ("plotly", lambda run: main(["plot", str(run), "--html", "x.html"]), "[html]"),
         ("tensorboard", lambda run: clipx.History.load(as_events(run)), "tensorboard"),
@@ -403,10 +402,6 @@ def test_a_missing_package_is_named_with_the_mend(
     except (ImportError, ValueError) as error:
         said = str(error)
     assert mend in said + capsys.readouterr().err
-
-
-def sweep():
-    return clipx.find_threshold(lambda limit: limit, 1.0, 2.0, num=3)
 
 
 def test_a_page_of_runs_with_bands_and_of_one_without_a_usable_norm(tmp_path, capsys):
@@ -651,6 +646,7 @@ def test_watching_draws_again(run, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("time.sleep", wait)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     assert main(["watch", str(run), "--every", "0.5"]) == 0
     assert waits == [0.5] * 3
 

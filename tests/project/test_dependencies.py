@@ -89,7 +89,10 @@ history.save("run.jsonl")
 open("events.out.tfevents.1", "wb").close()
 assert clipx.suggest_threshold("run.jsonl").value > 0
 assert main(["suggest", "run.jsonl"]) == 0
-found = clipx.find_threshold(lambda limit: limit, 1, 2, progress=False)
+said = StringIO()
+with redirect_stderr(said):
+    found = clipx.find_threshold(lambda limit: limit, 1, 2)
+assert said.getvalue().startswith("no progress bar: tqdm is missing. Run: pip install")
 assert clipx.units.flax(("dense", "kernel"), jnp.ones((2, 3))) == (0,)
 assert clipx.units.equinox(("linear", "weight"), jnp.ones((2, 3))) == (1,)
 assert clipx.units.haiku(("linear", "w"), jnp.ones((2, 3))) == (0,)
@@ -125,7 +128,6 @@ FEATURES = {
     "History.load of events": lambda: clipx.History.load("events.out.tfevents.1"),
     "plot of events": lambda: command("plot events.out.tfevents.1"),
     "History.to_pandas": history.to_pandas,
-    "find_threshold": lambda: clipx.find_threshold(lambda limit: limit, 1, 2),
     "Rewind.restore": lambda: rewind.restore({}),
     "units.of_model": lambda: clipx.units.of_model({"w": 1}),
 }
@@ -177,7 +179,6 @@ MENDS = {
     ],
     r'pip install "optax_clipx\[checkpoints\]"': ["Rewind.restore"],
     r"pip install pandas": ["History.to_pandas"],
-    r"pip install tqdm, or pass progress=False": ["find_threshold"],
     r"Expected an NNX or Equinox model, got dict": ["units.of_model"],
 }
 

@@ -1,5 +1,6 @@
 """Nothing lies over anything else in pictures, and words and colours mean one thing."""
 
+import itertools
 import json
 import re
 
@@ -77,6 +78,21 @@ def test_no_legend_lies_over_a_title_or_the_lines(name):
 
 def labels_of(figure):
     return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("low", [1e-6, 2.9, 300.0])
+def test_numbers_below_a_histogram_of_close_norms_are_apart(low):
+    run = {"clip/norm": low * np.linspace(1, 1.6, COUNT)}
+    figure = plotting.overview(run)
+    figure.draw_without_rendering()
+    axes = next(ax for ax in figure.axes if ax.get_xlabel() == "norm")
+    left, right = axes.get_xlim()
+    ticks = axes.xaxis.get_major_ticks() + axes.xaxis.get_minor_ticks()
+    shown = [t for t in ticks if left <= t.get_loc() <= right and t.label1.get_text()]
+    assert len(shown) >= 2
+    boxes = sorted((t.label1.get_window_extent() for t in shown), key=lambda x: x.x0)
+    pairs = itertools.pairwise(boxes)
+    assert all(one.x1 < other.x0 for one, other in pairs)
 
 
 def test_an_infinite_threshold_is_said():

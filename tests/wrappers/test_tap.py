@@ -256,7 +256,7 @@ def test_nothing_is_left_of_a_tap():
         (
             lambda: clipx.tap(optax.adam(0.1), print).init(GRADS),
             ValueError,
-            "with an optax_clipx transform that keeps metrics",
+            "with an optax_clipx clipper that keeps metrics",
         ),
         (
             lambda: clipx.tap(optimizer(), print).update(GRADS, ()),

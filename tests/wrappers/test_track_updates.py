@@ -30,6 +30,17 @@ def test_the_norm_of_the_whole_update():
     np.testing.assert_allclose(read["track_ratios/b"], ratio, rtol=1e-6)
 
 
+def test_a_ratio_of_a_nan_is_nan():
+    tx = clipx.track_norms(optax.sgd(0.1), updates=True)
+    grads = {**PARAMS, "w": PARAMS["w"].at[0, 0].set(jnp.nan)}
+    read = clipx.metrics(tx.update(grads, tx.init(PARAMS), PARAMS)[1])
+    assert np.isnan(read["track_ratios/w"])
+    np.testing.assert_allclose(read["track_ratios/b"], 0.1, rtol=1e-6)
+    params = {**PARAMS, "w": jnp.full((3, 4), jnp.nan)}
+    read = clipx.metrics(tx.update(PARAMS, tx.init(PARAMS), params)[1])
+    assert np.isnan(read["track_ratios/w"])
+
+
 def test_the_update_needs_params():
     tx = clipx.track_norms(LIMIT, updates=True)
     with pytest.raises(ValueError, match="Expected params"):

@@ -1,0 +1,110 @@
+"""What is suggested from a run that exploded, or of which every step was clipped."""
+
+import json
+
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx import __main__ as command_line
+
+FIRST = "use a lower learning rate first, for example a third; then "
+NONE = FIRST + "record the norms again with optax_clipx.auto_clip()"
+
+
+def early(finite, end, count=400):
+    """Norms that grow evenly from 2 to ``end``, and are NaN from then on."""
+    return np.append(np.geomspace(2.0, end, finite), np.full(count - finite, np.nan))
+
+
+def late():
+    """Norms around 1.5 that grow from step 600 on and end as NaN."""
+    grown = np.exp(np.clip((np.arange(900) - 600) / 60, 0, None))
+    norms = 1.5 * grown * np.exp(0.05 * np.random.default_rng(0).normal(size=900))
+    norms[840:] = np.nan
+    return norms
+
+
+def lines(norms, limit=None):
+    return str(clipx.suggest_threshold(norms, limit=limit)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("finite", "end"), [(14, 6e18), (31, 2.262e18), (66, 1.3e20), (3, 1e12)]
+)
+def test_a_run_that_explodes_at_once_has_no_threshold(finite, end):
+    found = clipx.suggest_threshold(early(finite, end))
+    assert np.isnan(found.value)
+    assert found.exploded
+    first, second, third = str(found).splitlines()
+    assert first == NONE
+    assert second == f"non-finite: {400 - finite} norms"
+    assert third.startswith("warning: this run exploded after ")
+
+
+@pytest.mark.parametrize("count", [66, 67, 400])
+def test_a_recording_that_stops_at_the_explosion_is_told_as_well(count):
+    assert lines(early(66, 1.3e20, count))[0] == NONE
+
+
+def test_slow_growth_from_the_start_gives_a_threshold_near_the_start():
+    found = clipx.suggest_threshold(2.0 * 1.05 ** np.append(range(600), [np.nan] * 99))
+    assert 2 < found.value < 8
+    assert str(found).startswith(FIRST + "optax_clipx.clip_by_global_norm(")
+
+
+def test_the_threshold_is_that_of_the_steps_before_the_growth():
+    before = float(np.quantile(late()[:600], 0.9))
+    found = clipx.suggest_threshold(late())
+    assert before < found.value < 1.2 * before
+    assert lines(late())[0] == (
+        FIRST + f"optax_clipx.clip_by_global_norm({found.value:.4g})"
+    )
+    assert "each tenth of the steps before the growth" in str(found)
+    assert "exploded, and the threshold comes from the 66" in found.warning
+
+
+def test_norms_that_were_small_at_first_do_not_lower_it():
+    steady = np.random.default_rng(0).lognormal(sigma=0.3, size=2000)
+    norms = np.concatenate(
+        [0.01 * steady[:50], steady, np.geomspace(1, 1e9, 60), np.full(100, np.nan)]
+    )
+    found = clipx.suggest_threshold(norms)
+    assert found.value == pytest.approx(np.quantile(steady, 0.9), rel=0.05)
+
+
+def test_nan_steps_and_growth_are_not_called_spikes():
+    assert "spikes" not in str(clipx.suggest_threshold(late()))
+    assert "spikes" not in str(clipx.suggest_threshold(early(31, 2e18)))
+
+
+def test_a_spike_at_the_end_is_no_explosion():
+    norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400)
+    norms[-3:] = 1e9
+    assert not clipx.suggest_threshold(norms).exploded
+
+
+def test_without_a_threshold_json_has_null(tmp_path, capsys):
+    history = clipx.History()
+    history.append(range(400), {"norm": early(14, 6e18)})
+    run = history.save(tmp_path / "run.jsonl")
+    assert command_line.main(["suggest", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["run"]
+    assert (found["value"], found["clip_rate"]) == (None, None)
+
+
+def test_a_run_that_was_always_clipped_asks_for_another_recording():
+    norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400) + 5
+    first, second, *_ = lines(norms, limit=1.0)
+    assert first == (
+        "record another run first, with a higher threshold, for example"
+        " optax_clipx.clip_by_global_norm(2)"
+    )
+    assert second.startswith("threshold 1: clips 100.0% of the steps")
+    assert "use this one" not in "".join(lines(norms, limit=1.0))
+
+
+def test_a_lower_threshold_than_that_of_an_always_clipped_run_is_suggested():
+    norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400) + 5
+    text = str(clipx.suggest_threshold(norms, 0.99, limit=np.quantile(norms, 0.03)))
+    assert text.startswith("use this one: optax_clipx.clip_by_global_norm(5.")
