@@ -18,7 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 autosummary_generate = True
 autodoc_typehints = "none"  # the arguments' sections say it in words

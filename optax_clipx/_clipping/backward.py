@@ -110,8 +110,9 @@ def clip_norm(
             an int, a tuple, or a function of path and leaf.
         nonfinite: as in :func:`optax_clipx.clip_by`; by default a cotangent with an
             entry that is not finite becomes NaN as a whole.
-        axis_name: where types are blind (pmap, ``shard_map`` with ``check_vma=False``)
-            the mesh axes over which ``x`` is sharded; ``()`` if it is not.
+        axis_name: the mesh axes over which ``x`` is sharded; ``()`` if it is not. It is
+            only needed inside ``pmap``, and inside ``shard_map`` with
+            ``check_vma=False``.
         specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``; in
             ``shard_map`` needed for ``batch_axes`` too.
 

@@ -72,17 +72,18 @@ def clip_by(
             these, or a :class:`thresholds.Threshold`; in the unit of the updates.
         response: how norms and thresholds give scales: :func:`responses.rescale`,
             :func:`responses.normalize`, :func:`responses.smooth`,
-            :func:`responses.drop`, or any function of the two. It is called below a
-            finite threshold too, where ``normalize`` enlarges and ``smooth`` shrinks,
-            and its result does not count where the threshold is infinite or the norm 0.
-            Far above the threshold scales must fall as threshold over norm, or be 0.
+            :func:`responses.drop`, or any function of the two. It is also called for
+            norms below a finite threshold: there ``normalize`` enlarges and ``smooth``
+            shrinks. Its result is ignored if the threshold is infinite or the norm is
+            0. For norms far above the threshold, the scale must be proportional to
+            threshold divided by norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` raises an error that names the leaves,
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite
             number, then clips.
-        axis_name: needed in ``pmap``, and in ``shard_map`` with ``check_vma=False``,
-            where types do not say how arrays are sharded: the mesh axes over which
-            every leaf is sharded, or ``()`` if none is. Ignored outside of these axes.
+        axis_name: the mesh axes over which every leaf is sharded, or ``()`` if no leaf
+            is sharded. It is needed inside ``pmap``, and inside ``shard_map`` with
+            ``check_vma=False``, and ignored outside of these axes.
         specs: how each leaf is sharded, instead of ``axis_name``: a pytree prefix of
             ``PartitionSpec``.
         metrics: whether the state keeps :class:`ClipMetrics`.

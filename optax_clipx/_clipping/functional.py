@@ -35,7 +35,8 @@ def global_norm(
     Args:
         tree: a pytree of floating-point or complex arrays.
         ord: the order :math:`p`: 2, 1, any number from 1 on, ``inf``, or ``"rms"``.
-        axis_name: where types are blind, the mesh axes over which leaves are sharded.
+        axis_name: the mesh axes over which leaves are sharded. It is only needed inside
+            ``pmap``, and inside ``shard_map`` with ``check_vma=False``.
         specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
 
     Returns:

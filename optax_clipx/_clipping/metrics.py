@@ -22,17 +22,21 @@ class ClipMetrics(NamedTuple):
         norm: the norm of the whole updates before clipping, in the measure's order,
             saturated at float32's largest number.
         clipped_norm: the same after clipping.
-        scale: by what the group with the largest norm to threshold was multiplied. For
-            element-wise clipping ``clipped_norm / norm``.
-        threshold: that group's threshold. For element-wise clipping the larger bound.
+        scale: the factor by which one group was multiplied: the group whose ratio of
+            norm to threshold is largest. For element-wise clipping it is
+            ``clipped_norm / norm``.
+        threshold: the threshold of the same group. For element-wise clipping it is the
+            larger bound.
         clipped: the fraction of groups above their threshold, 0 to 1.
         nonfinite: whether any entry was infinite or NaN.
         steps: how many updates there have been.
-        num_clipped: in how many of them anything was above its threshold.
-        num_nonfinite: in how many of them any entry was infinite or NaN.
+        num_clipped: the number of updates in which a group was above its threshold.
+        num_nonfinite: the number of updates with an infinite or NaN entry.
+
+    With ``metrics=False`` all fields except ``steps`` are ``None``.
 
     Raises:
-        Nothing; with ``metrics=False`` every field but ``steps`` is ``None``.
+        Nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -213,12 +217,13 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"qk/max_logit"``, ...     :func:`qk_clip_updates`: the fields of its state
     ==========================  ==================================================
 
-    A state that has lost its types is read by the names in it: nested dicts, as of
-    ``flax.serialization.to_state_dict``, and flat ones, as in ninjax:
+    States that are dicts are read by their names. They can be nested, as those of
+    ``flax.serialization.to_state_dict``, or flat, as those of ninjax:
     ``{"opt/state/0/metrics/norm": array, ...}``.
 
-    After a skipped step ``"clip/..."`` is that of the last step that was not skipped,
-    since the clipper inside did not run; ``"skip/..."`` is always of the last step.
+    In a skipped step the clipper inside does not run. ``"clip/..."`` then repeats the
+    metrics of the last step that was not skipped; ``"skip/..."`` describes the skipped
+    step.
 
     Args:
         opt_state: the state of any optimizer with a clipper in it.
@@ -226,13 +231,14 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
             ``"<prefix>_track"``, ``"<prefix>_cautious"`` and ``"<prefix>_qk"``.
 
     Returns:
-        A dict from names such as ``"clip/norm"`` to arrays. With several clippers
-        each has its place in the name, the key in a ``named_chain`` or ``partition``
-        and the index in a chain: ``"clip/0/norm"``; so do several skippers.
+        A dict from names such as ``"clip/norm"`` to arrays. If there are several
+        clippers, the name has the place of the clipper: its index in a chain, as in
+        ``"clip/0/norm"``, or its key in a ``named_chain`` or ``partition``. The same
+        holds for several ``skip_spikes``.
 
     Raises:
-        ValueError: if there is no clipper in the state, or none that keeps metrics, no
-            :func:`skip_spikes`, :func:`track_norms`, :func:`cautious` or
+        ValueError: if the state contains no clipper with metrics, and none of
+            :func:`skip_spikes`, :func:`track_norms`, :func:`cautious` and
             :func:`qk_clip_updates`.
 
     Example:

@@ -54,7 +54,8 @@ def adagc(
         floor: the smallest value of the average, in the unit of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
-        patience: after this number of spikes in a row their level is accepted.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            its norm is accepted as the new level.
         max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
@@ -128,7 +129,8 @@ def olmo_ratio_clip(
         floor: the smallest value of the average, in the unit of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing; see :func:`thresholds.ema_ratio`.
-        patience: after this number of spikes in a row their level is accepted.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            its norm is accepted as the new level.
         max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
@@ -201,7 +203,8 @@ def norm_growth_clip(
         floor: the last norm counts as at least this, in the unit of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
-        patience: after this number of clipped norms in a row a norm is accepted.
+        patience: with ``patience=n``, the ``n``-th norm in a row that is above the
+            threshold is not clipped, but accepted.
         max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.

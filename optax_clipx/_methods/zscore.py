@@ -57,7 +57,8 @@ def zclip(
             behaves like a fixed one.
         stats: what enters the averages on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, ``"skip"`` nothing (the official skip option).
-        patience: after this number of spikes in a row their level is accepted.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            its norm is accepted as the new level.
             ``None`` is 50; the official code never accepts a level.
         scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
             ``group_norms(labels)``.
@@ -203,7 +204,8 @@ def historical_update_clip(
         warmup_steps: the number of norms that are seen before any is clipped.
         stats: what enters the window on a spike: ``"raw"`` the norm, ``"clipped"`` the
             threshold, or ``"skip"`` nothing.
-        patience: after this number of spikes in a row their level is accepted.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            its norm is accepted as the new level.
         max_norm: an upper limit of the threshold, in the unit of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.

@@ -94,7 +94,8 @@ def ema_ratio(
         init: what the average starts with: ``"first"``, ``"min"`` or ``"mean"``.
         floor: the smallest value of the average, in the unit of the norms.
         stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
-        patience: after this number of spikes in a row the average becomes the norm.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            the average becomes its norm.
             ``None`` is never, and 50 for ``"skip"``.
 
     Returns:
@@ -211,7 +212,7 @@ def norm_growth(
         ratio: :math:`\gamma`, at least 1.
         floor: the smallest value of the last norm, in the unit of the norms.
         stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
-        patience: after this number of spikes in a row a norm is accepted.
+        patience: with ``patience=n``, the ``n``-th spike in a row is accepted.
             ``None`` is never, and 50 for ``"skip"``.
 
     Returns:
@@ -284,7 +285,8 @@ def group_band(
             what it clips); a number or a schedule.
         decay: :math:`\beta`, between 0 and 1.
         floor: the smallest target of a norm that is raised, in the unit of the norms.
-        patience: after this number of spikes in a row the average becomes the norm.
+        patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
+            the average becomes its norm.
 
     Returns:
         A threshold rule.

@@ -106,7 +106,7 @@ def zscore(
         include_current: whether a norm enters before it is compared; then it enters
             without clipping.
         stats: what enters on a spike: ``"raw"``, ``"clipped"`` or ``"skip"``, as above.
-        patience: after this number of spikes in a row the last of them is accepted, and
+        patience: with ``patience=n``, the ``n``-th spike in a row is accepted, and
             the mean and the deviation move there in proportion. ``None`` is 50, and
             never for ``"raw"``.
         min_relative_sd: the smallest value of :math:`\sigma/\mu`. Without it, the

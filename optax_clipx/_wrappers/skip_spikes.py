@@ -91,8 +91,8 @@ def skip_spikes(
     and standard deviation come from the median and the quartiles of the first 8 norms,
     so that one spike among these does not hide later ones; there is no threshold before
     the 8th norm. A norm above the threshold does not enter
-    the statistics, and neither does a norm that is equally far below :math:`m`. After
-    ``patience`` such norms in a row, the level of the last one is accepted. A
+    the statistics, and neither does a norm that is equally far below :math:`m`. The
+    norm number ``patience`` in a row is accepted as the new level. A
     non-finite norm never enters, and is never accepted. If one of the first 100 norms
     is 200 times the usual norm, later spikes are not skipped for up to 7 steps.
 
@@ -105,8 +105,9 @@ def skip_spikes(
         loss_threshold: a threshold rule for the loss, or a number. The default is seven
             standard deviations above the mean, with statistics as for norms; other
             rules need losses above zero.
-        patience: the number of skips in a row after which the default rules accept a
-            new level.
+        patience: with ``patience=n``, the default rules skip at most ``n - 1`` spikes
+            in a row. The ``n``-th spike in a row is not skipped, and its norm is
+            accepted as the new level.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
         norm_arg: as in :func:`clip_by`.

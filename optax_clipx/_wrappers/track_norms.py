@@ -49,59 +49,67 @@ def track_norms(
 
     Here :math:`g_i` is the gradient of leaf :math:`i`, :math:`w_i` its parameters and
     :math:`\Delta w_i` its update. If the first clipper inside clips the norm of the
-    whole gradient, it uses these norms, and the gradients are not read once more.
-    :func:`metrics` then has:
+    whole gradient, it uses these norms, so the gradients are read only once.
+    :func:`metrics` returns, if recorded:
 
     ==========================  ==================================================
     name                        meaning
     ==========================  ==================================================
     ``track_norms/<leaf>``      :math:`n_i`
-    ``track/dominant_share``    the share of the largest leaf in the sum of squares;
-                                :func:`dominant_leaf` says which leaf it is
-    ``track/starved``           the share of the other leaves to which the clipper
-                                gives a step more than 10 times smaller than if each
-                                leaf were clipped at its threshold by itself
-    ``track/muon_share``        the share of the leaves that ``optax.contrib.muon``
-                                orthogonalizes in the norm by which the clipper scales
-                                all leaves
-    ``track/vanishing``,        how many leaves have a root mean square that is zero,
-    ``track/exploding``         non-finite, or far from that of the median leaf
+    ``track/dominant_share``    how much of the squared norm comes from the leaf with
+                                the largest norm; :func:`dominant_leaf` names the leaf
+    ``track/starved``           the fraction of the other leaves whose step is more than
+                                10 times smaller than if each leaf were clipped by its
+                                own norm at the same threshold
+    ``track/muon_share``        how much of the squared norm comes from the leaves that
+                                ``optax.contrib.muon`` orthogonalizes
+    ``track/vanishing``         how many leaves have a root mean square of zero, or far
+                                below that of the median leaf
+    ``track/exploding``         how many leaves have a root mean square that is not
+                                finite, or far above that of the median leaf
     ``track_ratios/<leaf>``     :math:`r_i`; with ``ratios`` or ``updates``
     ``track/update_norm``       the norm of the whole update; with ``updates``
-    ``track/spike_score``       the share of the last 1,000 steps in which the norm of
-                                the whole gradient was more than 7 standard deviations
-                                above the mean of the 1,000 before; with ``updates``
-    ``track_rms_t/<leaf>``      the gradient in the unit of the optimizer's own second
-                                moment; with ``second_moment``
+    ``track/spike_score``       the fraction of spikes among the last 1,000 steps; with
+                                ``updates``. A step is a spike if its gradient norm is
+                                more than 7 standard deviations above the mean of the
+                                1,000 steps before it
+    ``track_rms_t/<leaf>``      :math:`\mathrm{RMS}_t`, defined below; with
+                                ``second_moment``
     ==========================  ==================================================
 
-    ``track/starved`` is there if the first clipper inside clips the norm of the whole
-    gradient, and is NaN in steps in which the clipper did not see this gradient; so is
-    ``track/muon_share``, if there is a Muon inside, and no ``labels``. For an optimizer
-    that keeps a second moment :math:`v`, as ``optax.adam`` does,
+    ``track/starved`` is only recorded if the first clipper inside clips the norm of the
+    whole gradient. It is NaN in steps in which this clipper did not get the gradient,
+    for example in skipped steps. ``track/muon_share`` is recorded under the same
+    condition, if the optimizer contains Muon and ``labels`` is not given, and it is NaN
+    in the same steps. For an optimizer that keeps a second moment :math:`v`, as
+    ``optax.adam`` does,
 
     .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
         \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8},
 
-    where :math:`g` is the gradient as such a clipper passes it on. A value far above 1
-    says that the second moment is out of date: the update is then too large.
+    where :math:`g` is the gradient after a clipper of the global norm, and before any
+    other clipper. If :math:`\mathrm{RMS}_t` is far above 1, the second moment is out of
+    date, and the update is too large.
 
     Args:
         inner: the optimizer, with its clipper in it.
-        labels: measure groups of leaves instead: a pytree prefix of labels, or a
-            function of path and leaf.
+        labels: measure groups of leaves instead of leaves. Leaves with the same label
+            form a group. Pass a pytree prefix of labels, or a function that returns the
+            label of a path and a leaf.
         batch_axes: as in :func:`measures.leaf_norms`: the layers of a stack then count
             as leaves, ``"<leaf>/0"``, ``"<leaf>/1"`` and so on.
-        ratios: measure :math:`r_i` too, which needs ``params`` and reads them and the
-            updates once more. It is also the ratio of their root mean squares.
-        updates: measure what is on the side of the update: the ratios, the norm of the
-            whole update, and the spike score.
-        second_moment: the optimizer's decay :math:`b_2`, to measure
-            :math:`\mathrm{RMS}_t`, which reads gradients and second moments once more.
-            Leaves of which the optimizer keeps no second moment have none.
-        vanishing: a leaf counts as vanishing if its root mean square is less than this
-            times that of the median leaf.
-        exploding: a leaf counts as exploding if it is more than this times that.
+        ratios: also measure :math:`r_i`. This needs ``params``, and reads parameters
+            and updates once more. The ratio of the root mean squares is the same
+            number.
+        updates: also measure the ratios, the norm of the whole update, and the spike
+            score.
+        second_moment: the decay :math:`b_2` of the optimizer, to measure
+            :math:`\mathrm{RMS}_t`. This reads gradients and second moments once more.
+            It is not measured for leaves without a second moment.
+        vanishing: a leaf counts as vanishing if its root mean square is less than
+            ``vanishing`` times the root mean square of the median leaf.
+        exploding: a leaf counts as exploding if its root mean square is more than
+            ``exploding`` times the root mean square of the median leaf.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
 

@@ -156,9 +156,9 @@ def clipped_grad(
         dtype: the dtype of the result; ``None`` is float32, or float64 where a
             parameter has it. A cast to less may round the sum above the bound: add
             noise before it.
-        axis_name: in manual code the mesh axes over which the examples are spread;
-            needed where types are blind (pmap, ``check_vma=False``), and there the
-            parameters have to be whole on every device.
+        axis_name: the mesh axes over which the examples are spread. It is only needed
+            inside ``pmap``, and inside ``shard_map`` with ``check_vma=False``. There,
+            every device must have all parameters.
 
     Returns:
         A function that returns the sum or mean, in the structure of the parameters, and

@@ -24,28 +24,29 @@ def diagnose(
 ) -> Diagnosis:
     r"""Says what is wrong with a run: which fault, at which steps, and what to do.
 
-    Each rule looks for one fault in the loss, the gradient norm, the norms of leaves,
-    and whatever else was recorded. Norms are compared in logarithms, with medians as
-    levels. A norm :math:`n_k`, for example, is a spike if
+    Each rule looks for one fault in the recorded columns, such as the loss, the
+    gradient norm and the norms of leaves. The rules compare logarithms of norms. For
+    example, a norm :math:`n_k` is a spike if
 
     .. math:: \log n_k > \max(m^-_k, m^+_k) + \max(\log 3, \mu),
 
     where :math:`m^-_k` and :math:`m^+_k` are the medians of :math:`\log n` over the 25
-    steps before and after it, and the margin :math:`\mu` is where an exponential tail
-    through the quantiles of the other steps ends. A run in which nothing is found is
-    healthy as far as its columns tell; ``not_judged`` has what they do not tell.
+    steps before and after it. The margin :math:`\mu` excludes large norms that are
+    noise: we fit an exponential distribution to the largest of the other norms, and
+    less than 0.1 norms of a run are expected above the margin. If nothing is found, the
+    run can still have faults that its columns do not show: see ``not_judged``.
 
     Args:
         run: a :class:`History`; the path of a run, in any format that
             :meth:`History.load` reads; or columns by name, with one number for each
-            step and ``None`` where there is none.
-        loss: the column with the loss, if its name does not say so.
+            step and ``None`` where nothing was recorded.
+        loss: the column with the loss, if it has an unusual name.
         norm: the column with the gradient norm before clipping.
         threshold: the column with the threshold, or the threshold itself.
         update_norm: the column with the norm of the optimizer's updates.
         schedule: the column with the learning rate.
-        target: the fraction of steps that the rule is to clip: 0.9 for AutoClip with
-            its default quantile of 0.1.
+        target: the fraction of steps that the clipping method should clip: 0.9 for
+            AutoClip with its default quantile of 0.1.
         step: the column with the step.
 
     Returns:

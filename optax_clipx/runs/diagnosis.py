@@ -25,15 +25,17 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found in a run, and what could not be judged.
+    """The result of :func:`diagnose`: what was found, and what was not checked.
 
-    It is false if there are neither errors nor warnings.
+    ``bool(diagnosis)`` is ``False`` if there are neither errors nor warnings.
 
     Attributes:
-        findings: of :class:`Finding`, the worst first.
-        not_judged: from the codes that could not be judged to what there was not.
-        steps: how many steps the run has.
-        pictures: from columns to what the page draws of them.
+        findings: a tuple of :class:`Finding`, the worst first.
+        not_judged: the codes that could not be checked. It is a dict from each such
+            code to the data that the run does not have.
+        steps: the number of steps of the run.
+        pictures: the lines that a notebook or a page draws: a dict from the name of a
+            column to its line.
 
     Example:
         >>> import optax_clipx as clipx

@@ -24,14 +24,16 @@ _STRETCHES = {  # codes whose two steps are the first and the last of a stretch
 
 
 class Finding(NamedTuple):
-    """Something that a run shows.
+    """One fault that :func:`diagnose` found in a run.
 
     Attributes:
-        code: what it is, such as ``"spikes"``.
+        code: the kind of the fault, such as ``"spikes"``.
         severity: ``"error"``, ``"warning"`` or ``"info"``.
-        steps: where it is: each of its steps, or the first and the last of a stretch.
-        evidence: what it is concluded from, numbers and names by what they are.
-        advice: a line of code to type, and the entry of Troubleshooting on it.
+        steps: the steps of the fault. If the fault lasts from one step to another,
+            these are the first and the last step.
+        evidence: the numbers and names on which the finding is based, as a dict, such
+            as ``{"count": 2, "factor": 51.1, ...}``.
+        advice: a line of code to type, and the title of an entry of Troubleshooting.
 
     Example:
         >>> import optax_clipx as clipx

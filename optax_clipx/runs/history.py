@@ -35,21 +35,21 @@ class History:
         resume: continue a file that exists. **If you record a step again, all records
             from this step on are dropped**, in memory and in the file, so that a run
             that was resumed at step 100 leaves the same file as one without
-            interruption. The dropped records are added to ``run.jsonl.dropped``.
-            Without ``resume`` you also get a warning.
+            interruption. The dropped records are added to ``run.jsonl.dropped``. With
+            ``resume=False`` records are dropped too, and you get a warning.
         force: overwrite a file that exists. Nothing in this package overwrites a file
             without ``force=True``, or ``--force`` on the command line.
         on_finding: a function that is called with each new :class:`Finding` of severity
-            ``"warning"`` or ``"error"``, such as ``print``. The last 2,000 records are
-            judged as :func:`diagnose` does, after every 100 records, at once when a
-            number is not finite, and by ``close``. What the function raises comes out
-            of ``append``, which has recorded the step then, or of ``close``.
+            ``"warning"`` or ``"error"``, such as ``print``. :func:`diagnose` runs over
+            the last 2,000 records after every 100 records, immediately when a number is
+            not finite, and in ``close``. If the function raises an error, ``append`` or
+            ``close`` raises it. The step is then already recorded.
 
     Raises:
-        FileExistsError: if the file has something in it and neither ``resume`` nor
-            ``force`` is true.
-        ValueError: if a file to go on with cannot be read, or is not one that
-            ``History(path)`` wrote; if both ``resume`` and ``force`` are true.
+        FileExistsError: if the file is not empty and neither ``resume`` nor ``force``
+            is true.
+        ValueError: if the file to continue cannot be read, or was not written by
+            ``History(path)``; if both ``resume`` and ``force`` are true.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,24 +102,26 @@ class History:
     def append(self, step: Any, metrics: Any) -> None:
         """Records a step, or a block of steps.
 
-        A step may be recorded in parts: its loss first, and its evaluation later. What
-        is not recorded in a step is missing there, which is not the same as a NaN.
+        You can record a step in several calls, for example first its loss and then its
+        validation loss, until you record the next step. A value that you do not record
+        in a step is missing there; a missing value is not the same as a recorded NaN.
 
         Args:
             step: the number of the step; or a range or array of numbers, for a block.
-            metrics: from names to numbers, as from :func:`metrics`, with whatever else
-                there is to record, such as the loss; ``None`` for what is missing. Or
-                :class:`ClipMetrics`, whose fields are then called ``"clip/norm"`` and
-                so on. For a block, arrays with one entry a step, as ``jax.lax.scan``
-                stacks them. Seeds under ``jax.vmap`` are runs of their own: record each
-                to a ``History`` of its own.
+            metrics: a dict from names to numbers, such as the result of
+                :func:`metrics`, with other numbers that you want to record, such as the
+                loss. ``None`` stands for a missing value. You can also pass
+                :class:`ClipMetrics`; its fields are recorded as ``"clip/norm"`` and so
+                on. For a block, pass arrays with one entry per step, as
+                ``jax.lax.scan`` returns them. Seeds under ``jax.vmap`` are separate
+                runs: use one ``History`` for each.
 
         Raises:
-            ValueError: for what is no number, if a shape does not go with ``step``, if
-                steps are not whole or do not rise, for metrics called ``"step"``, after
-                ``close``, and in a process that was forked from the one that opened the
-                file.
-            TypeError: inside of ``jax.jit``, and for what is no dict.
+            ValueError: if a value is not a number, if its shape does not fit ``step``,
+                if steps are not whole numbers or do not rise, if a metric is called
+                ``"step"``, after ``close``, and in a process that was forked from the
+                one that opened the file.
+            TypeError: inside of ``jax.jit``, and if ``metrics`` is not a dict.
         """
         if hasattr(metrics, "_asdict"):
             fields = metrics._asdict().items()
@@ -145,11 +147,11 @@ class History:
             self._listener.hear(self._writer.table)
 
     def flush(self) -> None:
-        """Writes the last record, too, and so waits for its numbers."""
+        """Writes the last record too. It waits until its numbers are computed."""
         self._writer.write()
 
     def close(self) -> None:
-        """Writes the last record, closes the file, and judges the last records."""
+        """Writes the last record, closes the file, and looks for findings."""
         self._close()
         if self._listener is not None:
             self._listener.hear(self._writer.table, at_end=True)
@@ -171,20 +173,21 @@ class History:
 
     @property
     def columns(self) -> Columns:
-        """A copy of every column by name; what was not recorded shows as NaN.
+        """A copy of every column by name. A missing value is NaN.
 
-        :meth:`recorded` tells it from a NaN that was recorded.
+        :meth:`recorded` says which values were recorded.
         """
         return self._table.arrays()
 
     def recorded(self, name: str) -> np.ndarray:
-        """In which rows a column has a value; a NaN that was recorded is one.
+        """Says in which steps a column was recorded.
 
         Args:
-            name: of the column.
+            name: the name of the column.
 
         Returns:
-            An array of booleans, one for each of ``steps``.
+            An array of booleans, one for each of ``steps``. It is ``True`` where a
+            value was recorded, even if this value is NaN.
 
         Raises:
             KeyError: if there is no such column.
@@ -206,7 +209,7 @@ class History:
 
     @property
     def steps(self) -> np.ndarray:
-        """The numbers of the steps, rising."""
+        """The numbers of the steps, in rising order."""
         return self.columns[STEP]
 
     @property
@@ -222,20 +225,21 @@ class History:
         return self._writer.table.newest_before(step, names, count)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Writes everything to a file: CSV if it is called so, else JSONL.
+        """Writes all records to a file: CSV if its name ends in ``.csv``, else JSONL.
 
-        What is missing is an empty cell in CSV, and left out of its line in JSONL. A
-        file that is overwritten keeps its permissions, and a symbolic link its target.
+        A missing value is an empty cell in CSV. In JSONL its name is left out of the
+        line. A file that is overwritten keeps its permissions. If the path is a
+        symbolic link, the file that it points to is overwritten.
 
         Args:
-            path: of the file.
-            force: overwrite a file that is there.
+            path: the path of the file.
+            force: overwrite an existing file.
 
         Returns:
             The path.
 
         Raises:
-            FileExistsError: if there is such a file and ``force`` is false.
+            FileExistsError: if the file exists and ``force`` is false.
         """
         path = Path(path)
         may_write(path, force)
@@ -254,16 +258,17 @@ class History:
 
         Read are JSONL and CSV of ``History``; the ``metrics.csv`` of Lightning and of
         Keras' ``CSVLogger``; ``trainer_state.json`` of Hugging Face; exports of W&B as
-        CSV; JSONL of MaxText and Levanter; and event files of TensorBoard. Rows of one
-        step are merged, and the later value that is present wins. Where steps go back
-        and a stretch is run again, the later stretch takes the place of the earlier.
+        CSV; JSONL of MaxText and Levanter; and event files of TensorBoard. Rows with
+        the same step are merged into one; if they have different values in a column,
+        the last one is used. If a run was restarted and repeats some steps, the later
+        records replace the earlier ones.
 
         Args:
             path: a file, or a folder with one such file or with event files in it.
-            step: the column with the step, if it is not called so.
+            step: the column with the step, if it has an unusual name.
 
         Returns:
-            The history, in memory; appending to it leaves the file as it is.
+            The history, in memory. If you append to it, the file does not change.
 
         Raises:
             ValueError: if the file cannot be read; the message has the line. Also if
@@ -276,8 +281,8 @@ class History:
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with the steps as its index.
 
-        A column in which something is missing has pandas' type ``Float64``, whose
-        ``<NA>`` is not the same as NaN; ``dropna`` drops what is missing.
+        A column with missing values has pandas' type ``Float64``. A missing value is
+        ``<NA>`` there, which is not the same as NaN. ``dropna`` drops missing values.
 
         Raises:
             ImportError: if pandas is not installed.
@@ -306,15 +311,16 @@ class History:
         """Draws the run as :func:`optax_clipx.plotting.overview` does.
 
         Args:
-            path: where to save the picture; the name says the format.
+            path: where to save the picture. The ending of the name, such as ``.png``,
+                is the format.
             theme: ``"light"`` or ``"dark"``.
-            force: overwrite a file that is there.
+            force: overwrite an existing file.
 
         Returns:
             The ``matplotlib.figure.Figure``.
 
         Raises:
-            FileExistsError: if there is such a file and ``force`` is false.
+            FileExistsError: if the file exists and ``force`` is false.
             ImportError: if matplotlib is not installed.
         """
         from . import plotting

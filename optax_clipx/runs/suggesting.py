@@ -365,8 +365,8 @@ def _why(found: Suggestion, count: int) -> str:
         return ""
     if found.recorded is not None and found.recorded == found.value:
         return (
-            "nearly all norms of this run are above its own threshold, and no higher"
-            " threshold is suggested"
+            "nearly all norms are above the threshold that this run was clipped with,"
+            " and no higher threshold is suggested"
         )
     if found.rule and found.drift < 1:
         return (

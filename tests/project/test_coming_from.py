@@ -26,6 +26,10 @@ BY_HAND = {  # rows that a table cannot run: what tests them
     "the norm that `clip_grad_norm_` returns": "test_the_norm_before",
     "tensor.register_hook(lambda g: g.clamp(-1, 1))": "test_hooks",
     "scaler.unscale_(optimizer)` before clipping": "test_unscaling",
+    "clip_grad_norm_(model.head.parameters(), 1.0)": "test_a_part_of_the_parameters",
+    "scaler.step(optimizer)`, which skips a step after an overflow": "test_an_overflow",
+    "scaler.update()`, which halves the loss scale after an overflow, and doubles it"
+    " after `growth_interval` steps without one": "test_the_loss_scale_of_flax",
 }
 
 
@@ -192,3 +196,35 @@ def test_unscaling():
     found, _ = tx.update(unscaled, tx.init(PARAMS))
     for name, x in by_norm(1.0).items():
         np.testing.assert_allclose(found[name], x, rtol=1e-6)
+
+
+def test_a_part_of_the_parameters():
+    mask = {"kernel": True, "bias": False}
+    tx = optax.masked(clipx.clip_by_global_norm(1.0, eps=1e-6), mask)
+    found, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    norm = np.linalg.norm(GRADS["kernel"])
+    np.testing.assert_allclose(found["kernel"], GRADS["kernel"] / norm, rtol=1e-5)
+    np.testing.assert_array_equal(found["bias"], GRADS["bias"])
+
+
+def test_an_overflow():
+    tx = clipx.skip_spikes(optax.adam(0.1), threshold=jnp.inf)
+    bad = GRADS | {"bias": np.full(3, np.inf, np.float32)}
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+        found, after = tx.update(bad, state, PARAMS)
+    assert all((x == 0).all() for x in jax.tree.leaves(found))
+    np.testing.assert_array_equal(
+        optax.tree.get(after, "mu")["kernel"], optax.tree.get(state, "mu")["kernel"]
+    )
+
+
+def test_the_loss_scale_of_flax():
+    dynamic_scale = pytest.importorskip("flax.training.dynamic_scale")
+    scale = dynamic_scale.DynamicScale(scale=8.0, growth_interval=1)
+    one = jnp.float32(1.0)
+    for _ in range(2):
+        scale, finite, _, _ = scale.value_and_grad(lambda x: x * x)(one)
+    assert (bool(finite), float(scale.scale)) == (True, 16.0)
+    scale, finite, _, _ = scale.value_and_grad(lambda x: x * jnp.inf)(one)
+    assert (bool(finite), float(scale.scale)) == (False, 8.0)
