@@ -403,8 +403,8 @@ def measured(options: argparse.Namespace, size: Size) -> dict[str, Any]:
         else:
             try:
                 table |= job()
-            except (RuntimeError, ValueError) as error:  # such as no memory left
-                table["note"] = f"Failed: {error}"
+            except Exception as error:  # such as no memory left: the others go on
+                table["note"] = f"Failed: {type(error).__name__}: {error}"
         report["tables"].append(table)
         print("\n".join(timings(table)), flush=True)
         harness.save(options.output, report, markdown(report))

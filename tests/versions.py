@@ -15,4 +15,5 @@ def since(version, reason):
 
 MESH_OF_TRACED = since((0, 8), "cannot set the mesh of traced Explicit arrays")
 EXPLICIT = pytest.param(AxisType.Explicit, marks=MESH_OF_TRACED)
+JOINED = since((0, 8), "has an XLA for CPU that does not join all-reduces")
 FUSED = since((0, 10), "has an XLA for CPU that writes out what is clipped")

@@ -12,6 +12,7 @@ import pytest
 from all_methods import MOMENTS as EVERY
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import MESH_OF_TRACED
 
 import optax_clipx as clipx
 from optax_clipx._methods.second_moment import SecondMomentMemory
@@ -266,7 +267,10 @@ SPECS = {"a": P("x", "y"), "b": P("y")}
 
 @pytest.mark.one_in(10)
 @every
-@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "blind"])
+@pytest.mark.parametrize(
+    "way",
+    ["auto", pytest.param("explicit", marks=MESH_OF_TRACED), "shard_map", "blind"],
+)
 def test_on_a_mesh_it_is_the_same(make, way):
     tx = make()
     kind = AxisType.Explicit if way == "explicit" else AxisType.Auto

@@ -253,7 +253,7 @@ def test_kernels_and_biases_of_nnx_are_scaled():
     np.testing.assert_array_equal(layer["out"]["kernel"][...], 1.0)
 
 
-@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax is older")
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="older Flax has no nnx.capture")
 def test_grouped_queries_of_nnx():
     (layout, _) = clipx.qk.flax(Model(nnx.Rngs(0), num_kv_heads=2))
     assert layout.grouped

@@ -254,7 +254,7 @@ def test_linen_records():
     np.testing.assert_allclose(out, alone, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax is older")
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="older Flax has no nnx.capture")
 @pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_nnx_records(kv_heads):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import MESH_OF_TRACED
 
 import optax_clipx as clipx
 
@@ -204,7 +205,9 @@ def test_stacks_and_kernels(method):
 
 
 @pytest.mark.one_in(10)
-@pytest.mark.parametrize("way", ["explicit", "shard_map", "auto"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("explicit", marks=MESH_OF_TRACED), "shard_map", "auto"]
+)
 @pytest.mark.parametrize(
     "spec", [P("x", "y"), P(("x", "y"), None), P(None, "y"), P()], ids=str
 )

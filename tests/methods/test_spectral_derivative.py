@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
+from versions import EXPLICIT
 
 import optax_clipx as clipx
 
@@ -177,7 +178,7 @@ def test_of_the_metrics(name):
     assert_allclose(jax.grad(metric)(matrix), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 def test_of_a_cut_matrix(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     clipper = clipx.clip_by_spectral_norm(1.0, method="newton_schulz")

@@ -11,6 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import EXPLICIT, JOINED
 
 import optax_clipx as clipx
 from optax_clipx import thresholds
@@ -137,7 +138,8 @@ def counts(program):
     return {name: found.count(name) for name in set(found)}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@JOINED
+@pytest.mark.parametrize("kind", [EXPLICIT, AxisType.Auto])
 def test_a_rule_adds_neither_collectives_nor_decompositions(kind):
     program, (clipped, state) = compiled(
         thresholds.scaled(thresholds.ema_ratio(1.0), 0.5), kind

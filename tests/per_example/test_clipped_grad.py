@@ -12,6 +12,7 @@ import pytest
 import reference
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import FUSED, JOINED
 from xla_settings import OWN
 
 import optax_clipx as clipx
@@ -586,6 +587,7 @@ def test_each_device_clips_its_examples_in_shard_map(mode, check_vma):
     assert_same(manual(check_vma, **mode, **options)(*args), want)
 
 
+@JOINED
 def test_one_sum_over_the_devices():
     """XLA makes of it one all-reduce for gradients, and one for counts."""
     args, _ = on_one_device()
@@ -652,6 +654,7 @@ def test_the_memory_of_two_passes_does_not_grow_with_the_batch(microbatch_size):
     assert peak(64 * 64) > 20 * large
 
 
+@FUSED
 def test_the_gradients_of_examples_are_held_once():
     """A branch for broken examples had room for a second copy of them all."""
     params = {"a": jnp.zeros((5, 128)), "b": jnp.zeros((128, 64))}
@@ -673,6 +676,7 @@ def test_the_gradients_of_examples_are_held_once():
         assert memory < 1.1 * held * one
 
 
+@FUSED
 def test_sums_of_leaves_lie_where_gradients_did():
     """The first sum has no such room: it is that of the smallest leaf."""
     sizes = (64, 256, 256, 10)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
+from versions import MESH_OF_TRACED
 
 import optax_clipx as clipx
 
@@ -32,6 +33,7 @@ def clipped(kind, **options):
     return grad_fn(on_mesh(kind, jnp.zeros(2)), batch(kind))
 
 
+@MESH_OF_TRACED
 @pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("two_pass", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
@@ -53,6 +55,7 @@ def test_every_size_over_auto_axes(microbatch_size, two_pass):
     assert_allclose(grads, SUM, rtol=1e-6)
 
 
+@MESH_OF_TRACED
 @pytest.mark.parametrize("two_pass", [False, True])
 def test_other_sizes_over_explicit_axes_name_those_that_work(two_pass):
     with pytest.raises(ValueError, match=r"multiple of the 4 devices.*work: 4 and 8"):
@@ -65,6 +68,7 @@ def test_sizes_that_do_not_divide_name_those_that_do():
         grad_fn(jnp.zeros(2), jnp.ones((12, 2)))
 
 
+@MESH_OF_TRACED
 def test_a_mask_on_no_mesh_beside_an_explicit_batch():
     grad_fn = clipx.per_example.clipped_grad(loss, 1.0, two_pass=True)
     grads, found = jax.jit(grad_fn)(
@@ -76,6 +80,7 @@ def test_a_mask_on_no_mesh_beside_an_explicit_batch():
     assert int(found.num_examples) == 10
 
 
+@MESH_OF_TRACED
 def test_random_keys_in_an_explicit_batch():
     def fun(params, key, x):
         return loss(params, x) + 0 * jax.random.uniform(key)
@@ -90,6 +95,7 @@ def test_random_keys_in_an_explicit_batch():
     assert_allclose(grads, SUM, rtol=1e-6)
 
 
+@MESH_OF_TRACED
 def test_an_empty_explicit_batch():
     grad_fn = clipx.per_example.clipped_grad(loss, 1.0, two_pass=True)
     explicit = AxisType.Explicit

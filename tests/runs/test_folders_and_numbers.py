@@ -60,7 +60,7 @@ def test_watch_follows_the_run_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("limits", [np.inf, np.array([np.inf] * 100 + [2.0] * 100)])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 def test_infinite_limits_are_drawn_without_warnings(limits, tmp_path):
     run = record(tmp_path / "run.jsonl", limits)
     plotting.overview(run).savefig(tmp_path / "run.png")

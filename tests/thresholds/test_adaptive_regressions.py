@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from versions import MESH_OF_TRACED
 
 import optax_clipx as clipx
 
@@ -110,6 +111,7 @@ def test_float64_norms_are_within_what_they_have_made():
         assert int(state.metrics.num_clipped) == 0
 
 
+@MESH_OF_TRACED
 def test_warmup_with_units_on_explicit_axes():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x", "y")))

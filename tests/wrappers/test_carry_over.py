@@ -236,6 +236,7 @@ def restored(tree, like, folder):
 
 
 @jax.numpy_dtype_promotion("standard")
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # older Orbax
 def test_flax_train_state(tmp_path):
     def state_of(tx):
         return TrainState.create(apply_fn=None, params=PARAMS, tx=tx)

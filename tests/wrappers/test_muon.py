@@ -24,6 +24,10 @@ MuonDimensionNumbers = getattr(
     "MuonDimensionNumbers",
     namedtuple("Numbers", "reduction_axis output_axis", defaults=(0, 1)),
 )
+HAS_NUMBERS = pytest.mark.skipif(
+    not hasattr(optax.contrib, "MuonDimensionNumbers"),
+    reason="Optax before 0.2.6 has no dimension numbers for Muon",
+)
 LIMIT = clipx.clip_by_global_norm(1.0)
 
 
@@ -221,9 +225,7 @@ def test_a_pytree_may_be_a_prefix(here, there):
     assert float(clipped["c"][0]) == 0.5
 
 
-@pytest.mark.skipif(
-    not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="optax has them later"
-)
+@HAS_NUMBERS
 def test_dimension_numbers_name_leaves_of_any_rank():
     """Muon's own argument excludes a stack of matrices, and lets an embedding be."""
     params = {"experts": jnp.ones((4, 8, 8)), "embedding": jnp.ones((8, 4))}
@@ -266,6 +268,7 @@ def test_without_muon_or_a_norm_of_all_there_is_no_such_share(tx):
     assert shares(tx, spike=False) is None
 
 
+@HAS_NUMBERS
 def test_the_share_of_muons_layers():
     tx = clipx.track_norms(
         optax.chain(

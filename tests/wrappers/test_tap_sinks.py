@@ -103,19 +103,17 @@ def test_a_warning_that_is_an_error_stops_nothing(capfd):
     assert "OSError('the disk is full') at step 0" in capfd.readouterr().err
 
 
-def test_training_does_not_wait_for_a_sink_that_sleeps():
-    seen = []
+def test_training_does_not_wait_for_a_sink_that_waits():
+    seen, after = [], threading.Event()
 
     def sink(step, metrics):
-        time.sleep(1.0)
+        after.wait(60)
         seen.append(step)
 
-    train(lambda *_: None, 1)  # compiles what there is to compile once
-    start = time.perf_counter()
     train(sink, 3)
-    trained = time.perf_counter() - start
+    assert seen == []
+    after.set()
     clipx.flush_taps()
-    assert trained < 1.0
     assert seen == [0, 1, 2]
 
 
