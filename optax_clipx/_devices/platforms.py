@@ -34,13 +34,18 @@ def by_platform(ways: Ways, given: Any, like: Any = None) -> Any:
     if platform is not None:
         return _way(ways, platform)(given)
     arrays, structure = jax.tree.flatten(given)
-    on_mesh = not jax.sharding.get_abstract_mesh().empty or any(map(varying, arrays))
+    on_mesh = not jax.sharding.get_abstract_mesh().empty or any(map(_on_mesh, arrays))
     if like is None or on_mesh or is_concrete(given):
         return _all_traced(ways, given)
     shapes, outcome = jax.tree.flatten(like)
     kinds = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in shapes)
     call = _Call(ways, structure, kinds)
     return jax.tree.unflatten(outcome, _chosen.bind(*arrays, call=call))
+
+
+def _on_mesh(array: Any) -> bool:
+    # In JAX 0.7 types name the mesh of arrays that were put on Auto axes, too.
+    return bool(varying(array)) or not jax.typeof(array).sharding.mesh.empty
 
 
 _platform: ContextVar[str | None] = ContextVar("optax_clipx_platform", default=None)
