@@ -153,8 +153,8 @@ SETTINGS = {
     "no norm": Setting("no norm", "adamw", "clean"),
     "no norm, corrupt batches": Setting("no norm", "adamw", "corrupt"),
     "QK-norm": Setting("pre-norm, QK-norm", "adamw", "clean"),
+    "QK-norm, Muon": Setting("pre-norm, QK-norm", "muon", "clean"),
     "pre-norm": Setting("pre-norm", "adamw", "clean"),
-    "Muon": Setting("pre-norm", "muon", "clean"),
 }
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 TRIED = (1.0, 0.1, float("inf"))  # thresholds with which a rate is tuned

@@ -102,8 +102,10 @@ def panels(found: Table, plt: Any) -> tuple[Any, list[Any]]:
 def draw_rates(found: Table, colours: Any, plt: Any) -> Any:
     """The loss over the learning rate: where methods part."""
     figure, axes = panels(found, plt)
+    own = [row for rows in found.values() for row in rows.values()]
+    top = max(row.unigram for row in own)
+    lowest = min([top, *(row.losses.min() for row in own)])
     for ax, rows in zip(axes, found.values(), strict=True):
-        top = max(row.unigram for row in rows.values())
         for number, key in enumerate(k for k in SHOWN if k in rows):
             row = rows[key]
             at = row.rate * np.array([1 / 3, 1, 3]) * 1.03 ** (number - 2.5)
@@ -117,7 +119,6 @@ def draw_rates(found: Table, colours: Any, plt: Any) -> Any:
         ax.axhline(top, color=colours.text, lw=1, ls=":")
         ax.text(0.03, top, "diverged", va="bottom", transform=ax.get_yaxis_transform())
         ax.set(xscale="log", xlabel="learning rate")
-        lowest = min([top, *(row.losses.min() for row in rows.values())])
         ax.set_ylim(lowest - 0.05, top + 0.12)
         rate = rows["none"].rate
         ticks = [rate / 3, rate, 3 * rate]

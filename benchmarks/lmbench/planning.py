@@ -11,6 +11,7 @@ Record = dict[str, Any]
 Job = tuple[Any, ...]  # a function and its arguments
 Row = tuple[str, str, float]  # setting, method, number
 BEST = 3  # methods with three numbers
+FIRST = 3  # settings whose defaults come before everything else
 
 
 def tune(*cell: str) -> Record:
@@ -72,25 +73,22 @@ def missing(
 def wanted(
     settings: list[str], methods: list[str], records: list[Record]
 ) -> Iterator[Row]:
-    """The defaults with AdamW, then all of the first setting, then all others."""
-    for setting in settings:
-        if SETTINGS[setting].optimizer == "adamw":
-            yield from defaults(setting, methods)
-    muon = [s for s in settings if SETTINGS[s].optimizer == "muon"]
-    for setting in [*settings[:1], *muon, *settings]:
+    """The defaults of a few settings, all of the first one, then all others."""
+    for setting in settings[:FIRST]:
         yield from defaults(setting, methods)
+    yield from others(settings[0], methods, records)
+    for setting in settings[FIRST:]:
+        yield from defaults(setting, methods)
+    for setting in settings:
         yield from others(setting, methods, records)
 
 
 def defaults(setting: str, methods: list[str]) -> Iterator[Row]:
-    """All fixed thresholds, and the default of each quick method."""
-    for method in possible(setting, methods):
-        if not METHODS[method].slow:
-            numbers = METHODS[method].numbers
-            yield from (
-                (setting, method, n)
-                for n in (numbers if method == FIXED else numbers[:1])
-            )
+    """The default of each quick method, then all fixed thresholds."""
+    quick = [m for m in possible(setting, methods) if not METHODS[m].slow]
+    yield from ((setting, m, METHODS[m].numbers[0]) for m in quick)
+    if FIXED in quick:
+        yield from ((setting, FIXED, n) for n in METHODS[FIXED].numbers[1:])
 
 
 def others(setting: str, methods: list[str], records: list[Record]) -> Iterator[Row]:
