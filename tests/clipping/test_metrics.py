@@ -156,3 +156,10 @@ def test_counts_saturate():
     full = state.metrics._replace(steps=jnp.int32(2**31 - 1))
     _, state = tx.update(PARAMS, state._replace(metrics=full))
     assert int(state.metrics.steps) == 2**31 - 1
+
+
+def test_an_nnx_optimizer_without_a_clipper_is_told_to_add_one():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="got Optimizer without one. Put a clipper in"):
+        clipx.metrics(optimizer)
