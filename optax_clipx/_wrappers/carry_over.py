@@ -21,30 +21,30 @@ def carry_over(
 ) -> tuple[Any, list[str]]:
     """Copies the state of an old optimizer into that of one with other clippers.
 
-    Use it for a checkpoint from before a clipper was added. Restore the checkpoint as
-    the state of the optimizer that wrote it, and carry it over into the fresh state of
-    the new optimizer. What is in both is found by structure: the steps of a chain by
-    their order, those of a ``named_chain`` and fields by name, and an optimizer that
-    has been wrapped is found inside its wrapper. A state from before 0.1.0, in which
-    the moments of all leaves are one flat list, can also be carried over.
+    Use it for a checkpoint that was written before you added a clipper. Restore the
+    checkpoint as the state of the old optimizer, and copy it into a new state of the
+    new optimizer. The parts that both have are found by structure: the steps of a chain
+    by their order, the steps of a ``named_chain`` and fields by their names. If the old
+    optimizer is now inside a wrapper, it is found there. A state from before 0.1.0, in
+    which the moments of all leaves are one flat list, can also be copied.
 
     Args:
         old_state: the restored state, with the types that the old optimizer's ``init``
             gives it.
         new_state: what the new optimizer's ``init`` gives for the same parameters:
             arrays, and not the shapes that :func:`jax.eval_shape` gives.
-        drop: what of the old state may be lost, as the message of the error names it:
-            ``"0/rule"`` with all that is in it, ``""`` for anything.
+        drop: the parts of the old state that may be left out, with the names in the
+            error message: ``"0/rule"`` and all parts of it, or ``""`` for any part.
 
     Returns:
-        The state for the new optimizer, with the structure of ``new_state``; and what
-        in it is fresh, such as ``["0"]`` for a clipper that was put first.
+        The state for the new optimizer, with the structure of ``new_state``; and a list
+        of its parts that are new, such as ``["0"]`` for a clipper that was put first.
 
     Raises:
-        ValueError: if something of the old state has no place in the new one, of its
-            shape and dtype, and is not to be dropped; if it has several, as one Adam
-            among two; if ``drop`` names what is not lost; and if the result would have
-            shapes in it where values belong.
+        ValueError: if a part of the old state has no place with its shape and dtype in
+            the new state, and ``drop`` does not name it; if it has several places, for
+            example if the new optimizer has two Adams; if ``drop`` names a part that
+            has a place; and if a part of the result would be a shape without values.
         TypeError: if one of the two is an optimizer and not its state.
 
     Example:

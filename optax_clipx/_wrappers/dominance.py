@@ -15,7 +15,7 @@ STARVED = 10.0  # how many times smaller a step is than clipping by leaves would
 
 
 def dominant_leaf(opt_state: Any) -> tuple[str, float]:
-    r"""Says on the host which leaf has the largest gradient, and its share of the norm.
+    r"""Names the leaf with the largest gradient norm, and its share of the whole norm.
 
     .. math:: \text{share} = \max_i n_i^2 \Big/ \sum_j n_j^2
 
@@ -30,7 +30,8 @@ def dominant_leaf(opt_state: Any) -> tuple[str, float]:
     Raises:
         ValueError: if there is no :func:`track_norms` in the state, or if the state is
             that of several models.
-        jax.errors.TracerArrayConversionError: inside of ``jit``, which has no names.
+        jax.errors.TracerArrayConversionError: inside of ``jit``, where no name can be
+            returned.
 
     Example:
         >>> import jax.numpy as jnp

@@ -46,8 +46,8 @@ def excluding(
         A transformation.
 
     Raises:
-        ValueError: from ``init`` and ``update``, if no leaf is left out: a name that
-            fits nothing is a mistake; and if a pytree says nothing of a leaf.
+        ValueError: from ``init`` and ``update``, if no leaf is left out, because a name
+            that fits no leaf is a mistake; and if a pytree has no entry for a leaf.
         TypeError: if ``where`` is none of these.
 
     Example:

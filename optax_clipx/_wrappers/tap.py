@@ -33,32 +33,32 @@ class TapState(NamedTuple):
 def tap(
     inner: optax.GradientTransformation, sink: Any, *, every: Any = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Hands the metrics of an optimizer to a function, in loops that hide its state.
+    """Passes the metrics of an optimizer to a function, in loops that hide its state.
 
     The function is called on the host as ``sink(step, {"clip/norm": 1.2, ...})`` with
     what :func:`metrics` reads, and the updates are those of ``inner``. Put ``tap``
     outermost. Steps are counted from 0, by calls of ``update``.
 
-    - **One report a step**, on any number of devices and processes, and in the order of
-      the steps. The first device of the mesh reports, so with several processes the
-      one that holds it, usually process 0.
-    - **Training never waits for the sink**, which a thread calls. Up to 4,096 reports
-      wait for it; further ones are dropped, with a warning and a count.
-    - **A sink that raises** does not stop training. The first exception is a warning,
-      and all are counted. :func:`flush_taps` returns both counts.
+    - **One report per step**, on any number of devices and processes, and in the order
+      of the steps. The first device of the mesh reports. With several processes this
+      device usually belongs to process 0.
+    - **Training never waits for the sink.** A thread calls the sink. Up to 4,096
+      reports wait in a queue. Further reports are dropped, with a warning and a count.
+    - **A sink that raises an error** does not stop training. The first error is shown
+      as a warning, and all errors are counted. :func:`flush_taps` returns both counts.
     - **Under vmap** one report has arrays with an entry for each seed.
-    - **A step that comes again**, since training was begun again or restored from a
-      checkpoint, is reported again.
+    - **If training is restarted from an earlier step**, the repeated steps are reported
+      again.
 
     The environment variable ``OPTAX_CLIPX_TAP=off`` turns all taps off. It is read
-    where ``update`` is traced, and the state is the same either way.
+    when ``update`` is traced. The state is the same with and without it.
 
     Args:
         inner: the optimizer, with a clipper, :func:`skip_spikes` or
             :func:`track_norms` in it.
-        sink: a function of step and metrics; a :class:`History`; ``print``, for a line
-            of text a report; or TensorBoard's ``SummaryWriter``. The metrics are
-            Python numbers, or NumPy arrays under vmap.
+        sink: a function of step and metrics; a :class:`History`; ``print``, which
+            prints one line per report; or TensorBoard's ``SummaryWriter``. The metrics
+            are Python numbers, or NumPy arrays under vmap.
         every: report each step that is a multiple of this. In other steps nothing is
             sent to the host.
 
@@ -66,8 +66,7 @@ def tap(
         A transformation with the updates of ``inner``.
 
     Raises:
-        TypeError: if ``inner`` is no transformation, or ``sink`` is nothing that takes
-            step and metrics.
+        TypeError: if ``inner`` is no transformation, or ``sink`` is none of the above.
         ValueError: unless ``every >= 1``; from ``init`` if nothing in ``inner`` keeps
             metrics; for another value of the environment variable than ``on`` or
             ``off``.

@@ -21,11 +21,10 @@ from .table import STEP, Columns, Table, present
 class History:
     """Records the metrics of a run step by step, in memory and in a file.
 
-    The file has one JSON object a line. ``append`` writes the record of the call
-    before: the numbers of the last step are still being computed on the device, and
-    ``append`` does not wait for them. If a run is killed, its file can be loaded, and
-    only the last record or two are missing. Call ``flush`` before you save a
-    checkpoint, so that no record before it is missing.
+    The file has one JSON object per line. ``append`` does not wait for the device: it
+    writes the record of the call before, whose numbers are already computed. If a run
+    is killed, its file can be loaded; the last one or two records are missing. Call
+    ``flush`` before you save a checkpoint, so that no record before it is missing.
 
     Attributes:
         path: the file that is written, or ``None``.
@@ -64,7 +63,7 @@ class History:
         [3.0, 3.16, 3.61]
 
     References:
-        One JSON object a line: https://jsonlines.org.
+        One JSON object per line: https://jsonlines.org.
     """
 
     def __init__(

@@ -115,12 +115,12 @@ def suggest_threshold(
     .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}
 
     Here :math:`n_k` is the norm at step :math:`k` and :math:`r` the ``clip_rate``.
-    Steps at the start are left out if their level differs from that of later steps.
-    Infinite and NaN norms count as above any threshold. Spikes, which are norms far
-    above the others, do not raise the threshold: if they are more than the fraction
-    :math:`r`, the quantile of the other norms is used. If the norms fall during the
-    run, so that the clip rate at its end would be much lower, the threshold is the
-    quantile of the last third.
+    The first steps are left out if their norms are much larger or smaller than later
+    norms. Infinite and NaN norms count as clipped, whatever the threshold is. Spikes
+    are norms far above the others. They do not raise the threshold: if more than the
+    fraction :math:`r` of the norms are spikes, the quantile of the other norms is used.
+    If the norms fall during the run, so that fewer steps would be clipped at its end,
+    the threshold is the quantile of the last third.
 
     If training exploded, only the norms before they grew are used. If there are fewer
     than 20 of these, the threshold is NaN: no threshold is suggested.
@@ -133,8 +133,8 @@ def suggest_threshold(
         norms: the gradient norms before clipping, in the order of the steps; or a
             :class:`History`, or the path of a recorded run.
         clip_rate: :math:`r`, the fraction of steps to clip.
-        limit: the threshold that the run was clipped with, if it was: a number, or
-            one for each step. A :class:`History` contains it.
+        limit: the threshold with which the run was clipped: a number, or one number for
+            each step; ``None`` if it was not clipped. A :class:`History` contains it.
 
     Returns:
         A :class:`Suggestion`: the threshold ``value``, its ``clip_rate`` on this run,
@@ -142,9 +142,9 @@ def suggest_threshold(
         if the norms drift.
 
     Raises:
-        ValueError: if ``clip_rate`` is not between 0 and 1, or if there is no positive
-            finite norm, or a negative one; if ``limit`` has another length, or is
-            negative.
+        ValueError: if ``clip_rate`` is not between 0 and 1; if no norm is positive and
+            finite, or a norm is negative; if ``limit`` is negative, or has another
+            length than ``norms``.
 
     Example:
         >>> import numpy as np

@@ -21,15 +21,15 @@ class Sweep(NamedTuple):
     """The result of a sweep over thresholds.
 
     Attributes:
-        best: the threshold with the best median score over seeds (and, with several
-            learning rates, at its best one).
+        best: the threshold with the best score. The score of a threshold is the median
+            over seeds, with the best learning rate for this threshold.
         best_learning_rate: the learning rate of the best score, or ``None``.
         limits: the thresholds that were tried, in rising order.
-        learning_rates: the learning rates tried, or ``(None,)``.
-        scores: shape ``(thresholds, learning_rates, seeds)``; NaN where training
-            failed.
-        higher_is_better: what a good score is.
-        warning: why the result may be wrong; empty if nothing suggests it.
+        learning_rates: the learning rates that were tried, or ``(None,)``.
+        scores: an array of shape ``(thresholds, learning_rates, seeds)``. It is NaN
+            where training failed.
+        higher_is_better: whether a higher score is better, as for an accuracy.
+        warning: why the result may be wrong. It is empty if there is no reason.
     """
 
     best: float
@@ -47,7 +47,7 @@ class Sweep(NamedTuple):
         theme: str = "light",
         force: bool = False,
     ) -> Any:
-        """Draws the scores for each threshold, and for each learning rate if several.
+        """Draws the scores of all thresholds and learning rates.
 
         An existing picture is overwritten only with ``force=True``.
         """
@@ -79,27 +79,27 @@ def find_threshold(
 ) -> Sweep:
     r"""Trains with each of a few thresholds and finds the best one.
 
-    The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}`, evenly apart in the
-    logarithm.
+    The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}`: each is the one before it
+    times the same factor.
 
     Args:
-        train_fn: trains and returns a score, by default the lower the better:
-            ``train_fn(threshold)``. With ``seeds`` it is called with ``seed=``, with
-            ``learning_rates`` with ``learning_rate=`` as well. The score is a number
-            or an array with one entry; NaN says that training failed.
+        train_fn: a function that trains and returns a score: ``train_fn(threshold)``.
+            By default a lower score is better. With ``seeds`` the function also gets
+            ``seed=``, and with ``learning_rates`` it also gets ``learning_rate=``. The
+            score is a number or an array with one entry. Return NaN if training failed.
         low: :math:`a`, the smallest threshold. A good choice is 0.2 times the
             threshold that :func:`suggest_threshold` suggests.
         high: :math:`b`, the largest threshold. A good choice is 5 times the threshold
             that :func:`suggest_threshold` suggests.
         num: :math:`m`, how many thresholds to try.
-        seeds: whole numbers; train with each of these. Scores are compared by their
-            median.
-        learning_rates: try each threshold with each of these.
-        higher_is_better: the score is an accuracy and not a loss.
-        path: a JSONL file to which each score is added. A sweep that was stopped
-            continues there: what is in the file is not trained again.
+        seeds: whole numbers. Each threshold is tried with each seed, and thresholds are
+            compared by their median score.
+        learning_rates: each threshold is tried with each of these learning rates.
+        higher_is_better: whether a higher score is better, as for an accuracy.
+        path: a JSONL file to which each score is added. If the file exists, the sweep
+            continues: a setting whose score is in the file is not trained again.
         picture: where to save a picture of the result.
-        force: overwrite a picture that exists. The file of scores is continued.
+        force: overwrite an existing picture. The file of scores is never overwritten.
         progress: show a progress bar, if tqdm is installed.
 
     Returns:
