@@ -12,12 +12,14 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clipbench.rows import add, kept
 from clipbench.running import run
 
+from lmbench.corpus import corpus
 from lmbench.methods import METHODS, SETTINGS
 from lmbench.models import SIZES
 from lmbench.planning import missing, plan
@@ -50,10 +52,21 @@ def main() -> None:
     records = kept(path)
     jobs = functools.partial(plan, options.settings, options.methods, options.size)
     if not options.report:
+        check_text(records, corpus().source, path)
         total = missing(options.settings, options.methods, options.size, records)
         add(path, records, run(jobs, records, options.workers, total))
     own = [r for r in records if r["size"] == options.size]
     write_report(own, options.output.with_suffix(".md"), options.pictures)
+
+
+def check_text(records: list[dict[str, Any]], source: str, path: Path) -> None:
+    """Results of different texts cannot be compared."""
+    if others := {r["text"] for r in records if "text" in r} - {source}:
+        raise SystemExit(
+            f"Expected results of {source} in {path}, got those of"
+            f" {', '.join(sorted(others))}. Install this version, or start anew with"
+            " another --output."
+        )
 
 
 if __name__ == "__main__":

@@ -206,7 +206,10 @@ def summary_table(found: Table) -> list[str]:
             continue
         gaps = np.array([gap(rows, key) for rows in there])
         noises = np.nan_to_num([least(rows) for rows in there])
-        high = [gap(rows, key, HIGH) for rows in there]
+        high = [
+            number(gap(rows, key, HIGH)) if key in rows else "-"
+            for rows in found.values()
+        ]
         runs = np.array([rows[key].losses[HIGH] for rows in there])
         nones = np.array([gap(rows, "none") for rows in there])
         cells = [
@@ -214,7 +217,7 @@ def summary_table(found: Table) -> list[str]:
             f"{np.sum(gaps <= noises)}",
             number(float(np.median(gaps))),
             number(float(gaps.max())),
-            ", ".join(number(x) for x in high),
+            ", ".join(high),
             f"{np.isinf(runs).sum()} of {runs.size}",
             f"{np.sum(gaps > nones + noises)}",
         ]

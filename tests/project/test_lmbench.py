@@ -134,6 +134,15 @@ def test_a_rate_is_tuned_first_and_its_results_are_not_wanted_twice():
     assert plan([*known, row("no norm", "none", math.inf, [[2.0] * 3] * 3)]) == []
 
 
+def test_results_of_another_text_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"size": "tiny", "text": "scikit-learn 0.1"}) + "\n")
+    command = [sys.executable, str(FOLDER), "--output", str(tmp_path / "rows")]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "got those of scikit-learn 0.1. Install this version" in found.stderr
+
+
 def test_the_best_methods_have_two_more_numbers():
     known = [rate("no norm", "adamw")]
     reached = {"zclip": 2.4, "quantile_clip": 2.1, "adagc": 2.2, "SPAM": 2.3}
