@@ -21,7 +21,12 @@ from diagnosis.judging import judged
 from diagnosis.report import write_picture, write_tables
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EACH = {"design": 10, "test": 16, "second": 16}  # runs for each kind of fault
+EACH = {
+    "design": 10,
+    "test": 16,
+    "second": 16,
+    "third": 12,
+}  # runs for each kind of fault
 
 
 def main() -> None:

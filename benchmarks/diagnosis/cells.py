@@ -5,7 +5,7 @@ from typing import NamedTuple
 from diagnosis.tasks import tasks_of
 
 OPTIMIZERS = ("sgd", "adam", "muon")
-HALVES = ("design", "test", "second")
+HALVES = ("design", "test", "second", "third")
 
 
 class Cell(NamedTuple):
@@ -28,7 +28,14 @@ def cells_of(half: str) -> list[Cell]:
     for i, task in enumerate(tasks):
         left_out = OPTIMIZERS[(i + HALVES.index(half)) % 3]
         cells += [Cell(task, o, "fixed") for o in OPTIMIZERS if o != left_out]
-    mlp, rnn, _, cnn, _, policy = tasks
+    mlp, rnn, lstm, cnn, _, policy = tasks
+    if half == "third":
+        return [
+            *cells,
+            *(Cell(mlp, "muon", "skip"), Cell(lstm, "sgd", "skip")),
+            *(Cell(rnn, "adam", "zclip"), Cell(cnn, "sgd", "zclip")),
+            *(Cell(mlp, "adam", "quantile"), Cell(policy, "muon", "auto")),
+        ]
     if half == "second":
         return [
             *cells,

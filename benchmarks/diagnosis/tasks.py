@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
     Attributes:
         name: kind of the model, and what it learns.
-        half: "design", "test" or "second".
+        half: "design", "test", "second" or "third".
         init: from a key to parameters.
         batch: from a key to inputs and targets, the example first.
         losses: from parameters, inputs, targets and the scale to a loss an example.
@@ -693,10 +693,168 @@ def balance() -> Task:
     )
 
 
+def mixture() -> Task:
+    """From which of six clouds a point is, where one label in ten is random."""
+    centres = 1.5 * jax.random.normal(jax.random.key(96), (6, 12))
+
+    def batch(key: Any) -> Batch:
+        a, b, c, d = jax.random.split(key, 4)
+        labels = jax.random.randint(a, (72,), 0, 6)
+        x = centres[labels] + jax.random.normal(b, (72, 12))
+        wrong = jax.random.uniform(c, (72,)) < 0.1
+        return x / 2, jnp.where(wrong, jax.random.randint(d, (72,), 0, 6), labels)
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return cross_entropy(run_perceptron(params, x * scale, jax.nn.gelu), y)
+
+    return Task(
+        "MLP, mixture",
+        "third",
+        lambda key: perceptron(key, [12] + [16] * 7 + [6], gain=1.5),
+        batch,
+        losses,
+        600,
+        {"sgd": 0.008, "adam": 2e-3, "muon": 0.008},
+        depth=7,
+    )
+
+
+def recalling() -> Task:
+    """The third of seven numbers, by a plain recurrent network."""
+
+    def batch(key: Any) -> Batch:
+        a, b = jax.random.split(key)
+        x = jax.random.uniform(a, (30, 7), minval=-1.0, maxval=1.0)
+        return x[:, :, None], x[:, 2] + 0.2 * jax.random.normal(b, (30,))
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return (apply(params["out"], run_elman(params, x * scale))[:, 0] - y) ** 2
+
+    return Task(
+        "RNN, recalling",
+        "third",
+        lambda key: elman(key, 1, 22, 1),
+        batch,
+        losses,
+        600,
+        {"sgd": 0.004, "adam": 1.5e-3, "muon": 0.004},
+    )
+
+
+def largest() -> Task:
+    """The largest of six numbers, by an LSTM."""
+
+    def batch(key: Any) -> Batch:
+        a, b = jax.random.split(key)
+        x = jax.random.normal(a, (26, 6))
+        return x[:, :, None], x.max(axis=1) + 0.2 * jax.random.normal(b, (26,))
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return (apply(params["out"], run_lstm(params, x * scale))[:, 0] - y) ** 2
+
+    return Task(
+        "LSTM, largest",
+        "third",
+        lambda key: lstm(key, 1, 16, 1),
+        batch,
+        losses,
+        600,
+        {"sgd": 0.01, "adam": 3e-3, "muon": 0.01},
+    )
+
+
+def counting() -> Task:
+    """How many of one to four bright spots are in noise, by five convolutions."""
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0)), axis=-1)
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        labels = jax.random.randint(a, (28,), 1, 5)
+        places = jax.random.uniform(b, (28, 4, 1, 1, 2), minval=0.5, maxval=6.5)
+        spots = jnp.exp(-jnp.sum((grid - places) ** 2, axis=-1))
+        shown = jnp.arange(4)[None] < labels[:, None]
+        whole = jnp.sum(jnp.where(shown[:, :, None, None], spots, 0), axis=1)
+        return whole + 0.2 * jax.random.normal(c, (28, 8, 8)), labels - 2.5
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        strides = (1, 2, 1, 2, 1)
+        return (run_convolutions(params, x * scale, strides)[:, 0] - y) ** 2
+
+    return Task(
+        "CNN, counting",
+        "third",
+        lambda key: convolutions(key, [1] + [8] * 5, 1),
+        batch,
+        losses,
+        500,
+        {"sgd": 0.004, "adam": 2e-3, "muon": 0.006},
+        depth=5,
+    )
+
+
+def shifting() -> Task:
+    """Each symbol's left neighbour, where one in eight is random, by a transformer."""
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        x = jax.random.randint(a, (18, 7), 0, 9)
+        wrong = jax.random.uniform(b, (18, 7)) < 1 / 8
+        other = jax.random.randint(c, (18, 7), 0, 9)
+        return x, jnp.where(wrong, other, jnp.roll(x, 1, axis=1))
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        return cross_entropy(run_transformer(params, x, scale, False), y).mean(1)
+
+    return Task(
+        "transformer, shifting",
+        "third",
+        lambda key: transformer(key, 9, 14, 7, 3),
+        batch,
+        losses,
+        500,
+        {"sgd": 0.04, "adam": 3e-3, "muon": 0.01},
+    )
+
+
+def following() -> Task:
+    """Five moves after a point that drifts on a line."""
+
+    def batch(key: Any) -> Batch:
+        a, b, c = jax.random.split(key, 3)
+        noise = jax.random.gumbel(b, (52, 5, 3)), jax.random.normal(c, (52, 5))
+        return jax.random.normal(a, (52, 2)), noise
+
+    def losses(params: Params, x: Any, y: Any, scale: Any) -> Any:
+        noise, drifts = y
+        place, goal = 2 * x[:, 0], 2 * x[:, 1]
+        rewards, chances, values = [], [], []
+        for t in range(5):
+            seen = jnp.stack([place, goal, jnp.full_like(goal, t / 5)], axis=-1)
+            chosen, chance, value = act(params, seen * scale, noise[:, t])
+            place = place + 0.8 * (chosen - 1)
+            goal = goal + 0.3 * drifts[:, t]
+            rewards.append(jnp.exp(-((place - goal) ** 2)))
+            chances.append(chance)
+            values.append(value)
+        returns = jnp.cumsum(jnp.stack(rewards[::-1]), axis=0)[::-1]
+        return surrogate(jnp.stack(chances), jnp.stack(values), returns).mean(0)
+
+    return Task(
+        "policy, following",
+        "third",
+        lambda key: policy(key, 3, 18, 3),
+        batch,
+        losses,
+        600,
+        {"sgd": 0.006, "adam": 2e-3, "muon": 0.006},
+    )
+
+
 MAKERS: tuple[Callable[[], Task], ...] = (
     *(teacher, adding, recurrent_text, images, sorting, bandit),
     *(surface, order, rows, gratings, language, walk),
     *(spirals, waves, commonest, rings, reversing, balance),
+    *(mixture, recalling, largest, counting, shifting, following),
 )
 
 

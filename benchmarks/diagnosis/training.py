@@ -26,10 +26,17 @@ OPTIMIZERS = {
     "muon": lambda: optax.contrib.muon(1.0),
 }
 
-OPTIMIZERS_OF_SECOND = {  # the second test half has other settings of them
-    "sgd": lambda: optax.sgd(1.0, momentum=0.8, nesterov=True),
-    "adam": lambda: optax.adam(1.0, b1=0.85, b2=0.99),
-    "muon": lambda: optax.contrib.muon(1.0, beta=0.9),
+OPTIMIZERS_OF = {  # the later test halves have other settings of them
+    "second": {
+        "sgd": lambda: optax.sgd(1.0, momentum=0.8, nesterov=True),
+        "adam": lambda: optax.adam(1.0, b1=0.85, b2=0.99),
+        "muon": lambda: optax.contrib.muon(1.0, beta=0.9),
+    },
+    "third": {
+        "sgd": lambda: optax.sgd(1.0, momentum=0.95),
+        "adam": lambda: optax.adam(1.0, b1=0.9, b2=0.95),
+        "muon": lambda: optax.contrib.muon(1.0, beta=0.97),
+    },
 }
 
 
@@ -127,8 +134,7 @@ def _invariant(params: Any, first: Any, flag: Any) -> Any:
 def program(name: str, optimizer: str, clipper: str) -> Any:
     """The compiled training of one cell: from settings of many runs to columns."""
     task = task_named(name)
-    second = task.half == "second"
-    make = (OPTIMIZERS_OF_SECOND if second else OPTIMIZERS)[optimizer]
+    make = OPTIMIZERS_OF.get(task.half, OPTIMIZERS)[optimizer]
 
     def train(s: dict[str, Any]) -> dict[str, Any]:
         tx = clipx.track_norms(CLIPPERS[clipper](s["limit"], make()))

@@ -121,7 +121,8 @@ def heights(values: np.ndarray) -> np.ndarray:
 def _among(code: str, effect: float, some: float, plain: float) -> Truths:
     if not effect >= some:  # also if it is NaN
         return {}
-    return {code: Truth(bool(effect >= plain), float(effect))}
+    present = effect >= plain and plain < np.inf
+    return {code: Truth(bool(present), float(effect))}
 
 
 def spikes(case: Case) -> Truths:
@@ -155,27 +156,38 @@ def spikes(case: Case) -> Truths:
 def periodic(case: Case) -> Truths:
     """Planted spikes at equal distances, by the height that three in four have.
 
-    Present from four of a factor of 5, and of the largest of 98% of the twin's steps.
+    Present from four of a factor of 5, and of the largest of 98% of the twin's steps;
+    arguable from 1.5, and where four planted spikes are so high, whatever the rest is.
     """
     n, planted = norms(case.run)[: case.end], case.steps("periodic-spikes")
     if len(planted) < 4:
         return {}
-    effect = float(np.quantile([n[s] / level(n, s - 20, s) for s in planted], 0.25))
-    usual = float(np.quantile(heights(norms(case.twin)), 0.98))
-    return _among("periodic-spikes", effect, 1.5, max(5.0, usual))
+    high = np.sort([n[s] / level(n, s - 20, s) for s in planted])
+    effect = float(np.quantile(high, 0.25))
+    least = max(5.0, float(np.quantile(heights(norms(case.twin)), 0.98)))
+    if effect < 1.5 and high[-4] >= least:
+        return _among("periodic-spikes", float(high[-4]), 1.5, np.inf)
+    return _among("periodic-spikes", effect, 1.5, least)
 
 
 def shift(case: Case) -> Truths:
     """The level of 40 steps after a fault over that of 40 before, over the twin's.
 
     Present from a factor of 1.8 that is still 1.5 after 60 steps and larger than all
-    such changes of the twin after its first 60 steps; arguable from 1.25, and where the
-    medians of 30 steps before and after any step differ by 2.5.
+    such changes after the first 60 steps: of the twin, and of the run itself 100 steps
+    away from its faults. Arguable from 1.25, and where the medians of 30 steps before
+    and after any step differ by 2.5.
     """
     n, m = norms(case.run)[: case.end], norms(case.twin)
     effect, present = 1.0, False
-    places = range(100, len(m) - 40, 5)
+    places = list(range(100, len(m) - 40, 5))
     others = [level(m, k, k + 40) / level(m, k - 40, k) for k in places]
+    away = [
+        k
+        for k in places
+        if k < len(n) - 40 and all(abs(k - s) >= 100 for s in case.steps())
+    ]
+    others += [level(n, k, k + 40) / level(n, k - 40, k) for k in away]
     usual = float(np.exp(np.abs(np.log(others)).max()))
     for k in case.steps():
         if k < 45 or k + 45 > len(n):
@@ -203,7 +215,8 @@ def growth(case: Case) -> Truths:
 
     Present from a factor of 10 with a loss that is not below its level there, and from
     3 before a divergence; arguable from 2 in any run that diverges or in which growth
-    was planted, from the lowest level on.
+    was planted, from the lowest level on, and where the upper quarter of the norms grew
+    by 10 where it was planted: many batches may have no gradient at all by then.
     """
     n, loss = norms(case.run)[: case.end], case.run["loss"][: case.end]
     whole = len(case.run["loss"])
@@ -220,6 +233,10 @@ def growth(case: Case) -> Truths:
     present = effect >= least and len(n) - start >= 0.1 * whole and (broke or not falls)
     if present:
         return {"growing-norms": Truth(True, effect)}
+    parts = np.array_split(n, max(1, len(n) // 40))
+    upper = np.array([np.quantile(part, 0.75) for part in parts])
+    if upper.max() >= 10 * upper[0]:
+        return _among("growing-norms", float(upper.max() / upper[0]), 2.0, np.inf)
     return _among("growing-norms", max(effect, any_growth), 2.0, np.inf)
 
 
@@ -275,9 +292,10 @@ def update_first(case: Case) -> Truths:
 def schedule(case: Case) -> Truths:
     """Norms at the end over those of the middle of the run, as the learning rate falls.
 
-    Present from 1.6 where it was planted, if the level of the middle is between half
-    and four times that of the first quarter; arguable from 1.25 over the lowest level,
-    wherever the learning rate falls to 0.4 of its peak.
+    Present from 1.6 where it was planted, if it is three standard errors of the two
+    levels and the level of the middle is between half and four times that of the first
+    quarter; arguable from 1.25 over the lowest level, wherever the learning rate falls
+    to 0.4 of its peak.
     """
     mine = case.planted("rises-with-schedule")
     rate = (case.run if mine else case.twin)["learning_rate"][: case.end]
@@ -288,7 +306,9 @@ def schedule(case: Case) -> Truths:
     quarter = len(levels) // 4
     half, effect = np.median(levels[quarter:-quarter]), levels[-1] / levels.min()
     rises = 0.5 <= half / np.median(levels[:quarter]) <= 4
-    if mine and rises and levels[-1] / half >= 1.6:
+    rough = noise(np.log(np.maximum(n[peak:], 1e-300)))
+    error = 1.25 * rough * np.sqrt(1 / 20 + 2 / (len(n) - peak))
+    if mine and rises and np.log(levels[-1] / half) >= max(np.log(1.6), 3 * error):
         return {"rises-with-schedule": Truth(True, float(levels[-1] / half))}
     return _among("rises-with-schedule", effect, 1.25, np.inf)
 
