@@ -32,9 +32,10 @@ def diagnose(
 
     where :math:`m^-_k` and :math:`m^+_k` are the medians of :math:`\log n` over the 25
     steps before and after it. The margin :math:`\mu` excludes large norms that are
-    noise: we fit an exponential distribution to the largest of the other norms, and
-    less than 0.1 norms of a run are expected above the margin. If nothing is found, the
-    run can still have faults that its columns do not show: see ``not_judged``.
+    noise: we fit a tail to the largest of the other norms, of the whole run and of the
+    steps around it, and less than 0.1 norms of a run are expected above the margin. If
+    nothing is found, the run can still have faults that its columns do not show: see
+    ``not_judged``.
 
     Args:
         run: a :class:`History`; the path of a run, in any format that

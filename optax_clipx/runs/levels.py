@@ -1,5 +1,6 @@
 """Levels, noise and jumps of a series, by medians: no single step moves them."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -14,11 +15,16 @@ def spread(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
-def pieces(values: np.ndarray, count: int = criteria.PIECES) -> np.ndarray:
-    """The medians of nearly equal pieces, at most so many; 0 where there is nothing."""
+def pieces(
+    values: np.ndarray, count: int = criteria.PIECES, quantile: float = 0.5
+) -> np.ndarray:
+    """Quantiles of nearly equal pieces, at most so many; 0 where there is nothing."""
     if not len(values):
         return np.zeros(1)
-    return np.array([np.median(x) for x in np.array_split(values, _few(values, count))])
+    cut = np.array_split(values, _few(values, count))
+    if quantile == 0.5:
+        return np.array([np.median(x) for x in cut])  # in half the time
+    return np.array([np.quantile(x, quantile) for x in cut])
 
 
 def piece_starts(length: int, count: int = criteria.PIECES) -> np.ndarray:
@@ -62,15 +68,44 @@ def _medians(windows: np.ndarray) -> np.ndarray:
         return np.where(enough, np.nanmedian(windows, axis=1), np.nan)
 
 
-def margin(
-    above: np.ndarray, least: float, false: float = criteria.FALSE_SPIKES
-) -> float:
-    """How far above the level chance does not reach, but for so many times a run."""
+def margin(above: np.ndarray, least: float, false: float) -> float:
+    """How far above the level chance does not reach, but for so many times a run.
+
+    Through two quantiles goes an exponential tail, and one that bends: a Weibull tail
+    of the numbers whose logarithms these are. Tails of real norms end between the two.
+    """
     low, high = np.quantile(above, criteria.TAIL)
-    outside = 1 - criteria.TAIL[0]
-    scale = (high - low) / np.log(outside / (1 - criteria.TAIL[1]))
-    tail = low + scale * np.log(outside * len(above) / false)
+    part, near = (1 - quantile for quantile in criteria.TAIL)
+    rare = min(near, false / len(above))
+    straight = np.log(part / rare) / np.log(part / near)
+    bent = np.log(np.log(rare) / np.log(part)) / np.log(np.log(near) / np.log(part))
+    tail = low + (high - low) * (straight + bent) / 2
     return max(least, min(float(tail), criteria.MOST_DEVIATIONS * spread(above)))
+
+
+def margins(above: np.ndarray, least: float, false: float) -> np.ndarray:
+    """The same for each step: by the noise of the run, or by that around the step.
+
+    Noise may grow tenfold while a run learns. What is far outside the noise around it
+    is a spike, also where norms vary as much elsewhere.
+    """
+    whole = margin(above, least, false)
+    width = _width(above, criteria.NOISE_STEPS)
+    if not np.ptp(width):
+        return np.full(len(above), whole)
+    around_it = margin(above / width, 0.0, false) * width
+    return np.maximum(least, np.minimum(whole, around_it))
+
+
+def _width(above: np.ndarray, each: int) -> np.ndarray:
+    """How far the upper fifth is above the level around each step."""
+    each = min(each, len(above))
+    count = len(above) // each
+    parts = above[: count * each].reshape(count, each)
+    wide = np.quantile(parts, criteria.TAIL[0], axis=1) - np.median(parts, axis=1)
+    usual = float(np.quantile(above, criteria.TAIL[0]) - np.median(above))
+    wide = np.maximum(wide, max(criteria.NOISE_LEAST * usual, 1e-9))
+    return np.interp(np.arange(len(above)), (np.arange(count) + 0.5) * each, wide)
 
 
 def peaks(
@@ -78,11 +113,11 @@ def peaks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where values are above the levels before and after, and by how much."""
     above = residuals(values)
-    enough = margin(above, least, false)
+    enough = margins(above, least, false)
     at = np.flatnonzero(above > 0.5 * enough)
     before, after = around(values, at)
     high = values[at] - np.maximum(before, after)
-    chosen = high > enough  # false for NaN
+    chosen = high > enough[at]  # false for NaN
     return _highest_of_each(at[chosen], high[chosen])
 
 
@@ -94,9 +129,42 @@ def _highest_of_each(at: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.n
     return at[starts], np.maximum.reduceat(high, starts)
 
 
+def folded(above: np.ndarray) -> np.ndarray | None:
+    """Places at equal distances that are higher together than by chance; or none.
+
+    Each step scores the negative logarithm of its rank as a fraction. By chance, the
+    sum of the scores of m places has a gamma distribution, whose tail at s is at most
+    exp(-(s - m - m log(s / m))). Distances between the highest steps, and their halves
+    and thirds, are tried as periods; the bound is for all periods and phases.
+    """
+    count = len(above)
+    order = np.argsort(-above / _width(above, criteria.NOISE_STEPS), kind="stable")
+    scores = np.empty(count)
+    scores[order] = -np.log(np.arange(1, count + 1) / (count + 1))
+    first = order[order < criteria.FOLDED_STEPS][: criteria.FOLDED_PEAKS]
+    tried = np.log(max(1.0, count / 4) ** 2 / 2)
+    best, places = tried - np.log(criteria.FOLDED_FALSE), None
+    for start, period in _distances(np.sort(first)):
+        some = np.round(np.arange(start, count - 0.5, period)).astype(int)
+        total, chance = scores[some].sum(), len(some)
+        if chance < criteria.PERIODIC_LEAST or total <= chance:
+            continue
+        beyond = total - chance - chance * np.log(total / chance)
+        if beyond > best:
+            best, places = beyond, some
+    return places
+
+
+def _distances(places: np.ndarray) -> list[tuple[int, float]]:
+    """Where spikes at equal distances may start, and the distances."""
+    pairs = [(a, b - a) for a, b in itertools.combinations(places.tolist(), 2)]
+    all_of_them = [(a, gap / parts) for a, gap in pairs for parts in (1, 2, 3)]
+    return [(a, x) for a, x in all_of_them if x >= 2 * criteria.SPIKE_GAP]
+
+
 def rises(values: np.ndarray, least: float) -> np.ndarray:
     """Where values go above the level before them, whether or not they come back."""
-    enough = margin(residuals(values), least)
+    enough = margin(residuals(values), least, criteria.FALSE_RISES)
     each, count = criteria.WINDOW, len(values) // criteria.WINDOW
     if count < 2:
         return np.array([], np.int64)
@@ -124,18 +192,27 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
     change = levels[side:] - levels[:-side]  # at the block `side` further on
     size, noise = np.abs(change), spread(change)
     settled = np.arange(len(change)) + side >= criteria.SHIFT_SETTLED * count
-    deviations = np.where(
-        settled, criteria.SHIFT_DEVIATIONS, criteria.SHIFT_EARLY_DEVIATIONS
-    )
-    least = np.maximum(criteria.SHIFT, deviations * noise)
     around_it = np.lib.stride_tricks.sliding_window_view(
         np.pad(size, side), 2 * side + 1
     )
     found = {}
     early = max(criteria.SHIFT_SIDE, criteria.SHIFT_EARLY * len(values))
-    for k in np.flatnonzero((size > least) & (size == around_it.max(axis=1))):
+    for k in np.flatnonzero((size > criteria.SHIFT) & (size == around_it.max(axis=1))):
+        if settled[k]:
+            far = settled.copy()
+            far[max(0, k - 2 * side + 1) : k + 2 * side] = False
+            others = float(size[far].max(initial=0.0))
+            least = min(
+                criteria.SHIFT_DEVIATIONS * noise, criteria.SHIFT_OTHERS * others
+            )
+        else:
+            others, least = np.inf, criteria.SHIFT_EARLY_DEVIATIONS * noise
+        alone = size[k] > criteria.SHIFT_ALONE * others
+        rank = criteria.SHIFT_RANK_ALONE if alone else criteria.SHIFT_RANK
+        if size[k] <= least:
+            continue
         place = split(values, int(k) * each, (int(k) + 2 * side) * each)
-        if place >= early and _is_sharp(values, place, float(change[k])):
+        if place >= early and _is_sharp(values, place, float(change[k]), rank):
             found[place] = float(change[k])
     return sorted(found.items())
 
@@ -157,7 +234,7 @@ def _without_spikes(values: np.ndarray) -> np.ndarray:
     return np.clip(values, middle - wide, middle + wide) if wide else values
 
 
-def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
+def _is_sharp(values: np.ndarray, place: int, change: float, rank: float) -> bool:
     """Whether a change is no drift, stays, and is seen in most pairs of steps."""
     side = criteria.SHIFT_SIDE
     start = max(0, place - side)
@@ -169,7 +246,7 @@ def _is_sharp(values: np.ndarray, place: int, change: float) -> bool:
     levels, line = (_explained(part, x) for x in (time >= len(before), time))
     return bool(
         stays / change > criteria.SHIFT_STAYS
-        and pairs.mean() >= criteria.SHIFT_RANK
+        and pairs.mean() >= rank
         and levels >= criteria.SHIFT_SHARP * line
     )
 

@@ -50,12 +50,78 @@ def test_a_norm_that_passes_now_and_then_ends_no_lock_out():
 
 def test_periodic_spikes_are_found_where_no_single_one_is_beyond_chance():
     norms = noisy(0.6)
-    norms[40::70] *= 12
+    norms[40::70] *= 7
     finding = found({"norm": norms}, "periodic-spikes")
     assert finding.evidence["period"] == 70
     alone = noisy(0.6)
-    alone[320] *= 12
+    alone[320] *= 7
     assert clipx.diagnose({"norm": alone}).codes == ()
+
+
+def test_periodic_spikes_are_found_among_spikes_as_high():
+    rng = np.random.default_rng(0)
+    norms = np.exp(0.4 * rng.standard_normal(600))
+    norms[rng.choice(600, 12, replace=False)] *= 8
+    assert "periodic-spikes" not in clipx.diagnose({"norm": norms}).codes
+    norms[25::48] *= 8
+    finding = found({"norm": norms}, "periodic-spikes")
+    assert finding.evidence["period"] == 48
+    assert set(finding.steps) <= set(range(25, 600, 48))
+
+
+def test_a_spike_in_a_quiet_part_of_a_run_that_grows_noisy():
+    noise = np.random.default_rng(3).standard_normal(600)
+    norms = np.exp(noise * np.where(TIME < 300, 0.2, 1.2))
+    norms[150] = 8.0  # a few norms of the second half are as high
+    assert norms[300:].max() > 8
+    assert found({"norm": norms}, "spikes").steps == (150,)
+
+
+def test_a_shift_among_norms_that_vary_by_a_factor_of_ten():
+    noise = np.random.default_rng(1).standard_normal(600)
+    norms = np.exp(np.where(noise > 0, 0.3, 1.6) * noise)  # now and then next to none
+    assert clipx.diagnose({"norm": norms}).codes == ()
+    norms[300:] *= 3
+    steps = found({"norm": norms}, "level-shift").steps
+    assert min(abs(step - 300) for step in steps) <= 5
+
+
+def test_norms_grow_while_more_and_more_batches_have_no_gradient():
+    rng = np.random.default_rng(0)
+    norms = np.exp(TIME / 100 + 0.2 * rng.standard_normal(600))
+    norms[rng.random(600) < 0.7 * TIME / 600] *= 1e-6
+    run = {"norm": norms, "loss": np.ones(600)}
+    assert found(run, "growing-norms").evidence["factor"] > 50
+
+
+def test_norms_that_rise_with_the_schedule_in_noise():
+    rng = np.random.default_rng(0)
+    norms = np.exp(0.002 * TIME + 0.5 * rng.standard_normal(600))
+    rate = 0.01 * 0.996**TIME
+    assert found({"norm": norms, "learning_rate": rate}, "rises-with-schedule")
+    level = np.exp(1.2 * rng.standard_normal(600))
+    run = {"norm": level, "learning_rate": rate}
+    assert "rises-with-schedule" not in clipx.diagnose(run).codes
+
+
+def test_updates_come_before_a_loss_that_varies_by_factors_of_ten():
+    rng = np.random.default_rng(0)
+    loss = np.exp(1.5 * rng.standard_normal(600)) / 50
+    update = 0.01 * noisy(0.1)
+    update[300:304] *= 50
+    run = {"loss": loss, "update_norm": update, "norm": noisy(0.1, 2)}
+    assert "update-before-loss" not in clipx.diagnose(run).codes
+    loss[303:313] = 2 * loss.max()
+    assert found(run, "update-before-loss").steps[0] == 300
+
+
+def test_a_high_norm_of_noise_blinds_no_rule():
+    norms = np.exp(1.2 * np.random.default_rng(5).standard_normal(600))
+    limits = 30 + 0 * TIME + 0.01 * TIME
+    run = {"clip/norm": norms, "clip/threshold": limits}
+    assert "warmup-spike" not in clipx.diagnose(run).codes
+    norms[20] = 400.0
+    assert found(run, "warmup-spike").steps == (20,)
 
 
 def test_norms_that_fell_before_they_rise_with_the_schedule():

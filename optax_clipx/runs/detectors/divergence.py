@@ -99,15 +99,18 @@ def norms(run: Signals) -> list[Finding]:
     assert run.norm is not None
     end = _end(run)
     norm = run.norm.logs().before(end)
-    for part in criteria.GROWTH_PARTS if end < np.inf else (1,):
-        tail = norm.chosen(np.arange(len(norm.steps)) >= len(norm.steps) * (1 - part))
-        found = _growth(run, tail, end)
-        if found:
-            return found
+    parts = criteria.GROWTH_PARTS if end < np.inf else (1,)
+    rows = np.arange(len(norm.steps))
+    tails = [norm.chosen(rows >= len(rows) * (1 - part)) for part in parts]
     whole = run.norm.logs()
     after = len(whole.steps) - len(norm.steps)
     if end < np.inf and after >= criteria.GROWTH_AFTER * len(whole.steps):
-        return _growth(run, whole, end)
+        tails.append(whole)
+    for count, quantile in criteria.GROWTH_LEVELS:
+        for tail in tails:
+            found = _growth(run, tail, end, (count, quantile))
+            if found:
+                return found
     return []
 
 
@@ -117,10 +120,12 @@ def _end(run: Signals) -> float:
     return min((float(end) for end in ends if end is not None), default=np.inf)
 
 
-def _growth(run: Signals, norm: Line, end: float) -> list[Finding]:
+def _growth(
+    run: Signals, norm: Line, end: float, cut: tuple[int, float]
+) -> list[Finding]:
     if len(norm.steps) < criteria.LEAST_STEPS:
         return []
-    levels, starts = pieces(norm.values), piece_starts(len(norm.values))
+    levels, starts = pieces(norm.values, *cut), piece_starts(len(norm.values), cut[0])
     lowest = levels.min()
     flat = levels <= lowest + criteria.GROWTH_FLAT * (levels[-1] - lowest)
     low = int(np.flatnonzero(flat)[-1])
@@ -185,7 +190,10 @@ def updates(run: Signals) -> list[Finding]:
         before = step - criteria.UPDATE_LEAD
         if norm is not None and len(_lifted(norm, before, step, criteria.UPDATE_RISE)):
             continue
-        later = _lifted(loss_line, step, step + criteria.UPDATE_LEAD, least)
+        end = step + criteria.UPDATE_LEAD
+        later = _lifted(loss_line, step, end, least)
+        if not len(later):
+            later = _above_all(loss_line, step, end)
         if len(later):
             pairs.append((step, int(later[0])))
     if not pairs:
@@ -212,3 +220,17 @@ def _lifted(line: Line, step: int, end: int, least: float) -> np.ndarray:
     noise = criteria.LED_DEVIATIONS * spread(before)
     bound = np.median(before) + max(least, noise)
     return line.steps[here:last][line.values[here:last] > bound]
+
+
+def _above_all(line: Line, step: int, end: int) -> np.ndarray:
+    """The steps after one that are above all of the 50 before it, if they are many.
+
+    Where losses vary by factors of ten from batch to batch, none is far outside their
+    noise. By chance, five of 20 are above all of 50 once in 700 times.
+    """
+    first, here, last = np.searchsorted(line.steps, [step - 50, step, end], "right")
+    before, after = line.values[first:here], line.values[here:last]
+    if len(before) < 2 * criteria.UPDATE_LEAD:
+        return np.array([], np.int64)
+    above = line.steps[here:last][after > before.max()]
+    return above if len(above) >= criteria.LED_STEPS else above[:0]

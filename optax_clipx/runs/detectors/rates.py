@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..levels import piece_starts
+from ..levels import margins, piece_starts, residuals
 from ..signals import Signals
 
 
@@ -87,6 +87,9 @@ def warmup(run: Signals) -> list[Finding]:
     is_high = norms[at] >= level * np.exp(criteria.WARMUP_SPIKE)
     if not (is_spike and is_high and len(limits)):
         return []
+    above = residuals(np.log(norms))
+    if above[at] < margins(above, 0.0, criteria.FALSE_WARMUP)[at]:
+        return []  # norms of this run are as high by chance
     later = limits > criteria.BLIND * level
     blind = int(later.argmin()) if not later.all() else len(later)
     if blind < max(criteria.BLIND_STEPS, criteria.BLIND_PART * count):

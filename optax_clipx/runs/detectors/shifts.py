@@ -4,8 +4,8 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..levels import pieces, ranks_agree, shifts
-from ..signals import Signals
+from ..levels import pieces, ranks_agree, residuals, shifts, spread
+from ..signals import Line, Signals
 
 
 def level(run: Signals) -> list[Finding]:
@@ -38,15 +38,26 @@ def schedule(run: Signals) -> list[Finding]:
     if len(norm.steps) < criteria.LEAST_STEPS:
         return []
     beside = np.interp(norm.steps, rate.steps, rate.values)
-    norms, rates = pieces(norm.values), pieces(beside)
+    for count in criteria.SCHEDULE_PIECES:
+        found = _opposed(run, norm, beside, count)
+        if found:
+            return found
+    return []
+
+
+def _opposed(run: Signals, norm: Line, rate: np.ndarray, count: int) -> list[Finding]:
+    """Levels of so many pieces of a run that rise while those of the rate fall."""
+    norms, rates = pieces(norm.values, count), pieces(rate, count)
     lowest = int(norms.argmin())  # norms may fall at first, as the loss does
     rise, fall = norms[-1] - norms[lowest], rates.max() - rates[-1]
-    if rise < criteria.SCHEDULE_RISE or fall < criteria.SCHEDULE_FALL:
+    # Of medians of so many steps, each with the noise of one.
+    error = 1.25 * spread(residuals(norm.values)) * np.sqrt(2 * count / len(norm.steps))
+    least = max(criteria.SCHEDULE_RISE, criteria.SCHEDULE_ERRORS * error)
+    if rise < least or fall < criteria.SCHEDULE_FALL:
         return []
     if len(norms) - lowest < criteria.SCHEDULE_PART * len(norms):
         return []
-    norms, rates = norms[lowest:], rates[lowest:]
-    together = ranks_agree(norms, rates)
+    together = ranks_agree(norms[lowest:], rates[lowest:])
     if together > criteria.SCHEDULE_RANK:
         return []
     return [
@@ -57,6 +68,6 @@ def schedule(run: Signals) -> list[Finding]:
             factor=float(np.exp(rise)),
             learning_rate_factor=float(np.exp(-fall)),
             correlation=together,
-            column=run.norm.name,
+            column=norm.name,
         )
     ]

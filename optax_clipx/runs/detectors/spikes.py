@@ -1,10 +1,12 @@
 """Spikes of the gradient norm: single ones, and ones at equal distances."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..levels import around, peaks, residuals, spread
+from ..levels import around, folded, peaks, residuals, spread
 from ..signals import Line, Signals
 
 _TRIED = 500  # of the spikes, to find out whether they are periodic
@@ -17,24 +19,52 @@ def judge(run: Signals) -> list[Finding]:
     if len(norm.steps) < criteria.LEAST_STEPS:
         return []
     steps, heights, found = *_peaks(norm, criteria.FALSE_SPIKES), []
-    many, their_heights = _peaks(norm, criteria.FALSE_PERIODIC)
-    period, in_time = _period(many)
-    if period:
+    regular = _regular(norm)
+    if regular is not None:
         found.append(
             finding(
                 "periodic-spikes",
                 "warning",
-                many[in_time],
-                period=period,
-                count=int(in_time.sum()),
-                factor=float(np.exp(np.median(their_heights[in_time]))),
+                regular.steps,
+                period=regular.period,
+                count=len(regular.steps),
+                factor=float(np.exp(np.median(regular.heights))),
                 column=run.norm.name,
             )
         )
-    alone = ~np.isin(steps, many[in_time])
+        beside = np.arange(1 - criteria.SPIKE_GAP, criteria.SPIKE_GAP)
+        alone = ~np.isin(steps, np.add.outer(regular.steps, beside))
+    else:
+        alone = np.ones(len(steps), bool)
     if alone.any():
         found.append(_single(run, steps[alone], heights[alone]))
     return found
+
+
+class _Regular(NamedTuple):
+    """Spikes at equal distances, with the logarithms of their heights."""
+
+    period: int
+    steps: np.ndarray
+    heights: np.ndarray
+
+
+def _regular(norm: Line) -> _Regular | None:
+    """Spikes at equal distances, whether or not each is beyond chance alone."""
+    many, heights = _peaks(norm, criteria.FALSE_PERIODIC)
+    period, in_time = _period(many)
+    if period:
+        return _Regular(period, many[in_time], heights[in_time])
+    above = residuals(norm.values)
+    places = folded(above)
+    if places is None:
+        return None
+    high = places[above[places] >= criteria.SPIKE]
+    enough = max(criteria.PERIODIC_LEAST, criteria.PERIODIC_SHARE * len(places))
+    if len(high) < enough:
+        return None
+    steps = norm.steps[high]
+    return _Regular(round(float(np.median(np.diff(steps)))), steps, above[high])
 
 
 def _peaks(norm: Line, false: float) -> tuple[np.ndarray, np.ndarray]:
