@@ -3,9 +3,10 @@
     pip install -e ".[examples]" && python benchmarks/diagnosis
 
 Runs of other tasks and sizes each are trained with known faults and without: a design
-half, and two test halves. Detectors were changed by what is seen in the first two. What
-was found at the first look is in docs/results/diagnosis_first.md. The second test half
-is judged once. What is trained is kept in FOLDER: an interrupted command goes on there.
+half, and three test halves. Detectors were changed by what is seen in the first three.
+What was found in the first two test halves at the first look is in
+docs/results/diagnosis_first.md and diagnosis_second.md. The third test half is judged
+once. What is trained is kept in FOLDER: an interrupted command goes on there.
 """
 
 import argparse

@@ -15,8 +15,10 @@ Found = dict[str, list[Judged]]
 TITLES = {
     "design": "design half",
     "test": "first test half, now design",
-    "second": "second test half",
+    "second": "second test half, now design",
+    "third": "third test half",
 }
+LAST = "third"  # the half of which every mistake is listed
 WITH_SIZE = {
     "spikes": "norm / level before",
     "periodic-spikes": "norm / level before",
@@ -102,7 +104,7 @@ def write_tables(found: Found, path: Path) -> None:
     for half, runs in found.items():
         lines += table((f"{head[0]} ({TITLES[half]})", *head[1:]), by_code(runs))
     for half, runs in found.items():
-        if half == "second":
+        if half == LAST:
             title = f"mistake in the {TITLES[half]}"
             lines += table(("fault", title, "times"), mistakes(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,7 @@ def write_picture(found: Found, folder: Path) -> None:
     """A small panel for each code: found or not, by the size of the effect."""
     from matplotlib.figure import Figure
 
-    runs = found.get("second", next(iter(found.values())))
+    runs = found.get(LAST, next(iter(found.values())))
     for name in ("light", "dark"):
         theme = theme_of(name)
         figure = Figure(figsize=(11, 8.4), layout="constrained", facecolor=theme.page)

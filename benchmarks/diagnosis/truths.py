@@ -4,9 +4,9 @@ A fault is *present* if its effect is plainly measurable, and has to be found. I
 *arguable* if there is some effect: finding it is neither right nor wrong. Whatever is
 neither is absent, and a finding of it is wrong. The criteria compare the run with its
 twin at the steps of the fault, which no reader of a log can do, and share no code with
-the detectors. Detectors may be
-changed by what is seen in the design half; these criteria, the runs and the bounds of
-`report.whole` stay as they are from before the test half is trained.
+the detectors. Detectors may be changed by what is seen in design halves; these
+criteria, the runs and the bounds of `report.whole` stay as they are from before a test
+half is trained. A fault that is smaller than the noise of its run is not demanded.
 """
 
 from collections.abc import Callable, Sequence

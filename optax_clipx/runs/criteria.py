@@ -44,7 +44,7 @@ PERIODIC_TOLERANCE = 0.02
 PERIODIC_SHARE = 0.75
 # Where single ones are not beyond chance, distances between so many of the highest of
 # the first steps are tried. Some of them are beyond chance together once in 50 runs.
-FOLDED_PEAKS = 30
+FOLDED_PEAKS = 16
 FOLDED_STEPS = 10_000
 FOLDED_FALSE = 0.02
 

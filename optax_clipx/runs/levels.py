@@ -207,10 +207,10 @@ def shifts(values: np.ndarray) -> list[tuple[int, float]]:
             )
         else:
             others, least = np.inf, criteria.SHIFT_EARLY_DEVIATIONS * noise
-        alone = size[k] > criteria.SHIFT_ALONE * others
-        rank = criteria.SHIFT_RANK_ALONE if alone else criteria.SHIFT_RANK
         if size[k] <= least:
             continue
+        alone = size[k] > criteria.SHIFT_ALONE * others
+        rank = criteria.SHIFT_RANK_ALONE if alone else criteria.SHIFT_RANK
         place = split(values, int(k) * each, (int(k) + 2 * side) * each)
         if place >= early and _is_sharp(values, place, float(change[k]), rank):
             found[place] = float(change[k])

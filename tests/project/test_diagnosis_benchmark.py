@@ -1,5 +1,6 @@
 """benchmarks/diagnosis: faults cover all codes, and the criteria tell them apart."""
 
+import collections
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from diagnosis import planting, truths
+from diagnosis.__main__ import EACH
 from diagnosis.cells import HALVES, Cell, cells_of
 
 TIME = np.arange(400)
@@ -45,8 +47,8 @@ def test_each_code_is_planted():
 
 def test_the_halves_have_no_task_in_common():
     tasks = [{cell.task for cell in cells_of(half)} for half in HALVES]
-    assert [len(some) for some in tasks] == [6, 6, 6]
-    assert len(set.union(*tasks)) == 18
+    assert [len(some) for some in tasks] == [6, 6, 6, 6]
+    assert len(set.union(*tasks)) == 24
 
 
 def test_the_same_runs_are_drawn_again():
@@ -72,6 +74,24 @@ def test_a_locked_run_has_all_norms_above_the_limit_of_skipping(settings):
     assert (after > 4 * 2.0 * 1.5).all()
 
 
+def test_in_the_third_half_no_rule_skips_all_steps_without_a_fault(settings):
+    clean = {"clip/norm": np.concatenate([np.full(50, 8.0), np.full(600, 0.3)])}
+    cell = Cell("RNN, waves", "adam", "skip")
+    rng = np.random.default_rng(0)
+    drawn = planting.draw(rng, "third", cell, ("locked",), settings, clean)
+    assert 4 * drawn.twin.limit > 8.0
+
+
+def test_the_third_half_has_many_runs_of_each_code():
+    drawn = planting.kinds_of_runs("third", EACH["third"])
+    codes = collections.Counter(
+        planting.KINDS[name].code for _, names in drawn for name in names
+    )
+    assert set(codes) == set(truths.CODES)
+    assert min(codes.values()) >= 12  # of some, other faults have the effect, too
+    assert len(drawn) >= 400
+
+
 def test_an_early_batch_has_a_multiple_of_the_norms_that_follow(settings):
     clean = {"clip/norm": np.full(650, 2.0)}
     clean["clip/norm"][:45] = 0.1
@@ -91,6 +111,26 @@ def test_a_spike_is_present_if_its_effect_is_large(factor, found):
     norms[200] *= factor
     fault = planting.Fault("bad batches", "spikes", factor, (200,))
     assert present(run(**{"clip/norm": norms}), fault) == found
+
+
+def test_a_level_that_falls_to_zero_is_no_shift_that_has_to_be_found():
+    norms = run()["clip/norm"]
+    norms[300:] = np.where(TIME[300:] % 3 == 0, norms[300:], 0.0)
+    fault = planting.Fault("wrong sign", "growing-norms", 10, ())
+    assert "level-shift" not in present(run(**{"clip/norm": norms}), fault)
+
+
+def test_a_rise_within_the_noise_is_not_present():
+    rate = planting.cosine(400, 0.1, 0.1)
+    rise, noise = (0.1 / rate) ** 0.5, np.random.default_rng(0).standard_normal(400)
+    fault = planting.Fault("weighted", "rises-with-schedule", 3, ())
+
+    def codes(size):
+        norms = rise * np.exp(size * noise)
+        return present(run(**{"clip/norm": norms, "learning_rate": rate}), fault)
+
+    assert "rises-with-schedule" in codes(0.1)
+    assert "rises-with-schedule" not in codes(3.0)
 
 
 def test_a_shift_is_present_with_what_follows_from_it():
