@@ -185,7 +185,11 @@ def _planted(run: Judged) -> set[str]:
 def _panel(ax: Any, code: str, runs: list[Judged], theme: Theme) -> None:
     _frame(ax, code, theme)
     seen = [
-        (max(run.truths[code].effect, 1e-2), code in run.found, _plain(run, code))
+        (
+            np.clip(run.truths[code].effect, 1e-2, 1e6),
+            code in run.found,
+            _plain(run, code),
+        )
         for run in runs
         if code in run.truths and (_plain(run, code) or code in _planted(run))
     ]
