@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._thresholds.constant import constant
-from .._trees.arguments import AxisNames, Limit, Specs, as_float
+from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from . import policies
 from .clip_by import clip_once
 from .elements import clamp_once
@@ -202,6 +202,8 @@ def _forward(x: Any, limits: Any, clip: Callable[[Any, Any], Any]) -> tuple[Any,
 def _backward(
     clip: Callable[[Any, Any], Any], limits: Any, cotangent: Any
 ) -> tuple[Any, None]:
+    # JAX 0.8 hands over arrays that a program holds as a type of its own.
+    limits = jax.tree.map(lambda x: x if is_limit(x) else jnp.asarray(x), limits)
     return clip(cotangent, limits), None  # None is the zero cotangent of the limits
 
 

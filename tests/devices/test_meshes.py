@@ -19,8 +19,8 @@ from versions import MESH_OF_TRACED, since
 import optax_clipx as clipx
 from optax_clipx._devices.mesh import vary
 
-EXPLICIT_VMAP = since((0, 8), "cannot put a branch under vmap over an Explicit axis")
-HOST_MEMORY = since((0, 8), "does not return arrays in the memory of the host")
+EXPLICIT_VMAP = since((0, 10), "cannot put a branch under vmap over an Explicit axis")
+HOST_MEMORY = since((0, 10), "does not return arrays in the memory of the host")
 
 SPECS = {
     "both": P("x", "y"),
