@@ -34,19 +34,20 @@ def leaves(count, names):
 
 def test_many_steps_take_little_time():
     run = long_run(300_000)
-    start = time.process_time()
+    start = time.thread_time()
     assert clipx.diagnose(run).codes == ("spikes",)
-    assert time.process_time() - start < 3.0  # about 0.2 s
+    assert time.thread_time() - start < 3.0  # about 0.2 s
 
 
 def test_many_leaves_take_little_time_and_memory():
     run = leaves(30_000, 100)
-    tracemalloc.start()
-    start = time.process_time()
+    start = time.thread_time()
     assert clipx.diagnose(run).codes == ()
-    took, (_, most) = time.process_time() - start, tracemalloc.get_traced_memory()
+    assert time.thread_time() - start < 3.0  # about 0.3 s
+    tracemalloc.start()
+    clipx.diagnose(run)
+    _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert took < 3.0  # about 0.3 s
     assert most < 12e6  # the columns themselves are 24 MB
 
 
@@ -66,10 +67,10 @@ def stairs(rng, count):
 def test_runs_full_of_faults_have_short_answers(make):
     values = make(np.random.default_rng(0), 100_000)
     run = {"norm": values, "loss": values, "update_norm": values}
-    start = time.process_time()
+    start = time.thread_time()
     diagnosis = clipx.diagnose(run, threshold=1.0)
     page, text = diagnosis._repr_html_(), str(diagnosis)
-    assert time.process_time() - start < 5.0  # about 0.3 s
+    assert time.thread_time() - start < 5.0  # about 0.3 s
     assert len(page) < 1_000_000
     assert len(text) < 10_000
 
@@ -116,9 +117,9 @@ def test_a_name_full_of_numbers_takes_no_time():
     run = leaves(100, 5) | {
         f"track_norms/{'1a' * 50_000}{i}": [1.0] * 100 for i in "ab"
     }
-    start = time.process_time()
+    start = time.thread_time()
     clipx.diagnose(run)
-    assert time.process_time() - start < 3.0
+    assert time.thread_time() - start < 3.0
 
 
 def test_each_advice_leads_to_an_entry_of_the_page():

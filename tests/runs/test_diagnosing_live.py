@@ -117,9 +117,9 @@ def test_a_history_that_goes_back_is_judged_again(tmp_path):
 
 def test_judging_as_it_goes_is_cheap():
     run, _ = FAULTS["spikes"](np.random.default_rng(0))
-    start = time.process_time()
+    start = time.thread_time()
     heard(run)
-    assert time.process_time() - start < 2.0  # 1,000 steps; about 0.2 s
+    assert time.thread_time() - start < 2.0  # 1,000 steps; about 0.2 s
 
 
 def test_an_alarm_follows_a_file_from_its_beginning():
