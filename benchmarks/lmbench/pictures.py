@@ -83,7 +83,7 @@ def draw_table(found: Table, colours: Any, plt: Any) -> Any:
 
 def panels(found: Table, plt: Any) -> tuple[Any, list[Any]]:
     """One panel for each setting."""
-    width = min(len(found), 3)
+    width = 2 if len(found) == 4 else min(len(found), 3)
     height = math.ceil(len(found) / width)
     figure, axes = plt.subplots(
         height,
@@ -138,6 +138,8 @@ def ends_of(losses: np.ndarray, top: float) -> tuple[float, float]:
 
 def draw_thresholds(found: Table, colours: Any, plt: Any) -> Any:
     """The loss over the fixed threshold; what no clipping reaches is a line across."""
+    whole = {name: rows for name, rows in found.items() if len(fixed(rows)) > 1}
+    found = whole or found  # one threshold is no curve
     figure, axes = panels(found, plt)
     for ax, rows in zip(axes, found.values(), strict=True):
         own, top = fixed(rows), rows["none"].unigram
