@@ -193,13 +193,16 @@ def remembered(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Memo
     return memory.after(summary, rule)
 
 
+Ending = Callable[[Memory, Summary, Any, Norms], Any]
+
+
 def clip_norms(
     parts: Parts,
     leaves: Leaves,
     params: Any,
     memory: Memory,
     extra: Mapping[str, Any],
-    ending: Callable[[Memory, Summary, Any, Norms], Any] = remembered,
+    ending: Ending = remembered,
     *,
     by_leaf: bool = False,
 ) -> tuple[list[Any], Any]:
@@ -207,6 +210,31 @@ def clip_norms(
 
     The norms of units may come in buckets, unless `by_leaf` is set.
     """
+    decided = decide(parts, leaves, params, memory, extra, ending, by_leaf=by_leaf)
+    each = zip(decided.arrays, decided.scales, strict=True)
+    return [scaling.times_scale(x, s, decided.zero) for x, s in each], decided.ended
+
+
+class Decided(NamedTuple):
+    """What is done with each array, before it is done; and what the ending gave."""
+
+    arrays: list[Any]
+    scales: list[Any]
+    zero: Any  # whether all become zeros, where that may be
+    ended: Any
+
+
+def decide(
+    parts: Parts,
+    leaves: Leaves,
+    params: Any,
+    memory: Memory,
+    extra: Mapping[str, Any],
+    ending: Ending,
+    *,
+    by_leaf: bool = False,
+) -> Decided:
+    """Norms, thresholds and scales of a step."""
     measure, rule, response, options = parts
     groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
@@ -220,6 +248,9 @@ def clip_norms(
     if isinstance(groups, UnitGroups) and not by_leaf and not arrays_in(memory.rule):
         places = placements(arrays, leaves.paths, options.axis_name, options.specs)
         groups = groups.bucketed(trees, places)
+    derive: Any = as_they_are
+    if sanitized:
+        derive = _Sanitized((False, True) + (False,) * (len(trees) - 1))
     found = (
         norms(
             trees,
@@ -228,7 +259,7 @@ def clip_norms(
             leaves.paths,
             options.axis_name,
             options.specs,
-            derive=_sanitized_first if sanitized else as_they_are,
+            derive=derive,
         )
         if trees
         else []
@@ -236,7 +267,7 @@ def clip_norms(
     if sanitized:
         arrays = policies.sanitize(arrays)
 
-    def decide(given: Norms | None, found: list[Norms], memory: Memory) -> Any:
+    def numbers(given: Norms | None, found: list[Norms], memory: Memory) -> Any:
         norm = found[0] if given is None else given
         if given is not None and sanitized:
             # A norm of what was there before means nothing.
@@ -265,19 +296,21 @@ def clip_norms(
         return groups.spread(scales), zero, ended
 
     if groups.is_one:
-        scales, zero, ended = as_one(decide, given, found, memory)
+        scales, zero, ended = as_one(numbers, given, found, memory)
     else:
-        scales, zero, ended = decide(given, found, memory)
+        scales, zero, ended = numbers(given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
-    clipped = [
-        scaling.times_scale(x, s, flag) for x, s in zip(arrays, scales, strict=True)
-    ]
-    return clipped, ended
+    return Decided(arrays, scales, flag, ended)
 
 
-def _sanitized_first(trees: Any, extras: Any) -> Any:
-    raw, *others = trees
-    return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
+class _Sanitized(NamedTuple):
+    """The first tree without what is not finite, which entries were not, the others."""
+
+    counted: tuple[bool, ...]
+
+    def __call__(self, trees: Any, extras: Any) -> Any:
+        raw, *others = trees
+        return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
 
 
 def _limits(

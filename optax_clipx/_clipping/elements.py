@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from .._devices import mesh
 from .._devices.numbers import as_one
 from .._devices.programs import entries, traced_once, unknown
 from .._devices.sums import clamped, outside
 from .._reductions.groups import ScalarGroups
-from .._reductions.norms import Indicators, Norms, norms
+from .._reductions.norms import Norms, norms
 from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
@@ -22,6 +23,7 @@ from .._trees.arithmetic import (
     Number,
     accumulator,
     at_least,
+    larger,
     negated,
     saturated_quotient,
     times,
@@ -32,7 +34,7 @@ from .._trees.leaves import Leaves
 from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
-from .summary import Summary
+from .summary import Summary, of_entries
 from .transformation import Memory, Options, by_policy, transformation
 
 
@@ -164,8 +166,8 @@ def _clamp_once(array: Any, low: Number, high: Number) -> jax.Array:
         )
     low, high = low.astype(array.dtype), high.astype(array.dtype)
     # Selected and not only clamped: a clamp may flush subnormal numbers.
-    inside = (array >= low) & (array <= high)
-    return jnp.where(inside, array, jnp.clip(array, low, high))
+    inside = lax.bitwise_and(lax.ge(array, low), lax.le(array, high))
+    return lax.select(inside, array, lax.min(lax.max(array, low), high))
 
 
 _clamp = traced_once(_clamp_once)
@@ -278,19 +280,11 @@ def _summary_of(
     places = mesh.placements(arrays, leaves.paths, _axis_name(options), options.specs)
     groups = ScalarGroups((0,) * len(arrays), None)
     size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
-    share = jnp.round(jnp.square(num_outside)) / size
-    nonzero = jnp.where(before > 0, before, 1)
-    different = {id(bound): bound for pair in bounds for bound in pair}
-    sizes = [jnp.abs(bound) for bound in different.values()]
-    return Summary(
-        norm=before,
-        clipped_norm=after,
-        scale=jnp.where(before > 0, after / nonzero, 1),
+    different = {tuple(map(id, pair)): pair for pair in bounds}
+    sizes = [larger(abs(low), abs(high)) for low, high in different.values()]
+    return of_entries(
+        *(before, after, num_outside, size, *num_bad),
         threshold=_on_all_devices(jnp.max, sizes, leaves, options),
-        clipped=jnp.where(jnp.isfinite(share), share, 0),
-        any_clipped=num_outside > 0,
-        nonfinite=num_bad[0] > 0 if num_bad else ~jnp.isfinite(before),
-        unusable=jnp.zeros((), jnp.bool_),
     )
 
 
@@ -301,7 +295,8 @@ def _on_all_devices(
     options: Options,
 ) -> jax.Array:
     """The largest of all values, or whether any is true."""
-    found = total(jnp.stack([total(x) if x.ndim else x for x in values]))
+    each = [total(x) if x.ndim else x for x in values]
+    found = each[0] if len(each) == 1 else total(jnp.stack(each))
     scalars = not any(x.ndim for x in values)
     if scalars or mesh.is_unknown(options.axis_name, options.specs):
         return found
@@ -320,6 +315,11 @@ class _Derived:
     act: Callable[..., jax.Array]
     sanitized: bool
 
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Which of what is measured are zeros and ones."""
+        return (False, False, True) + (True,) * self.sanitized
+
     def __call__(self, trees: Any, scalars: Any) -> Any:
         leaves, *entries = trees
         raw = policies.sanitize(leaves) if self.sanitized else leaves
@@ -332,7 +332,7 @@ class _Derived:
         each = zip(raw, here, there, strict=True)
         found = [_changed(x, one, other, act) for x, one, other in each]
         after, outside = zip(*found, strict=True)
-        measured = [raw, list(after), Indicators(list(outside))]
+        measured = [raw, list(after), list(outside)]
         if self.sanitized:
             measured.append(policies.where_nonfinite(leaves))
         return measured

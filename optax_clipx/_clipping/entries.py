@@ -13,13 +13,13 @@ from .._devices import mesh
 from .._devices.numbers import as_one
 from .._devices.programs import unknown
 from .._reductions.groups import Packed, ScalarGroups
-from .._reductions.norms import Indicators, norms
+from .._reductions.norms import marks_counts, norms
 from .._thresholds.base import stateless
 from .._trees.arithmetic import accumulator, at_least_float32, safe_sqrt
 from .._trees.leaves import Leaves, flatten, show
 from . import policies
 from .metrics import count as advanced
-from .summary import Summary
+from .summary import Summary, of_entries
 from .transformation import Memory, Options, by_policy, check_memory, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
@@ -111,6 +111,11 @@ class _Derived:
     rule: EntryRule
     sanitized: bool
 
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Which of what is measured are zeros and ones."""
+        return (False, False, True) + (True,) * self.sanitized
+
     def __call__(self, trees: Any, numbers: Any) -> Any:
         raw, *moments = trees
         arrays = policies.sanitize(raw) if self.sanitized else raw
@@ -121,7 +126,7 @@ class _Derived:
             before.append(one)
             after.append(other)
             different.append((one.astype(x.dtype) != other).astype(jnp.float32))
-        found = [before, after, Indicators(different)]
+        found = [before, after, different]
         return [*found, policies.where_nonfinite(raw)] if self.sanitized else found
 
 
@@ -250,19 +255,11 @@ def _changed(
     )
     places = mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
     size = jnp.asarray(groups.sizes(leaves.arrays, places), norm.dtype)
-    share = jnp.round(jnp.square(different)) / size
-    return Summary(
-        norm=norm,
-        clipped_norm=clipped_norm,
-        scale=jnp.where(norm > 0, clipped_norm / jnp.where(norm > 0, norm, 1), 1),
-        threshold=jnp.zeros((), accumulator(leaves.arrays)),
-        clipped=jnp.where(jnp.isfinite(share), share, 0),
-        any_clipped=different > 0,
-        nonfinite=bad[0] > 0 if bad else ~jnp.isfinite(norm),
-        unusable=jnp.zeros((), jnp.bool_),
-    )
+    threshold = jnp.zeros((), accumulator(leaves.arrays))
+    return of_entries(*(norm, clipped_norm, different, size, *bad), threshold=threshold)
 
 
+@marks_counts(False, True)
 def with_flags(trees: Any, extras: Any) -> Any:
     """The first tree, and which entries of the second are not finite."""
     first, raw = trees

@@ -9,7 +9,6 @@ import numpy as np
 
 from .._devices.host import call_from_each_device
 from .._devices.mesh import axes_to_sum, max_over, placements
-from .._reductions.norms import Indicators
 from .._trees.leaves import Leaves, Path, show
 
 POLICIES = ("propagate", "zero", "raise", "sanitize")
@@ -45,9 +44,9 @@ def as_given(arrays: Sequence[Any], options: Options) -> list[jax.Array]:
     return list(map(jnp.asarray, arrays))
 
 
-def where_nonfinite(arrays: Sequence[Any]) -> Indicators:
+def where_nonfinite(arrays: Sequence[Any]) -> list[jax.Array]:
     """1 where an entry is not finite; the norm of these is 0 if none is."""
-    return Indicators([(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays])
+    return [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
 
 
 def raise_if_nonfinite(

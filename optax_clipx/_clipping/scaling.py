@@ -24,11 +24,11 @@ from .._trees.arithmetic import (
     both,
     either,
     equal,
-    full_like,
     less,
     more,
     product,
     safe_sqrt,
+    smaller,
     times,
     where,
     widened,
@@ -75,37 +75,31 @@ def _scale(
     response: Response,
 ) -> jax.Array:
     most, extremes = float(jnp.finfo(value.dtype).max), _EXTREMES[value.dtype]
-
-    def number(x: float | int) -> Any:
-        return full_like(value, x)
-
-    one, zero = number(1), number(0)
     # The norm in a unit in which none is too large.
-    reduced = product(root, product(unit, number(extremes.low)))
-    below = product(reduced, number(extremes.extreme / extremes.low))
-    extreme = both(less(limit, below), more(limit, zero))
-    raised = product(limit, number(extremes.raised))
-    far = less(raised, product(reduced, number(extremes.far / extremes.low)))
-    saturated = both(more(unit, one), at_least(value, number(most)))
-    # What takes the place of norm and limit.
-    elsewhere, nothing = either(extreme, saturated), equal(value, zero)
-    norm = where(elsewhere, reduced, where(more(value, zero), value, one))
-    high = where(far, extremes.higher, number(extremes.high))
-    factor = where(extreme, high, where(saturated, extremes.low, one))
-    scale = lax.min(response(norm, product(limit, factor)), number(most))
-    back = where(
-        far,
-        -((extremes.low / extremes.higher) ** 0.5),
-        number(-((extremes.low / extremes.high) ** 0.5)),
+    reduced = product(root, product(unit, extremes.low))
+    below = product(reduced, extremes.extreme / extremes.low)
+    extreme = both(less(limit, below), more(limit, 0))
+    far = less(
+        product(limit, extremes.raised), product(reduced, extremes.far / extremes.low)
     )
+    saturated = both(more(unit, 1), at_least(value, most))
+    # What takes the place of norm and limit.
+    elsewhere, nothing = either(extreme, saturated), equal(value, 0)
+    norm = where(elsewhere, reduced, where(more(value, 0), value, 1))
+    one, high = value.dtype.type(1), value.dtype.type(extremes.high)
+    high = where(far, extremes.higher, high)
+    factor = where(extreme, high, where(saturated, extremes.low, one))
+    scale = smaller(response(norm, product(limit, factor)), most)
+    back = value.dtype.type(-((extremes.low / extremes.high) ** 0.5))
+    back = where(far, -((extremes.low / extremes.higher) ** 0.5), back)
     scale = where(extreme, product(safe_sqrt(scale), back), scale)
     # An infinite limit, like a zero norm, changes nothing.
-    return jnp.asarray(where(either(equal(limit, number(np.inf)), nothing), one, scale))
+    return jnp.asarray(where(either(equal(limit, np.inf), nothing), one, scale))
 
 
 def second_factor(scale: jax.Array) -> jax.Array:
     """By what is multiplied after the scale itself: by an extreme one once more."""
-    return where(less(scale, full_like(scale, 0)), scale, full_like(scale, 1))
+    return where(less(scale, 0), scale, 1)
 
 
 def as_numbers(scales: Packed) -> Packed:
@@ -122,13 +116,13 @@ def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
 def _clipped_norm(
     value: jax.Array, root: jax.Array, unit: Number, limit: Number, s: jax.Array
 ) -> jax.Array:
-    most = full_like(value, jnp.finfo(value.dtype).max)
+    most = float(jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
     first = where(
         at_least(value, most), product(product(root, s), unit), product(value, s)
     )
-    clipped = lax.min(product(first, second_factor(s)), most)
-    return where(equal(limit, full_like(limit, np.inf)), value, clipped)
+    clipped = smaller(product(first, second_factor(s)), most)
+    return where(equal(limit, np.inf), value, clipped)
 
 
 def apply(
@@ -148,7 +142,7 @@ def _times_scale_once(
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
     scaled = times(times(wide, scale), second_factor(scale)).astype(array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    same = equal(scale, full_like(scale, 1))
+    same = equal(scale, 1)
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
         return jnp.where(same & ((scaled == scaled) | True), array, scaled)

@@ -15,7 +15,18 @@ from .._devices.sums import stacked, vector_of
 from .._reductions.groups import Groups, Packed, UnitGroups
 from .._reductions.norms import Norms, Ord
 from .._reductions.whole_norm import as_norm, combine, whole
-from .._trees.arithmetic import at_least, finite, full_like, more, negated
+from .._trees.arithmetic import (
+    at_least,
+    both,
+    either,
+    equal,
+    finite,
+    full_like,
+    more,
+    negated,
+    total,
+    where,
+)
 from .._trees.leaves import Leaves
 from .._trees.sizes import as_number, is_known
 from . import scaling
@@ -33,6 +44,20 @@ class Summary(NamedTuple):
     any_clipped: jax.Array
     nonfinite: jax.Array
     unusable: jax.Array | np.bool_  # a threshold is negative or NaN
+
+
+class _Row(NamedTuple):
+    """What is to be known of some groups, as scalars."""
+
+    peak: jax.Array  # the norm of all is `peak * total^(1/p)`
+    total: jax.Array
+    peak_after: jax.Array  # the same after clipping
+    total_after: jax.Array
+    over: jax.Array  # how many are above their thresholds
+    lowest: jax.Array  # the smallest threshold
+    ratio: jax.Array  # the largest of norm to threshold, and what belongs to it
+    threshold: jax.Array
+    scale: jax.Array
 
 
 def summarize(
@@ -72,11 +97,15 @@ def summarize(
             _row_of([part[i] for part in parts], sizes[i], weights[i], ord)
             for i in range(each)
         ]
-        table = _gathered(_folded(stacked(rows), ord), kept)
-        count, size = _extent(parts[0], sizes, weights)
-        return _from_row(
-            _folded(table, ord), ord, count * len(table), size * len(table)
+        row = (
+            rows[0] if each == 1 else _folded(stacked(list(map(vector_of, rows))), ord)
         )
+        count, size = _extent(parts[0], sizes, weights)
+        table = _gathered(row, kept)
+        if table is None:
+            return _from_row(row, ord, count, size)
+        devices = len(table)
+        return _from_row(_folded(table, ord), ord, count * devices, size * devices)
 
     flat = [x for field in fields for x in field]
     kept, each = groups.kept(places), len(norms.value)
@@ -85,16 +114,18 @@ def summarize(
     )
 
 
-def _gathered(row: jax.Array, kept: tuple[str, ...]) -> jax.Array:
-    """The rows of all devices that hold different units, on every device."""
+def _gathered(row: _Row, kept: tuple[str, ...]) -> jax.Array | None:
+    """The rows of all devices, on every device; None where all have the same."""
     # Over other axes a row varies by its type only: one of the copies is taken.
-    copied = tuple(sorted(mesh.varying(row) - set(kept)))
+    varies = {name for number in row for name in mesh.varying(number)}
+    copied = tuple(sorted(varies - set(kept)))
     if not kept and not copied:
-        return row[None]
+        return None
+    vector = vector_of(row)
     if copied:
-        row = jnp.where(mesh.index_in(copied) == 0, row, 0)
-    table = jnp.zeros((mesh.size_of(kept), *row.shape), row.dtype)
-    table = lax.dynamic_update_slice(table, row[None], (mesh.index_in(kept), 0))
+        vector = jnp.where(mesh.index_in(copied) == 0, vector, 0)
+    table = jnp.zeros((mesh.size_of(kept), *vector.shape), vector.dtype)
+    table = lax.dynamic_update_slice(table, vector[None], (mesh.index_in(kept), 0))
     return mesh.sum_over(table, kept + copied)
 
 
@@ -122,35 +153,68 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
         clipped=lax.convert_element_type(over, norms.value.dtype),
         any_clipped=over,
         nonfinite=negated(finite(norms.value)),
-        unusable=negated(at_least(limits, full_like(limits, 0))),
+        unusable=negated(at_least(limits, 0)),
     )
 
 
-def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Array:
-    """What is to be known of the groups in one array, as a short vector."""
+def of_entries(
+    norm: jax.Array,
+    clipped_norm: jax.Array,
+    outside: jax.Array,
+    size: jax.Array,
+    bad: jax.Array | None = None,
+    *,
+    threshold: jax.Array | np.ndarray,
+) -> Summary:
+    """A step of single entries, `outside**2` of which were clipped.
+
+    `bad**2` were not finite, if that is counted.
+    """
+    zero, one = full_like(norm, 0), full_like(norm, 1)
+    some, any_clipped = more(norm, zero), more(outside, zero)
+    share = lax.div(lax.round(lax.mul(outside, outside)), size)
+    return Summary(
+        norm=norm,
+        clipped_norm=clipped_norm,
+        scale=where(some, lax.div(clipped_norm, where(some, norm, one)), one),
+        threshold=threshold,
+        clipped=where(finite(share), share, zero),
+        any_clipped=any_clipped,
+        nonfinite=negated(finite(norm)) if bad is None else more(bad, zero),
+        unusable=np.bool_(False),
+    )
+
+
+def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> _Row:
+    """Of one array of groups."""
     norms, limits, scales, clipped_norms = fields
-    dtype = norms.dtype
-    finite = jnp.isfinite(norms) & (limits > 0)
-    ratio = jnp.where(finite, norms, 0) / jnp.where(finite, limits, 1)
-    ratio = jnp.where(finite | (norms == 0), ratio, jnp.inf)
-    over = jnp.sum((norms > limits).astype(dtype)) * weight
-    weights = jnp.asarray(size if ord == "rms" else 1, dtype) * weight
-    wholes = [whole(n, weights, ord) for n in (norms, clipped_norms)]
-    numbers = (*wholes[0], *wholes[1], over, jnp.min(limits))
-    return vector_of([*numbers, *_worst(ratio, limits, scales)])
+    dtype, zero = norms.dtype, full_like(norms, 0)
+    usable = both(finite(norms), more(limits, 0))
+    ratio = lax.div(where(usable, norms, zero), where(usable, limits, 1))
+    ratio = where(either(usable, equal(norms, zero)), ratio, np.inf)
+    over = lax.convert_element_type(more(norms, limits), dtype)
+    weights = dtype.type(weight)
+    if ord == "rms":
+        weights = jnp.asarray(size, dtype) * weights
+    return _Row(
+        *whole(norms, weights, ord),
+        *whole(clipped_norms, weights, ord),
+        lax.mul(total(over), dtype.type(weight)),
+        jnp.min(limits),
+        *_worst(ratio, limits, scales),
+    )
 
 
-def _folded(table: jax.Array, ord: Ord) -> jax.Array:
+def _folded(table: jax.Array, ord: Ord) -> _Row:
     """Several rows as one."""
-    if table.shape[0] == 1:
-        return table[0]
-    columns = list(table.T)
-    peak, total, peak_after, total_after, over, low = columns[:6]
-    wholes = [
-        *combine(peak, total, ord),
-        *combine(peak_after, total_after, ord),
-    ]
-    return vector_of([*wholes, jnp.sum(over), jnp.min(low), *_worst(*columns[6:])])
+    rows = _Row(*table.T)
+    return _Row(
+        *combine(rows.peak, rows.total, ord),
+        *combine(rows.peak_after, rows.total_after, ord),
+        jnp.sum(rows.over),
+        jnp.min(rows.lowest),
+        *_worst(rows.ratio, rows.threshold, rows.scale),
+    )
 
 
 def _worst(
@@ -162,26 +226,25 @@ def _worst(
     rounding depends on the mesh.
     """
     largest = jnp.max(ratio)
-    here = ratio >= largest * (1 - 2.0**-18)
+    here = at_least(ratio, lax.mul(largest, ratio.dtype.type(1 - 2.0**-18)))
     return (
         largest,
-        jnp.max(jnp.where(here, limit, -jnp.inf)),
-        jnp.min(jnp.where(here, scale, jnp.inf)),
+        jnp.max(where(here, limit, -np.inf)),
+        jnp.min(where(here, scale, np.inf)),
     )
 
 
-def _from_row(row: jax.Array, ord: Ord, count: Any, size: Any) -> Summary:
-    peak, total, peak_after, total_after, over, low, _, threshold, scale = list(row)
-    norm = as_norm(peak, total, size, ord)
+def _from_row(row: _Row, ord: Ord, count: Any, size: Any) -> Summary:
+    norm = as_norm(row.peak, row.total, size, ord)
     return Summary(
         norm=norm,
-        clipped_norm=as_norm(peak_after, total_after, size, ord),
-        scale=scale,
-        threshold=threshold,
-        clipped=over / count,
-        any_clipped=over > 0,
-        nonfinite=~jnp.isfinite(norm),
-        unusable=~(low >= 0),
+        clipped_norm=as_norm(row.peak_after, row.total_after, size, ord),
+        scale=row.scale,
+        threshold=row.threshold,
+        clipped=row.over / count,
+        any_clipped=more(row.over, 0),
+        nonfinite=negated(finite(norm)),
+        unusable=negated(at_least(row.lowest, 0)),
     )
 
 

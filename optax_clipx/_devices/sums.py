@@ -146,8 +146,11 @@ def outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(array):
         array = jnp.abs(array)
-    inside = clamped(array, low, high)
-    return jnp.sign(jnp.abs(array.astype(high.dtype) - inside.astype(high.dtype)))
+    wide, inside = (
+        lax.convert_element_type(x, high.dtype)
+        for x in (array, clamped(array, low, high))
+    )
+    return lax.sign(lax.abs(lax.sub(wide, inside)))
 
 
 def clamped(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -155,6 +158,5 @@ def clamped(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
 
     Inside of a reduction on CPU that one takes eight times as long.
     """
-    return -jnp.maximum(
-        -jnp.maximum(array, low.astype(array.dtype)), -high.astype(array.dtype)
-    )
+    low, high = (lax.convert_element_type(x, array.dtype) for x in (low, high))
+    return lax.neg(lax.max(lax.neg(lax.max(array, low)), lax.neg(high)))

@@ -22,7 +22,7 @@ from .._clipping.responses import normalize
 from .._clipping.summary import Summary
 from .._clipping.transformation import Memory, Options, check_memory, transformation
 from .._reductions.groups import ScalarGroups
-from .._reductions.norms import norms
+from .._reductions.norms import marks_counts, norms
 from .._reductions.whole_norm import whole_norm
 from .._trees.arguments import (
     AxisNames,
@@ -183,6 +183,7 @@ def _check_state(state: Any, leaves: int) -> None:
         )
 
 
+@marks_counts(False, False, True)
 def _raw_and_cut(trees: Any, extras: Any) -> Any:
     """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees

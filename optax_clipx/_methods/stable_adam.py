@@ -245,6 +245,11 @@ class _Ratios:
 
     sanitized: bool
 
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Which of what is measured are zeros and ones."""
+        return (False,) + (True,) * self.sanitized
+
     def __call__(self, trees: Any, extras: Any) -> Any:
         raw, roots = trees
         arrays = policies.sanitize(raw) if self.sanitized else raw

@@ -24,10 +24,14 @@ from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
-    full_like,
+    equal,
     is_concrete,
+    less,
+    more,
+    negated,
     power,
     quotient,
+    smaller,
     times,
     where,
     widened,
@@ -66,10 +70,22 @@ _RANGES = {
 }
 
 
-class Indicators(NamedTuple):
-    """A tree of zeros and ones: its norm squared is a count, and always in range."""
+def marks_counts(*counted: bool) -> Callable[[Any], Any]:
+    """Says of what a `derive` makes which trees are zeros and ones.
 
-    leaves: list[Any]
+    The norm squared of such a tree is a count, and always in range. Without the mark it
+    makes as many trees as it is given, none of them for a count.
+    """
+
+    def mark(derive: Any) -> Any:
+        derive.counted = counted
+        return derive
+
+    return mark
+
+
+def _counted(derive: Any, trees: Any) -> tuple[bool, ...]:
+    return getattr(derive, "counted", (False,) * len(trees))
 
 
 def as_they_are(trees: Any, extras: Any) -> Any:
@@ -111,7 +127,7 @@ def norms(
                 )
                 for leaf, axes in zip(dims, groups.axes, strict=False)
             )
-        return [Norms(spec, spec, spec)] * len(derive(trees, extras))
+        return [Norms(spec, spec, spec)] * len(_counted(derive, trees))
 
     places = mesh.placements(flat, paths * len(trees), axis_name, specs)
     return mesh.map_local(local, flat, places, extras, out_specs)
@@ -183,18 +199,14 @@ class _Measured:
 
     def rows(self, given: Any) -> list[list[Any]]:
         """The leaves of each derived tree."""
-        return [list(jax.tree.leaves(tree)) for tree in self.derive(*given)]
+        return [list(tree) for tree in self.derive(*given)]
 
     def at_risk(self, given: Any) -> list[bool]:
         """For each derived tree whether squares of its numbers may leave the range."""
-        trees = jax.eval_shape(self.derive, *given)
-        return [
-            not isinstance(tree, Indicators)
-            and any(
-                _can_leave_range(x.dtype, self.dtype) for x in jax.tree.leaves(tree)
-            )
-            for tree in trees
-        ]
+        trees, _ = given
+        dtypes = {x.dtype for tree in trees for x in tree}
+        wide = any(_can_leave_range(dtype, self.dtype) for dtype in dtypes)
+        return [wide and not count for count in _counted(self.derive, trees)]
 
     def spread(self, packed: Sequence[Packed]) -> list[list[Any]]:
         """For each derived tree, and each of its leaves, what its group has."""
@@ -307,9 +319,8 @@ def _units(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
 def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
     """What belongs to the range in which the squares are."""
     limits = _RANGES[squares.dtype]
-    above = lax.gt(squares, full_like(squares, limits.high))
-    below = lax.lt(squares, full_like(squares, limits.low))
-    usual = usual if isinstance(usual, jax.Array) else full_like(squares, usual)
+    above, below = more(squares, limits.high), less(squares, limits.low)
+    usual = usual if isinstance(usual, jax.Array) else squares.dtype.type(usual)
     return where(below, small, where(above, large, usual))
 
 
@@ -449,7 +460,7 @@ def _one(x: jax.Array) -> jax.Array:
 
 def _is_not_one(unit: jax.Array) -> jax.Array:
     """Whether any is not 1."""
-    flags = lax.ne(unit, full_like(unit, 1))
+    flags = negated(equal(unit, 1))
     return jnp.any(flags) if flags.ndim else flags
 
 
@@ -463,8 +474,7 @@ def _of_roots(root: Packed, unit: Packed) -> Norms:
 
 def _saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
     """`root * unit`, at most the largest number; what is not finite stays."""
-    largest = full_like(root, jnp.finfo(root.dtype).max)
-    found = lax.min(lax.mul(root, unit), largest)
+    found = smaller(lax.mul(root, unit), float(jnp.finfo(root.dtype).max))
     return where(lax.is_finite(root), found, root)
 
 

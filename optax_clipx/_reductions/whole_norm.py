@@ -6,8 +6,18 @@ a norm leaves the range.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from .._trees.arithmetic import power, quotient
+from .._trees.arithmetic import (
+    both,
+    finite,
+    more,
+    power,
+    quotient,
+    smaller,
+    total,
+    where,
+)
 from .norms import Ord
 
 Whole = tuple[jax.Array, jax.Array]
@@ -19,7 +29,7 @@ def whole(norms: jax.Array, weights: jax.Array, ord: Ord) -> Whole:
     if ord == float("inf"):
         return peak, peak
     powers = power(quotient(norms, _safe(peak)), _exponent(ord))
-    return peak, jnp.sum(powers * weights)
+    return peak, total(lax.mul(powers, weights))
 
 
 def combine(peaks: jax.Array, totals: jax.Array, ord: Ord) -> Whole:
@@ -31,15 +41,15 @@ def combine(peaks: jax.Array, totals: jax.Array, ord: Ord) -> Whole:
     return peak, jnp.sum(totals * powers)
 
 
-def as_norm(peak: jax.Array, total: jax.Array, size: object, ord: Ord) -> jax.Array:
+def as_norm(peak: jax.Array, powers: jax.Array, size: object, ord: Ord) -> jax.Array:
     """The norm as a number, of so many entries."""
     if ord == float("inf"):
         return peak
     if ord == "rms":
-        total = total / jnp.asarray(size, total.dtype)
-    norm = _safe(peak) * power(total, 1 / _exponent(ord))
-    largest = jnp.finfo(norm.dtype).max
-    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, largest), norm)
+        powers = powers / jnp.asarray(size, powers.dtype)
+    norm = lax.mul(_safe(peak), power(powers, 1 / _exponent(ord)))
+    largest = float(jnp.finfo(norm.dtype).max)
+    return where(finite(powers), smaller(norm, largest), norm)
 
 
 def whole_norm(norms: jax.Array) -> jax.Array:
@@ -48,7 +58,7 @@ def whole_norm(norms: jax.Array) -> jax.Array:
 
 
 def _safe(peak: jax.Array) -> jax.Array:
-    return jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+    return where(both(more(peak, 0), finite(peak)), peak, 1)
 
 
 def _exponent(ord: Ord) -> float:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
-from .._trees.arithmetic import full_like, where
+from .._trees.arithmetic import at_least, full_like, negated, where
 from .._trees.leaves import Path
 
 
@@ -191,18 +191,18 @@ class Refusals(NamedTuple):
         """How many in a row now, and whether the rule gives in."""
         refused = where(over, refused + 1, 0)
         if self.patience is None:
-            return jnp.minimum(refused, 1), jnp.zeros_like(over)
-        give_in = refused >= jnp.asarray(self.patience, jnp.int32)
+            return lax.min(refused, np.int32(1)), full_like(over, False)
+        give_in = at_least(refused, int32(self.patience))
         return where(give_in, 0, refused), give_in
 
     def entering(
         self, norm: jax.Array, limit: jax.Array, over: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Any]:
         """What enters the statistics, and whether anything does."""
-        anything = ~over if self.stats == "skip" else jnp.ones_like(over)
+        anything = negated(over) if self.stats == "skip" else full_like(over, True)
         if self.stats == "raw":
             return norm, anything
-        return where(over, jnp.minimum(limit, norm), norm), anything
+        return where(over, lax.min(limit, norm), norm), anything
 
 
 STATS = ("raw", "clipped", "skip")
@@ -225,9 +225,21 @@ def unless(unusable: Any, limit: jax.Array) -> jax.Array:
     return limit if unusable is False else where(unusable, jnp.nan, limit)
 
 
-def float32(value: Any) -> jax.Array:
+def float32(value: Any) -> jax.Array | np.float32:
     """A number of a rule, which may be traced."""
-    return jnp.asarray(value, jnp.float32)
+    if isinstance(value, jax.Array):
+        return jnp.asarray(value, jnp.float32)
+    with np.errstate(over="ignore"):
+        return np.float32(value)
+
+
+def int32(value: Any) -> jax.Array | np.int32:
+    """A count of a rule, which may be traced."""
+    return (
+        jnp.asarray(value, jnp.int32)
+        if isinstance(value, jax.Array)
+        else np.int32(value)
+    )
 
 
 def one_more(count: jax.Array) -> jax.Array:

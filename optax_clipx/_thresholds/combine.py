@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._trees.arguments import check_between, check_count
 from .._trees.arithmetic import where
@@ -165,7 +166,7 @@ def scaled(rule: Any, factor: Any) -> Threshold:
         now = float32(at(factor, context.step))
         return jax.tree.map(lambda t: scale(t, now), _in_form(limits, norms)), state
 
-    def scale(limit: jax.Array, now: jax.Array) -> jax.Array:
+    def scale(limit: jax.Array, now: jax.Array | np.float32) -> jax.Array:
         # An infinite threshold stays infinite, also times zero.
         return where(jnp.isinf(limit), limit, limit * now.astype(limit.dtype))
 

@@ -10,6 +10,7 @@ from .._trees.arithmetic import hypotenuse, where
 from .base import (
     Context,
     Threshold,
+    int32,
     memory,
     one_more,
     per_norm,
@@ -91,7 +92,7 @@ class _Spikes(NamedTuple):
         far = where(side * state.far >= 0, state.far + side, side)
         far = where(side == 0, 0, far)
         # After so many in a row this is the new level, whose spread stays.
-        accepted = jnp.abs(far) >= jnp.asarray(self.patience, jnp.int32)
+        accepted = jnp.abs(far) >= int32(self.patience)
         level = where(accepted, value, state.level)
         entered = self.entered(value, state._replace(level=level))
         stays = (side != 0) & ~accepted

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._trees.arguments import (
     check_between,
@@ -13,12 +14,13 @@ from .._trees.arguments import (
     check_static_count,
     out_of_range,
 )
-from .._trees.arithmetic import hypotenuse, where
+from .._trees.arithmetic import hypotenuse, larger, smaller, where
 from .base import (
     Context,
     Refusals,
     Threshold,
     float32,
+    int32,
     memory,
     numbered,
     one_more,
@@ -191,9 +193,11 @@ class _ZScore(NamedTuple):
         count, mean, sd = self.moments(seen)
         z_threshold = float32(self.z_threshold)
         trigger = mean + z_threshold * sd
-        wanted = jnp.maximum(self.steps(self.warmup_steps), 1)
+        wanted = larger(int32(self.warmup_steps), np.int32(1))
         # A window that is shorter than the warm-up limits as soon as it is full.
-        wanted = wanted if self.window is None else jnp.minimum(wanted, self.window)
+        wanted = (
+            wanted if self.window is None else smaller(wanted, np.int32(self.window))
+        )
         active = count >= wanted
         over = active & (value > trigger)
         refused, give_in = self.refusals.in_a_row(over, state.refused)
@@ -214,9 +218,6 @@ class _ZScore(NamedTuple):
         limit = where(active & ~give_in, limit, jnp.inf)
         limit = unless(out_of_range(self.decay, one=True), limit)
         return limit, seen._replace(refused=refused)
-
-    def steps(self, count: Any) -> jax.Array:
-        return jnp.asarray(count, jnp.int32)
 
     def above(self, value: Any, mean: Any, sd: Any, z_threshold: Any) -> jax.Array:
         """Where a spike goes."""
@@ -250,7 +251,7 @@ class _ZScore(NamedTuple):
         return (
             count,
             mean,
-            jnp.maximum(sd, floor if self.log else floor * jnp.abs(mean)),
+            larger(sd, floor if self.log else floor * jnp.abs(mean)),
         )
 
     def entered(self, state: Any, value: jax.Array) -> Any:
@@ -268,7 +269,7 @@ class _ZScore(NamedTuple):
         number = count.astype(jnp.float32)
         plain = (number - 1) / number
         decay = float32(self.decay)
-        warmup = self.steps(self.warmup_steps)
+        warmup = int32(self.warmup_steps)
         takes_over = where(plain <= decay, plain, decay)
         decay = where(warmup > 0, where(count <= warmup, plain, decay), takes_over)
         off = jnp.abs(value - state.mean)

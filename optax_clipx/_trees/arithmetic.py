@@ -27,9 +27,13 @@ def at_least_float32(array: Any) -> Any:
 
 
 def _of_scalars(traced: Callable[..., Any], known: Callable[..., Any]) -> Any:
-    """An operation of `jax.lax`, computed at once where all scalars are known."""
+    """An operation of `jax.lax`, computed at once where all scalars are known.
+
+    A Python number is of the dtype of what it stands beside.
+    """
 
     def run(*args: Any) -> Any:
+        args = _of_one_dtype(args)
         if all(isinstance(x, np.generic | np.ndarray) for x in args):
             with np.errstate(all="ignore"):
                 return known(*args)
@@ -38,10 +42,19 @@ def _of_scalars(traced: Callable[..., Any], known: Callable[..., Any]) -> Any:
     return run
 
 
+def _of_one_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if all(hasattr(x, "dtype") for x in args):
+        return args
+    dtype = next(x.dtype for x in args if hasattr(x, "dtype"))
+    return tuple(x if hasattr(x, "dtype") else np.asarray(x, dtype)[()] for x in args)
+
+
 equal = _of_scalars(lax.eq, np.equal)
 less = _of_scalars(lax.lt, np.less)
 more = _of_scalars(lax.gt, np.greater)
 at_least = _of_scalars(lax.ge, np.greater_equal)
+larger = _of_scalars(lax.max, np.maximum)
+smaller = _of_scalars(lax.min, np.minimum)
 product = _of_scalars(lax.mul, np.multiply)
 negated = _of_scalars(lax.bitwise_not, np.logical_not)
 finite = _of_scalars(lax.is_finite, np.isfinite)
@@ -66,12 +79,23 @@ def both(x: Any, y: Any) -> Any:
 def where(mask: Any, x: Any, y: Any) -> Any:
     """`jnp.where`; traced in a quarter of its time where all are of one shape."""
     shape = getattr(mask, "shape", None)
-    like = x if isinstance(x, jax.Array) and x.shape == shape else y
+    like = _one_like(mask, x, y)
     if getattr(like, "shape", None) != shape or not (_fits(x, like) and _fits(y, like)):
         return jnp.where(mask, x, y)
     if isinstance(mask, np.generic | np.ndarray) and shape == ():
         return _alike(x if mask else y, like)
     return lax.select(mask, _alike(x, like), _alike(y, like))
+
+
+def _one_like(mask: Any, x: Any, y: Any) -> Any:
+    """What has the shape and the dtype of the result."""
+    for value in (x, y):
+        if isinstance(value, jax.Array) and value.shape == mask.shape:
+            return value
+    number = x if isinstance(x, np.generic) else y
+    if isinstance(mask, jax.Array) and mask.ndim and isinstance(number, np.generic):
+        return lax.full_like(mask, number.item(), number.dtype)
+    return number
 
 
 def _fits(x: Any, like: Any) -> bool:
@@ -118,9 +142,9 @@ def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Where it is broadcast, compilers multiply by `1 / y`, which would be flushed to 0.
     """
-    small = jnp.where(y > jnp.finfo(y.dtype).max * 2.0**-28, 2.0**-30, 1)
-    small = small.astype(y.dtype)
-    return (x * small) / (y * small)
+    most = float(jnp.finfo(y.dtype).max) * 2.0**-28
+    small = where(more(y, most), 2.0**-30, y.dtype.type(1))
+    return lax.div(lax.mul(x, small), lax.mul(y, small))
 
 
 def is_concrete(given: Any) -> bool:
@@ -149,7 +173,9 @@ def power(x: jax.Array, p: float) -> jax.Array:
     if p == 1:
         return x
     if p == 2:
-        return jnp.square(x)
+        return lax.mul(x, x)
+    if p == 0.5:
+        return safe_sqrt(x)
     positive = x > 0
     # x**p has no derivative at 0 for p < 1.
     return jnp.where(positive, jnp.where(positive, x, 1) ** p, x)
@@ -157,7 +183,7 @@ def power(x: jax.Array, p: float) -> jax.Array:
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """The root, with a derivative of 0 at 0."""
-    zero = equal(x, full_like(x, 0))
+    zero = equal(x, 0)
     return where(zero, 0, lax.sqrt(where(zero, 1, x)))
 
 

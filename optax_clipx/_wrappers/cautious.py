@@ -11,7 +11,7 @@ from .._clipping.metrics import CautiousState
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._reductions.norms import Indicators, norms
+from .._reductions.norms import marks_counts, norms
 from .._trees.arguments import check_between
 from .._trees.arithmetic import widened
 from .._trees.leaves import flatten
@@ -145,10 +145,11 @@ def _check_shapes(after: list[Any], before: list[Any]) -> None:
         )
 
 
-def _which_descend(trees: Any, extras: Any) -> list[Indicators]:
-    """Zeros and ones, in the form in which their number can be counted."""
+@marks_counts(True)
+def _which_descend(trees: Any, extras: Any) -> list[list[jax.Array]]:
+    """Ones for the entries that descend, and zeros for the others."""
     pairs = zip(*trees, strict=True)
-    return [Indicators([_descends(u, g).astype(jnp.float32) for u, g in pairs])]
+    return [[_descends(u, g).astype(jnp.float32) for u, g in pairs]]
 
 
 def _descends(u: jax.Array, g: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from .._clipping import metrics
-from .._clipping.clip_by import Parts, clip_norms
+from .._clipping.clip_by import Parts, decide
 from .._clipping.known_norm import known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
@@ -20,13 +20,12 @@ from .._clipping.summary import Summary, nothing
 from .._clipping.transformation import Memory, Options, check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._devices.numbers import as_one
 from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from .._trees.arguments import check_count
-from .._trees.arithmetic import where
+from .._trees.arithmetic import equal, full_like, where
 from .._trees.leaves import flatten, path_of, show
 
 
@@ -183,14 +182,10 @@ def skip_spikes(
         with mesh.mesh_of(leaves.arrays):
             loss = _loss(extra, leaves.arrays, options)
             memory = Memory(state.rule, state.metrics.steps)
-            dropped, found = clip_norms(
-                parts, leaves, params, memory, extra, lambda memory, *found: found
-            )
-            before = state._replace(inner=None)
-            fields, keep, known = as_one(
-                functools.partial(_judged, loss_rule, extra), before, loss, *found
-            )
-            feed = [where(keep, jnp.zeros_like(x), x) for x in dropped]
+            judged = functools.partial(_judged, loss_rule, extra, state, loss)
+            decided = decide(parts, leaves, params, memory, extra, judged)
+            fields, keep, factor, known = decided.ended
+            feed = [_one_or_nothing(factor, x) for x in decided.arrays]
         # A clipper that comes first inside need not measure the same again.
         with known_norm(feed, known):
             inner_updates, after = wrapped.update(
@@ -210,11 +205,15 @@ def _judged(
     extra: Mapping[str, Any],
     state: SkipState,
     loss: Any,
+    memory: Memory,
     summary: Summary,
     rule: Any,
     norm: Norms,
-) -> tuple[dict[str, Any], jax.Array, Norms]:
-    """The new fields of the state, whether to skip, and the norm of what goes on."""
+) -> tuple[dict[str, Any], jax.Array, jax.Array, Norms]:
+    """The new fields of the state, whether to skip, and what goes on with its norm.
+
+    What goes on is the gradient times 1, 0 or NaN.
+    """
     context = Context(state.metrics.steps, extra=extra)
     loss_bad, loss_spike, new_loss_rule = _judge(loss, loss_rule, state, context)
     spike = summary.any_clipped
@@ -249,7 +248,13 @@ def _judged(
     }
     if loss is not None:
         fields["loss_rule"] = _select(frozen, state.loss_rule, new_loss_rule)
-    return fields, keep, known
+    factor = where(keep, 0, where(summary.unusable, np.nan, full_like(norm.value, 1)))
+    return fields, keep, factor, known
+
+
+def _one_or_nothing(factor: jax.Array, x: Any) -> jax.Array:
+    """The array if the factor is 1, else the factor, whatever the array has."""
+    return where(equal(factor, 1), x, factor.astype(x.dtype))
 
 
 def _loss(extra: Mapping[str, Any], arrays: list[Any], options: Options) -> Any:
