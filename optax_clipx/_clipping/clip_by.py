@@ -1,6 +1,7 @@
 """`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._devices.mesh import mesh_of, placements
+from .._devices.mesh import mesh_of
 from .._devices.numbers import as_one
 from .._devices.programs import replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, as_they_are, norms
+from .._reductions.plan import Plan
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
@@ -138,7 +140,7 @@ def clip_by(
         return clip_norms(parts, leaves, params, memory, extra)
 
     def init_rule(leaves: Leaves) -> Any:
-        groups = measure.groups(leaves, axis_name, specs)
+        groups = measure.groups_at_init(leaves, axis_name, specs)
         norms = _no_norms(groups, leaves, measure)
         state = rule.init(norms)
         no_units = isinstance(norms, tuple) and not norms
@@ -164,19 +166,17 @@ def clip_once(
     if not leaves.arrays:
         return updates, measure.unpack(None, leaves)
     extra = {} if norm is None else {options.norm_arg: norm}
-    groups = measure.groups(leaves, options.axis_name, options.specs)
     parts = Parts(measure, rule, response, options)
+
+    def norms_before(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Any:
+        return norm.value
+
     with mesh_of(leaves.arrays):
-        clipped, before = clip_norms(
-            parts,
-            leaves,
-            params,
-            Memory(),
-            extra,
-            lambda memory, summary, rule, norm: norm.value,
-            by_leaf=True,
+        decided = decide(
+            parts, leaves, params, Memory(), extra, norms_before, by_leaf=True
         )
-        return leaves.rebuild(clipped), measure.unpack(before, leaves, groups)
+        norms = measure.unpack(decided.ended, leaves, decided.groups)
+        return leaves.rebuild(decided.applied()), norms
 
 
 class Parts(NamedTuple):
@@ -203,25 +203,25 @@ def clip_norms(
     memory: Memory,
     extra: Mapping[str, Any],
     ending: Ending = remembered,
-    *,
-    by_leaf: bool = False,
 ) -> tuple[list[Any], Any]:
-    """One step of the four parts: the clipped arrays, and what the ending gives.
-
-    The norms of units may come in buckets, unless `by_leaf` is set.
-    """
-    decided = decide(parts, leaves, params, memory, extra, ending, by_leaf=by_leaf)
-    each = zip(decided.arrays, decided.scales, strict=True)
-    return [scaling.times_scale(x, s, decided.zero) for x, s in each], decided.ended
+    """One step of the four parts: the clipped arrays, and what the ending gives."""
+    decided = decide(parts, leaves, params, memory, extra, ending)
+    return decided.applied(), decided.ended
 
 
 class Decided(NamedTuple):
     """What is done with each array, before it is done; and what the ending gave."""
 
     arrays: list[Any]
+    groups: Groups
     scales: list[Any]
     zero: Any  # whether all become zeros, where that may be
     ended: Any
+
+    def applied(self) -> list[jax.Array]:
+        """The clipped arrays."""
+        each = zip(self.arrays, self.scales, strict=True)
+        return [scaling.times_scale(x, scale, self.zero) for x, scale in each]
 
 
 def decide(
@@ -234,9 +234,11 @@ def decide(
     *,
     by_leaf: bool = False,
 ) -> Decided:
-    """Norms, thresholds and scales of a step."""
+    """Norms, thresholds and scales of a step.
+
+    The norms of units may come in buckets, unless `by_leaf` is set.
+    """
     measure, rule, response, options = parts
-    groups = measure.groups(leaves, options.axis_name, options.specs)
     arrays = leaves.arrays
     given = _given(leaves, extra, measure, options)
 
@@ -245,25 +247,13 @@ def decide(
     trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
-    if isinstance(groups, UnitGroups) and not by_leaf and not arrays_in(memory.rule):
-        places = placements(arrays, leaves.paths, options.axis_name, options.specs)
-        groups = groups.bucketed(trees, places)
+    in_buckets = not by_leaf and not arrays_in(memory.rule)
+    plan = _planned(measure, leaves, trees, options, in_buckets)
+    groups = plan.groups
     derive: Any = as_they_are
     if sanitized:
         derive = _Sanitized((False, True) + (False,) * (len(trees) - 1))
-    found = (
-        norms(
-            trees,
-            groups,
-            measure.ord,
-            leaves.paths,
-            options.axis_name,
-            options.specs,
-            derive=derive,
-        )
-        if trees
-        else []
-    )
+    found = norms(plan, trees, derive) if trees else []
     if sanitized:
         arrays = policies.sanitize(arrays)
 
@@ -278,9 +268,7 @@ def decide(
             norm, rule, memory, extra, params_norms, groups, leaves, measure
         )
         scales = scaling.scales(norm, limits, response)
-        summary = _summary.summarize(
-            norm, limits, scales, groups, measure.ord, leaves, options
-        )
+        summary = _summary.summarize(plan, arrays, norm, limits, scales)
         if sanitized:
             bad = [jnp.any(n > 0) for n in jax.tree.leaves(found[1].value)]
             summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
@@ -300,7 +288,19 @@ def decide(
     else:
         scales, zero, ended = numbers(given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
-    return Decided(arrays, scales, flag, ended)
+    return Decided(arrays, groups, scales, flag, ended)
+
+
+def _planned(
+    measure: Measure, leaves: Leaves, trees: Any, options: Options, in_buckets: bool
+) -> Plan:
+    """The plan for what is measured; a norm that is given needs no mesh."""
+    if not trees:
+        return Plan(tuple(leaves.paths), (), measure.groups(leaves), measure.ord)
+    plan = measure.plan(leaves, options.axis_name, options.specs)
+    if in_buckets and isinstance(plan.groups, UnitGroups):
+        return replace(plan, groups=plan.groups.bucketed(trees, plan.places))
+    return plan
 
 
 class _Sanitized(NamedTuple):

@@ -16,6 +16,7 @@ from .._devices.programs import entries, traced_once, unknown
 from .._devices.sums import clamped, outside
 from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Norms, norms
+from .._reductions.plan import Plan, make_plan, of_tree
 from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
@@ -204,10 +205,13 @@ def _finish(
     clipped = [act(x, *pair) for x, pair in zip(arrays, bounds, strict=True)]
     if memory.metrics is None and options.nonfinite in ("propagate", "sanitize"):
         return clipped, memory
-    found = _measured(leaves, bounds, act, options)
+    plan = make_plan(
+        leaves, of_tree(len(arrays)), 2.0, _axis_name(options), options.specs
+    )
+    found = _measured(plan, leaves, bounds, act, options)
 
     def ending(found: Any, unusable: Any, bounds: Any, memory: Memory) -> Any:
-        summary = _summary_of(found, bounds, leaves, options)
+        summary = _summary_of(plan, found, bounds, leaves, options)
         summary = summary._replace(unusable=unusable)
         lost = zero = None
         if options.nonfinite in ("zero", "raise"):
@@ -244,24 +248,19 @@ def _usable(
 
 
 def _measured(
-    leaves: Leaves, bounds: list[Any], act: Callable[..., jax.Array], options: Options
+    plan: Plan,
+    leaves: Leaves,
+    bounds: list[Any],
+    act: Callable[..., jax.Array],
+    options: Options,
 ) -> list[jax.Array]:
     """Both norms and the root of the number of entries outside, in one reduction."""
     trees: list[Any] = [leaves.arrays]
     extras: Any = bounds
     if any(high.ndim for _, high in bounds):  # cut over the mesh as leaves are
         trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
-    found = norms(
-        trees,
-        ScalarGroups((0,) * len(leaves.arrays), None),
-        2.0,
-        leaves.paths,
-        _axis_name(options),
-        options.specs,
-        derive=_Derived(act, options.nonfinite == "sanitize"),
-        extras=extras,
-    )
-    return [x.value for x in found]
+    derive = _Derived(act, options.nonfinite == "sanitize")
+    return [x.value for x in norms(plan, trees, derive, extras)]
 
 
 def _axis_name(options: Options) -> Any:
@@ -273,13 +272,14 @@ def _axis_name(options: Options) -> Any:
 
 
 def _summary_of(
-    found: list[jax.Array], bounds: list[Any], leaves: Leaves, options: Options
+    plan: Plan,
+    found: list[jax.Array],
+    bounds: list[Any],
+    leaves: Leaves,
+    options: Options,
 ) -> Summary:
     before, after, num_outside, *num_bad = found
-    arrays = leaves.arrays
-    places = mesh.placements(arrays, leaves.paths, _axis_name(options), options.specs)
-    groups = ScalarGroups((0,) * len(arrays), None)
-    size = jnp.asarray(groups.sizes(arrays, places), before.dtype)
+    size = jnp.asarray(plan.sizes(leaves.arrays), before.dtype)
     different = {tuple(map(id, pair)): pair for pair in bounds}
     sizes = [larger(abs(low), abs(high)) for low, high in different.values()]
     return of_entries(

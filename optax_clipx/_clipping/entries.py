@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._devices import mesh
 from .._devices.numbers import as_one
 from .._devices.programs import unknown
-from .._reductions.groups import Packed, ScalarGroups
+from .._reductions.groups import Packed
 from .._reductions.norms import marks_counts, norms
+from .._reductions.plan import make_plan, of_tree
 from .._thresholds.base import stateless
 from .._trees.arithmetic import accumulator, at_least_float32, safe_sqrt
 from .._trees.leaves import Leaves, flatten, show
@@ -238,23 +238,12 @@ def _changed(
     leaves: Leaves, trees: list[Any], numbers: Any, derive: _Derived, options: Options
 ) -> Summary:
     """Both norms and the share of entries that changed, in one reduction."""
-    axis_name = options.axis_name
-    groups = ScalarGroups((0,) * len(leaves.arrays), None)
+    every = of_tree(len(leaves.arrays))
+    plan = make_plan(leaves, every, 2.0, options.axis_name, options.specs)
     norm, clipped_norm, different, *bad = (
-        found.value
-        for found in norms(
-            trees,
-            groups,
-            2.0,
-            leaves.paths,
-            axis_name,
-            options.specs,
-            derive=derive,
-            extras=numbers,
-        )
+        found.value for found in norms(plan, trees, derive, numbers)
     )
-    places = mesh.placements(leaves.arrays, leaves.paths, axis_name, options.specs)
-    size = jnp.asarray(groups.sizes(leaves.arrays, places), norm.dtype)
+    size = jnp.asarray(plan.sizes(leaves.arrays), norm.dtype)
     threshold = jnp.zeros((), accumulator(leaves.arrays))
     return of_entries(*(norm, clipped_norm, different, size, *bad), threshold=threshold)
 

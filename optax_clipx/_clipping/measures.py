@@ -1,6 +1,6 @@
 """Measures: what is measured together, and by which norm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from .._devices import mesh
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
-from .._reductions.norms import Ord, norms
+from .._reductions.norms import norms
+from .._reductions.plan import Ord, Plan, of_leaves, of_tree
 from .._trees.arguments import whole_numbers
 from .._trees.leaves import Leaves, Path, flatten, from_prefix, show
 
@@ -41,12 +42,10 @@ class Measure:
             return leaves.rebuild([jnp.abs(x) for x in leaves.arrays])
         if not leaves.arrays:
             return self.unpack(None, leaves)
-        groups = self.groups(leaves, axis_name, specs)
         with mesh.mesh_of(leaves.arrays):
-            (found,) = norms(
-                [leaves.arrays], groups, self.ord, leaves.paths, axis_name, specs
-            )
-            return self.unpack(found.value, leaves, groups)
+            plan = self.plan(leaves, axis_name, specs)
+            (found,) = norms(plan, [leaves.arrays])
+            return self.unpack(found.value, leaves, plan.groups)
 
     def unpack(
         self, packed: Packed, leaves: Leaves, groups: Groups | None = None
@@ -61,25 +60,34 @@ class Measure:
         zeros = [jnp.zeros((), jnp.float32) for _ in leaves.everything]
         return leaves._replace(everything=zeros).rebuild(spread)
 
+    def plan(self, leaves: Leaves, axis_name: Any = None, specs: Any = None) -> Plan:
+        """What is settled before a step: the groups, and how leaves lie on the mesh."""
+        places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
+        groups = self.groups(leaves, places)
+        return Plan(tuple(leaves.paths), tuple(places), groups, self.ord)
+
+    def groups_at_init(self, leaves: Leaves, axis_name: Any, specs: Any) -> Groups:
+        """The groups of parameters, which need not say how they lie on the mesh."""
+        if specs is None or not any(isinstance(x, jax.Array) for x in leaves.arrays):
+            return self.groups(leaves)
+        return self.plan(leaves, axis_name, specs).groups
+
     def groups(
-        self, leaves: Leaves, axis_name: Any = None, specs: Any = None
+        self, leaves: Leaves, places: Sequence[mesh.Placement] | None = None
     ) -> Groups:
         """How the leaves fall into groups."""
         if self.scope == "tree":
-            return ScalarGroups((0,) * len(leaves.arrays), None)
+            return of_tree(len(leaves.arrays))
         if self.scope == "group":
             names = self.names(leaves)
             labels = self.label_leaves(leaves)
             return ScalarGroups(tuple(names.index(n) for n in labels), len(names))
         if self.scope == "leaf" and self.batch_axes is None:
-            return ScalarGroups(tuple(range(len(leaves.arrays))), len(leaves.arrays))
+            return of_leaves(len(leaves.arrays))
         shapes = [leaf.shape for leaf in leaves.arrays]
-        if specs is not None and any(isinstance(x, jax.Array) for x in leaves.arrays):
-            places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
-            shapes = [
-                mesh.whole_shape(shape, place)
-                for shape, place in zip(shapes, places, strict=True)
-            ]
+        if places is not None:
+            each = zip(shapes, places, strict=True)
+            shapes = [mesh.whole_shape(shape, place) for shape, place in each]
         name = "batch_axes" if self.scope == "leaf" else "axis"
         given = _by_leaf(getattr(self, name), leaves, name)
         axes = tuple(

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from .._devices import mesh
 from .._devices.mesh import Placement
 from .._devices.sums import stacked, vector_of
-from .._reductions.groups import Groups, Packed, UnitGroups
-from .._reductions.norms import Norms, Ord
+from .._reductions.groups import Packed, UnitGroups
+from .._reductions.norms import Norms
+from .._reductions.plan import Ord, Plan
 from .._reductions.whole_norm import as_norm, combine, whole
 from .._trees.arithmetic import (
     at_least,
@@ -27,10 +28,8 @@ from .._trees.arithmetic import (
     total,
     where,
 )
-from .._trees.leaves import Leaves
 from .._trees.sizes import as_number, is_known
 from . import scaling
-from .policies import Options
 
 
 class Summary(NamedTuple):
@@ -61,25 +60,18 @@ class _Row(NamedTuple):
 
 
 def summarize(
-    norms: Norms,
-    limits: Packed,
-    scales: Packed,
-    groups: Groups,
-    ord: Ord,
-    leaves: Leaves,
-    options: Options,
+    plan: Plan, arrays: Sequence[Any], norms: Norms, limits: Packed, scales: Packed
 ) -> Summary:
     """One step seen as a whole, from the groups' norms and no other pass.
 
     Scalar groups are the same on every device. Units that stay sharded are summed up
     on each device, and the devices' rows gathered in one all-reduce.
     """
+    groups, ord = plan.groups, plan.ord
     if not isinstance(groups, UnitGroups) and groups.count is None:
         return _of_tree(norms, limits, scales)
     clipped = scaling.clipped_norms(norms, limits, scales)
-    arrays = leaves.arrays
-    places = mesh.placements(arrays, leaves.paths, options.axis_name, options.specs)
-    sizes = groups.sizes(arrays, places)
+    sizes = plan.sizes(arrays)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
@@ -108,7 +100,7 @@ def summarize(
         return _from_row(_folded(table, ord), ord, count * devices, size * devices)
 
     flat = [x for field in fields for x in field]
-    kept, each = groups.kept(places), len(norms.value)
+    kept, each = groups.kept(plan.places), len(norms.value)
     return mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
     )

@@ -291,7 +291,7 @@ def _has_mesh(array: Any, auto: bool) -> bool:
     return explicit or (auto and not isinstance(array, jax.core.Tracer))
 
 
-def refuse_unreduced(arrays: Sequence[Any], paths: list[Path]) -> None:
+def refuse_unreduced(arrays: Sequence[Any], paths: Sequence[Path]) -> None:
     """A norm of partial sums has no meaning: ask for the reduction first."""
     for array, path in zip(arrays, paths, strict=True):
         unreduced = getattr(jax.typeof(array).sharding.spec, "unreduced", ())

@@ -20,6 +20,7 @@ from .._clipping.transformation import Memory, Options, transformation
 from .._devices import mesh
 from .._reductions.groups import UnitGroups
 from .._reductions.norms import Norms, norms
+from .._reductions.plan import make_plan
 from .._thresholds.base import Threshold, is_pair, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, check_static_count
@@ -208,15 +209,8 @@ def _matrices(
     spans = UnitGroups(
         tuple(tuple(sorted(x.rows + x.columns)) for x in layouts), tuple(paths)
     )
-    norm, bad = norms(
-        [arrays, leaves.arrays],
-        spans,
-        2.0,
-        paths,
-        options.axis_name,
-        options.specs,
-        derive=with_flags,
-    )
+    plan = make_plan(leaves, spans, 2.0, options.axis_name, options.specs)
+    norm, bad = norms(plan, [arrays, leaves.arrays], with_flags)
     # Constants: the derivative of `clip_matrices` is that of all that is done here.
     norm = lax.stop_gradient(norm)
     ones = jax.tree.map(jnp.ones_like, norm.value)
@@ -226,8 +220,7 @@ def _matrices(
         jnp.where(n > 0, (x * scale) * scaling.second_factor(scale), 0)
         for x, scale, n in zip(wide, to_one, norm.value, strict=True)
     ]
-    places = mesh.placements(arrays, paths, options.axis_name, options.specs)
-    each = zip(arrays, unit, norm.value, layouts, places, strict=True)
+    each = zip(arrays, unit, norm.value, layouts, plan.places, strict=True)
     return [_Matrices(*x, ways) for x in each], any_of(bad.value)
 
 

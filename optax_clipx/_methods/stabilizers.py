@@ -1,6 +1,7 @@
 """Norms in the place of norms: Stable-SPAM's stabilizer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ from .._clipping.metrics import to_float32
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
 from .._clipping.transformation import Memory, Options, check_memory, transformation
-from .._reductions.groups import ScalarGroups
 from .._reductions.norms import marks_counts, norms
+from .._reductions.plan import make_plan, of_leaves
 from .._reductions.whole_norm import whole_norm
 from .._trees.arguments import (
     AxisNames,
@@ -122,9 +123,9 @@ def stabilize_norm(
         state = memory.rule
         arrays = policies.as_given(leaves.arrays, options)
         _check_state(state, len(arrays))
-        every = ScalarGroups(tuple(range(len(arrays))), len(arrays))
-        where = (leaves.paths, options.axis_name, options.specs)
-        (largest,) = norms([arrays], every, float("inf"), *where)
+        every = of_leaves(len(arrays))
+        plan = make_plan(leaves, every, 2.0, options.axis_name, options.specs)
+        (largest,) = norms(replace(plan, ord=float("inf")), [arrays])
         peak = largest.value
         peaks, means, roots, counts = state
         seen = peak > 0  # a leaf of zeros says nothing
@@ -135,14 +136,8 @@ def stabilize_norm(
         limit = jnp.minimum(peaks / weight_of(b3, counts), largest_number)
         limit = limit.astype(peak.dtype)
         ratio = jnp.where(peak > limit, limit / jnp.where(seen, peak, 1), 1)
-        raw, cut, bad = norms(
-            [arrays, leaves.arrays],
-            every,
-            2.0,
-            *where,
-            derive=_raw_and_cut,
-            extras=list(zip(limit, ratio, strict=True)),
-        )
+        pairs = list(zip(limit, ratio, strict=True))
+        raw, cut, bad = norms(plan, [arrays, leaves.arrays], _raw_and_cut, pairs)
         norm = to_float32(cut.value)
         means = jnp.where(seen, mean_of(means, norm, b1), means)
         roots = jnp.where(seen, root_of_mean(roots, norm, b2, 2.0), roots)

@@ -25,8 +25,8 @@ from .._clipping.entries import (
 from .._clipping.metrics import count as advanced
 from .._clipping.summary import Summary
 from .._clipping.transformation import Memory, Options, check_memory, transformation
-from .._reductions.groups import ScalarGroups
 from .._reductions.norms import norms
+from .._reductions.plan import make_plan, of_leaves
 from .._trees.arguments import (
     AxisNames,
     Specs,
@@ -119,16 +119,13 @@ def scale_by_stable_adam(
         now_b1, now_b2 = _decay_at(b1, steps + 1), _decay_at(b2, steps + 1)
         floors = [jnp.asarray(eps, jnp.float32).astype(r.dtype) for r in roots]
         pairs = list(zip(roots, floors, strict=True))
-        every = ScalarGroups(tuple(range(each)), each)
+        every = of_leaves(each)
+        plan = make_plan(leaves, every, "rms", options.axis_name, options.specs)
         found, *flags = norms(
+            plan,
             [leaves.arrays, roots],
-            every,
-            "rms",
-            leaves.paths,
-            options.axis_name,
-            options.specs,
-            derive=_Ratios(options.nonfinite == "sanitize"),
-            extras=[(shares_of(now_b2, r.dtype), f) for r, f in pairs],
+            _Ratios(options.nonfinite == "sanitize"),
+            [(shares_of(now_b2, r.dtype), f) for r, f in pairs],
         )
         rms = found.value
         bad = any_of(flags[0].value) if flags else jnp.any(~jnp.isfinite(rms))

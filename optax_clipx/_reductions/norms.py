@@ -36,12 +36,10 @@ from .._trees.arithmetic import (
     where,
     widened,
 )
-from .._trees.leaves import Path
 from .._trees.sizes import is_known
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
 from .leaf_sums import Where, can_go_by_parts, sum_over_axes
-
-Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
+from .plan import Ord, Plan
 
 
 class Norms(NamedTuple):
@@ -70,6 +68,9 @@ _RANGES = {
 }
 
 
+Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
+
+
 def marks_counts(*counted: bool) -> Callable[[Any], Any]:
     """Says of what a `derive` makes which trees are zeros and ones.
 
@@ -94,13 +95,9 @@ def as_they_are(trees: Any, extras: Any) -> Any:
 
 
 def norms(
+    plan: Plan,
     trees: Sequence[Sequence[Any]],
-    groups: Groups,
-    ord: Ord,
-    paths: list[Path],
-    axis_name: Any = None,
-    specs: Any = None,
-    derive: Callable[[Any, Any], Any] = as_they_are,
+    derive: Derive = as_they_are,
     extras: Any = (),
 ) -> list[Norms]:
     """The norms of like trees, group by group, from one reduction and one collective.
@@ -111,12 +108,13 @@ def norms(
     holds a group gets its norm.
     """
     flat = [x for tree in trees for x in tree]
-    mesh.refuse_unreduced(flat, paths * len(trees))
+    mesh.refuse_unreduced(flat, plan.paths * len(trees))
+    groups, each = plan.groups, len(plan.paths)
 
     def local(shards: Sequence[Any], places: Any, extras: Any) -> list[Norms]:
-        each = len(paths)
         split = tuple(tuple(shards[i : i + each]) for i in range(0, len(shards), each))
-        return local_norms(split, extras, groups, ord, tuple(places[:each]), derive)
+        here = replace(plan, places=tuple(places[:each]))
+        return local_norms(here, split, derive, extras)
 
     def out_specs(dims: Any) -> Any:
         spec: Any = jax.sharding.PartitionSpec()
@@ -129,23 +127,18 @@ def norms(
             )
         return [Norms(spec, spec, spec)] * len(_counted(derive, trees))
 
-    places = mesh.placements(flat, paths * len(trees), axis_name, specs)
-    return mesh.map_local(local, flat, places, extras, out_specs)
+    return mesh.map_local(local, flat, plan.places * len(trees), extras, out_specs)
 
 
 def local_norms(
-    trees: Any,
-    extras: Any,
-    groups: Groups,
-    ord: Ord,
-    places: tuple[mesh.Placement, ...],
-    derive: Callable[[Any, Any], Any],
+    plan: Plan, trees: Any, derive: Derive = as_they_are, extras: Any = ()
 ) -> list[Norms]:
     """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
-    lots = _lots(trees, extras, groups, places)
-    measured = _Measured(derive, Where(groups, places), dtype, ord, lots)
-    measure = _two_norms if ord in (2, "rms") else _power_norms
+    lots = _lots(trees, extras, plan.groups, plan.places)
+    here = Where(plan.groups, plan.places)
+    measured = _Measured(derive, here, dtype, plan.ord, lots)
+    measure = _two_norms if plan.ord in (2, "rms") else _power_norms
     given = (trees, extras)
     # Outside of a trace compiled once for all that is measured alike.
     if is_concrete(given) and all(map(knows_shards, jax.tree.leaves(trees))):
@@ -191,7 +184,7 @@ def _lots(
 class _Measured:
     """What is static about a reduction."""
 
-    derive: Callable[[Any, Any], Any]
+    derive: Derive
     where: Where
     dtype: Any
     ord: Ord

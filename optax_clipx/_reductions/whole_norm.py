@@ -18,7 +18,7 @@ from .._trees.arithmetic import (
     total,
     where,
 )
-from .norms import Ord
+from .plan import Ord
 
 Whole = tuple[jax.Array, jax.Array]
 

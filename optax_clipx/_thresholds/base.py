@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
-from .._trees.arithmetic import at_least, full_like, negated, where
+from .._trees.arithmetic import Number, at_least, full_like, negated, where
 from .._trees.leaves import Path
 
 
@@ -170,7 +170,7 @@ def per_norm(
     return Threshold(init_all, update_all, uses_step=False)
 
 
-def trailing(mask: jax.Array, like: jax.Array) -> jax.Array:
+def trailing(mask: Number, like: jax.Array) -> Number:
     """A mask of norms in the rank of something that is remembered of them."""
     if mask.ndim == like.ndim:
         return mask

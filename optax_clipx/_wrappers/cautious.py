@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._clipping.measures import leaf_norms
 from .._clipping.metrics import CautiousState
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._reductions.norms import marks_counts, norms
+from .._reductions.plan import make_plan, of_leaves
 from .._trees.arguments import check_between
 from .._trees.arithmetic import widened
 from .._trees.leaves import flatten
@@ -108,20 +108,12 @@ def cautious(
         _check_shapes(leaves.arrays, given.arrays)
         if not leaves.arrays:
             return updates, state._replace(inner=after)
-        groups = leaf_norms().groups(leaves, axis_name, specs)
         with mesh.mesh_of(leaves.arrays):
-            places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
-            (found,) = norms(
-                [leaves.arrays, given.arrays],
-                groups,
-                2.0,
-                leaves.paths,
-                axis_name,
-                specs,
-                derive=_which_descend,
-            )
+            groups = of_leaves(len(leaves.arrays))
+            plan = make_plan(leaves, groups, 2.0, axis_name, specs)
+            (found,) = norms(plan, [leaves.arrays, given.arrays], _which_descend)
             counts = jnp.round(jnp.square(found.value))
-            sizes = jnp.asarray(groups.sizes(leaves.arrays, places), counts.dtype)
+            sizes = jnp.asarray(plan.sizes(leaves.arrays), counts.dtype)
             most = jnp.asarray(max_factor, counts.dtype)
             factors = jnp.minimum(sizes / (counts + 1), most)
             each = zip(leaves.arrays, given.arrays, groups.spread(factors), strict=True)

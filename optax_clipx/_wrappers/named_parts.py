@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +13,9 @@ from .._clipping.measures import Measure
 from .._clipping.metrics import to_float32
 from .._devices import mesh
 from .._reductions.groups import Groups, ScalarGroups, UnitGroups
-from .._reductions.norms import Norms, as_they_are, norms
+from .._reductions.norms import Norms
+from .._reductions.plan import Plan
 from .._trees.leaves import Leaves, show
-
-
-class Place(NamedTuple):
-    """What the caller says of how arrays lie on a mesh."""
-
-    axis_name: Any
-    specs: Any
 
 
 class Parts(NamedTuple):
@@ -29,23 +23,16 @@ class Parts(NamedTuple):
 
     names: list[str]
     leaves: Leaves
-    groups: Groups
-    place: Place
+    plan: Plan
 
-    def norms(
-        self,
-        trees: Sequence[Sequence[Any]],
-        derive: Callable[[Any, Any], Any] = as_they_are,
-        extras: Any = (),
-    ) -> list[Norms]:
-        """The norms of like trees, from one reduction."""
-        return norms(
-            trees, self.groups, 2.0, self.leaves.paths, *self.place, derive, extras
-        )
+    @property
+    def groups(self) -> Groups:
+        """Which leaves, or layers, are parts."""
+        return self.plan.groups
 
     def sizes(self) -> Any:
         """The number of entries of each part, as a vector."""
-        sizes = self.groups.sizes(self.leaves.arrays, self.places())
+        sizes = self.plan.sizes(self.leaves.arrays)
         if isinstance(self.groups, ScalarGroups):
             return sizes
         return np.repeat(np.array(sizes), self.counts())
@@ -103,29 +90,33 @@ class Parts(NamedTuple):
     def sizes_with_moment(self, moments: Sequence[Any]) -> Any:
         """The number of entries of each part of which there is a second moment."""
         if isinstance(self.groups, UnitGroups):
-            return self.groups.sizes(self.leaves.arrays, self.places())
+            return self.plan.sizes(self.leaves.arrays)
         there = [i for i, moment in enumerate(moments) if moment is not None]
         ids = tuple(self.groups.ids[i] for i in there)
-        places = self.places()
         return ScalarGroups(ids, self.groups.count).sizes(
-            [self.leaves.arrays[i] for i in there], [places[i] for i in there]
+            [self.leaves.arrays[i] for i in there],
+            [self.plan.places[i] for i in there],
         )
 
-    def places(self) -> list[mesh.Placement]:
-        """Where each leaf lies on the mesh."""
-        return mesh.placements(self.leaves.arrays, self.leaves.paths, *self.place)
+
+def parts_at_init(measure: Measure, leaves: Leaves, *place: Any) -> Parts:
+    """The parts of parameters, which need not say how they lie on the mesh."""
+    groups = measure.groups_at_init(leaves, *place)
+    arrays = any(isinstance(x, jax.Array) for x in leaves.arrays)
+    if isinstance(groups, UnitGroups) and arrays:
+        return parts_of(measure, leaves, measure.plan(leaves, *place))
+    return parts_of(measure, leaves, Plan(tuple(leaves.paths), (), groups))
 
 
-def parts_of(measure: Measure, leaves: Leaves, place: Place) -> Parts:
+def parts_of(measure: Measure, leaves: Leaves, plan: Plan) -> Parts:
     """The parts of some leaves, each with a name of its own."""
-    groups = measure.groups(leaves, *place)
     if measure.scope == "group":
         names = [str(name) for name in measure.names(leaves)]
     else:
         names = ["/".join(path) for path in leaves.paths]
-    parts = Parts(names, leaves, groups, place)
-    if isinstance(groups, UnitGroups):
-        _refuse_cut_stacks(parts, groups)
+    parts = Parts(names, leaves, plan)
+    if isinstance(plan.groups, UnitGroups):
+        _refuse_cut_stacks(parts, plan.groups)
     each = zip(names, parts.shapes(), strict=True)
     shown = ["/".join((n, *map(str, i))) for n, s in each for i in np.ndindex(s)]
     twice = sorted(name for name, count in Counter(shown).items() if count > 1)
@@ -137,9 +128,9 @@ def parts_of(measure: Measure, leaves: Leaves, place: Place) -> Parts:
 def _refuse_cut_stacks(parts: Parts, groups: UnitGroups) -> None:
     """In manual code a device has some of the layers, and does not know which."""
     leaves = parts.leaves
-    if not any(isinstance(x, jax.Array) for x in leaves.arrays):
+    if not parts.plan.places:
         return
-    places = groups.kept(parts.places())
+    places = groups.kept(parts.plan.places)
     for path, place in zip(leaves.paths, places, strict=True):
         if place.axes:
             raise ValueError(

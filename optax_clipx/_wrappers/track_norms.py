@@ -1,6 +1,6 @@
 """`track_norms`: norms of leaves or groups, and how large updates are, as metrics."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from .._clipping.metrics import TrackState, first_clipper, to_float32
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._reductions.norms import Norms, as_they_are
+from .._reductions.norms import Norms, as_they_are, norms
 from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
 from .._trees.leaves import flatten
 from .dominance import (
@@ -24,7 +24,7 @@ from .dominance import (
     share_of,
     starved_share,
 )
-from .named_parts import Parts, Place, parts_of
+from .named_parts import Parts, parts_at_init, parts_of
 from .second_moments import bias, in_its_unit, second_moments
 from .spike_score import after_norm, no_norms
 
@@ -148,14 +148,14 @@ def track_norms(
     if labels is not None:
         measure = group_norms(labels)
     wrapped = optax.with_extra_args_support(inner)
-    place = Place(axis_name, specs)
+    place = (axis_name, specs)
 
     def init_fn(params: Any) -> TrackState:
         leaves = flatten(params, updates=False)
         with mesh.mesh_of(leaves.arrays, auto=True):
             with states_of_tree_clippers() as known:
                 state = inner.init(params)
-            parts = parts_of(measure, leaves, place)
+            parts = parts_at_init(measure, leaves, *place)
             first = first_clipper(state)
             zeros = parts.zeros(parts.names)
             of_tree = any(first is x for x in known)
@@ -188,8 +188,8 @@ def track_norms(
             moved, after = wrapped.update(grads, state.inner, params, **extra)
             return moved, state._replace(inner=after)
         with mesh.mesh_of(leaves.arrays):
-            parts = parts_of(measure, leaves, place)
-            (found,) = parts.norms([leaves.arrays])
+            parts = parts_of(measure, leaves, measure.plan(leaves, *place))
+            (found,) = norms(parts.plan, [leaves.arrays])
             flat = parts.flat(found)
             few, many = _far(flat.value, parts.sizes(), vanishing, exploding)
             whole = _together(flat)
@@ -282,7 +282,8 @@ def _after_update(
                           for g, m in zip(grads, moments, strict=True)]]  # fmt: skip
         biases = [bias(moment, decay).astype(wide) for moment in moments]
 
-    found = parts.norms(trees, _also_in_its_unit if biases else as_they_are, biases)
+    derive = _AlsoInItsUnit((False,) * (len(trees) - 1)) if biases else as_they_are
+    found = norms(parts.plan, trees, derive, biases)
     if state.ratios is not None:
         step, size = found[:2]
         ratio = jax.tree.map(_quotients, step.value, size.value)
@@ -298,10 +299,14 @@ def _after_update(
     return state
 
 
-def _also_in_its_unit(trees: Any, biases: Any) -> Any:
+class _AlsoInItsUnit(NamedTuple):
     """The last two of like trees, gradients and second moments, become one."""
-    *others, grads, moments = trees
-    return [*others, in_its_unit(grads, moments, biases)]
+
+    counted: tuple[bool, ...]
+
+    def __call__(self, trees: Any, biases: Any) -> Any:
+        *others, grads, moments = trees
+        return [*others, in_its_unit(grads, moments, biases)]
 
 
 def _scale(state: TrackState, whole: Norms) -> jax.Array:

@@ -12,7 +12,8 @@ from .._clipping.scaling import Response
 from .._devices.examples import weighted_sums
 from .._devices.mesh import Axes, Placement
 from .._reductions.groups import Packed, ScalarGroups
-from .._reductions.norms import Norms, Ord, as_they_are, local_norms
+from .._reductions.norms import Norms, local_norms
+from .._reductions.plan import Ord, Plan
 from .._trees.arithmetic import accumulator, widened
 
 
@@ -93,9 +94,8 @@ def measured(
     places: Sequence[Placement],
 ) -> Measured:
     """Norms and scales; `limits` is a scalar for the tree, else one for each group."""
-    (norms,) = local_norms(
-        (tuple(arrays),), (), groups, ord, tuple(places), as_they_are
-    )
+    plan = Plan((), tuple(places), groups, ord)
+    (norms,) = local_norms(plan, (tuple(arrays),))
     limits = like_norms(limits, norms.value)
     scales = scaling.scales(norms, limits, response)
     return _measured(norms.value, scales)
