@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._trees.arithmetic import (
+    Number,
     both,
     finite,
     more,
@@ -23,7 +24,7 @@ from .plan import Ord
 Whole = tuple[jax.Array, jax.Array]
 
 
-def whole(norms: jax.Array, weights: jax.Array, ord: Ord) -> Whole:
+def whole(norms: jax.Array, weights: Number, ord: Ord) -> Whole:
     """The whole norm of an array of norms, each of so many entries or copies."""
     peak = jnp.max(norms)
     if ord == float("inf"):

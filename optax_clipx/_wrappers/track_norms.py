@@ -282,7 +282,9 @@ def _after_update(
                           for g, m in zip(grads, moments, strict=True)]]  # fmt: skip
         biases = [bias(moment, decay).astype(wide) for moment in moments]
 
-    derive = _AlsoInItsUnit((False,) * (len(trees) - 1)) if biases else as_they_are
+    derive: Any = as_they_are
+    if biases:
+        derive = _AlsoInItsUnit((False,) * (len(trees) - 1))
     found = norms(parts.plan, trees, derive, biases)
     if state.ratios is not None:
         step, size = found[:2]
