@@ -290,10 +290,10 @@ def _summary_of(
 
 def _on_all_devices(
     total: Callable[..., jax.Array],
-    values: list[jax.Array],
+    values: list[Any],
     leaves: Leaves,
     options: Options,
-) -> jax.Array:
+) -> Any:
     """The largest of all values, or whether any is true."""
     each = [total(x) if x.ndim else x for x in values]
     found = each[0] if len(each) == 1 else total(jnp.stack(each))

@@ -14,6 +14,7 @@ from .._trees.arithmetic import (
     finite,
     more,
     power,
+    product,
     quotient,
     smaller,
     total,
@@ -30,7 +31,7 @@ def whole(norms: jax.Array, weights: Number, ord: Ord) -> Whole:
     if ord == float("inf"):
         return peak, peak
     powers = power(quotient(norms, _safe(peak)), _exponent(ord))
-    return peak, total(lax.mul(powers, weights))
+    return peak, total(product(powers, weights))
 
 
 def combine(peaks: jax.Array, totals: jax.Array, ord: Ord) -> Whole:

@@ -20,6 +20,7 @@ from .._clipping.summary import Summary, nothing
 from .._clipping.transformation import Memory, Options, check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
+from .._devices.numbers import as_one
 from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
@@ -182,9 +183,13 @@ def skip_spikes(
         with mesh.mesh_of(leaves.arrays):
             loss = _loss(extra, leaves.arrays, options)
             memory = Memory(state.rule, state.metrics.steps)
-            judged = functools.partial(_judged, loss_rule, extra, state, loss)
-            decided = decide(parts, leaves, params, memory, extra, judged)
-            fields, keep, factor, known = decided.ended
+            decided = decide(
+                parts, leaves, params, memory, extra, lambda memory, *found: found
+            )
+            # By itself: of more numbers at once XLA would make many kernels.
+            judged = functools.partial(_judged, loss_rule, extra)
+            before = state._replace(inner=None)
+            fields, keep, factor, known = as_one(judged, before, loss, *decided.ended)
             feed = [_one_or_nothing(factor, x) for x in decided.arrays]
         # A clipper that comes first inside need not measure the same again.
         with known_norm(feed, known):
@@ -205,7 +210,6 @@ def _judged(
     extra: Mapping[str, Any],
     state: SkipState,
     loss: Any,
-    memory: Memory,
     summary: Summary,
     rule: Any,
     norm: Norms,
@@ -221,11 +225,14 @@ def _judged(
     # A threshold that cannot be used made every leaf NaN, which must be seen.
     keep = skipped & ~summary.unusable
     frozen = summary.nonfinite | loss_bad
-    reason = jnp.select(
-        [summary.nonfinite, spike, loss_bad, loss_spike],
-        [jnp.int32(reason) for reason in SkipReason if reason],
-        jnp.int32(SkipReason.NOT_SKIPPED),
-    )
+    reason = jnp.zeros((), jnp.int32)  # SkipReason.NOT_SKIPPED
+    for flag, number in (  # the first that is set is the reason
+        (loss_spike, SkipReason.LOSS_SPIKE),
+        (loss_bad, SkipReason.LOSS_NONFINITE),
+        (spike, SkipReason.NORM_SPIKE),
+        (summary.nonfinite, SkipReason.NORM_NONFINITE),
+    ):
+        reason = where(flag, int(number), reason)
     by_loss = skipped & ~(summary.nonfinite | spike)
     summary = summary._replace(
         clipped_norm=where(by_loss, 0, summary.clipped_norm),
