@@ -156,7 +156,7 @@ def of_entries(
     size: jax.Array,
     bad: jax.Array | None = None,
     *,
-    threshold: jax.Array | np.ndarray,
+    threshold: Any,
 ) -> Summary:
     """A step of single entries, `outside**2` of which were clipped.
 

@@ -174,11 +174,10 @@ def power(x: jax.Array, p: float) -> jax.Array:
         return x
     if p == 2:
         return lax.mul(x, x)
-    if p == 0.5:
-        return safe_sqrt(x)
-    positive = x > 0
     # x**p has no derivative at 0 for p < 1.
-    return jnp.where(positive, jnp.where(positive, x, 1) ** p, x)
+    positive = more(x, 0)
+    base = where(positive, x, 1)
+    return where(positive, lax.sqrt(base) if p == 0.5 else base**p, x)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
