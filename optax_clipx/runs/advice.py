@@ -10,7 +10,8 @@ class Advice(NamedTuple):
 
     The sentence has the names of the evidence in braces, or is a function that returns
     such a sentence for some evidence. The line of code may name ``{max_norm}``, a few
-    times the usual norm, and ``{run}``. The entry is a title of Troubleshooting.
+    times the usual norm, or 1.0 and a comment if that is not known, and ``{run}``. The
+    entry is a title of Troubleshooting.
     """
 
     sentence: str | Callable[[Mapping[str, Any]], str]
@@ -146,7 +147,7 @@ ADVICE = {
     ),
     "always-clipped": Advice(
         _always,
-        "clipx.suggest_threshold({run}, clip_rate=0.1).value",
+        "clipx.auto_clip()  # record again with it, or with ten times the threshold",
         "Clip rate is 100%",
     ),
     "never-clipped": Advice(

@@ -46,7 +46,8 @@ def _usual_norm(run: Signals, start: int) -> float | None:
     if run.norm is None:
         return None
     norms = run.norm.logs().before(start).values
-    return float(np.exp(np.median(norms))) if len(norms) >= criteria.WINDOW else None
+    few = len(norms) < criteria.LEAST_IN_WINDOW
+    return None if few else float(np.exp(np.median(norms)))
 
 
 def _peak(run: Signals, onset: int) -> dict[str, Any]:

@@ -94,6 +94,15 @@ PEAK_RISE = 0.9  # the learning rate starts below this part of its maximum
 PEAK_NEAR = 0.05  # of the run: growth that starts so close to the maximum is named so
 WARNED = log(2.0)  # above the lowest level: here a rule would have warned
 
+# Explosions in the first steps, before levels and noise are known. Norms and losses
+# that grow a hundredfold and then are not finite have exploded; where they stay finite,
+# a thousandfold, as norms may rise from next to nothing while a run learns.
+EXPLODED_STEPS = 100  # finite ones, of a run that is not finite at its end
+EXPLODED_TO_NONFINITE = log(100.0)
+EXPLODED = log(1000.0)
+EXPLODED_ABOVE = log(10.0)  # all values before: a value that comes back has not grown
+EXPLODED_RISING = 2  # steps of growth; one may be a bad batch, but for the first steps
+
 # A schedule that falls to a third and norms that double meanwhile.
 SCHEDULE_FALL = log(3.0)
 SCHEDULE_RISE = log(1.5)

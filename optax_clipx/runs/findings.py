@@ -10,6 +10,7 @@ from .naming import counted
 
 SEVERITIES = ("error", "warning", "info")
 _SHOWN = 5  # steps in a line
+_PUT = "in place of 1.0, put three times the median norm of steps that went well"
 _STRETCHES = {  # codes whose two steps are the first and the last of a stretch
     "growing-norms",
     "lock-out",
@@ -77,13 +78,16 @@ def finding(code: str, severity: str, steps: Iterable[Any], **evidence: Any) -> 
 
 def advice(
     code: str,
-    max_norm: str = "3 * usual_norm",
+    max_norm: str | None = None,
     run: str = "history",
     line: str | None = None,
 ) -> str:
     """The line to type for a fault, and the entry of Troubleshooting."""
     _, usual, entry = ADVICE[code]
-    typed = (line or usual).format(max_norm=max_norm, run=run)
+    line = line or usual
+    if max_norm is None and "{max_norm}" in line:
+        line += f"{';' if '#' in line else '  #'} {_PUT}"
+    typed = line.format(max_norm=max_norm or "1.0", run=run)
     return f'{typed}  (Troubleshooting: "{entry}")'
 
 

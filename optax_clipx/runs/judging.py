@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import criteria
 from .advice import ADVICE
 from .context import in_context
 from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
@@ -25,30 +26,32 @@ _NEEDS = {
     "skipped": "the steps that were skipped",
     "sound_leaves": "norms of leaves",
 }
+_RECORDED = ("loss", "norm", "update_norm", "schedule")
 
 
 class _Rule(NamedTuple):
     judge: Callable[[Signals], list[Finding]]
     needs: tuple[str, ...]
     codes: tuple[str, ...]
+    by_levels: bool = False  # which few steps do not have
 
 
 _DEPTH = ("vanishing-by-depth", "exploding-by-depth")
 _RULES = (
     _Rule(interruptions.nonfinite, (), ("nonfinite",)),
-    _Rule(divergence.loss, ("loss",), ("loss-diverged",)),
-    _Rule(divergence.norms, ("norm",), ("growing-norms",)),
-    _Rule(divergence.updates, ("update_norm", "loss"), ("update-before-loss",)),
+    _Rule(divergence.loss, ("loss",), ("loss-diverged",), True),
+    _Rule(divergence.norms, ("norm",), ("growing-norms",), True),
+    _Rule(divergence.updates, ("update_norm", "loss"), ("update-before-loss",), True),
     _Rule(interruptions.locked, ("skipped",), ("lock-out",)),
-    _Rule(spikes.judge, ("norm",), ("spikes", "periodic-spikes")),
-    _Rule(shifts.level, ("norm",), ("level-shift",)),
-    _Rule(shifts.schedule, ("norm", "schedule"), ("rises-with-schedule",)),
-    _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",)),
-    _Rule(rates.always, ("norm", "clipped"), ("always-clipped",)),
-    _Rule(rates.never, ("norm", "clipped"), ("never-clipped",)),
+    _Rule(spikes.judge, ("norm",), ("spikes", "periodic-spikes"), True),
+    _Rule(shifts.level, ("norm",), ("level-shift",), True),
+    _Rule(shifts.schedule, ("norm", "schedule"), ("rises-with-schedule",), True),
+    _Rule(rates.warmup, ("norm", "threshold"), ("warmup-spike",), True),
+    _Rule(rates.always, ("norm", "clipped"), ("always-clipped",), True),
+    _Rule(rates.never, ("norm", "clipped"), ("never-clipped",), True),
     _Rule(leaves.dominant, ("sound_leaves",), ("dominant-leaf",)),
     _Rule(leaves.starved, ("sound_leaves", "threshold"), ("starved-leaves",)),
-    _Rule(leaves.dead, ("sound_leaves",), ("dead-leaf",)),
+    _Rule(leaves.dead, ("sound_leaves",), ("dead-leaf",), True),
     _Rule(
         leaves.depth, ("sound_leaves",), ("vanishing-by-depth", "exploding-by-depth")
     ),
@@ -67,12 +70,26 @@ def judge(seen: Signals) -> Diagnosis:
             lacking |= dict.fromkeys(rule.codes, _NEEDS[missing[0]])
         else:
             with np.errstate(all="ignore"):  # files may hold any number
-                found += rule.judge(seen)
+                own = rule.judge(seen)
+            found += own
+            if rule.by_levels and not own:
+                lacking |= _few(seen, rule)
     if seen.restarts.mixed:
         others = [code for code in ADVICE if code != "restarts"]
         lacking = dict.fromkeys(others, "a log of one run")
     found = in_context(sorted(found, key=_rank), seen)
     return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
+
+
+def _few(seen: Signals, rule: _Rule) -> dict[str, str]:
+    """The codes of a rule, if its signals have too few steps for it."""
+    lines = [getattr(seen, name) for name in rule.needs if name in _RECORDED]
+    lines += seen.sound_leaves.values() if "sound_leaves" in rule.needs else ()
+    count = min(int(np.isfinite(line.values).sum()) for line in lines)
+    if count >= criteria.LEAST_STEPS:
+        return {}
+    few = f"{criteria.LEAST_STEPS} finite steps; {count} were recorded"
+    return dict.fromkeys(rule.codes, few)
 
 
 def _rank(finding: Finding) -> tuple[int, int]:

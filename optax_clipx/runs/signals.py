@@ -212,12 +212,12 @@ class Signals:
         return longest.steps[starts], table
 
 
-def breaks_at(line: Line | None) -> int | None:
-    """The step from which on a line is not finite to its end."""
+def breaks_at(line: Line | None, least: int = criteria.NONFINITE_STEPS) -> int | None:
+    """The step from which on a line is not finite to its end, for so many steps."""
     if line is None:
         return None
     finite = np.isfinite(line.values)
-    if finite[-criteria.NONFINITE_STEPS :].any():
+    if finite[-least:].any():
         return None
     last = np.flatnonzero(finite)
     return int(line.steps[last[-1] + 1 if len(last) else 0])

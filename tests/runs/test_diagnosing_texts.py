@@ -90,9 +90,29 @@ def test_the_remedy_has_three_times_the_usual_norm_of_the_run(code):
     )
 
 
-def test_without_norms_the_remedy_names_the_usual_norm():
+def test_without_norms_the_remedy_says_what_to_put():
     loss = np.r_[np.full(100, 18.0), np.full(150, 60.0)]
-    assert "max_norm=3 * usual_norm" in found({"loss": loss}, "loss-diverged").advice
+    assert found({"loss": loss}, "loss-diverged").advice == (
+        "optax.chain(clipx.zclip(max_norm=1.0), optimizer)  # first lower the learning"
+        " rate, for example to a third; in place of 1.0, put three times the median"
+        ' norm of steps that went well  (Troubleshooting: "The loss diverges")'
+    )
+
+
+@pytest.mark.parametrize(("rises_at", "max_norm"), [(10, "6"), (2, "1.0")])
+def test_five_norms_before_a_divergence_are_a_usual_norm(rises_at, max_norm):
+    growth = 2.0 * 4.0 ** np.arange(8)
+    run = {"norm": np.r_[np.full(rises_at, 2.0), growth, np.full(100, np.nan)]}
+    advice = found(run, "growing-norms").advice
+    assert f"clipx.zclip(max_norm={max_norm})" in advice
+    assert ("in place of 1.0" in advice) == (max_norm == "1.0")
+
+
+def test_an_always_clipped_run_is_to_be_recorded_again():
+    run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
+    assert found(run, "always-clipped").advice.startswith(
+        "clipx.auto_clip()  # record again with it, or with ten times the threshold  ("
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,12 +165,12 @@ def test_what_was_not_checked_names_a_column_to_record():
 
 def test_advice_from_a_file_names_the_file(tmp_path):
     history = clipx.History()
-    run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
+    run = {"norm": np.full(200, 3.0), "threshold": np.full(200, 9.0)}
     history.append(range(200), run)
     path = history.save(tmp_path / "run.jsonl")
     assert (
         f"clipx.suggest_threshold({str(path)!r}, "
-        in found(path, "always-clipped").advice
+        in found(path, "never-clipped").advice
     )
 
 

@@ -15,6 +15,7 @@ from ..levels import (
     spread,
 )
 from ..signals import Line, Signals, breaks_at
+from . import explosions
 
 
 def loss(run: Signals) -> list[Finding]:
@@ -23,7 +24,7 @@ def loss(run: Signals) -> list[Finding]:
     line = run.loss.finite()
     place = _departure(line)
     if place is None:
-        return []
+        return explosions.loss(run)
     return [
         finding(
             "loss-diverged",
@@ -97,7 +98,7 @@ def _least_loss(line: Line, levels: np.ndarray) -> float:
 def norms(run: Signals) -> list[Finding]:
     """Norms that grow for long, before a divergence or with a loss that stays."""
     assert run.norm is not None
-    end = _end(run)
+    end = ends_at(run)
     norm = run.norm.logs().before(end)
     parts = criteria.GROWTH_PARTS if end < np.inf else (1,)
     rows = np.arange(len(norm.steps))
@@ -111,10 +112,10 @@ def norms(run: Signals) -> list[Finding]:
             found = _growth(run, tail, end, (count, quantile))
             if found:
                 return found
-    return []
+    return explosions.norms(run)
 
 
-def _end(run: Signals) -> float:
+def ends_at(run: Signals) -> float:
     """The step at which a run diverges; infinity if it does not."""
     ends = [diverged_at(run), breaks_at(run.norm)]
     return min((float(end) for end in ends if end is not None), default=np.inf)

@@ -7,7 +7,8 @@ import numpy as np
 from .. import criteria
 from ..findings import Finding, finding
 from ..levels import around, folded, peaks, residuals, spread
-from ..signals import Line, Signals
+from ..signals import Line, Signals, breaks_at
+from .divergence import ends_at
 
 _TRIED = 500  # of the spikes, to find out whether they are periodic
 
@@ -83,11 +84,19 @@ def _single(run: Signals, steps: np.ndarray, heights: np.ndarray) -> Finding:
     severity = "warning"
     if run.loss is not None:
         lost = _not_recovered(run.loss.finite(), steps)
+        # Before a divergence there is no time to recover, and within one no level.
+        lost |= steps + criteria.RECOVERY_STEPS >= _end(run, run.loss)
         evidence["not_recovered"] = int(lost.sum())
         if lost.any():
             evidence["first_not_recovered"] = int(steps[lost][0])
             severity = "error"
     return finding("spikes", severity, steps, **evidence)
+
+
+def _end(run: Signals, loss: Line) -> float:
+    """The step at which a run diverges, or from which on its loss is not finite."""
+    breaks = breaks_at(loss, 1)
+    return min(ends_at(run), np.inf if breaks is None else float(breaks))
 
 
 def _not_recovered(loss: Line, steps: np.ndarray) -> np.ndarray:
