@@ -126,3 +126,10 @@ def test_a_loss_did_not_recover_from_a_spike_within_a_divergence():
     assert spikes.steps == (60, 250)
     assert spikes.sentence.endswith("; the loss did not recover from 1 of them.")
     assert spikes.evidence["first_not_recovered"] == 250
+
+
+def test_a_spike_may_come_after_the_last_finite_loss():
+    run = {"norm": np.ones(200), "loss": np.linspace(2, 1, 200)}
+    run["loss"][194:] = np.inf
+    run["norm"][194] = 1000.0
+    assert found(run, "spikes").steps == (194,)

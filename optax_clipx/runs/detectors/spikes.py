@@ -103,9 +103,11 @@ def _not_recovered(loss: Line, steps: np.ndarray) -> np.ndarray:
     """After which spikes the loss stays above the level before them."""
     if len(loss.steps) < criteria.LEAST_STEPS:
         return np.zeros(len(steps), bool)
-    before, _ = around(loss.values, np.searchsorted(loss.steps, steps))
+    last = len(loss.steps) - 1  # a norm may come after the last finite loss
+    here = np.minimum(np.searchsorted(loss.steps, steps), last)
     later = np.searchsorted(loss.steps, steps + criteria.RECOVERY_STEPS)
-    _, after = around(loss.values, np.minimum(later, len(loss.steps) - 1))
+    before, _ = around(loss.values, here)
+    _, after = around(loss.values, np.minimum(later, last))
     noise = spread(residuals(loss.values))
     return after - before > criteria.RECOVERY_DEVIATIONS * noise  # false for NaN
 
