@@ -71,7 +71,7 @@ def clip_by(
             :func:`measures.group_norms`, :func:`measures.leaf_norms`,
             :func:`measures.unit_norms` or :func:`measures.magnitudes`.
         threshold: a number, a scalar array, an optax schedule, a pytree prefix of
-            these, or a :class:`thresholds.Threshold`; in the unit of the updates.
+            these, or a :class:`thresholds.Threshold`; on the scale of the updates.
         response: how norms and thresholds give scales: :func:`responses.rescale`,
             :func:`responses.normalize`, :func:`responses.smooth`,
             :func:`responses.drop`, or any function of the two. It is also called for
@@ -98,7 +98,8 @@ def clip_by(
 
     Raises:
         ValueError: for a negative or NaN threshold or an unknown policy, and from
-            ``update`` if ``params`` or the place on the mesh is needed and missing.
+            ``update`` if ``params``, or ``axis_name`` or ``specs``, is needed and
+            missing.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
         FloatingPointError: with ``nonfinite="raise"``, from ``update`` outside of
             ``jit``.

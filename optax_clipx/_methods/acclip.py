@@ -59,7 +59,7 @@ def scale_by_acclip(
         b1: :math:`\beta_1`, from 0 to below 1.
         b2: :math:`\beta_2`, from 0 to below 1.
         alpha: :math:`\alpha`, the order of the moment of the noise, 1 or larger.
-        eps: :math:`\epsilon`, in the unit of the updates.
+        eps: :math:`\epsilon`, on the scale of the updates.
         nonfinite: as in :func:`clip_by`; on such a step the state stays as it is.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

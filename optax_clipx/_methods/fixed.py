@@ -49,7 +49,7 @@ def clip(
     clipped, their phase kept.
 
     Args:
-        max_delta: :math:`\Delta`, in the unit of the updates: a number, a schedule, an
+        max_delta: :math:`\Delta`, on the scale of the updates: a number, a schedule, an
             array that broadcasts against each leaf, entry by entry, or a pytree prefix
             of these.
         nonfinite: as in :func:`clip_by`; under ``"propagate"`` an infinity goes to its
@@ -62,8 +62,8 @@ def clip(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if ``max_delta`` is negative or NaN, or the policy unknown; from
-            ``update`` if an array does not broadcast against a leaf.
+        ValueError: if ``max_delta`` is negative or NaN, or ``nonfinite`` is unknown;
+            from ``update`` if an array does not broadcast against a leaf.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 
     Example:
@@ -97,9 +97,9 @@ def clip_by_value(
     .. math:: u_j \leftarrow \min(\max(u_j, a), b)
 
     Args:
-        min_value: :math:`a`, in the unit of the updates: a number, a schedule, an array
-            that broadcasts against each leaf, entry by entry, or a pytree prefix of
-            these. In ``shard_map`` an array is the part of this device.
+        min_value: :math:`a`, on the scale of the updates: a number, a schedule, an
+            array that broadcasts against each leaf, entry by entry, or a pytree prefix
+            of these. In ``shard_map`` an array is the part of this device.
         max_value: :math:`b`, the same.
         nonfinite: as in :func:`clip`.
         axis_name: as in :func:`clip_by`.
@@ -110,8 +110,8 @@ def clip_by_value(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if a bound is NaN, ``min_value > max_value``, or the policy unknown;
-            from ``update`` if an array does not broadcast against a leaf.
+        ValueError: if a bound is NaN, ``min_value > max_value``, or ``nonfinite`` is
+            unknown; from ``update`` if an array does not broadcast against a leaf.
         TypeError: from ``update`` for integer and complex leaves and leaves that are
             no arrays.
 
@@ -144,7 +144,7 @@ def clip_by_leaf_norm(
     .. math:: u_i \leftarrow \min(1, t / \|u_i\|)\, u_i
 
     Args:
-        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+        max_norm: :math:`t`, on the scale of the updates: a number, a scalar array, a
             schedule, or a pytree prefix of these.
         ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
         batch_axes: axes along which a leaf stacks independent layers, each clipped by
@@ -158,8 +158,8 @@ def clip_by_leaf_norm(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if ``max_norm`` is negative or NaN, or ``ord`` or the policy
-            unknown.
+        ValueError: if ``max_norm`` is negative or NaN, or ``ord`` or
+            ``nonfinite`` is unknown.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 
     Example:
@@ -200,7 +200,7 @@ def clip_by_block_rms(
     Adafactor uses it right after the preconditioner, before the learning rate.
 
     Args:
-        threshold: :math:`d`, in the unit of the updates: a number, a scalar array, a
+        threshold: :math:`d`, on the scale of the updates: a number, a scalar array, a
             schedule, or a pytree prefix of these.
         batch_axes: as in :func:`clip_by_leaf_norm`.
         nonfinite: as in :func:`clip_by`.
@@ -212,7 +212,7 @@ def clip_by_block_rms(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if ``threshold`` is negative or NaN, or the policy unknown.
+        ValueError: if ``threshold`` is negative or NaN, or ``nonfinite`` is unknown.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 
     Example:
@@ -252,10 +252,10 @@ def clip_by_global_norm(
     .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
 
     Args:
-        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
-            schedule.
+        max_norm: :math:`t`, the largest norm that is not clipped: a number, a scalar
+            array or a schedule.
         ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
-        eps: :math:`\epsilon`, in the same unit; ``1e-6`` gives PyTorch's coefficient.
+        eps: :math:`\epsilon`; ``1e-6`` gives PyTorch's coefficient.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
@@ -267,8 +267,8 @@ def clip_by_global_norm(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if ``max_norm`` or ``eps`` is negative or NaN, or ``ord`` or the
-            policy unknown.
+        ValueError: if ``max_norm`` or ``eps`` is negative or NaN, or ``ord`` or
+            ``nonfinite`` is unknown.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 
     Example:
@@ -312,7 +312,7 @@ def clip_by_group_norm(
               \quad \text{for leaf } i \text{ of group } k
 
     Args:
-        max_norms: for each label its :math:`t_k`, in the unit of the updates: a
+        max_norms: for each label its :math:`t_k`, on the scale of the updates: a
             number, a scalar array or a schedule.
         labels: a pytree prefix of labels, or a function of path and leaf; a path is a
             tuple of strings such as ``("layers", "0", "kernel")``.
@@ -326,8 +326,8 @@ def clip_by_group_norm(
         A transformation; updates keep dtype, shape and sharding.
 
     Raises:
-        ValueError: if a threshold is negative or NaN, or ``ord`` or the policy unknown;
-            from ``update`` if a leaf has no label or a label no threshold.
+        ValueError: if a threshold is negative or NaN, or ``ord`` or ``nonfinite`` is
+            unknown; from ``update`` if a leaf has no label or a label no threshold.
         TypeError: if ``max_norms`` is no dict; from ``update`` for integer leaves and
             leaves that are no arrays.
 
@@ -393,7 +393,7 @@ def adaptive_grad_clip(
         and sharding.
 
     Raises:
-        ValueError: if ``clipping`` or ``eps`` is negative or NaN or the policy
+        ValueError: if ``clipping`` or ``eps`` is negative or NaN or ``nonfinite`` is
             unknown; from ``update`` without ``params``.
         TypeError: from ``update`` for integer leaves and leaves that are no arrays.
 

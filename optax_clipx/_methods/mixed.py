@@ -65,7 +65,7 @@ def mixed_clip(
     in a tree like the parameters.
 
     Args:
-        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array or a
+        max_norm: :math:`t`, on the scale of the updates: a number, a scalar array or a
             schedule.
         nu: :math:`\nu`, from 0 to 1.
         decay: :math:`\beta`, from 0 to below 1.
@@ -173,7 +173,7 @@ def normalized_momentum(
     Args:
         decay: :math:`\beta`, from 0 to below 1.
         target: :math:`t`, as in :func:`normalize_by_norm`.
-        eps: :math:`\epsilon`, in the unit of the updates.
+        eps: :math:`\epsilon`, on the scale of the updates.
         nonfinite: as in :func:`clip_by`. A NaN stays in the momentum for ever: put
             :func:`skip_spikes` around the optimizer to continue after one.
         axis_name: as in :func:`clip_by`.

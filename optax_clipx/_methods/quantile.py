@@ -51,7 +51,7 @@ def quantile_clip(
         max_steps: keep all norms of a run with at most this number of steps, instead
             of a histogram.
         tracker_rate: :math:`\eta`, the rate of the tracker.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

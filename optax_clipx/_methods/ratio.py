@@ -51,12 +51,12 @@ def adagc(
         warmup_steps: the number of steps of the warm-up.
         init: what the average starts with: ``"min"`` or ``"mean"`` of the norms in the
             warm-up, or the ``"first"`` norm after it.
-        floor: the smallest value of the average, in the unit of the updates.
+        floor: the smallest value of the average, on the scale of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -126,12 +126,12 @@ def olmo_ratio_clip(
     Args:
         ratio: :math:`\lambda` (``max_grad_norm_ratio``).
         decay: :math:`\beta`; OLMo used the larger of the two decays of its optimizer.
-        floor: the smallest value of the average, in the unit of the updates.
+        floor: the smallest value of the average, on the scale of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing; see :func:`thresholds.ema_ratio`.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -200,12 +200,12 @@ def norm_growth_clip(
 
     Args:
         ratio: :math:`\gamma`, at least 1.
-        floor: the last norm counts as at least this, in the unit of the updates.
+        floor: the last norm counts as at least this, on the scale of the updates.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th norm in a row that is above the
             threshold is not clipped, but accepted.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -97,7 +97,7 @@ def clip_by_second_moment(
         stats: what enters the second moment: ``"clipped"``, or ``"raw"`` for the
             gradient itself. With ``"raw"`` a spike raises its own threshold for
             :math:`1/(1-\beta)` steps, but no level is followed late.
-        floor: :math:`f`, in the unit of the updates: the least root of a second moment
+        floor: :math:`f`, on the scale of the updates: the least root of a second moment
             that counts. Entries without a second moment are clipped with it, too.
         response: what becomes of entries, from their size and threshold: ``None`` is
             the formula above. ``functools.partial(responses.smooth, p=2.0)`` or another

@@ -25,7 +25,7 @@ def smooth_clip(
     .. math:: u \leftarrow \bigl(1 + (\|u\| / t)^p\bigr)^{-1/p}\, u
 
     Args:
-        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+        max_norm: :math:`t`, on the scale of the updates: a number, a scalar array, a
             schedule, a prefix, or a threshold rule.
         p: the sharpness, above 0. With 1 the factor is :math:`1/(1 + n/t)` for a norm
             :math:`n`; a large ``p`` approaches :func:`clip_by_global_norm`.
@@ -73,9 +73,9 @@ def normalize_by_norm(
     .. math:: u \leftarrow \frac{t}{\|u\| + \epsilon}\, u
 
     Args:
-        target: :math:`t`, in the unit of the updates: a number, a scalar array, a
+        target: :math:`t`, on the scale of the updates: a number, a scalar array, a
             schedule, a prefix, or a threshold rule.
-        eps: :math:`\epsilon`, in the unit of the updates. With 0, an update of zero
+        eps: :math:`\epsilon`, on the scale of the updates. With 0, an update of zero
             stays zero.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.

@@ -61,7 +61,7 @@ def clip_by_spectral_norm(
     moving average.
 
     Args:
-        max_norm: :math:`t`, in the unit of the updates: a number, a scalar array, a
+        max_norm: :math:`t`, on the scale of the updates: a number, a scalar array, a
             schedule, a pytree prefix of these, or a threshold rule, which sees the
             largest singular value of each leaf.
         form: ``"hard"`` or ``"soft"``.

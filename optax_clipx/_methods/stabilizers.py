@@ -79,7 +79,7 @@ def stabilize_norm(
         b1: :math:`\beta_1`, from 0 to below 1.
         b2: :math:`\beta_2`, from 0 to below 1.
         b3: :math:`\beta_3`, from 0 to below 1.
-        eps: :math:`\epsilon`, in the unit of the updates.
+        eps: :math:`\epsilon`, on the scale of the updates.
         nonfinite: as in :func:`clip_by`; on such a step the averages stay as they are.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

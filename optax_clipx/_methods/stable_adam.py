@@ -72,7 +72,7 @@ def scale_by_stable_adam(
     Args:
         b1: the decay of :math:`m`, from 0 to below 1.
         b2: the decay of :math:`v`, from 0 to below 1.
-        eps: :math:`\epsilon`, in the unit of the updates.
+        eps: :math:`\epsilon`, on the scale of the updates.
         nonfinite: as in :func:`clip_by`; on such a step the moments stay as they are.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

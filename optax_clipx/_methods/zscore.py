@@ -52,7 +52,7 @@ def zclip(
             ``"mean"`` for :math:`\mu`, or ``"threshold"`` for
             :math:`\mu + z^*\sigma` ("percentile" in the official code).
         clip_factor: the factor in the formula.
-        max_norm: an upper limit of the threshold, in the unit of the updates. It is
+        max_norm: an upper limit of the threshold, on the scale of the updates. It is
             ``None`` by default, because with the official default of 1.0 the clipper
             behaves like a fixed one.
         stats: what enters the averages on a spike: ``"clipped"`` the threshold,
@@ -130,7 +130,7 @@ def log_zscore_clip(
         z_threshold: :math:`z^*`, the number of standard deviations above which a norm
             is clipped.
         decay: the decay of the moving averages; the first steps are plain averages.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -206,7 +206,7 @@ def historical_update_clip(
             threshold, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, in the unit of the updates.
+        max_norm: an upper limit of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

@@ -100,7 +100,10 @@ def skip_spikes(
     a mesh, all devices take the same decision.
 
     Args:
-        inner: the optimizer with its clippers; no other wrapper should be around this.
+        inner: the optimizer with its clippers. If you use ``optax.MultiSteps``, it must
+            be inside: ``skip_spikes(optax.MultiSteps(...).gradient_transformation())``.
+            ``optax.MultiSteps`` around ``skip_spikes`` never recovers from an infinite
+            gradient.
         threshold: a threshold rule for the norm, or a number.
         loss_threshold: a threshold rule for the loss, or a number. The default is seven
             standard deviations above the mean, with statistics as for norms; other
@@ -122,7 +125,7 @@ def skip_spikes(
         TypeError: if ``inner`` is no transformation, or keeps something else than
             arrays in its state.
         ValueError: if ``patience`` is less than 1, and from ``update`` if the loss is
-            no scalar or the place on the mesh is needed and missing.
+            not a scalar, or if ``axis_name`` or ``specs`` is needed and missing.
 
     Example:
         >>> import jax.numpy as jnp

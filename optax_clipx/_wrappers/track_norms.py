@@ -58,9 +58,11 @@ def track_norms(
     ``track_norms/<leaf>``      :math:`n_i`
     ``track/dominant_share``    how much of the squared norm comes from the leaf with
                                 the largest norm; :func:`dominant_leaf` names the leaf
-    ``track/starved``           the fraction of the other leaves whose step is more than
-                                10 times smaller than if each leaf were clipped by its
-                                own norm at the same threshold
+    ``track/starved``           the fraction of starved leaves among all leaves except
+                                the one with the largest norm. A leaf is starved if its
+                                step is less than a tenth of the step that it would have
+                                if each leaf were clipped by its own norm at the same
+                                threshold
     ``track/muon_share``        how much of the squared norm comes from the leaves that
                                 ``optax.contrib.muon`` orthogonalizes
     ``track/vanishing``         how many leaves have a root mean square of zero, or far
@@ -87,9 +89,9 @@ def track_norms(
     .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
         \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8},
 
-    where :math:`g` is the gradient after a clipper of the global norm, and before any
-    other clipper. If :math:`\mathrm{RMS}_t` is far above 1, the second moment is out of
-    date, and the update is too large.
+    where :math:`g` is the clipped gradient if the clipper clips the global norm, and
+    otherwise the gradient before clipping. If :math:`\mathrm{RMS}_t` is far above 1,
+    the second moment is out of date, and the update is too large.
 
     Args:
         inner: the optimizer, with its clipper in it.
