@@ -94,7 +94,8 @@ def skip_spikes(
     the statistics, and neither does a norm that is equally far below :math:`m`. The
     norm number ``patience`` in a row is accepted as the new level. A
     non-finite norm never enters, and is never accepted. If one of the first 100 norms
-    is 200 times the usual norm, later spikes are not skipped for up to 7 steps.
+    is 200 times the usual norm, it can happen that spikes in the next steps, at most 7,
+    are not skipped.
 
     The loss is also checked if you pass it to ``update`` as ``loss=`` or ``value=``. On
     a mesh, all devices take the same decision.
