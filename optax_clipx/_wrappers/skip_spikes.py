@@ -190,7 +190,7 @@ def skip_spikes(
             decided = decide(
                 parts, leaves, params, memory, extra, lambda memory, *found: found
             )
-            # By itself: of more numbers at once XLA would make many kernels.
+            # By itself: more numbers at once would not be compiled as one kernel.
             judged = functools.partial(_judged, loss_rule, extra)
             before = state._replace(inner=None)
             fields, keep, factor, known = as_one(judged, before, loss, *decided.ended)
