@@ -376,12 +376,12 @@ LARGE = r"""
 import re, sys, time
 import numpy as np
 import optax_clipx as clipx
-start = time.perf_counter()
+start = time.process_time()
 history = clipx.History.load("run.jsonl")
 history.plot("run.png", force=True)
-drawn = time.perf_counter()
+drawn = time.process_time()
 clipx.suggest_threshold(history)
-ended = time.perf_counter()
+ended = time.process_time()
 # Not ru_maxrss, which a process takes over from the one that started it.
 status = open("/proc/self/status").read()
 peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
