@@ -14,9 +14,8 @@ from .._devices import mesh
 from .._devices.numbers import as_one
 from .._devices.programs import entries, traced_once, unknown
 from .._devices.sums import clamped, outside
-from .._reductions.groups import ScalarGroups
 from .._reductions.norms import Norms, norms
-from .._reductions.plan import Plan, make_plan, of_tree
+from .._reductions.plan import Plan, make_plan, of_leaves, of_tree
 from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
 from .._trees.arguments import is_limit
@@ -152,7 +151,7 @@ def _limits(
         limit, _ = rule.update(jnp.zeros((), dtype), memory.rule, Context(memory.steps))
         return limit
     count = len(leaves.arrays)
-    groups = ScalarGroups(tuple(range(count)), count)
+    groups = of_leaves(count)
     context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
     norms = jnp.zeros((count,), dtype)
     limits, _ = rule.update(norms, memory.rule, context)

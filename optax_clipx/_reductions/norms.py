@@ -39,7 +39,7 @@ from .._trees.arithmetic import (
 from .._trees.sizes import is_known
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
 from .leaf_sums import Where, can_go_by_parts, sum_over_axes
-from .plan import Ord, Plan
+from .plan import Ord, Plan, of_tree
 
 
 class Norms(NamedTuple):
@@ -383,7 +383,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     """The same passes with small leaves put together."""
     lots = measured.lots
     count = len(lots)
-    groups, places = ScalarGroups((0,) * count, None), (mesh.Placement((), ()),) * count
+    groups, places = of_tree(count), (mesh.Placement((), ()),) * count
     passes = _passes(replace(measured, where=Where(groups, places)), risks)
 
     def put_together(given: Any) -> Any:

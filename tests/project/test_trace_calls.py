@@ -1,0 +1,43 @@
+"""What is traced and lowered, counted in calls of Python: on each machine the same."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+# In a process of its own: here types are checked at run time, which are calls as well.
+COUNT = """
+import cProfile, gc, json, pstats, sys
+import everyday, jax
+
+def calls(name):
+    for _ in range(2):  # the first has imports and the like
+        jax.clear_caches()
+        gc.collect()
+        tx, params = everyday.EVERY[name](), everyday.params_of(4)
+        state = tx.init(params)
+        profile = cProfile.Profile()
+        profile.enable()
+        jax.jit(everyday.step_of(tx)).lower(params, state, params)
+        profile.disable()
+    return pstats.Stats(profile).total_calls
+
+print(json.dumps({name: calls(name) for name in sys.argv[1:]}))
+"""
+
+
+@pytest.mark.skipif(jax.__version_info__[:2] != (0, 10), reason="counted with JAX 0.10")
+def test_few_more_calls_than_with_optax():
+    names = ["tree", "zclip", "clip", "optax tree", "optax clip"]
+    command = [sys.executable, "-W", "ignore", "-c", COUNT, *names]
+    done = subprocess.run(
+        command, cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["tree"] < 1.7 * found["optax tree"]  # 1.62
+    assert found["zclip"] < 2.5 * found["optax tree"]
+    assert found["clip"] < 2.6 * found["optax clip"]
