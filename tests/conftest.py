@@ -5,6 +5,7 @@ import warnings
 
 import jax
 import pytest
+from jax._src.lru_cache import LRUCache
 from jaxtyping import install_import_hook
 
 # Most of the time of a test is LLVM's, for programs that run once on few numbers: these
@@ -34,12 +35,18 @@ with install_import_hook("optax_clipx", "beartype.beartype"):
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
-def pytest_configure(config):
-    """Keeps compiled programs, since many tests compile the same ones.
+def put_in_one_piece(cache, key, program):
+    """Writes a program beside its place first: another worker never reads a part."""
+    path = cache.path / f"{key}-cache"
+    part = path.with_name(f"{os.getpid()}-part")
+    part.write_bytes(program)
+    part.replace(path)
 
-    Each worker has its own: JAX does not write them in one piece.
-    """
-    folder = config.cache.mkdir(f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+
+def pytest_configure(config):
+    """Keeps compiled programs for all workers: many tests compile the same ones."""
+    LRUCache.put = put_in_one_piece
+    folder = config.cache.mkdir("xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
