@@ -58,12 +58,12 @@ def train(tx, params, grads, step=None):
 
 @functools.cache
 def by_hand(make):
-    """The parameters after each step of the transformation alone, without jit."""
+    """The parameters after each step of the transformation alone."""
     tx = make()
-    params, found, state = first_params(), [], None
-    state = tx.init(params)
+    params, found = first_params(), []
+    state, update = tx.init(params), jax.jit(tx.update)
     for g in gradients():
-        updates, state = tx.update(g, state, params)
+        updates, state = update(g, state, params)
         params = jax.tree.map(lambda p, u: p - RATE * u, params, updates)
         found.append(params)
     return found

@@ -205,21 +205,22 @@ def test_one_trace_and_a_donated_state(make):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_remembered(make, policy, bad):
     tx = make(nonfinite=policy)
-    _, before = tx.update(tree(), tx.init(tree()))
+    step = jax.jit(tx.update)
+    _, before = step(tree(), tx.init(tree()))
     spoiled = tree(1)
     spoiled["a"] = spoiled["a"].at[0, 0].set(bad)
     if policy == "raise":
         with pytest.raises(FloatingPointError, match="a"):
             tx.update(spoiled, before)
         return
-    updates, after = jax.jit(tx.update)(spoiled, before)
+    updates, after = step(spoiled, before)
     chex.assert_trees_all_equal(after.rule, before.rule)
     assert bool(after.metrics.nonfinite)
-    values = jnp.concatenate([x.ravel() for x in jax.tree.leaves(updates)])
+    values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates)])
     if policy == "propagate":
-        assert bool(jnp.all(jnp.isnan(values)))
+        assert np.all(np.isnan(values))
     elif policy == "zero":
-        assert bool(jnp.all(values == 0))
+        assert np.all(values == 0)
     else:
         chex.assert_tree_all_finite(updates)
 
@@ -256,8 +257,9 @@ def test_under_vmap_each_model_has_its_own(make):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(1, 50.0))
     state = jax.vmap(tx.init)(stacked)
     found, _ = jax.jit(jax.vmap(tx.update))(stacked, state)
+    update = jax.jit(tx.update)
     for j, one in enumerate((tree(0), tree(1, 50.0))):
-        want, _ = tx.update(one, tx.init(one))
+        want, _ = update(one, tx.init(one))
         mine = jax.tree.map(lambda x, j=j: x[j], found)
         chex.assert_trees_all_close(mine, want, rtol=1e-4, atol=1e-5)
 
@@ -294,9 +296,9 @@ def test_on_a_mesh_it_is_the_same(make, way):
             out_specs=(SPECS, state_specs),
             check_vma=way == "shard_map",
         )
-    update = jax.jit(update)
+    update, alone = jax.jit(update), jax.jit(tx.update)
     for g in grads:
-        want, want_state = tx.update(g, want_state)
+        want, want_state = alone(g, want_state)
         here = jax.tree.map(
             lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), g, SPECS
         )
@@ -454,9 +456,10 @@ def test_derivatives_at_zero_entries_are_finite(make):
 def test_sanitized_updates_go_on_where_the_moments_stay(make, bad):
     spoiled = jnp.array([bad, 1.0, 20.0])
     tx = make(nonfinite="sanitize")
-    _, state = tx.update(jnp.array([1.0, 2.0, 3.0]), tx.init(jnp.zeros(3)))
-    found, after = tx.update(spoiled, state)
-    want, _ = tx.update(jnp.nan_to_num(spoiled), state)
+    step = jax.jit(tx.update)
+    _, state = step(jnp.array([1.0, 2.0, 3.0]), tx.init(jnp.zeros(3)))
+    found, after = step(spoiled, state)
+    want, _ = step(jnp.nan_to_num(spoiled), state)
     np.testing.assert_allclose(found, want, rtol=1e-6)
     chex.assert_trees_all_equal(after.rule, state.rule)
 

@@ -217,10 +217,11 @@ def test_vmap_over_models(make):
     tree = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
     models = jax.tree.map(lambda x: jnp.stack([x, 100 * x, 0 * x]), tree)
     states = jax.vmap(clipper.init)(models)
-    clipped, states = jax.vmap(clipper.update)(models, states, models)
+    clipped, states = jax.jit(jax.vmap(clipper.update))(models, states, models)
+    alone_of = jax.jit(clipper.update)
     for i in range(3):
         one = jax.tree.map(lambda x, i=i: x[i], models)
-        alone, state = clipper.update(one, clipper.init(one), one)
+        alone, state = alone_of(one, clipper.init(one), one)
         chex.assert_trees_all_close(
             jax.tree.map(lambda x, i=i: x[i], (clipped, states)),
             (alone, state),
@@ -233,7 +234,7 @@ def test_vmap_over_models(make):
 def test_disable_jit(make):
     clipper = make(0.1)
     tree = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
-    expected = clipper.update(tree, clipper.init(tree), tree)
+    expected = jax.jit(clipper.update)(tree, clipper.init(tree), tree)
     with jax.disable_jit():
         found = clipper.update(tree, clipper.init(tree), tree)
     chex.assert_trees_all_close(found, expected, rtol=1e-6)

@@ -55,7 +55,7 @@ def test_functions_and_their_derivatives(name):
     again = exported(fun, (3,), vjp_order=1)
     for rows in (2, 7):
         x = values(rows)
-        want, back = jax.vjp(fun, x)
+        want, back = jax.vjp(jax.jit(fun), x)
         chex.assert_trees_all_close(again.call(x), want, rtol=1e-5, atol=1e-7)
         (found,) = again.vjp().call(x, want)
         chex.assert_trees_all_close(found, *back(want), rtol=1e-5, atol=1e-6)
@@ -75,5 +75,5 @@ def test_every_method(name, monkeypatch):
     again = exported(step, (3,), ())
     x = values(5)
     chex.assert_trees_all_close(
-        again.call(x, x[:, 0]), step(x, x[:, 0]), rtol=1e-4, atol=1e-6
+        again.call(x, x[:, 0]), jax.jit(step)(x, x[:, 0]), rtol=1e-4, atol=1e-6
     )
