@@ -1,0 +1,250 @@
+"""The rules that were tried for `auto_clip`, and those they are compared with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import optax_clipx as clipx
+from autodesign.training import Design, constant, hard
+from optax_clipx._thresholds.base import memory, per_norm, put
+from optax_clipx.thresholds import Context, Threshold
+
+BASELINES = {
+    "none": Design(constant(jnp.inf), guarded=False),
+    "fixed 1.0": Design(constant(1.0)),
+    "zclip": Design(clipx.thresholds.zscore(2.5)),
+    "AutoClip": Design(clipx.thresholds.quantile(0.1)),
+}
+FIRST = 10  # norms; their median is the anchor
+PACE = 0.02  # of a tracked quantile's logarithm, after the first steps
+
+
+class Anchor(NamedTuple):
+    """The first norms, how many norms there were, and the first value of the loss."""
+
+    first: jax.Array
+    seen: jax.Array
+    value: jax.Array
+
+
+def anchored(
+    anchor: Anchor, norm: jax.Array, context: Context, place: float = 0.5
+) -> Any:
+    """The median of the first norms, this one included, and the memory after it."""
+    size = anchor.first.shape[-1]
+    first = put(anchor.first, anchor.seen, norm)
+    seen = jnp.minimum(anchor.seen + 1, 2**20)
+    count = jnp.minimum(seen, size)
+    used = jnp.arange(size) < count[..., None]
+    ordered = jnp.sort(jnp.where(used, first, jnp.inf), axis=-1)
+    rank = (count * place).astype(jnp.int32)
+    middle = jnp.take_along_axis(ordered, rank[..., None], axis=-1)[..., 0]
+    value = jnp.where(anchor.seen == 0, context.extra["value"], anchor.value)
+    return middle, Anchor(first, seen, value)
+
+
+def no_anchor(norms: jax.Array, size: int = FIRST) -> Anchor:
+    """Before the first norm."""
+    return Anchor(memory(norms, size=size), memory(norms, jnp.int32), memory(norms))
+
+
+class Levels(NamedTuple):
+    """What a rule may look at: all but the anchor are of the steps before this one.
+
+    Attributes:
+        norm: of this step.
+        anchor: the median of the first norms.
+        level: a quantile of the norms, tracked.
+        lowest: the lowest that it has been.
+        mean: a moving average of the logarithm of the norms.
+        spread: a moving average of the distance from it.
+        seen: how many norms there were, this one included.
+        fallen: the loss divided by its first value.
+        step: the number of the step.
+    """
+
+    norm: Any
+    anchor: Any
+    level: Any
+    lowest: Any
+    mean: Any
+    spread: Any
+    seen: Any
+    fallen: Any
+    step: Any
+
+
+def rule(
+    threshold: Callable[[Levels], Any],
+    share: float = 0.5,
+    size: int = FIRST,
+    place: float = 0.5,
+) -> Threshold:
+    """A rule from what it makes of the levels; `share` is below the tracked one.
+
+    The anchor is at this place of so many first norms in their order.
+    """
+
+    def update(norm: jax.Array, state: Any, context: Context) -> Any:
+        memory, level, lowest, mean, spread = state
+        anchor, memory = anchored(memory, norm, context, place)
+        begun = memory.seen > 1
+        log = jnp.log(norm)
+        level, lowest, mean = (
+            jnp.where(begun, x, y)
+            for x, y in ((level, norm), (lowest, norm), (mean, log))
+        )
+        value = context.extra["value"]
+        fallen = jnp.where(jnp.isfinite(value), value / memory.value, jnp.inf)
+        limit = threshold(
+            Levels(
+                norm, anchor, level, lowest, mean, spread, memory.seen, fallen,
+                context.step,
+            )
+        )  # fmt: skip
+        rate = jnp.maximum(PACE, 1 / (memory.seen + 1))
+        level = level * jnp.exp(rate * jnp.where(norm > level, share, share - 1))
+        lowest = jnp.where(memory.seen <= FIRST, level, jnp.minimum(lowest, level))
+        off = jnp.clip(log - mean, -3, 3)
+        mean = mean + rate * off
+        spread = spread + rate * (jnp.abs(off) - spread)
+        return limit, (memory, level, lowest, mean, spread)
+
+    def init(norms: jax.Array) -> Any:
+        return no_anchor(norms, size), *(memory(norms) for _ in range(4))
+
+    return per_norm(init, update)
+
+
+def simple(
+    threshold: Callable[[Levels], Any],
+    share: float = 0.5,
+    response: Callable[[Any, Any], Any] = hard,
+    **options: Any,
+) -> Design:
+    """A design with a rule of its levels."""
+    return Design(rule(threshold, share, **options), response)
+
+
+def smooth(norm: Any, limit: Any, p: float = 1.0) -> Any:
+    """The norm approaches the threshold from below."""
+    return (1 + (norm / limit) ** p) ** (-1 / p)
+
+
+def logarithmic(norm: Any, limit: Any) -> Any:
+    """Above the threshold the norm grows as its logarithm."""
+    over = jnp.maximum(norm / limit, 1)
+    return jnp.where(norm > limit, (1 + jnp.log(over)) / over, 1)
+
+
+def root(norm: Any, limit: Any, most: float = 10.0) -> Any:
+    """Above the threshold the norm grows as its root, to ten times the threshold."""
+    over = jnp.maximum(norm / limit, 1)
+    return jnp.minimum(jnp.sqrt(over), most) / over
+
+
+def enlarged(norm: Any, limit: Any) -> Any:
+    """Every norm becomes the threshold."""
+    return limit / norm
+
+
+def old_auto() -> Threshold:
+    """Twice the tracked 5th percentile, as `auto_clip` was before."""
+    return clipx.thresholds.auto()
+
+
+def families() -> dict[str, Design]:
+    """Every design by its name, in the order in which they were tried."""
+    designs: dict[str, Design] = {"twice the 5th percentile": Design(old_auto())}
+    for c in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
+        designs[f"anchor {c:g}"] = simple(lambda s, c=c: c * s.anchor)
+    for c, k in ((0.1, 1.0), (0.3, 1.0), (0.3, 2.0), (1.0, 2.0)):
+        designs[f"anchor {c:g} or {k:g} times 5th percentile"] = simple(
+            lambda s, c=c, k=k: jnp.minimum(c * s.anchor, k * s.level), 0.05
+        )
+    for c in (0.1, 0.3, 1.0):
+        designs[f"median {c:g}"] = simple(lambda s, c=c: c * s.level)
+        designs[f"lowest median {c:g}"] = simple(lambda s, c=c: c * s.lowest)
+    for c in (0.1, 0.3):
+        designs[f"anchor and median {c:g}"] = simple(
+            lambda s, c=c: c * jnp.sqrt(s.anchor * s.level)
+        )
+        designs[f"anchor and lowest median {c:g}"] = simple(
+            lambda s, c=c: c * jnp.sqrt(s.anchor * s.lowest)
+        )
+    for k in (1.0, 2.0, 4.0):
+        designs[f"anchor, spread {k:g}"] = simple(
+            lambda s, k=k: s.anchor * jnp.exp(-k * s.spread)
+        )
+    for c in (0.1, 0.3):
+        designs[f"anchor {c:g}, smooth"] = simple(
+            lambda s, c=c: c * s.anchor, response=smooth
+        )
+    designs["anchor 0.1, enlarged"] = simple(
+        lambda s: 0.1 * s.anchor, response=enlarged
+    )
+    designs["anchor 1, enlarged"] = simple(lambda s: s.anchor, response=enlarged)
+    for c in (0.1, 0.3, 1.0):
+        designs[f"anchor {c:g}, falls with the loss"] = simple(
+            lambda s, c=c: c * s.anchor * jnp.clip(s.fallen, 0.01, 1)
+        )
+    for c in (0.1, 0.3):
+        designs[f"anchor {c:g}, slow start"] = simple(
+            lambda s, c=c: c * s.anchor * jnp.minimum(1, 0.1 + s.seen / 100)
+        )
+    return designs | second_round()
+
+
+def second_round() -> dict[str, Design]:
+    """What the first ones suggested: other responses, and anchors that follow up."""
+    designs: dict[str, Design] = {}
+    for c in (0.01, 0.03, 0.1, 0.3, 1.0):
+        designs[f"anchor {c:g}, logarithmic"] = simple(
+            lambda s, c=c: c * s.anchor, response=logarithmic
+        )
+    for c in (0.03, 0.1, 0.3):
+        designs[f"anchor {c:g}, root"] = simple(
+            lambda s, c=c: c * s.anchor, response=root
+        )
+    for c in (0.1, 0.3):
+        designs[f"median {c:g}, logarithmic"] = simple(
+            lambda s, c=c: c * s.level, response=logarithmic
+        )
+        designs[f"anchor and median {c:g}, logarithmic"] = simple(
+            lambda s, c=c: c * jnp.sqrt(s.anchor * s.level), response=logarithmic
+        )
+        designs[f"anchor or 5th percentile {c:g}"] = simple(
+            lambda s, c=c: c * jnp.maximum(s.anchor, s.level), 0.05
+        )
+        designs[f"anchor or 5th percentile {c:g}, logarithmic"] = simple(
+            lambda s, c=c: c * jnp.maximum(s.anchor, s.level),
+            0.05,
+            response=logarithmic,
+        )
+        designs[f"anchor or median {c:g}"] = simple(
+            lambda s, c=c: c * jnp.maximum(s.anchor, s.level)
+        )
+    designs["anchor 0.1, logarithmic, slow start"] = simple(
+        lambda s: 0.1 * s.anchor * jnp.minimum(1, 0.1 + s.seen / 100),
+        response=logarithmic,
+    )
+    designs["lowest median 0.3, logarithmic"] = simple(
+        lambda s: 0.3 * s.lowest, response=logarithmic
+    )
+    for c in (0.15, 0.2):
+        designs[f"anchor {c:g}"] = simple(lambda s, c=c: c * s.anchor)
+    for c in (0.05, 0.1, 0.2):
+        for size, place in ((3, 0.5), (5, 0.5), (10, 0.8)):
+            designs[f"anchor {c:g}, {place:g} of the first {size}"] = simple(
+                lambda s, c=c: c * s.anchor, size=size, place=place
+            )
+    return designs
+
+
+@functools.cache
+def all_designs() -> dict[str, Design]:
+    """Baselines and designs by name."""
+    return BASELINES | families()
