@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from clipbench.earlier import twice_a_low_quantile
 
 import optax_clipx as clipx
 from autodesign.training import Design, constant, hard
@@ -134,10 +135,10 @@ def smooth(norm: Any, limit: Any, p: float = 1.0) -> Any:
     return (1 + (norm / limit) ** p) ** (-1 / p)
 
 
-def logarithmic(norm: Any, limit: Any) -> Any:
-    """Above the threshold the norm grows as its logarithm."""
+def logarithmic(norm: Any, limit: Any, most: float = jnp.inf) -> Any:
+    """Above the threshold the norm grows as its logarithm, to so many thresholds."""
     over = jnp.maximum(norm / limit, 1)
-    return jnp.where(norm > limit, (1 + jnp.log(over)) / over, 1)
+    return jnp.minimum(1 + jnp.log(over), most) / over
 
 
 def root(norm: Any, limit: Any, most: float = 10.0) -> Any:
@@ -151,14 +152,11 @@ def enlarged(norm: Any, limit: Any) -> Any:
     return limit / norm
 
 
-def old_auto() -> Threshold:
-    """Twice the tracked 5th percentile, as `auto_clip` was before."""
-    return clipx.thresholds.auto()
-
-
 def families() -> dict[str, Design]:
     """Every design by its name, in the order in which they were tried."""
-    designs: dict[str, Design] = {"twice the 5th percentile": Design(old_auto())}
+    designs: dict[str, Design] = {
+        "twice the 5th percentile": Design(twice_a_low_quantile())
+    }
     for c in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
         designs[f"anchor {c:g}"] = simple(lambda s, c=c: c * s.anchor)
     for c, k in ((0.1, 1.0), (0.3, 1.0), (0.3, 2.0), (1.0, 2.0)):
@@ -241,6 +239,120 @@ def second_round() -> dict[str, Design]:
             designs[f"anchor {c:g}, {place:g} of the first {size}"] = simple(
                 lambda s, c=c: c * s.anchor, size=size, place=place
             )
+    return designs | third_round()
+
+
+def grown(s: Levels, start: float = 0.1, steps: int = 100) -> Any:
+    """From this to 1 in so many steps."""
+    return jnp.minimum(1, start + (1 - start) * s.seen / steps)
+
+
+def third_round() -> dict[str, Design]:
+    """Slow starts; the anchor is the lower median from here on."""
+    designs: dict[str, Design] = {}
+
+    def add(name: str, threshold: Any, *options: Any, **named: Any) -> None:
+        designs[name] = simple(threshold, *options, place=0.49, **named)
+
+    for c, start, steps in (
+        (0.3, 0.1, 30),
+        (0.3, 0.1, 100),
+        (0.3, 0.1, 300),
+        (0.5, 0.1, 100),
+        (1.0, 0.03, 300),
+    ):
+        add(
+            f"slow start {c:g}, from {start:g} in {steps}",
+            lambda s, c=c, a=start, b=steps: c * s.anchor * grown(s, a, b),
+        )
+    for c, start, steps in (
+        (0.03, 0.1, 100),
+        (0.05, 0.1, 100),
+        (0.1, 0.1, 30),
+        (0.1, 0.1, 100),
+        (0.1, 0.1, 300),
+        (0.1, 0.03, 100),
+        (0.1, 0.3, 100),
+        (0.2, 0.1, 100),
+        (0.3, 0.1, 100),
+    ):
+        add(
+            f"logarithmic slow start {c:g}, from {start:g} in {steps}",
+            lambda s, c=c, a=start, b=steps: c * s.anchor * grown(s, a, b),
+            response=logarithmic,
+        )
+    for most in (4.0, 8.0):
+        add(
+            f"logarithmic slow start 0.1, at most {most:g} thresholds",
+            lambda s: 0.1 * s.anchor * grown(s),
+            response=functools.partial(logarithmic, most=most),
+        )
+    combinations: dict[str, tuple[float, Callable[[Levels], Any]]] = {
+        "or 4 times 5th percentile": (
+            0.05,
+            lambda s: jnp.minimum(0.1 * s.anchor * grown(s), 4 * s.level),
+        ),
+        "or median": (0.5, lambda s: jnp.minimum(0.1 * s.anchor * grown(s), s.level)),
+        "at least 0.1 times 5th percentile": (
+            0.05,
+            lambda s: 0.1 * grown(s) * jnp.maximum(s.anchor, s.level),
+        ),
+        "and median": (
+            0.5,
+            lambda s: 0.1 * grown(s) * jnp.sqrt(s.anchor * s.level),
+        ),
+        "of the median": (0.5, lambda s: 0.1 * grown(s) * s.level),
+        "of the lowest median": (0.5, lambda s: 0.1 * grown(s) * s.lowest),
+    }
+    for name, (share, threshold) in combinations.items():
+        add(
+            f"logarithmic slow start 0.1, {name}",
+            threshold,
+            share,
+            response=logarithmic,
+        )
+    add(
+        "logarithmic slow start 0.1, of the first 5",
+        lambda s: 0.1 * s.anchor * grown(s),
+        response=logarithmic,
+        size=5,
+    )
+    add(
+        "slow start 0.1, root",
+        lambda s: 0.1 * s.anchor * grown(s),
+        response=root,
+    )
+    return designs | fourth_round()
+
+
+def fourth_round() -> dict[str, Design]:
+    """Logarithmic slow starts from higher up, to at most eight thresholds."""
+    response = functools.partial(logarithmic, most=8.0)
+    designs: dict[str, Design] = {}
+    for c, start, steps, size in (
+        (0.1, 0.3, 100, 10),
+        (0.1, 0.3, 100, 5),
+        (0.1, 0.3, 50, 10),
+        (0.1, 0.3, 200, 10),
+        (0.1, 0.5, 100, 10),
+        (0.15, 0.2, 100, 10),
+        (0.15, 0.3, 100, 10),
+        (0.2, 0.3, 100, 10),
+    ):
+        designs[f"to eight thresholds {c:g}, from {start:g} in {steps}, of {size}"] = (
+            simple(
+                lambda s, c=c, a=start, b=steps: c * s.anchor * grown(s, a, b),
+                response=response,
+                size=size,
+                place=0.49,
+            )
+        )
+    for c in (0.1, 0.15):
+        designs[f"to eight thresholds {c:g}, from 0.3 in 100, or median"] = simple(
+            lambda s, c=c: jnp.minimum(c * s.anchor * grown(s, 0.3), s.level),
+            response=response,
+            place=0.49,
+        )
     return designs
 
 
