@@ -26,17 +26,51 @@ WITHOUT_MUON = (
 )
 
 
+_SKIPPED = (
+    "{count:# step} {were} skipped because the gradients were not finite. This is"
+    " normal while a dynamic loss scale is found."
+)
+_JUMP = (
+    " The learning rate rises from {rate_before} to {rate_after},"
+    " {rate_factor:.3g} times as high, at step {rate_jump:,}."
+)
+
+
+def _with_jump(said: str, evidence: Mapping[str, Any]) -> str:
+    """A sentence, and the jump of the learning rate that explains it."""
+    return said + _JUMP if "rate_jump" in evidence else said
+
+
 def _nonfinite(evidence: Mapping[str, Any]) -> str:
-    verb = "is" if evidence["count"] == 1 else "are"
-    return (
+    one = evidence["count"] == 1
+    if evidence.get("all_skipped"):
+        return _SKIPPED.replace("{were}", "was" if one else "were")
+    verb = "is" if one else "are"
+    said = (
         f"The first {{value}} is in {{first_in}}; {{count:# step}} {verb} not finite."
     )
+    return _with_jump(said, evidence)
 
 
 def _divergence(evidence: Mapping[str, Any]) -> str:
+    said = "The loss rises from its best level, {best},"
     if math.isfinite(evidence["end"]):
-        return "The loss rises from its best level, {best}, to {end} at the end."
-    return "The loss rises from its best level, {best}, and is not finite at the end."
+        return _with_jump(f"{said} to {{end}} at the end.", evidence)
+    if "highest" in evidence:
+        said += " to {highest} at step {highest_step:,},"
+    return _with_jump(f"{said} and is not finite at the end.", evidence)
+
+
+def _updates(evidence: Mapping[str, Any]) -> str:
+    count = evidence["count"]
+    if count == 1:
+        said = "The norm of the updates rises, and the loss rises {lead:# step} later."
+    else:
+        said = (
+            "At {count} steps the norm of the updates rises, and the loss rises"
+            " {lead:# step} later (median)."
+        )
+    return _with_jump(said, evidence)
 
 
 def _growth(evidence: Mapping[str, Any]) -> str:
@@ -44,6 +78,8 @@ def _growth(evidence: Mapping[str, Any]) -> str:
         "The norm grows to {factor:.3g} times its level by step {last_step:,}; at step"
         " {warned:,} it had doubled."
     )
+    if "rate_jump" in evidence:
+        return said + _JUMP
     if "peak_step" in evidence:
         said += (
             " The growth starts where the learning rate reaches its maximum,"
@@ -87,13 +123,25 @@ _LOWER = (
     "optax.chain(clipx.zclip(max_norm={max_norm}), optimizer)"
     "  # first lower the learning rate, for example to a third"
 )
+# What to type in place of the usual line.
+NO_JUMP = (
+    "learning_rate = {rate:.4g}  # as before step {step}; if you need a higher one,"
+    " raise it slowly, for example over 1,000 steps"
+)
+AFTER_DIVERGENCE = "# follow the advice for {code}: the run diverges before this step"
+FROM_LOSS = (
+    'jax.config.update("jax_debug_nans", True)'
+    "  # stops at the operation with the first NaN"
+)
+NOTHING = "# nothing to change while few steps are skipped"
 
-# The worse come first among findings of one severity.
+# The worse come first among findings of one severity, and causes before what follows.
 ADVICE = {
-    "nonfinite": Advice(
-        _nonfinite,
-        'clipx.clip_by_global_norm(1.0, nonfinite="raise")  # names the leaves',
-        "Loss is NaN after N steps",
+    "update-before-loss": Advice(
+        _updates,
+        "optax.chain(optimizer, clipx.clip_by_global_norm({max_norm}))"
+        "  # 3 times the median norm of the updates",
+        "Updates grow before the loss",
     ),
     "loss-diverged": Advice(
         _divergence,
@@ -105,11 +153,10 @@ ADVICE = {
         _LOWER,
         "The loss diverges",
     ),
-    "update-before-loss": Advice(
-        "The norm of the updates grows {lead:# step} before the loss does; this happens"
-        " {count:# time}.",
-        "optax.chain(optimizer, clipx.clip_by_global_norm(max_update))",
-        "Updates grow before the loss",
+    "nonfinite": Advice(
+        _nonfinite,
+        'clipx.clip_by_global_norm(1.0, nonfinite="raise")  # names the leaves',
+        "Loss is NaN after N steps",
     ),
     "lock-out": Advice(
         "{in_a_row:# step} in a row are skipped.",
@@ -124,7 +171,7 @@ ADVICE = {
     "periodic-spikes": Advice(
         "The norm has {count:# spike}, one every {period:# step}, of {factor:.3g} times"
         " its level.",
-        "batch = batches[step % period]  # look at the data of these steps",
+        "for step in {steps}: print(batches[step])  # look at the data of these steps",
         "Spikes at equal distances",
     ),
     "level-shift": Advice(
@@ -135,8 +182,9 @@ ADVICE = {
     "rises-with-schedule": Advice(
         "The norm rises to {factor:.3g} times its level while the learning rate falls"
         " to {learning_rate_factor:.3g} times its maximum.",
-        "clipx.clip_by_global_norm(lambda step: max_norm * (schedule(step) / peak)"
-        " ** -0.5)",
+        "clipx.clip_by_global_norm(clipx.thresholds.follow_schedule({max_norm}, "
+        "schedule))"
+        "  # schedule: the optax schedule of the learning rate",
         "Norms rise as the learning rate falls",
     ),
     "warmup-spike": Advice(
@@ -151,8 +199,8 @@ ADVICE = {
         "Clip rate is 100%",
     ),
     "never-clipped": Advice(
-        "No step is clipped: the threshold is {threshold}, and 99% of the norms are"
-        " below {high_norm}.",
+        "No step is clipped: the largest norm is {closest:.0%} of the threshold of its"
+        " step.",
         "clipx.suggest_threshold({run}, clip_rate=0.1).value",
         "Clip rate is 0%",
     ),

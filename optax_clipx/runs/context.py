@@ -6,48 +6,110 @@ from typing import Any
 
 import numpy as np
 
-from . import criteria
-from .advice import MUON, WITHOUT_MUON
+from . import advice as texts, criteria
 from .findings import Finding, advice
-from .signals import Signals
+from .signals import Line, Signals
 
 _DIVERGED = ("growing-norms", "loss-diverged")
+_EXPLAINED = ("update-before-loss", *_DIVERGED, "nonfinite")  # by a jump of the rate
 _TIMES = 3  # the usual norm: above usual norms, far below those of an explosion
 
 
 def in_context(found: Sequence[Finding], run: Signals) -> list[Finding]:
     """Findings with the numbers of this run in their evidence and their advice."""
-    return [_completed(finding, found, run) for finding in found]
+    causes = [x for x in found if x.code in _DIVERGED]
+    cause = min(causes, key=lambda x: x.steps[0], default=None)
+    return [_completed(x, cause, run) for x in found]
 
 
-def _completed(finding: Finding, found: Sequence[Finding], run: Signals) -> Finding:
+def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding:
+    start = None if cause is None else cause.steps[0]
+    usual = _usual(finding, start, run)
+    words = {} if usual is None else {"max_norm": f"{float(f'{_TIMES * usual:.2g}'):g}"}
     more: dict[str, Any] = {}
-    usual = None
-    if finding.code == "warmup-spike":
-        usual = finding.evidence["later_norms"]
-    elif finding.code in _DIVERGED:
-        start = min(x.steps[0] for x in found if x.code in _DIVERGED)
-        usual = _usual_norm(run, start)
-        more = {} if usual is None else {"usual_norm": usual}
+    if finding.code in _DIVERGED and usual is not None:
+        more["usual_norm"] = usual
     if finding.code == "growing-norms":
         more |= _peak(run, finding.steps[0])
-    words = {} if usual is None else {"max_norm": f"{float(f'{_TIMES * usual:.2g}'):g}"}
-    if finding.evidence.get("starved_by") == MUON:
-        words["line"] = WITHOUT_MUON
+    if finding.code in _EXPLAINED and not finding.evidence.get("all_skipped"):
+        more |= _jump(run, finding.steps[0], start)
+    words |= _line(finding, more, cause)
     if isinstance(run.source, Path):
         words["run"] = repr(str(run.source))
+    if finding.code == "periodic-spikes":
+        words["steps"] = str(finding.steps[:3])
     return finding._replace(
         evidence={**finding.evidence, **more}, advice=advice(finding.code, **words)
     )
 
 
-def _usual_norm(run: Signals, start: int) -> float | None:
-    """The median norm before a step; None if too few norms are known."""
-    if run.norm is None:
+def _usual(finding: Finding, start: int | None, run: Signals) -> float | None:
+    """The norm of usual steps, which the advice for a finding has three times."""
+    if finding.code == "warmup-spike":
+        return float(finding.evidence["later_norms"])
+    if finding.code in _DIVERGED and start is not None:
+        return _median_before(run.norm, start)
+    if finding.code == "update-before-loss":
+        return _median_before(run.update_norm, finding.steps[0])
+    if finding.code == "rises-with-schedule" and run.norm is not None:
+        early = finding.steps[0] + (finding.steps[-1] - finding.steps[0]) / 4
+        return _median_before(run.norm, early)
+    return None
+
+
+def _line(
+    finding: Finding, more: dict[str, Any], cause: Finding | None
+) -> dict[str, str]:
+    """The line to type, where it is another than that of the code."""
+    if finding.evidence.get("starved_by") == texts.MUON:
+        return {"line": texts.WITHOUT_MUON}
+    if "rate_jump" in more:
+        rate, step = more["rate_before"], f"{more['rate_jump']:,}"
+        return {"line": texts.NO_JUMP.format(rate=rate, step=step)}
+    if finding.evidence.get("all_skipped"):
+        return {"line": texts.NOTHING}
+    if finding.code != "nonfinite":
+        return {}
+    if cause is not None and cause.steps[0] <= finding.steps[0]:
+        return {"line": texts.AFTER_DIVERGENCE.format(code=cause.code)}
+    return {"line": texts.FROM_LOSS} if finding.evidence["in_loss"] else {}
+
+
+def _median_before(line: Line | None, start: float | int) -> float | None:
+    """The median before a step; None if too few numbers are known."""
+    if line is None:
         return None
-    norms = run.norm.logs().before(start).values
-    few = len(norms) < criteria.LEAST_IN_WINDOW
-    return None if few else float(np.exp(np.median(norms)))
+    values = line.logs().before(start).values
+    few = len(values) < criteria.LEAST_IN_WINDOW
+    return None if few else float(np.exp(np.median(values)))
+
+
+def _jump(run: Signals, own: int, start: int | None) -> dict[str, Any]:
+    """Where the learning rate jumps shortly before a finding, or what it follows."""
+    if run.schedule is None:
+        return {}
+    rate = run.schedule.logs()
+    steps, values = rate.steps, rate.values
+    rows = np.arange(len(steps))
+    earlier = np.searchsorted(steps, steps - criteria.JUMP_WITHIN)
+    earlier = np.maximum(np.minimum(earlier, rows - 1), 0)
+    jumped = (values - values[earlier] >= criteria.JUMP) & (rows >= criteria.JUMP_FIRST)
+    begins = [own] if start is None or start > own else [own, start]
+    near = [
+        (steps >= at - criteria.JUMP_LEAD) & (steps <= at + criteria.JUMP_LATE)
+        for at in begins
+    ]
+    places = np.flatnonzero(jumped & np.any(near, axis=0))
+    if not len(places):
+        return {}
+    at = places[0]
+    high = values[at : at + criteria.JUMP_WITHIN].max()
+    return {
+        "rate_jump": int(steps[at]),
+        "rate_before": float(np.exp(values[earlier[at]])),
+        "rate_after": float(np.exp(high)),
+        "rate_factor": float(np.exp(high - values[earlier[at]])),
+    }
 
 
 def _peak(run: Signals, onset: int) -> dict[str, Any]:

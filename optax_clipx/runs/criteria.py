@@ -52,7 +52,9 @@ FOLDED_FALSE = 0.02
 # scales change by two. It has to stay for 100 steps. Drift over tens of steps is none:
 # two levels have to explain more of the 50 steps before and after it than a straight
 # line does, by this factor. Of a steady drift, they explain three quarters as much.
-SHIFT = log(1.5)
+SHIFT = log(1.8)
+# A fall to no less than a third is for information: norms also fall as a model learns.
+SHIFT_FALL = log(3.0)
 SHIFT_DEVIATIONS = 3.0
 # Where norms are so noisy that few changes are three deviations: so many times the
 # largest change of the rest of the run.
@@ -102,6 +104,20 @@ EXPLODED_TO_NONFINITE = log(100.0)
 EXPLODED = log(1000.0)
 EXPLODED_ABOVE = log(10.0)  # all values before: a value that comes back has not grown
 EXPLODED_RISING = 2  # steps of growth; one may be a bad batch, but for the first steps
+
+# Explosions at the end of a longer run: of so many last steps, above the highest of so
+# many steps before them.
+EXPLODED_TAIL = 50
+EXPLODED_BESIDE = 100
+
+# A learning rate that doubles within so many steps has jumped; a warm-up doubles so
+# fast in its first steps alone. It explains a divergence that begins so many steps
+# later, or a little earlier, as the first step of growth is estimated.
+JUMP = log(2.0)
+JUMP_WITHIN = 4
+JUMP_FIRST = 11  # steps before it
+JUMP_LEAD = WINDOW
+JUMP_LATE = 5
 
 # A schedule that falls to a third and norms that double meanwhile.
 SCHEDULE_FALL = log(3.0)

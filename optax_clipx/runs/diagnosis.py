@@ -11,7 +11,7 @@ from .jsonl import named
 from .naming import counted
 
 # The faults of a run that diverges; the first in time usually causes the others.
-_CHAIN = ("growing-norms", "loss-diverged", "nonfinite")
+CHAIN = ("update-before-loss", "growing-norms", "loss-diverged", "nonfinite")
 _NAMES = {
     "the loss": "loss",
     "the gradient norm": "grad_norm",
@@ -78,8 +78,7 @@ class Diagnosis:
 
     def _order(self) -> list[str]:
         """A line with where a divergence began, if it shows in several findings."""
-        chain = [x for x in self.findings if x.code in _CHAIN and x.severity == "error"]
-        chain.sort(key=lambda finding: finding.steps[0])
+        chain = [x for x in self.findings if x.code in CHAIN and x.severity == "error"]
         if len(chain) < 2:
             return []
         began, *later = [f"{x.code} at step {x.steps[0]:,}" for x in chain]

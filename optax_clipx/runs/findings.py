@@ -81,13 +81,14 @@ def advice(
     max_norm: str | None = None,
     run: str = "history",
     line: str | None = None,
+    steps: str = "steps",
 ) -> str:
     """The line to type for a fault, and the entry of Troubleshooting."""
     _, usual, entry = ADVICE[code]
     line = line or usual
     if max_norm is None and "{max_norm}" in line:
         line += f"{';' if '#' in line else '  #'} {_PUT}"
-    typed = line.format(max_norm=max_norm or "1.0", run=run)
+    typed = line.format(max_norm=max_norm or "1.0", run=run, steps=steps)
     return f'{typed}  (Troubleshooting: "{entry}")'
 
 

@@ -9,7 +9,7 @@ from . import criteria
 from .advice import ADVICE
 from .context import in_context
 from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
-from .diagnosis import Diagnosis
+from .diagnosis import CHAIN, Diagnosis
 from .drawing import Envelope, envelope
 from .findings import SEVERITIES, Finding
 from .signals import Signals
@@ -92,8 +92,11 @@ def _few(seen: Signals, rule: _Rule) -> dict[str, str]:
     return dict.fromkeys(rule.codes, few)
 
 
-def _rank(finding: Finding) -> tuple[int, int]:
-    return SEVERITIES.index(finding.severity), list(ADVICE).index(finding.code)
+def _rank(finding: Finding) -> tuple[int, float, int]:
+    """By severity; what belongs to a divergence comes first, in the order of time."""
+    step = float(finding.steps[0]) if finding.code in CHAIN else np.inf
+    place = list(ADVICE).index(finding.code)
+    return SEVERITIES.index(finding.severity), step, place
 
 
 def _pictures(seen: Signals, found: list[Finding]) -> dict[str, Envelope]:

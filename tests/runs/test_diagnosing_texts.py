@@ -54,7 +54,7 @@ def test_the_first_line_says_where_a_divergence_started():
         f"It started with {first['growing-norms']}; then came"
         f" {first['loss-diverged']}, then nonfinite at step 840."
     )
-    assert diagnosis.codes == ("nonfinite", "loss-diverged", "growing-norms")
+    assert diagnosis.codes == ("growing-norms", "loss-diverged", "nonfinite")
     assert order in diagnosis._repr_html_().replace("&#x27;", "'")
 
 

@@ -196,14 +196,16 @@ def updates(run: Signals) -> list[Finding]:
         if not len(later):
             later = _above_all(loss_line, step, end)
         if len(later):
-            pairs.append((step, int(later[0])))
+            pairs.append((step, _first_above(loss_line, step, int(later[0]))))
     if not pairs:
         return []
     leads = [later - step for step, later in pairs]
+    end = explosions.begins(run) or ends_at(run)
+    fatal = any(step <= end <= step + criteria.UPDATE_LEAD for step, _ in pairs)
     return [
         finding(
             "update-before-loss",
-            "warning",
+            "error" if fatal else "warning",
             [step for step, _ in pairs],
             count=len(pairs),
             **{"lead": float(np.median(leads))},
@@ -221,6 +223,13 @@ def _lifted(line: Line, step: int, end: int, least: float) -> np.ndarray:
     noise = criteria.LED_DEVIATIONS * spread(before)
     bound = np.median(before) + max(least, noise)
     return line.steps[here:last][line.values[here:last] > bound]
+
+
+def _first_above(line: Line, step: int, lifted: int) -> int:
+    """The first step, up to another, that is above all of the 50 before the first."""
+    first, here, last = np.searchsorted(line.steps, [step - 50, step, lifted], "right")
+    above = line.values[here:last] > line.values[first:here].max()
+    return int(line.steps[here + int(above.argmax())]) if above.any() else lifted
 
 
 def _above_all(line: Line, step: int, end: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Runs that explode in their first steps, which are too few for levels and noise."""
+"""Runs that explode within few steps: at their start, or at their end."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,16 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
+from ..levels import pieces
 from ..signals import Line, Signals
 
 
 class _Explosion(NamedTuple):
-    """The last place that is not twice the lowest value, and the growth from there."""
+    """The last place before the growth, the growth from there, and whether late."""
 
     begin: int
     rise: float
+    late: bool
 
 
 def loss(run: Signals) -> list[Finding]:
@@ -25,17 +27,25 @@ def loss(run: Signals) -> list[Finding]:
     found = _explosion(line.logs(), _breaks(run))
     if found is None:
         return []
-    end = float(run.loss.values[-1])
+    highest = int(line.values.argmax())
     return [
         finding(
             "loss-diverged",
             "error",
             [line.steps[found.begin + 1]],
-            best=float(line.values.min()),
-            end=end,
+            best=float(pieces(line.values).min() if found.late else line.values.min()),
+            end=float(run.loss.values[-1]),
+            highest=float(line.values[highest]),
+            highest_step=int(line.steps[highest]),
             column=line.name,
         )
     ]
+
+
+def begins(run: Signals) -> int | None:
+    """The step at which the loss explodes; None if it does not."""
+    found = loss(run) if run.loss is not None else []
+    return found[0].steps[0] if found else None
 
 
 def norms(run: Signals) -> list[Finding]:
@@ -46,7 +56,9 @@ def norms(run: Signals) -> list[Finding]:
     if found is None:
         return []
     rising = norm.values[found.begin :]
-    at_once = np.diff(rising).max() > criteria.GROWTH_AT_ONCE * found.rise
+    largest = np.diff(rising).max()
+    at_once = largest > criteria.GROWTH_AT_ONCE * found.rise
+    at_once &= found.rise - largest < criteria.EXPLODED_TO_NONFINITE
     if at_once and found.begin >= criteria.LEAST_IN_WINDOW:
         return []  # a level shift, or one bad batch
     return [
@@ -78,7 +90,9 @@ def _explosion(logs: Line, breaks: bool) -> _Explosion | None:
     """The growth of a series from near its lowest value to its last ones."""
     values = logs.values
     most = criteria.EXPLODED_STEPS if breaks else criteria.LEAST_STEPS
-    if not 2 <= len(values) < most:
+    if len(values) >= most:
+        return _late_explosion(values, breaks)
+    if len(values) < 2:
         return None
     low = values.min()
     begin = int(np.flatnonzero(values <= low + criteria.WARNED)[-1])
@@ -90,4 +104,21 @@ def _explosion(logs: Line, breaks: bool) -> _Explosion | None:
     before = values[: begin + 1].max() + criteria.EXPLODED_ABOVE
     if last < max(low + least, before):
         return None
-    return _Explosion(begin, float(values[-1] - values[begin]))
+    return _Explosion(begin, float(values[-1] - values[begin]), False)
+
+
+def _late_explosion(values: np.ndarray, breaks: bool) -> _Explosion | None:
+    """The growth at the end of a longer series, above all values before it."""
+    tail = min(criteria.EXPLODED_TAIL, len(values) // 2)
+    before = values[:-tail]
+    level = before[-criteria.EXPLODED_BESIDE :].max()
+    begin = int(np.flatnonzero(values <= level)[-1])
+    rising = values[begin + 1 :]
+    if len(rising) < criteria.EXPLODED_RISING:
+        return None
+    least = criteria.EXPLODED_TO_NONFINITE if breaks else criteria.EXPLODED
+    last = values[-1] if breaks else values[-2:].min()
+    if last < max(level + least, before.max() + criteria.EXPLODED_ABOVE):
+        return None
+    usual = float(np.median(before[-criteria.EXPLODED_BESIDE :]))
+    return _Explosion(begin, float(values[-1] - usual), True)

@@ -4,17 +4,19 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..signals import Line, Signals
+from ..signals import Line, Signals, breaks_at
 
 
 def nonfinite(run: Signals) -> list[Finding]:
     """The first step with a NaN or infinity, in what it was, and whether it stays."""
     first: dict[str, tuple[int, float]] = {}
-    count, ends = 0, False
+    count, ends, all_skipped = 0, False, True
     for line in _watched(run):
         bad = np.flatnonzero(~np.isfinite(line.values))
         if len(bad):
-            first[line.name] = int(line.steps[bad[0]]), float(line.values[bad[0]])
+            all_skipped &= _are_skipped(run, line.steps[bad])
+            at = int(line.steps[bad[0]])
+            first[_measured_as(run, line, at)] = at, float(line.values[bad[0]])
             count = max(count, len(bad))
             ends |= bool((~np.isfinite(line.values[-2:])).all())
     if not first:
@@ -23,17 +25,36 @@ def nonfinite(run: Signals) -> list[Finding]:
     where = [name for name, (at, _) in first.items() if at == step]
     leaves = [n for n, line in run.leaves.items() if line.name in where]
     loss_too = run.loss is not None and run.loss.name in where
+    all_skipped &= not any(breaks_at(line) is not None for line in _watched(run))
+    bad_end = ends or count >= criteria.NONFINITE_STEPS
     return [
         finding(
             "nonfinite",
-            "error" if ends or count >= criteria.NONFINITE_STEPS else "warning",
+            "info" if all_skipped else "error" if bad_end else "warning",
             [step],
             count=count,
             value="NaN" if np.isnan(first[where[0]][1]) else "infinity",
             **{"first_in": where[0], "leaves": leaves, "in_loss": loss_too},
+            **({"all_skipped": True} if all_skipped else {}),
             column=where[0],
         )
     ]
+
+
+def _are_skipped(run: Signals, steps: np.ndarray) -> bool:
+    """Whether all of these steps were skipped."""
+    if run.skipped is None:
+        return False
+    return bool(np.isin(steps, run.skipped.steps[run.skipped.values > 0]).all())
+
+
+def _measured_as(run: Signals, line: Line, step: int) -> str:
+    """The column that has a norm: on skipped steps, that of the skipper."""
+    values = run.columns.get("skip/norm")
+    if run.norm is None or line.name != run.norm.name:
+        return line.name
+    own = run.columns[line.name][run.steps == step]
+    return line.name if values is None or not np.isfinite(own).all() else "skip/norm"
 
 
 def _watched(run: Signals) -> list[Line]:

@@ -7,7 +7,7 @@ import numpy as np
 from .. import criteria
 from ..findings import Finding, finding
 from ..levels import margins, piece_starts, residuals
-from ..signals import Signals
+from ..signals import Line, Signals
 
 
 def always(run: Signals) -> list[Finding]:
@@ -59,11 +59,18 @@ def never(run: Signals) -> list[Finding]:
             "warning" if far or run.target else "info",
             [clipped.steps[0], clipped.steps[-1]],
             threshold=limit,
-            **{"high_norm": high},
+            **{"high_norm": high, "closest": _closest(run.norm, run.threshold)},
             **({} if run.target is None else {"target": run.target}),
             column=norm.name,
         )
     ]
+
+
+def _closest(norm: Line, threshold: Line) -> float:
+    """The largest norm as a fraction of the threshold of its step."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = norm.values / threshold.values
+    return float(parts[np.isfinite(parts)].max(initial=0.0))
 
 
 def warmup(run: Signals) -> list[Finding]:

@@ -15,10 +15,12 @@ def level(run: Signals) -> list[Finding]:
     found = shifts(norm.values)
     if not found:
         return []
+    changes = np.array([change for _, change in found])
+    harmless = (changes < 0) & (changes > -criteria.SHIFT_FALL)
     return [
         finding(
             "level-shift",
-            "warning",
+            "info" if harmless.all() else "warning",
             [norm.steps[place] for place, _ in found],
             factors=[float(np.exp(change)) for _, change in found],
             column=run.norm.name,
