@@ -182,8 +182,8 @@ ADVICE = {
     "rises-with-schedule": Advice(
         "The norm rises to {factor:.3g} times its level while the learning rate falls"
         " to {learning_rate_factor:.3g} times its maximum.",
-        "clipx.clip_by_global_norm(clipx.thresholds.follow_schedule({max_norm}, "
-        "schedule))"
+        "clipx.clip_by(clipx.measures.tree_norm(),"
+        " clipx.thresholds.follow_schedule({max_norm}, schedule))"
         "  # schedule: the optax schedule of the learning rate",
         "Norms rise as the learning rate falls",
     ),

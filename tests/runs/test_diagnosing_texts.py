@@ -183,3 +183,23 @@ def test_compare_gives_a_range_only_of_several_runs(tmp_path, monkeypatch, capsy
         "one: loss 2 (1 run), median of the last tenth of the steps",
         "two: loss 4 (3 to 5 in 2 runs), median of the last tenth of the steps",
     ]
+
+
+def test_the_advice_for_norms_that_rise_with_the_schedule_can_be_typed():
+    step = np.arange(1000)
+    norm = np.exp(step / 500 + 0.05 * np.random.default_rng(0).normal(size=1000))
+    run = {"norm": norm, "learning_rate": 1e-3 * 0.997**step}
+    line = found(run, "rises-with-schedule").advice.split("  #")[0]
+    assert line.startswith("clipx.clip_by(")
+    assert ", schedule))" in line
+    scope = {"clipx": clipx, "schedule": lambda step: 1e-3}
+    assert eval(line, scope).init({"w": np.ones(3, np.float32)}) is not None
+
+
+def test_a_run_that_is_never_clipped_is_compared_step_by_step():
+    """A norm above the median threshold is below the threshold of its own step."""
+    run = {"norm": np.full(300, 2.0), "threshold": np.full(300, 2.5)}
+    run["norm"][:50], run["threshold"][:50] = 6.0, 8.0
+    assert found(run, "never-clipped").sentence == (
+        "No step is clipped: the largest norm is 80% of the threshold of its step."
+    )
