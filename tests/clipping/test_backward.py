@@ -131,14 +131,15 @@ def test_the_value_is_the_argument_itself():
 def test_vmap_clips_each_by_itself(name):
     by_numpy, clip = CLIPS[name]
     cts = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
-    found = jax.vmap(lambda ct: cotangent(clip, ct))(cts)
+    found = jax.jit(jax.vmap(lambda ct: cotangent(clip, ct)))(cts)
     np.testing.assert_allclose(found, [by_numpy(ct) for ct in cts], rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_axes", [0, (0, 2), lambda path, leaf: 0])
 def test_norm_of_each_example(batch_axes):
     ct = np.random.default_rng(1).normal(size=(4, 5, 3)).astype(np.float32)
-    found = cotangent(lambda x: clip_norm(x, 0.7, batch_axes=batch_axes), ct)
+    clip = lambda x: clip_norm(x, 0.7, batch_axes=batch_axes)  # noqa: E731
+    found = jax.jit(lambda ct: cotangent(clip, ct))(ct)
     reduced = (1,) if batch_axes == (0, 2) else (1, 2)
     norms = reference.unit_norms(ct, reduced)
     np.testing.assert_allclose(found, ct * np.minimum(1, 0.7 / norms), rtol=1e-6)
@@ -146,7 +147,8 @@ def test_norm_of_each_example(batch_axes):
 
 def test_each_array_of_a_pytree_has_a_norm_of_its_own():
     ct = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.3]), "c": jnp.array([30.0])}
-    found = cotangent(clip_norm, ct, {"a": 1.0, "b": 1.0, "c": 2.0})
+    limits = {"a": 1.0, "b": 1.0, "c": 2.0}
+    found = jax.jit(lambda ct: cotangent(clip_norm, ct, limits))(ct)
     want = {"a": jnp.array([0.6, 0.8]), "b": jnp.array([0.3]), "c": jnp.array([2.0])}
     chex.assert_trees_all_close(found, want, rtol=1e-6)
 

@@ -25,7 +25,7 @@ def optimizer():
 
 
 def state_of(tx):
-    return tx.update(GRADS, tx.init(GRADS), GRADS)[1]
+    return jax.jit(tx.update)(GRADS, tx.init(GRADS), GRADS)[1]
 
 
 def flat(state):

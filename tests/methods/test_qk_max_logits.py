@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optax_clipx as clipx
 
 RNG = np.random.default_rng(0)
+max_logits = jax.jit(clipx.qk.max_logits, static_argnames=("causal", "block_size"))
 
 
 def pair(queries=37, keys=53, heads=4, key_heads=4, batch=2, dim=8):
@@ -29,7 +30,7 @@ def pair(queries=37, keys=53, heads=4, key_heads=4, batch=2, dim=8):
 @pytest.mark.parametrize("block_size", [8, 128])
 def test_it_is_the_dense_maximum(key_heads, block_size):
     query, key = pair(key_heads=key_heads)
-    got = clipx.qk.max_logits(query, key, block_size=block_size)
+    got = max_logits(query, key, block_size=block_size)
     want = reference.maxima(reference.logits(query, key))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -43,7 +44,7 @@ def test_every_length(lengths, causal):
     logits = reference.logits(query, key)
     if causal:
         logits = np.where(np.tri(*lengths, dtype=bool), logits, -np.inf)
-    got = clipx.qk.max_logits(query, key, causal=causal, block_size=64)
+    got = max_logits(query, key, causal=causal, block_size=64)
     np.testing.assert_allclose(got, reference.maxima(logits), rtol=1e-6)
 
 
@@ -56,7 +57,7 @@ def test_masks(shape, dtype):
     query, key = pair(key_heads=2)
     mask = np.random.default_rng(1).random(shape) < 0.5
     logits = np.where(mask, reference.logits(query, key), -np.inf)
-    got = clipx.qk.max_logits(query, key, mask=jnp.asarray(mask, dtype), block_size=16)
+    got = max_logits(query, key, mask=jnp.asarray(mask, dtype), block_size=16)
     np.testing.assert_allclose(got, reference.maxima(logits), rtol=1e-6)
 
 
@@ -73,10 +74,10 @@ def test_a_mask_and_causal():
 
 def test_batch_axes_of_any_number():
     query, key = pair(batch=6)
-    want = clipx.qk.max_logits(query, key)
+    want = max_logits(query, key)
     several = [x.reshape(2, 3, *x.shape[1:]) for x in (query, key)]
-    np.testing.assert_allclose(clipx.qk.max_logits(*several), want, rtol=1e-6)
-    one = clipx.qk.max_logits(query[0], key[0])
+    np.testing.assert_allclose(max_logits(*several), want, rtol=1e-6)
+    one = max_logits(query[0], key[0])
     assert one.shape == (4,)
 
 
@@ -101,10 +102,10 @@ def test_a_nan_is_seen():
 
 def test_nothing_to_see_is_minus_infinity():
     query, key = pair()
-    got = clipx.qk.max_logits(query, key, mask=jnp.zeros((1, 53), bool))
+    got = max_logits(query, key, mask=jnp.zeros((1, 53), bool))
     np.testing.assert_array_equal(got, -np.inf)
-    np.testing.assert_array_equal(clipx.qk.max_logits(query[:, :0], key), -np.inf)
-    np.testing.assert_array_equal(clipx.qk.max_logits(query[:0], key[:0]), -np.inf)
+    np.testing.assert_array_equal(max_logits(query[:, :0], key), -np.inf)
+    np.testing.assert_array_equal(max_logits(query[:0], key[:0]), -np.inf)
 
 
 def test_no_gradient_flows():
@@ -145,7 +146,7 @@ def test_memory_does_not_grow_with_the_lengths():
 def test_sharded_batch_and_heads(kind, key_heads, masked):
     query, key = pair(batch=8, key_heads=key_heads)
     mask = np.random.default_rng(1).random((8, 1, 37, 53)) < 0.5 if masked else None
-    want = clipx.qk.max_logits(query, key, mask=mask, block_size=16)
+    want = max_logits(query, key, mask=mask, block_size=16)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         placed = NamedSharding(mesh, P("data", None, "model", None))
@@ -174,7 +175,7 @@ def test_a_sharded_batch_takes_one_all_reduce(key_heads):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
     query, key = pair(batch=8)
-    want = clipx.qk.max_logits(query, key, block_size=16)
+    want = max_logits(query, key, block_size=16)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     run = jax.shard_map(
         functools.partial(clipx.qk.max_logits, axis_name="data", block_size=16),
@@ -318,11 +319,12 @@ def test_a_scan_of_linen_records_a_stack():
     )
     x = jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32)
     params = scanned().init(jax.random.key(0), x, None)["params"]
-    _, sown = scanned().apply({"params": params}, x, None, mutable=["intermediates"])
+    sow = jax.jit(functools.partial(scanned().apply, mutable=["intermediates"]))
+    _, sown = sow({"params": params}, x, None)
     maxima = clipx.qk.recorded(sown)
     assert maxima["attn"].shape == (3, 4)
     limit = float(maxima["attn"].min()) / 2
     got = clipx.qk_clip(params, maxima, clipx.qk.flax(params), threshold=limit)
-    _, sown = scanned().apply({"params": got}, x, None, mutable=["intermediates"])
+    _, sown = sow({"params": got}, x, None)
     first = clipx.qk.recorded(sown)["attn"][0]  # its input has not changed
     np.testing.assert_allclose(first, limit, rtol=1e-5)

@@ -154,7 +154,7 @@ PRIVATE = [old for old, _ in rows() if "private" in old or "jax_privacy" in old]
 @pytest.mark.parametrize("old", PRIVATE)
 def test_lines_of_private_training(old):
     with jax.numpy_rank_promotion("allow"):  # an example may come with its batch axis
-        grads, _ = ours(dict(rows())[old])(PARAMS, BATCHED)
+        grads, _ = jax.jit(ours(dict(rows())[old]))(PARAMS, BATCHED)
     examples = [{n: x[i] for n, x in BATCHED.items()} for i in range(3)]
     if "per_layer" in old:
         limits = {"bias": 0.5, "kernel": 0.8}

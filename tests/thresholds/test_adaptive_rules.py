@@ -132,7 +132,7 @@ def sequences(draw):
 def test_rule_is_its_formula(name):
     factory = RULES[name][1]
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
     @given(sequences())
     def check(norms):
         state, found = runner(name)(jnp.asarray(norms))
