@@ -19,7 +19,7 @@ from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
 from .runs.overwriting import may_write
-from .runs.suggesting import Suggestion, suggest_threshold
+from .runs.suggesting import Recorded, Suggestion, suggest_threshold
 from .runs.table import present
 
 _RUNS = """
@@ -203,12 +203,7 @@ def _suggest(given: argparse.Namespace) -> None:
     for label, run in zip(_labels(given.runs), given.runs, strict=True):
         columns, norm = _load(run, given)
         try:
-            limits = naming.limits_beside(columns, norm)
-            found[label] = suggest_threshold(
-                naming.norms_of_all_steps(columns, norm),
-                given.clip_rate,
-                limit=limits,
-            )
+            found[label] = suggest_threshold(Recorded(columns, norm), given.clip_rate)
         except ValueError as error:
             raise ReadError(f"{run}: {error}") from None
     if given.json:

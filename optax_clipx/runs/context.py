@@ -8,6 +8,7 @@ import numpy as np
 
 from . import advice as texts, criteria
 from .findings import Finding, advice
+from .rate_jumps import jump
 from .signals import Line, Signals
 
 _DIVERGED = ("growing-norms", "loss-diverged")
@@ -88,27 +89,16 @@ def _jump(run: Signals, own: int, start: int | None) -> dict[str, Any]:
     """Where the learning rate jumps shortly before a finding, or what it follows."""
     if run.schedule is None:
         return {}
-    rate = run.schedule.logs()
-    steps, values = rate.steps, rate.values
-    rows = np.arange(len(steps))
-    earlier = np.searchsorted(steps, steps - criteria.JUMP_WITHIN)
-    earlier = np.maximum(np.minimum(earlier, rows - 1), 0)
-    jumped = (values - values[earlier] >= criteria.JUMP) & (rows >= criteria.JUMP_FIRST)
-    begins = [own] if start is None or start > own else [own, start]
-    near = [
-        (steps >= at - criteria.JUMP_LEAD) & (steps <= at + criteria.JUMP_LATE)
-        for at in begins
-    ]
-    places = np.flatnonzero(jumped & np.any(near, axis=0))
-    if not len(places):
+    begins = [own] if start is None or start > own else [start, own]
+    found = [jump(run.schedule.steps, run.schedule.values, at) for at in begins]
+    first = next((x for x in found if x is not None), None)
+    if first is None:
         return {}
-    at = places[0]
-    high = values[at : at + criteria.JUMP_WITHIN].max()
     return {
-        "rate_jump": int(steps[at]),
-        "rate_before": float(np.exp(values[earlier[at]])),
-        "rate_after": float(np.exp(high)),
-        "rate_factor": float(np.exp(high - values[earlier[at]])),
+        "rate_jump": first.step,
+        "rate_before": first.before,
+        "rate_after": first.after,
+        "rate_factor": first.after / first.before,
     }
 
 

@@ -5,18 +5,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import naming, readers
-from .table import present
+from .jsonl import ReadError
+from .rate_jumps import jump
+from .table import STEP, Columns, present
 
 _PIECES = 40  # into which a run is cut to see where its warm-up ends
 _FEW = 100
 _TRACKER_RATE = 0.02  # the default learning_rate of thresholds.quantile_tracker
 _TIMES = 3  # the usual norm, as the bound of a rule that follows rising norms
 _MANY = 0.01
+_MOST = 0.5  # of the steps clipped: `auto_clip` is not made for such runs
 _NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long they were
 _WINDOW = 5  # norms in the median that is followed back to where an explosion begins
 _GROWN = 3  # times the level before: what is above is part of the explosion
 _EXPLODED = 1000  # times the median: norms that end there were not recorded to the end
 _FEWEST = 20  # norms before an explosion; with fewer no threshold is suggested
+
+
+class _Rate(NamedTuple):
+    """Learning rates with their steps, and the step of each norm."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    of_norms: np.ndarray
+
+
+class Recorded(NamedTuple):
+    """The columns of a run, and the name of the one with its norms."""
+
+    columns: Columns
+    norm: str
 
 
 class Suggestion(NamedTuple):
@@ -44,6 +62,8 @@ class Suggestion(NamedTuple):
         why: why ``clip_rate`` differs from ``asked``. It is empty if they are equal.
         exploded: whether training exploded: the norms end as infinity or NaN, or end
             more than 1,000 times above their median.
+        first: what to change about the learning rate first, if training exploded.
+        clipped: the fraction of steps that were clipped when the run was recorded.
     """
 
     value: float
@@ -59,16 +79,20 @@ class Suggestion(NamedTuple):
     asked: float = 0.1
     why: str = ""
     exploded: bool = False
+    first: str = ""
+    clipped: float = 0.0
 
     def __str__(self) -> str:
         lines = [self._use()]
         if not np.isnan(self.value):
             low, high = min(self.rates), max(self.rates)
+            run = "these steps" if self.exploded else "the run"
             lines.append(
                 f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
-                f" (between {low:.1%} and {high:.1%} in each tenth of"
-                f" {'the steps before the growth' if self.exploded else 'the run'});"
-                f" {_percent(self.asked)} was asked for"
+                + (" before the norms grew" if self.exploded else "")
+                + f" ({low:.1%} in the tenth of {run} with the fewest clipped steps,"
+                f" {high:.1%} in the tenth with the most); you asked for"
+                f" {_percent(self.asked)}"
             )
         if self.why:
             lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
@@ -79,14 +103,16 @@ class Suggestion(NamedTuple):
             lines.append(f"non-finite: {naming.counted(self.nonfinite, 'norm')}")
         if self.warning:
             lines.append(f"warning: {self.warning}")
-        if self.rule and self.drift < 1:
+        if self.rule and self.drift < 1 and not self.exploded:
             lines.append(
-                f"if they fall further in a longer run: {self.rule}; its threshold"
-                f" is at most {self.value:.4g} and falls by at most"
-                f" {_percent(_TRACKER_RATE * self.asked)} a step"
+                "if you train longer and the norms keep falling, use"
+                f" {self.rule}: its threshold is at most {self.value:.4g} and falls by"
+                f" at most {_percent(_TRACKER_RATE * self.asked)} in each step"
             )
-        if self.rule and not self.exploded:
-            lines.append("without a number to choose: optax_clipx.auto_clip()")
+        if self.rule and not self.exploded and self.clipped <= _MOST:
+            lines.append(
+                "if you do not want to choose a threshold, use optax_clipx.auto_clip()"
+            )
         return "\n".join(lines)
 
     def _use(self) -> str:
@@ -97,8 +123,7 @@ class Suggestion(NamedTuple):
         if np.isnan(self.value):
             clipper = "record the norms again with optax_clipx.auto_clip()"
         if self.exploded:
-            first = "use a lower learning rate first, for example a third"
-            return f"{first}; then {clipper}"
+            return f"{self.first}; then {clipper}"
         if self.recorded == self.value:
             return (
                 "record another run first, with a higher threshold, for example"
@@ -161,7 +186,7 @@ def suggest_threshold(
     """
     if not 0 < clip_rate < 1:
         raise ValueError(f"Expected 0 < clip_rate < 1, got clip_rate={clip_rate}.")
-    values, limits = _norms(norms, limit)
+    values, limits, rate = _norms(norms, limit)
     nonfinite = int(np.sum(~np.isfinite(values)))
     # A norm of zero says nothing of the level; one that overflowed is above any
     # threshold.
@@ -175,7 +200,8 @@ def suggest_threshold(
     kept = _before_explosion(used)
     exploded = len(kept) < len(used)
     if exploded and len(kept) < _FEWEST:
-        return _none(clip_rate, nonfinite, len(kept))
+        none = _none(clip_rate, nonfinite, len(kept))
+        return none._replace(first=_first(rate, values, len(kept)))
     skipped = _warmup(kept)
     steady = kept[skipped:]
     cutoff = _spike_level(steady[np.isfinite(steady)])
@@ -200,6 +226,8 @@ def suggest_threshold(
         rule=_rule(1 - clip_rate, value, steady, drift) if drifting else None,
         asked=float(clip_rate),
         exploded=exploded,
+        first=_first(rate, values, len(kept)) if exploded else "",
+        clipped=_clipped(steady, limits[skipped : len(kept)]),
     )
     return found._replace(
         warning=_warning(found, len(steady), clip_rate), why=_why(found, len(steady))
@@ -225,18 +253,43 @@ def _none(clip_rate: float | int, nonfinite: int, kept: int) -> Suggestion:
     )
 
 
-def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The norms that were recorded, and the threshold of each step.
+def _first(rate: _Rate | None, values: np.ndarray, kept: int) -> str:
+    """What to change about the learning rate of a run that exploded."""
+    if rate is None:
+        return "use a lower learning rate first, for example a third of yours"
+    row = np.flatnonzero(values > 0)[kept]  # the first norm of the explosion
+    jumped = jump(rate.steps, rate.values, int(rate.of_norms[row]))
+    if jumped is not None:
+        return (
+            f"go back to a learning rate of {jumped.before:.4g} first: it rose to"
+            f" {jumped.after:.4g} at step {jumped.step:,}, and then training exploded"
+        )
+    before = rate.values[rate.steps <= rate.of_norms[row]]
+    high = float(before.max(initial=0.0))
+    if not (np.isfinite(high) and high > 0):
+        return "use a lower learning rate first, for example a third of yours"
+    return (
+        f"use a lower learning rate first, for example {high / 3:.2g}, a third of"
+        f" {high:.4g}"
+    )
+
+
+def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray, _Rate | None]:
+    """The norms that were recorded, the threshold of each step, and learning rates.
 
     The threshold is infinite if there was none, and NaN where it was not recorded.
     """
+    steps = rate = None
     of_run = isinstance(norms, str) or hasattr(norms, "__fspath__")
     if of_run or hasattr(norms, "steps"):
         columns = naming.with_whole_norm(readers.columns_of_run(norms))
-        source = norms if of_run else norms.path
-        name = naming.pick(columns, "norm", None, source)
+        name = naming.pick(columns, "norm", None, norms if of_run else norms.path)
+        norms = Recorded(columns, name)
+    if isinstance(norms, Recorded):
+        columns, name = norms
         norms = naming.norms_of_all_steps(columns, name)
         limit = naming.limits_beside(columns, name) if limit is None else limit
+        steps, rate = columns[STEP], _rate(columns)
     values = np.asarray(norms, np.float64)
     if values.ndim != 1:
         raise ValueError(
@@ -257,15 +310,32 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
     if np.any(limits < 0):
         raise ValueError(f"Expected limit >= 0, got {np.nanmin(limits):g}.")
     there = present(values)
-    return values[there], np.broadcast_to(limits, values.shape)[there]
+    if rate is not None and steps is not None:
+        rate = rate._replace(of_norms=steps[there])
+    return values[there], np.broadcast_to(limits, values.shape)[there], rate
+
+
+def _rate(columns: Columns) -> _Rate | None:
+    """The learning rates of a run, if one column has them."""
+    try:
+        rates = np.asarray(columns[naming.pick(columns, "schedule")], np.float64)
+    except ReadError:
+        return None
+    there = present(rates)
+    return _Rate(columns[STEP][there], rates[there], columns[STEP])
+
+
+def _clipped(norms: np.ndarray, limits: np.ndarray) -> float:
+    """The fraction of these steps that were clipped when they were recorded."""
+    known = ~np.isnan(limits)
+    return float(np.mean(norms[known] > limits[known])) if known.any() else 0.0
 
 
 def _recorded(norms: np.ndarray, limits: np.ndarray) -> float | None:
     """The usual threshold of a run of which nearly every step was clipped."""
-    known = ~np.isnan(limits)
-    norms, limits = norms[known], limits[known]
-    if not known.any() or np.mean(norms > limits) <= _NEARLY_ALL:
+    if _clipped(norms, limits) <= _NEARLY_ALL:
         return None
+    limits = limits[~np.isnan(limits)]
     return float(np.median(limits[limits > 0])) if np.any(limits > 0) else None
 
 

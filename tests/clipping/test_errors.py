@@ -530,7 +530,7 @@ def test_a_suggestion_names_a_rule_where_a_fixed_limit_does_not_fit():
     noise = np.exp(0.1 * np.random.default_rng(0).normal(size=4000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert "if they fall further in a longer run: " in str(
+        assert "if you train longer and the norms keep falling, use " in str(
             clipx.suggest_threshold(drifting * noise)
         )
 

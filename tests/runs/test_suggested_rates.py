@@ -40,7 +40,7 @@ def test_a_rate_that_was_not_asked_for_is_explained(name):
     assert abs(found.clip_rate - 0.1) > 0.05
     assert words in found.why
     text = str(found)
-    assert "10% was asked for" in text
+    assert "you asked for 10%" in text
     assert f"clips {found.clip_rate:.1%} of the steps" in text
     assert f"it does not clip 10%: {found.why}" in text
 
@@ -57,7 +57,7 @@ def test_the_command_line_prints_both(tmp_path, capsys):
     run = history.save(tmp_path / "run.jsonl")
     assert command_line.main(["suggest", str(run)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "10% was asked for" in out
+    assert "you asked for 10%" in out
     assert "it does not clip 10%: the norms fall" in out
     assert command_line.main(["suggest", str(run), "--json"]) == 0
     assert '"asked": 0.1' in capsys.readouterr().out
@@ -97,6 +97,6 @@ def test_thresholds_that_vary_are_given_by_their_median():
 def test_how_fast_the_tracker_falls_is_said_and_true():
     falling = lognormal() * np.geomspace(1, 0.1, 2000)
     text = str(clipx.suggest_threshold(falling))
-    assert "and falls by at most 0.2% a step" in text
+    assert "and falls by at most 0.2% in each step" in text
     given = inspect.signature(clipx.quantile_clip).parameters["tracker_rate"]
     assert given.default == 0.02  # times the clip rate of 10%

@@ -8,7 +8,7 @@ import pytest
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line
 
-FIRST = "use a lower learning rate first, for example a third; then "
+FIRST = "use a lower learning rate first, for example a third of yours; then "
 NONE = FIRST + "record the norms again with optax_clipx.auto_clip()"
 
 
@@ -60,7 +60,7 @@ def test_the_threshold_is_that_of_the_steps_before_the_growth():
     assert lines(late())[0] == (
         FIRST + f"optax_clipx.clip_by_global_norm({found.value:.4g})"
     )
-    assert "each tenth of the steps before the growth" in str(found)
+    assert "of the steps before the norms grew (" in str(found)
     assert "exploded, and the threshold comes from the 66" in found.warning
 
 
@@ -108,3 +108,39 @@ def test_a_lower_threshold_than_that_of_an_always_clipped_run_is_suggested():
     norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400) + 5
     text = str(clipx.suggest_threshold(norms, 0.99, limit=np.quantile(norms, 0.03)))
     assert text.startswith("use this one: optax_clipx.clip_by_global_norm(5.")
+
+
+def with_rates(rates, tmp_path):
+    """The file of a run whose norms grow from step 600 on."""
+    history = clipx.History()
+    history.append(range(900), {"norm": late(), "learning_rate": rates})
+    return history.save(tmp_path / "run.jsonl")
+
+
+def test_the_lower_learning_rate_is_a_number_if_it_was_recorded(tmp_path):
+    run = with_rates(np.full(900, 0.3), tmp_path)
+    assert clipx.suggest_threshold(run).first == (
+        "use a lower learning rate first, for example 0.1, a third of 0.3"
+    )
+
+
+def test_the_rate_before_a_jump_is_named(tmp_path, capsys):
+    rates = np.full(900, 0.02)
+    rates[650:] = 0.24
+    run = with_rates(rates, tmp_path)
+    said = (
+        "go back to a learning rate of 0.02 first: it rose to 0.24 at step 650, and"
+        " then training exploded"
+    )
+    assert clipx.suggest_threshold(run).first == said
+    assert command_line.main(["suggest", str(run)]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("limit", [8.0, 1.0])
+def test_auto_clip_is_named_unless_most_steps_were_clipped(limit):
+    falling = np.random.default_rng(0).lognormal(sigma=0.5, size=2000)
+    falling *= np.geomspace(4, 0.8, 2000)
+    found = clipx.suggest_threshold(falling, limit=limit)
+    assert found.rule
+    assert ("auto_clip()" in str(found)) == (limit == 8.0)
