@@ -281,40 +281,44 @@ def after_one(bad: float) -> Callable[[Run], str]:
 
 
 def tiny_bump(run: Run) -> str:
-    """100 constant norms, then one 0.1% larger."""
+    """After 200 equal norms comes a norm that is 0.1% larger: whether it is clipped."""
     out = run(np.concatenate([np.ones(200), [1.001]]))
     changed = abs(out[-1] / 1.001 - 1) > 1e-4 and abs(out[-2] - 1) < 1e-3
     return "clipped" if changed else "left alone"
 
 
 def one_spike(run: Run) -> str:
-    """What is left of a norm of 1000."""
+    """The norm that remains of a norm of 1000."""
     return f"{run(with_tail(1000.0))[-1]:.3g}"
 
 
 def second_spike(run: Run) -> str:
-    """What is left of the second of two norms of 50, four steps apart."""
+    """Two norms of 50 come four steps apart: the norm that remains of the second."""
     return f"{run(with_tail(50.0, usual(3, 1), 50.0))[-1]:.3g}"
 
 
 def new_level(run: Run) -> str:
-    """Steps until half of a level 30 times as high passes."""
+    """From one step on, all norms are 30 times as high: the number of steps until half
+    of such a norm remains after clipping.
+    """
     out = run(with_tail(30 * usual(LONG, 1)))[150:]
     passed = np.nonzero(out > 15)[0]
     return f"{passed[0]}" if len(passed) else f"**> {LONG:,}**"
 
 
 def first_norm(run: Run) -> str:
-    """What is left of a norm of 10, when the very first one was 25."""
+    """The norm that remains of a norm of 10, if the first norm of the run was 25."""
     out = run(np.concatenate([[25.0], usual(200, 1), [10.0]]))
     return f"{out[-1]:.3g}"
 
 
 def blindness(method: Method) -> str:
-    """Longest blindness after a x200 in the first 100 steps.
+    """How long a spike at the start hides later spikes, in steps.
 
-    One run for each place; counted are the steps of the 300 after it in which a norm of
-    20 would be neither clipped nor skipped. Of published rules, every tenth is asked.
+    One norm of the first 100 is 200 times the usual norm. Blind are those of the next
+    300 steps in which a norm of 20 would be neither clipped nor skipped. This is done
+    for each place of the spike; the table has the largest number. For published rules,
+    every tenth step is tried.
     """
     norms = usual(PLACES + AFTER)
     longest = 0
@@ -327,7 +331,7 @@ def blindness(method: Method) -> str:
 
 
 def zeros(run: Run) -> str:
-    """How much of a usual norm passes after 300 steps of zero gradients."""
+    """The part of a usual norm that remains after 300 steps with zero gradients."""
     out = run(np.concatenate([np.zeros(300), usual(200, 1)]))
     late = np.median(out[-20:])
     return f"{late:.2g}" if np.isfinite(late) else "NaN"
@@ -370,7 +374,7 @@ def test_doc(test: Any) -> str:
     """What a column shows."""
     if test.__doc__:
         return " ".join(test.__doc__.split())
-    return "what becomes of a norm of 1000 that comes 20 steps later."
+    return "A norm of 1000 comes 20 steps later: whether it is clipped."
 
 
 def main() -> None:

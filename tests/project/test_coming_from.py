@@ -27,6 +27,8 @@ BY_HAND = {  # rows that a table cannot run: what tests them
     "tensor.register_hook(lambda g: g.clamp(-1, 1))": "test_hooks",
     "scaler.unscale_(optimizer)` before clipping": "test_unscaling",
     "clip_grad_norm_(model.head.parameters(), 1.0)": "test_a_part_of_the_parameters",
+    "loss.backward()` of `k` micro-batches, then `clip_grad_norm_` and"
+    " `optimizer.step()": "test_accumulation",
     "scaler.step(optimizer)`, which skips a step after an overflow": "test_an_overflow",
     "scaler.update()`, which halves the loss scale after an overflow, and doubles it"
     " after `growth_interval` steps without one": "test_the_loss_scale_of_flax",
@@ -205,6 +207,19 @@ def test_a_part_of_the_parameters():
     norm = np.linalg.norm(GRADS["kernel"])
     np.testing.assert_allclose(found["kernel"], GRADS["kernel"] / norm, rtol=1e-5)
     np.testing.assert_array_equal(found["bias"], GRADS["bias"])
+
+
+def test_accumulation():
+    """The clipped mean, which is the clipped sum of losses that are divided by 2."""
+    inner = optax.chain(clipx.clip_by_global_norm(1.0, eps=1e-6), optax.sgd(1.0))
+    tx = optax.MultiSteps(inner, 2)
+    state = tx.init(PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(GRADS, state, PARAMS)
+        found, _ = tx.update(scaled(GRADS, 3), state, PARAMS)
+    norm = 2 * total(GRADS)
+    for name, grad in GRADS.items():
+        np.testing.assert_allclose(found[name], -2 * grad / norm, rtol=1e-5)
 
 
 def test_an_overflow():

@@ -34,7 +34,8 @@ PAGES = {  # what each prints
     "docs/frameworks.md": r"\d+ -> 1\.00\n\['clip/clipped', 'clip/clipped_norm'\]\n"
     r"True\nNone\nP\w*\(None, 'model'\)\n\{'P\w*\(\)'\}",
     "docs/precision.md": r"5 steps dropped, scale 32768\.0\n0\.5 0 0\.2500000\n"
-    r"32768\.0 1 0\.0000076\n\[-0\.6 +-0\.8",
+    r"32768\.0 1 0\.0000076\n\[-0\.6 +-0\.8(.|\n)*8 changes, 7 of 40",
+    "docs/coming_from.md": r"1\.00, 0\.50",
     "docs/sharp_edges.md": r"1\.0 \[-0\.09999.*\n0\.001 \[-0\.09999.*\n0\.25",
     "docs/write_your_own.md": r"0\.99999994 0\.2721\d*\n1\.5\n3\.74\d* 1\.90\d*\n2\.84",
     "docs/troubleshooting.md": r"step: \[\]\nspikes at steps \[150\]\n"
