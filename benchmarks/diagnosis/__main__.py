@@ -4,9 +4,8 @@
 
 Runs of other tasks and sizes each are trained with known faults and without: a design
 half, and three test halves. Detectors were changed by what is seen in the first three.
-What was found in the first two test halves at the first look is in
-docs/results/diagnosis_first.md and diagnosis_second.md. The third test half is judged
-once. What is trained is kept in FOLDER: an interrupted command goes on there.
+What was found in each test half at the first look is in
+docs/results/diagnosis_first.md, diagnosis_second.md and diagnosis_third.md. What is trained is kept in FOLDER: an interrupted command goes on there.
 """
 
 import argparse

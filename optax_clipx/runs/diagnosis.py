@@ -6,6 +6,7 @@ from typing import Any
 
 from .diagnosis_page import fragment
 from .drawing import Envelope
+from .escaping import printable
 from .findings import SEVERITIES, Finding
 from .jsonl import named
 from .naming import counted
@@ -36,6 +37,8 @@ class Diagnosis:
         steps: the number of steps of the run.
         pictures: the lines that a notebook or a page draws: a dict from the name of a
             column to its line.
+        notice: which column may hold the gradient norm, if none was recognized. It is
+            empty if one was.
 
     Example:
         >>> import optax_clipx as clipx
@@ -52,6 +55,7 @@ class Diagnosis:
     pictures: Mapping[str, Envelope] = field(
         repr=False, compare=False, default_factory=dict
     )
+    notice: str = ""
 
     def __bool__(self) -> bool:
         return any(finding.severity != "info" for finding in self.findings)
@@ -64,6 +68,11 @@ class Diagnosis:
     @property
     def summary(self) -> str:
         """One line that says how the run is."""
+        if not self and self.notice:
+            return (
+                f"no errors or warnings in {self.steps:,} steps, but no gradient norm"
+                " was judged"
+            )
         if not self:
             return f"healthy: no errors or warnings in {self.steps:,} steps"
         kinds = [finding.severity for finding in self.findings]
@@ -72,9 +81,12 @@ class Diagnosis:
         return f"{', '.join(said)} in {counted(self.steps, 'step')}"
 
     def __str__(self) -> str:
-        lines = [self.summary, *self._order()]
+        lines = [self.summary, *self._notices(), *self._order()]
         lines += map(str, self.findings)
         return "\n".join([*lines, *self.unjudged()])
+
+    def _notices(self) -> list[str]:
+        return [printable(self.notice)] if self.notice else []
 
     def _order(self) -> list[str]:
         """A line with where a divergence began, if it shows in several findings."""
@@ -99,12 +111,13 @@ class Diagnosis:
         return {
             "healthy": not self,
             "steps": self.steps,
+            **({"notice": self.notice} if self.notice else {}),
             "findings": [_for_json(finding) for finding in self.findings],
             "not_judged": dict(self.not_judged),
         }
 
     def _repr_html_(self) -> str:
-        summary = ". ".join([self.summary, *self._order()])
+        summary = ". ".join([self.summary, *self._notices(), *self._order()])
         return fragment(summary, self.findings, self.pictures, self.unjudged())
 
 

@@ -78,7 +78,10 @@ def judge(seen: Signals) -> Diagnosis:
         others = [code for code in ADVICE if code != "restarts"]
         lacking = dict.fromkeys(others, "a log of one run")
     found = in_context(sorted(found, key=_rank), seen)
-    return Diagnosis(tuple(found), lacking, len(seen.steps), _pictures(seen, found))
+    notice = "" if seen.restarts.mixed else seen.notice
+    return Diagnosis(
+        tuple(found), lacking, len(seen.steps), _pictures(seen, found), notice
+    )
 
 
 def _few(seen: Signals, rule: _Rule) -> dict[str, str]:

@@ -34,7 +34,12 @@ _USUAL: dict[str, tuple[str, ...]] = {
         "grad_global_norm",
         "global_norm",
         "gnorm",
+        "total_grad_norm",
+        "grad_norm_total",
+        "total_norm",
         "grad/norm/total",  # Levanter
+        "grad_norm/total",
+        "grad_norms/total",
         "grad_2.0_norm_total",  # Lightning
         "value",
     ),
@@ -93,6 +98,18 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
                 f" Choose one with {mend}."
             )
     raise ReadError(no_column(source, what, columns, mend))
+
+
+def like_a_norm(columns: Iterable[str]) -> list[str]:
+    """Columns that may hold the norm of the whole gradient, by a part of their name."""
+    others = [n for n in columns if not n.startswith((*LEAVES, "track", "skip/"))]
+    shown = [n for n in others if "norm" in n.lower() or "grad" in n.lower()]
+    return [n for n in shown if not _is_another(n.lower())]
+
+
+def _is_another(name: str) -> bool:
+    """Whether a norm is that of something else: of updates, or after clipping."""
+    return any(x in name for x in ("update", "param", "weight", "clipped", "accum"))
 
 
 def with_whole_norm(columns: Columns) -> Columns:

@@ -71,10 +71,13 @@ class Signals:
         self.names = names
         self.restarts = back
         self.steps = columns[STEP]
+        self._several: dict[str, str] = {}
         self._norm_name = self._find("norm", names.norm)
         self.loss = self._line(self._find("loss", names.loss))
         self.update_norm = self._line(self._find("update_norm", names.update_norm))
         self.schedule = self._line(self._find("schedule", names.schedule))
+        if self.norm is None and self.loss is None and self._several:
+            raise ReadError(next(iter(self._several.values())))
         if self.norm is None and self.loss is None:
             shown = ", ".join(map(repr, columns))
             raise ReadError(
@@ -90,10 +93,15 @@ class Signals:
         if _OWN.get(what) in self.columns:
             return _OWN[what]
         try:
-            name = naming.pick(self.columns, what)
-        except ReadError:
+            name = naming.pick(self.columns, what, None, self.source)
+        except ReadError as error:
             fitting = [n for n in self.columns if _is_of_training(n, what)]
-            return fitting[0] if len(fitting) == 1 else None
+            if len(fitting) == 1:
+                return fitting[0]
+            if "several columns" in str(error) and what in ("norm", "loss"):
+                said = str(error).replace("--column NAME", "--loss NAME")
+                self._several[what] = said
+            return None
         # Any logger's "value" may be the one or the other.
         return None if name.endswith("value") else name
 
@@ -104,6 +112,23 @@ class Signals:
             mend = f"{what}=NAME, or --{option} NAME on the command line"
             raise ReadError(naming.no_column(self.source, name, self.columns, mend))
         return name
+
+    @property
+    def notice(self) -> str:
+        """What to do where no gradient norm was found; empty if one was."""
+        if self.norm is not None:
+            return ""
+        if "norm" in self._several:
+            return self._several["norm"]
+        said = "No column with the gradient norm was found."
+        like = naming.like_a_norm(self.columns)
+        if not like:
+            return f"{said} Name it with norm=NAME (--norm NAME), or record it."
+        named = ", ".join(like[:5])
+        return (
+            f"{said} It may be one of these columns: {named}. If so, pass"
+            f" norm={like[0]!r} (--norm {like[0]})."
+        )
 
     def _line(self, name: str | None) -> Line | None:
         if name is None:

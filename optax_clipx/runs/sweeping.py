@@ -14,6 +14,7 @@ import numpy as np
 from .jsonl import ReadError
 from .overwriting import may_write
 
+_FLAT = 0.01
 _KEYS = ("limit", "learning_rate", "seed")
 
 
@@ -97,7 +98,8 @@ def find_threshold(
         learning_rates: each threshold is tried with each of these learning rates.
         higher_is_better: whether a higher score is better, as for an accuracy.
         path: a JSONL file to which each score is added. If the file exists, the sweep
-            continues: a setting whose score is in the file is not trained again.
+            continues: a setting whose score is in the file is not trained again. If
+            ``train_fn`` has changed, delete the file.
         picture: where to save a picture of the result.
         force: overwrite an existing picture. The file of scores is never overwritten.
         progress: show a progress bar, if tqdm is installed.
@@ -135,8 +137,9 @@ def find_threshold(
     known = {} if path is None else _known(Path(path))
     bar = _bar(len(settings), progress)
     again = sum(setting in known for setting in settings)
-    if bar is not None and again:  # of a training that may have changed since
-        bar.set_description_str(f"thresholds ({again} read from {path})")
+    if again:  # of a training that may have changed since
+        said = f"{again} of {len(settings)} scores taken from {path}"
+        print(f"{said}; delete it to train again", file=sys.stderr)
     for setting in settings:
         if setting not in known:
             extra = dict(zip(_KEYS[1:], setting[1:], strict=True))
@@ -211,6 +214,11 @@ def _chosen(
             f" {'lower' if edge[1] == 'low' else 'higher'} one may be better: change"
             f" {edge[1]}="
         )
+    if _is_flat(middle):
+        warnings.append(
+            "the scores of all thresholds differ by less than 1%: any of these"
+            " thresholds will do"
+        )
     of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
     if of_seeds > of_limits:  # false if anything failed: that tells thresholds apart
         warnings.append(
@@ -227,6 +235,11 @@ def _chosen(
         higher_is_better,
         "; ".join(warnings),
     )
+
+
+def _is_flat(scores: np.ndarray) -> bool:
+    """Whether all scores are equal to 1%."""
+    return bool(np.ptp(scores) < _FLAT * np.abs(scores).min())  # false for infinity
 
 
 def _known(path: Path) -> dict[tuple[Any, ...], float]:

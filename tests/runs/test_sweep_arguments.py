@@ -36,3 +36,20 @@ def test_seeds_may_be_numpys():
     seen = set()
     sweep(lambda limit, seed: seen.add(seed) or limit, seeds=np.arange(2))
     assert seen == {0, 1}
+
+
+def test_scores_that_come_from_a_file_are_told(tmp_path, capsys):
+    path = tmp_path / "sweep.jsonl"
+    sweep(lambda threshold: threshold, path=path)
+    assert capsys.readouterr().err == ""
+    sweep(lambda threshold: 9 - threshold, path=path)
+    assert capsys.readouterr().err == (
+        f"3 of 3 scores taken from {path}; delete it to train again\n"
+    )
+
+
+@pytest.mark.parametrize(("slope", "flat"), [(0.001, True), (0.01, False)])
+def test_scores_that_hardly_differ_are_told(slope, flat):
+    """Of thresholds from 1 to 4, the scores differ by 0.3% or 2.9%."""
+    said = "differ by less than 1%: any of these thresholds will do"
+    assert (said in sweep(lambda threshold: 1 + slope * threshold).warning) == flat
