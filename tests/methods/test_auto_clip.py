@@ -192,12 +192,12 @@ def test_it_takes_no_number():
 def test_each_leaf_by_itself():
     clipper = clipx.auto_clip(scope="leaf")
     grads = {"a": jnp.ones(4), "b": jnp.ones(4)}
-    state = clipper.init(grads)
+    state, update = clipper.init(grads), jax.jit(clipper.update)
     for _ in range(30):
-        _, state = jax.jit(clipper.update)(grads, state)
-    clipped, _ = clipper.update(grads | {"b": 100 * grads["b"]}, state)
+        _, state = update(grads, state)
+    clipped, _ = update(grads | {"b": 100 * grads["b"]}, state)
     np.testing.assert_array_equal(clipped["a"], grads["a"])
-    assert 1 < float(jnp.linalg.norm(clipped["b"])) < 6
+    assert 1 < np.linalg.norm(clipped["b"]) < 6
 
 
 def test_in_a_chain_under_jit():
