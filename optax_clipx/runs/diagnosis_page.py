@@ -6,6 +6,7 @@ import numpy as np
 
 from .drawing import Envelope
 from .findings import Finding, escaped, places, shown
+from .naming import WHOLE
 from .page import head
 
 _WIDTH, _HEIGHT, _MARKS = 600, 90, 200
@@ -34,8 +35,9 @@ def fragment(
 
 def _finding(finding: Finding, picture: Envelope | None) -> str:
     numbers = "".join(
-        f"<tr><td>{escaped(name)}</td><td>{escaped(shown(value))}</td></tr>"
+        f"<tr><td>{escaped(_words(name))}</td><td>{escaped(_value(value))}</td></tr>"
         for name, value in finding.evidence.items()
+        if value not in ([], "")
     )
     colour = _COLOURS[finding.severity]
     return (
@@ -47,13 +49,54 @@ def _finding(finding: Finding, picture: Envelope | None) -> str:
     )
 
 
+# What evidence is called on a page; the rest by its name, with spaces.
+_WORDS = {
+    "best": "best level of the loss",
+    "blind_steps": "steps with a threshold that is too high",
+    "closest": "largest norm divided by the threshold of its step",
+    "column": "column in the picture",
+    "count": "how many",
+    "diverged": "step of the divergence",
+    "end": "loss at the end",
+    "factor": "factor above the level",
+    "factors": "factors",
+    "first_in": "first in column",
+    "high_norm": "99% of the norms are below",
+    "highest": "highest loss",
+    "in_a_row": "skipped in a row",
+    "in_loss": "in the loss at this step",
+    "lead": "steps from the updates to the loss",
+    "not_recovered": "spikes without recovery of the loss",
+    "rate_after": "learning rate after the jump",
+    "rate_before": "learning rate before the jump",
+    "rate_factor": "factor of the jump",
+    "rate_jump": "step of the jump of the learning rate",
+    "share": "share of the squared norm",
+    "usual_norm": "median norm before the divergence",
+    "warned": "step at which the norm had doubled",
+}
+
+
+def _words(name: str) -> str:
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value == WHOLE:
+        return "norm of the whole gradient, computed from the norms of its leaves"
+    return shown(value)
+
+
 def sketch(line: Envelope, steps: tuple[int, ...], colour: str) -> str:
     """A line over the steps as SVG, with some steps marked."""
     values = np.stack([line.low, line.middle, line.high])
     finite = values[np.isfinite(values)]
     if not len(finite):
         return ""
-    if finite.min() > 0:  # norms vary by factors
+    logarithmic = bool(finite.min() > 0)
+    if logarithmic:  # norms vary by factors
         values, finite = np.log(values), np.log(finite)
     low, high = float(finite.min()), float(finite.max())
     first, last = float(line.steps[0]), float(line.steps[-1])
@@ -64,11 +107,22 @@ def sketch(line: Envelope, steps: tuple[int, ...], colour: str) -> str:
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{_HEIGHT}"/>' for at in marked
     )
     drawn = "".join(f'<path d="{_path(x, y)}"/>' for y in tops)
+    ends = np.exp([low, high]) if logarithmic else (low, high)
+    texts = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+        for x, y, anchor, text in (
+            (-6, 10, "end", f"{ends[1]:.3g}"),
+            (-6, _HEIGHT, "end", f"{ends[0]:.3g}"),
+            (0, _HEIGHT + 15, "start", f"step {first:,.0f}"),
+            (_WIDTH, _HEIGHT + 15, "end", f"step {last:,.0f}"),
+        )
+    )
     return (
-        f'<svg viewBox="-2 -2 {_WIDTH + 4} {_HEIGHT + 4}" width="{_WIDTH}"'
-        f' height="{_HEIGHT}" role="img" aria-label="the evidence">'
+        f'<svg viewBox="-70 -2 {_WIDTH + 72} {_HEIGHT + 22}" width="{_WIDTH + 72}"'
+        f' height="{_HEIGHT + 22}" role="img" aria-label="the evidence">'
         f'<g stroke="{colour}" stroke-opacity="0.6">{marks}</g>'
-        f'<g fill="none" stroke="#2F8FD8">{drawn}</g></svg>\n'
+        f'<g fill="none" stroke="#2F8FD8">{drawn}</g>'
+        f'<g fill="currentColor" font-size="12">{texts}</g></svg>\n'
     )
 
 

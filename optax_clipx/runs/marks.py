@@ -113,6 +113,23 @@ def log_axis(ax: Any, edges: np.ndarray) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
 
 
+def with_outermost(label: str, values: np.ndarray, edges: np.ndarray) -> str:
+    """The label of an axis, with the values that are beyond it."""
+    if values.min() < edges[0]:
+        label += f"; the smallest is {values.min():.3g}, in the first bar"
+    if values.max() > edges[-1]:
+        label += f"; the largest is {values.max():.3g}, in the last bar"
+    return label
+
+
+def align_titles(ax: Any, other: Any) -> None:
+    """Puts the titles of two axes on one height; one may have a legend below it."""
+    pads = [x.titleOffsetTrans.transform((0, 0))[1] * 72 / x.figure.dpi
+            for x in (ax, other)]  # fmt: skip
+    for x in (ax, other):
+        x.set_title(x.get_title(loc="left"), loc="left", pad=max(pads))
+
+
 def legend_above(ax: Any) -> None:
     """A legend between the title and the axes, in as many columns as there is room for.
 

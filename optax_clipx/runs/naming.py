@@ -22,6 +22,7 @@ STEP_NAMES = (
     "updates",
     "epoch",
 )
+WHOLE = "track/norm"  # computed from the norms of all leaves
 _OWN_LEAVES = "track_norms/"  # what comes before the names of leaves
 # What the norm and the loss are called; the more telling names come first. MaxText's
 # grad_norm is that after clipping.
@@ -125,7 +126,7 @@ def with_whole_norm(columns: Columns) -> Columns:
     norms = np.asarray(parts, np.float64)
     whole = np.sqrt(np.sum(np.square(norms), axis=0))
     there = np.all([present(x) for x in norms], axis=0)
-    return {**columns, "track/norm": np.where(there, whole, MISSING)}
+    return {**columns, WHOLE: np.where(there, whole, MISSING)}
 
 
 # What comes before the names of leaves: ours, Levanter's, Lightning's, and others'.

@@ -7,10 +7,12 @@ import numpy as np
 
 from .drawing import THEMES, Norms, bins, envelope, means, norms_of
 from .escaping import for_page
+from .marks import with_outermost
 from .suggesting import suggest_threshold
 from .table import STEP, present
 
 _POINTS = 2000
+_LINEAR = np.log10(4)  # decades of an axis with fewer than two of 1, 2 and 5 on it
 _THEMES = (THEMES["light"], THEMES["dark"])
 _HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -142,9 +144,16 @@ def _of_run(index: int) -> tuple[str, ...]:
 
 
 def _log_ticks(values: np.ndarray) -> dict[str, Any]:
-    """A logarithmic axis with at most eight powers of ten on it."""
+    """A logarithmic axis with at most eight powers of ten on it.
+
+    Within two powers of ten it also has 2 and 5, and within a factor of 4 it is linear.
+    """
     positive = values[np.isfinite(values) & (values > 0)]
     decades = np.ptp(np.log10(positive)) if len(positive) else 0
+    if decades < _LINEAR:
+        return {"type": "linear"}
+    if decades < 2:
+        return {"type": "log", "dtick": "D2"}
     return {"type": "log", "exponentformat": "power", "dtick": 1 + int(decades // 8)}
 
 
@@ -256,6 +265,8 @@ def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
             continue
         edges = bins(values, 60)
         counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+        if len(runs) == 1:
+            chart.update_xaxes(title=with_outermost("norm", values, edges))
         chart.add_scatter(
             x=np.sqrt(edges[1:] * edges[:-1]),
             y=counts / len(values),

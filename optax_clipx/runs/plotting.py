@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import marks
+from . import marks, naming
 from .drawing import (
     DASHES,
     Envelope,
@@ -147,7 +147,8 @@ def histogram(
 ) -> Any:
     """Draws how the norms are distributed, and where the threshold is among them.
 
-    All steps are in it; norms very far from the others are in the outermost bars.
+    All steps are in it; norms very far from the others are in the outermost bars, and
+    the label of the axis then has the largest or smallest norm.
 
     Args:
         run: as for :func:`norms`.
@@ -205,7 +206,8 @@ def histogram(
             title = "Norms; the threshold is not recorded"
         elif not np.isfinite(seen.limits).any():
             title = "Norms; the threshold is infinite"
-        ax.set(title=title, xlabel="norm", ylabel="fraction of steps")
+        ax.set(title=title, ylabel="fraction of steps")
+        ax.set_xlabel(marks.with_outermost("norm", seen.norms[usable], edges))
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
         marks.legend_above(ax)
     return figure
@@ -481,8 +483,9 @@ def overview(
 ) -> Any:
     """Draws a run: norms, clip rate, histogram, and the layers if they are recorded.
 
-    The norm of the update, and the shares of the dominant leaf, of starved leaves and
-    of spikes are drawn where :func:`optax_clipx.track_norms` recorded them.
+    The loss and the learning rate are drawn where they are recorded. The norm of the
+    update, and the shares of the dominant leaf, of starved leaves and of spikes are
+    drawn where :func:`optax_clipx.track_norms` recorded them.
 
     Args:
         run: as for :func:`norms`.
@@ -514,6 +517,8 @@ def overview(
     tracked = [x for x in _TRACKED if x in columns and present(columns[x]).any()]
     heights = [6.0] + ([min(6.0, 1.2 + 0.27 * len(layers))] if layers else [])
     heights += [3.0] if tracked else []
+    beside = _loss_and_rate(columns)
+    heights += [3.0] if beside else []
     with canvas(theme, size=(8.4, sum(heights))) as (figure, first, _):
         first.remove()
         # Apart, so that long names of layers do not push the others aside.
@@ -524,18 +529,47 @@ def overview(
         histogram(columns, ax=axes["histogram"], **options)
         if limited:
             clip_rate(columns, ax=axes["rate"], **options)
+            marks.align_titles(axes["rate"], axes["histogram"])
         if layers:
             heatmap(columns, theme=theme, ax=parts[1, 0].subplots())
         if tracked:
-            _draw_tracked(columns, tracked, parts[-1, 0], theme)
+            _draw_tracked(columns, tracked, parts[-1 - bool(beside), 0], theme)
+        if beside:
+            _draw_beside(columns, beside, parts[-1, 0], theme)
     return figure
+
+
+def _loss_and_rate(columns: Any) -> dict[str, str]:
+    """The columns with the loss and the learning rate, if they are recorded."""
+    found = {}
+    for title, what in (("Loss", "loss"), ("Learning rate", "schedule")):
+        try:
+            name = naming.pick(columns, what)
+        except ReadError:
+            continue
+        if not name.endswith("value") and present(columns[name]).any():
+            found[title] = name
+    return found
+
+
+def _draw_beside(columns: Any, names: Mapping[str, str], part: Any, theme: str) -> None:
+    """The loss and the learning rate, one beside the other."""
+    axes = part.subplots(1, len(names), squeeze=False)[0]
+    for ax, (title, name) in zip(axes, names.items(), strict=True):
+        with canvas(theme, ax) as (_, ax, colours):
+            there = present(columns[name])
+            values = np.asarray(columns[name], np.float64)[there]
+            points = envelope(columns[STEP][there], values)
+            marks.line(ax, points, colours.lines[0], title)
+            marks.log_scale(ax, values)
+            ax.set(xlabel="step", title=title)
 
 
 _TRACKED = {
     "track/update_norm": "norm",
     "track/dominant_share": "largest leaf's share",
     "track/starved": "starved leaves",
-    "track/spike_score": "spikes",
+    "track/spike_score": "spike score",
 }
 
 
@@ -559,3 +593,4 @@ def _draw_tracked(columns: Any, names: list[str], part: Any, theme: str) -> None
                 marks.legend_above(ax)
             else:
                 marks.log_scale(ax, values)
+    marks.align_titles(axes[0], axes[-1])

@@ -114,3 +114,22 @@ def test_a_picture_shows_the_line_and_marks_the_step():
     points = np.array(re.findall(r"[ML](\S+) ([\d.]+)", path), float)
     assert points.tolist() == [[6.0 * i, 0.0 if i == 60 else 90.0] for i in range(101)]
     assert re.findall(r'<line x1="([\d.]+)"', shown) == ["360.0"]
+
+
+def test_the_pictures_of_a_page_have_numbers_and_evidence_has_words():
+    norms = np.r_[np.full(100, 2.0), np.full(20, np.nan)]
+    norms[50] = 80.0
+    shown = clipx.diagnose({"norm": norms})._repr_html_()
+    for text in (">80</text>", ">2</text>", ">step 0</text>", ">step 119</text>"):
+        assert text in shown
+    assert "<td>first in column</td><td>norm</td>" in shown
+    assert "<td>in the loss at this step</td><td>no</td>" in shown
+    assert "leaves</td>" not in shown
+
+
+def test_a_norm_that_was_computed_from_leaves_is_called_so():
+    leaves = {f"track_norms/{name}": np.ones(200) for name in "ab"}
+    leaves["track_norms/a"][100] = 90.0
+    shown = clipx.diagnose(leaves)._repr_html_()
+    assert "computed from the norms of its leaves" in shown
+    assert "track/norm" not in shown

@@ -118,20 +118,57 @@ def tracked_run():
     return run_of() | columns | {"track/update_norm": np.geomspace(1, 1e-3, 300)}
 
 
+def titled(figure, title):
+    """The axes with a title."""
+    found = (ax for ax in figure.axes if ax.get_title(loc="left") == title)
+    return next(found, None)
+
+
+@pytest.mark.parametrize("names", [("loss",), ("learning_rate",), ("train/loss", "lr")])
+def test_the_overview_shows_the_loss_and_the_learning_rate(names):
+    columns = {"norm": np.ones(50), **{x: np.geomspace(1, 0.1, 50) for x in names}}
+    figure = plotting.overview(columns)
+    drawn = [x for x in ("Loss", "Learning rate") if titled(figure, x) is not None]
+    expected = {"loss": "Loss", "train/loss": "Loss"}
+    assert drawn == [expected.get(name, "Learning rate") for name in names]
+
+
+def test_titles_that_are_beside_each_other_are_on_one_height():
+    figure = plotting.overview(tracked_run())
+    figure.draw_without_rendering()
+    for left, right in (("Update norm", "Shares"), ("Loss", "Learning rate")):
+        axes = [titled(figure, x) for x in (left, right)]
+        if None not in axes:
+            tops = [ax._left_title.get_window_extent().y0 for ax in axes]
+            assert tops[0] == pytest.approx(tops[1], abs=1)
+
+
+def test_the_histogram_says_what_is_in_its_last_bar():
+    norms = np.append(np.random.default_rng(0).lognormal(size=400), 1.35e19)
+    (ax,) = plotting.histogram({"norm": norms}).axes
+    assert ax.get_xlabel() == "norm; the largest is 1.35e+19, in the last bar"
+    (ax,) = plotting.histogram({"norm": norms[:-1]}).axes
+    assert ax.get_xlabel() == "norm"
+
+
 def test_the_overview_shows_the_update_and_the_shares():
     figure = plotting.overview(tracked_run())
-    update, shares = figure.axes[-2:]
-    assert update.get_title(loc="left") == "Update norm"
+    update, shares = (titled(figure, x) for x in ("Update norm", "Shares"))
     assert update.get_yscale() == "log"
     np.testing.assert_allclose(update.get_lines()[0].get_ydata()[-1], 1e-3, rtol=0.1)
     drawn = {x.get_label(): x.get_ydata()[0] for x in shares.get_lines()}
-    assert drawn == {"largest leaf's share": 0.9, "starved leaves": 0.5, "spikes": 0.01}
+    assert drawn == {
+        "largest leaf's share": 0.9,
+        "starved leaves": 0.5,
+        "spike score": 0.01,
+    }
 
 
 def test_the_overview_shows_the_shares_alone():
     columns = run_of() | {"track/dominant_share": np.full(300, 0.9)}
     figure = plotting.overview(columns)
-    assert figure.axes[-1].get_title(loc="left") == "Shares"
+    assert titled(figure, "Shares") is not None
+    assert titled(figure, "Update norm") is None
     assert len(figure.axes) == len(plotting.overview(run_of()).axes) + 1
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
+from ..naming import WHOLE
 from ..signals import Line, Signals, breaks_at
 
 
@@ -23,6 +24,7 @@ def nonfinite(run: Signals) -> list[Finding]:
         return []
     step = min(at for at, _ in first.values())
     where = [name for name, (at, _) in first.items() if at == step]
+    where = [name for name in where if name != WHOLE] or where  # is in no file
     leaves = [n for n, line in run.leaves.items() if line.name in where]
     loss_too = run.loss is not None and run.loss.name in where
     all_skipped &= not any(breaks_at(line) is not None for line in _watched(run))
