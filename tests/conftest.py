@@ -3,53 +3,70 @@
 import os
 import warnings
 
-import jax
 import pytest
-from jax._src.lru_cache import LRUCache
-from jaxtyping import install_import_hook
 
 # Most of the time of a test is LLVM's, for programs that run once on few numbers: these
 # flags leave a seventh of it. `XLA_FLAGS= python -m pytest` takes XLA's own settings.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # later ones do not know this flag, and would stop
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", QUICK)  # read where the first program is compiled
-
-if not hasattr(jax, "enable_x64"):  # before JAX 0.8
-    from jax.experimental import enable_x64
-
-    jax.enable_x64 = enable_x64
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import chex  # noqa: F401  (warns on import under some versions)
-    import flax  # noqa: F401
-
-with install_import_hook("optax_clipx", "beartype.beartype"):
-    import optax_clipx  # noqa: F401
-
-
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 
 
-def put_in_one_piece(cache, key, program):
-    """Writes a program beside its place first: another worker never reads a part."""
-    path = cache.path / f"{key}-cache"
-    part = path.with_name(f"{os.getpid()}-part")
-    part.write_bytes(program)
-    part.replace(path)
-
-
 def pytest_configure(config):
+    """Prepares each process that runs tests, and not the one that distributes them."""
+    options = config.option
+    distributes = getattr(options, "dist", "no") != "no" and not options.collectonly
+    if hasattr(config, "workerinput") or not distributes:
+        strict_settings()
+        keep_programs(config.cache.mkdir("xla"))
+        check_annotations()
+
+
+def strict_settings():
+    """Eight devices, no silent promotion, and what compiles quickly."""
+    import jax
+
+    flags = QUICK
+    if jax.__version_info__ < (0, 11):  # later ones stop at a flag they do not know
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", flags)  # read where a program is first compiled
+    if not hasattr(jax, "enable_x64"):  # before JAX 0.8
+        from jax.experimental import enable_x64
+
+        jax.enable_x64 = enable_x64
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def keep_programs(folder):
     """Keeps compiled programs for all workers: many tests compile the same ones."""
+    import jax
+    from jax._src.lru_cache import LRUCache
+
+    def put_in_one_piece(cache, key, program):
+        """Another worker never reads a part of what is being written."""
+        path = cache.path / f"{key}-cache"
+        part = path.with_name(f"{os.getpid()}-part")
+        part.write_bytes(program)
+        part.replace(path)
+
     LRUCache.put = put_in_one_piece
-    folder = config.cache.mkdir("xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def check_annotations():
+    """Imports the package so that types and shapes are checked at each call."""
+    from jaxtyping import install_import_hook
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import chex  # noqa: F401  (warns on import under some versions)
+        import flax  # noqa: F401
+
+    with install_import_hook("optax_clipx", "beartype.beartype"):
+        import optax_clipx  # noqa: F401
 
 
 def pytest_collection_modifyitems(config, items):
