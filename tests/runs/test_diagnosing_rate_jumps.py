@@ -201,3 +201,9 @@ def test_overflows_of_a_loss_scale_that_were_skipped_are_for_information():
     )
     run["loss"][50] = np.nan
     assert found(run, "nonfinite").severity == "warning"
+
+
+def test_a_nan_of_a_leaf_is_in_the_column_of_the_leaf():
+    leaves = {f"track_norms/{name}": np.ones(100) for name in "ab"}
+    leaves["track_norms/b"][50] = np.nan
+    assert found(leaves, "nonfinite").evidence["first_in"] == "track_norms/b"

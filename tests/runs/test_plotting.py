@@ -512,3 +512,18 @@ def test_every_norm_is_in_a_bar():
         if spike <= 3:
             assert edges[0] <= norms.min()
             assert edges[-1] >= norms.max()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "axis"),
+    [
+        (1.0, 1e20, {"type": "log", "exponentformat": "power", "dtick": 3}),
+        (0.3, 5.0, {"type": "log", "dtick": "D2"}),
+        (1.1, 1.9, {"type": "linear"}),
+    ],
+)
+def test_axes_of_a_page_have_several_numbers(low, high, axis):
+    pytest.importorskip("plotly")
+    from optax_clipx.runs import page
+
+    assert page._log_ticks(np.array([low, high])) == axis
