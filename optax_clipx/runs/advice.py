@@ -205,13 +205,13 @@ ADVICE = {
         "Clip rate is 0%",
     ),
     "dominant-leaf": Advice(
-        "{leaf} has {share:.1%} of the squared norm.",
+        "{leaf} has {share:.1%} of the squared norm of the whole gradient.",
         'clipx.auto_clip(scope="leaf")',
         "One layer dominates the gradient norm",
     ),
     "starved-leaves": Advice(
-        "The steps of all other leaves are {factor:.3g} times smaller than without"
-        " {starved_by}.",
+        "The updates of all other leaves are {factor:.3g} times smaller than they would"
+        " be without {starved_by}.",
         'clipx.auto_clip(scope="leaf")',
         "One layer dominates the gradient norm",
     ),
