@@ -44,9 +44,16 @@ _USUAL: dict[str, tuple[str, ...]] = {
         "grad_2.0_norm_total",  # Lightning
         "value",
     ),
-    "loss": ("loss", "train_loss", "training_loss", "value"),
+    "loss": (
+        "loss",
+        "train_loss",
+        "training_loss",
+        "loss_step",  # Lightning's, of single steps
+        "train_loss_step",
+        "value",
+    ),
     "update_norm": ("update_norm", "updates_norm", "update_global_norm"),
-    "schedule": ("learning_rate", "lr", "schedule"),
+    "schedule": ("learning_rate", "lr", "current_learning_rate", "schedule"),
     "target": ("target_clip_rate",),
 }
 
@@ -98,6 +105,9 @@ def pick(columns: Columns, what: str, name: str | None = None, source: Any = "")
                 f"{source}: several columns may be the {what}: {', '.join(fitting)}."
                 f" Choose one with {mend}."
             )
+    named = [n for n in others if what == "schedule" and n.startswith("lr-")]
+    if len(named) == 1:  # Lightning's, with the name of the optimizer
+        return named[0]
     raise ReadError(no_column(source, what, columns, mend))
 
 

@@ -79,3 +79,15 @@ def test_two_norms_beside_one_loss_are_a_notice():
     assert "several columns may be the norm: a/grad_norm, b/grad_norm. " in (
         clipx.diagnose(run).notice
     )
+
+
+@pytest.mark.parametrize("name", ["lr-AdamW", "learning/current_learning_rate", "lr"])
+def test_names_of_the_learning_rate_are_recognized(name):
+    needs = clipx.diagnose({"norm": NORMS, name: np.ones(500)}).not_judged
+    assert "rises-with-schedule" not in needs
+
+
+@pytest.mark.parametrize("name", ["train/loss_step", "train_loss_step", "train/loss"])
+def test_names_of_the_loss_are_recognized(name):
+    run = {"norm": NORMS, name: LOSS}
+    assert "loss-diverged" not in clipx.diagnose(run).not_judged
