@@ -31,8 +31,8 @@ _SKIPPED = (
     " normal while a dynamic loss scale is found."
 )
 _JUMP = (
-    " The learning rate rises from {rate_before} to {rate_after},"
-    " {rate_factor:.3g} times as high, at step {rate_jump:,}."
+    " At step {rate_jump:,} the learning rate rises from {rate_before} to"
+    " {rate_after} ({rate_factor:.3g} times as high)."
 )
 
 

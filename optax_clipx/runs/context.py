@@ -30,10 +30,10 @@ def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding
     more: dict[str, Any] = {}
     if finding.code in _DIVERGED and usual is not None:
         more["usual_norm"] = usual
-    if finding.code == "growing-norms":
-        more |= _peak(run, finding.steps[0])
     if finding.code in _EXPLAINED and not finding.evidence.get("all_skipped"):
         more |= _jump(run, finding.steps[0], start)
+    if finding.code == "growing-norms" and "rate_jump" not in more:
+        more |= _peak(run, finding.steps[0])
     words |= _line(finding, more, cause)
     if isinstance(run.source, Path):
         words["run"] = repr(str(run.source))

@@ -7,7 +7,7 @@ import optax_clipx as clipx
 
 LOSSES = [8.4, 215.0, 63.0, 5.5e5, 1.3e5, 1.3e22]
 NORMS = [17.0, 230.0, 150.0, 3.4e5, 3.3e5, 1.4e19]
-JUMP = " The learning rate rises from 0.02 to 0.24, 12 times as high, at step 250."
+JUMP = " At step 250 the learning rate rises from 0.02 to 0.24 (12 times as high)."
 REMEDY = "learning_rate = 0.02  # as before step 250; if you need a higher one, raise"
 
 
