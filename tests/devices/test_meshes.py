@@ -202,6 +202,15 @@ def manual(step, specs, check_vma=True, **options):
     )
 
 
+def test_the_largest_entry_of_a_replicated_leaf_is_not_shared_out():
+    specs = {"cut": P("x"), "whole": P()}
+    grads = {"cut": np.ones(8, np.float32), "whole": np.float32([6.0, 8.0])}
+    clipper = clipx.clip_by_global_norm(4.0, ord=np.inf)
+    clipped, state = manual(clipper.update, specs)(grads)
+    np.testing.assert_allclose(clipped["whole"], [3.0, 4.0], rtol=1e-6)
+    assert float(state.metrics.norm) == 8.0
+
+
 def test_all_leaves_sharded():
     """optax: each device clips by the norm of its shard, together 2.83 times 1."""
     specs = P(("x", "y"))
