@@ -11,8 +11,10 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo as hlo
 
-from .._trees.arithmetic import full_like, is_concrete
+from .._trees.arithmetic import is_concrete
 from .._trees.sizes import is_known
 from .mesh import can_be_joined, lies_whole
 from .primitives import primitive_of
@@ -111,10 +113,43 @@ def _lowered(context: Any, *arrays: Any, program: Any) -> Any:
 
 
 def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
-    def run(*arrays: Any) -> list[Any]:
-        return _in_a_loop(_plain(program), program.out_avals, *arrays)
+    """A loop that runs once, written as XLA's own operations: quicker than tracing it.
 
-    return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
+    What comes out takes the places of what went in: XLA would move out of the loop
+    what is computed of numbers that stay.
+    """
+    given, made = program.in_avals, program.out_avals
+    free: dict[Any, list[int]] = {}
+    for i, x in enumerate(given):
+        free.setdefault((x.shape, x.dtype), []).append(i)
+    slots, places = list(arrays), []
+    for x in made:
+        alike = free.get((x.shape, x.dtype))
+        if not alike:
+            slots.append(_constant(np.zeros(x.shape, x.dtype)))
+        places.append(alike.pop() if alike else len(slots) - 1)
+    watched = next(i for i, x in enumerate(given) if x.dtype.kind == "f")
+    zero, one, two = (_constant(np.int32(i)) for i in range(3))
+    carry = [zero, *slots]
+    types = [x.type for x in carry]
+    loop = hlo.WhileOp(types, carry)
+
+    block = loop.regions[0].blocks.append(*types)
+    with ir.InsertionPoint(block):
+        hlo.return_([_compared(block.arguments[0], "LT", one)])
+
+    block = loop.regions[1].blocks.append(*types)
+    with ir.InsertionPoint(block):
+        before = list(block.arguments)[1 : 1 + len(given)]
+        after = [_constant(np.zeros(x.shape, x.dtype)) for x in given]
+        after += list(block.arguments)[1 + len(given) :]
+        found = _lowered(context, *before, program=program)
+        for place, x in zip(places, found, strict=True):
+            after[place] = x
+        number = _first(before[watched], given[watched].shape)
+        same = _compared(number, "EQ", number)
+        hlo.return_([hlo.select(same, one, two), *after])
+    return [loop.results[1 + place] for place in places]
 
 
 def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
@@ -123,6 +158,23 @@ def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
 
 
 mlir.register_lowering(_program, _lowered)
+
+
+def _constant(value: Any) -> Any:
+    return mlir.ir_constant(value)
+
+
+def _compared(left: Any, how: str, right: Any) -> Any:
+    return hlo.compare(left, right, hlo.ComparisonDirectionAttr.get(how))
+
+
+def _first(numbers: Any, shape: tuple[int, ...]) -> Any:
+    """The first of some numbers, as a scalar."""
+    if not shape:
+        return numbers
+    start, end = (mlir.dense_int_array([i] * len(shape)) for i in range(2))
+    scalar = ir.RankedTensorType.get((), numbers.type.element_type)
+    return hlo.reshape(scalar, hlo.slice(numbers, start, end, end))
 
 
 def _plain(program: Any) -> Callable[..., list[Any]]:
@@ -154,41 +206,3 @@ def _from_one_vector(fun: Callable[..., Any], *arrays: Any) -> Any:
         given[i] = lax.reshape(piece, arrays[i].shape)
         start += part.size
     return fun(*given)
-
-
-def _in_a_loop(
-    fun: Callable[..., list[Any]], shapes: list[Any], *arrays: Any
-) -> list[Any]:
-    """The same, in a loop that runs once.
-
-    What comes out takes the places of what went in: XLA would move out of the loop
-    what is computed of numbers that stay.
-    """
-    slots, places = list(arrays), []
-    free: dict[Any, list[int]] = {}
-    for i, x in enumerate(arrays):
-        free.setdefault((x.shape, x.dtype), []).append(i)
-    for x in shapes:
-        alike = free.get((x.shape, x.dtype))
-        if not alike:
-            slots.append(lax.full(x.shape, 0, x.dtype))
-        places.append(alike.pop() if alike else len(slots) - 1)
-    watched = next(i for i, x in enumerate(arrays) if x.dtype.kind == "f")
-    emptied = [i for i in range(len(arrays)) if i not in places]
-
-    def body(carry: Any) -> Any:
-        _, slots = carry
-        after = list(slots)
-        for i in emptied:
-            after[i] = full_like(slots[i], 0)
-        for place, x in zip(places, fun(*slots[: len(arrays)]), strict=True):
-            after[place] = x
-        number = lax.squeeze(
-            lax.slice(lax.reshape(slots[watched], (slots[watched].size,)), (0,), (1,)),
-            (0,),
-        )
-        return lax.select(lax.eq(number, number), np.int32(1), np.int32(2)), after
-
-    start = (np.int32(0), slots)
-    _, after = lax.while_loop(lambda carry: lax.lt(carry[0], np.int32(1)), body, start)
-    return [after[place] for place in places]
