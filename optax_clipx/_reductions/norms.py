@@ -19,7 +19,7 @@ from jax import lax
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
-from .._devices.programs import Passes, if_needed, traced_once, unknown
+from .._devices.programs import END, Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
     abs_squared,
@@ -201,9 +201,9 @@ class _Measured:
         wide = any(_can_leave_range(dtype, self.dtype) for dtype in dtypes)
         return [wide and not count for count in _counted(self.derive, trees)]
 
-    def spread(self, packed: Sequence[Packed]) -> list[list[Any]]:
-        """For each derived tree, and each of its leaves, what its group has."""
-        return [self.where.groups.spread(p) for p in packed]
+    def spread(self, packed: Packed) -> list[Any]:
+        """For each leaf what its group has."""
+        return self.where.groups.spread(packed)
 
     def sizes(self, given: Any) -> Packed:
         """The number of entries of each group."""
@@ -309,6 +309,11 @@ def _units(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
     return [jax.tree.map(_unit_of if risk else _one, x) for x, risk in each]
 
 
+def _inverse(units: Sequence[Packed]) -> list[Packed]:
+    """Of powers of two: exact."""
+    return jax.tree.map(lambda unit: lax.div(_one(unit), unit), list(units))
+
+
 def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
     """What belongs to the range in which the squares are."""
     limits = _RANGES[squares.dtype]
@@ -331,36 +336,37 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
         return passes.side_by_side(given)
     joined = _joined(measured, risks) if measured.lots else passes
+    if any(place.axes for place in places):
+        return if_needed(passes, joined, given)
     one = groups.like(given[0][0], measured.dtype)
-    like = None if any(place.axes for place in places) else [Norms(one, one, one)]
-    return if_needed(passes, joined, given, like and like * len(risks))
+    like = [Norms(one, one, one)] * len(risks)
+    start = [jax.tree.map(lambda x: np.ones(x.shape, x.dtype), one)] * len(risks)
+    return if_needed(passes, joined, given, start, like)
 
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
     """A pass over plain squares, one over those in the right unit, and both at once."""
     in_one = as_one if measured.where.groups.is_one else _called
 
-    def once(given: Any) -> Any:
-        def found(sums: list[Any]) -> Any:
-            (plain,) = measured.totals(sums, given)
-            unit = _units(plain, risks)
-            at_risk = [x for x, risk in zip(unit, risks, strict=True) if risk]
-            flags = map(_is_not_one, jax.tree.leaves(at_risk))
-            factors = jax.tree.map(lambda unit: lax.div(_one(unit), unit), unit)
-            needed = functools.reduce(lax.bitwise_or, flags)
-            each = measured.spread(factors)  # a factor that leaves share is stored
-            return list(map(_norms_of, plain, unit)), needed, (unit, each)
-
-        return in_one(found, measured.sums(given, "each"))
-
-    def again(more: Any, given: Any) -> list[Norms]:
-        def found(sums: list[Any], unit: list[Packed]) -> list[Norms]:
+    def once(state: Any, given: Any) -> Any:
+        def found(sums: list[Any], number: Any, factors: Any) -> Any:
             (squares,) = measured.totals(sums, given)
-            return list(map(_norms_of, squares, unit))
+            right = _units(squares, risks)
+            units = right if factors is None else _inverse(factors)
+            at_risk = [x for x, risk in zip(right, risks, strict=True) if risk]
+            wrong = functools.reduce(
+                lax.bitwise_or, map(_is_not_one, jax.tree.leaves(at_risk))
+            )
+            again = lax.bitwise_and(equal(number, 0), wrong)
+            number = where(again, np.int32(1), END)
+            return (number, _inverse(right)), list(map(_norms_of, squares, units))
 
-        unit, factors = unknown(more)
-        sums = measured.sums(given, "each", factors)
-        return in_one(found, sums, unit)
+        number, factors = state
+        each = factors and [
+            measured.spread(x) if risk else [None] * len(given[0][0])
+            for x, risk in zip(factors, risks, strict=True)
+        ]
+        return in_one(found, measured.sums(given, "each", each), number, factors)
 
     def side_by_side(given: Any) -> list[Norms]:
         plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
@@ -372,7 +378,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         ]
         return list(map(_norms_of, picked, _units(plain, risks)))
 
-    return Passes(once, again, side_by_side)
+    return Passes(once, side_by_side)
 
 
 def _called(fun: Callable[..., Any], *given: Any) -> Any:
@@ -393,8 +399,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
         ), [extras[lot[0]] for lot in lots] if extras else extras
 
     return Passes(
-        lambda given: passes.once(put_together(given)),
-        lambda more, given: passes.again(more, put_together(given)),
+        lambda state, given: passes.once(state, put_together(given)),
         lambda given: passes.side_by_side(put_together(given)),
     )
 
