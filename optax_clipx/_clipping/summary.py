@@ -1,6 +1,6 @@
 """One step seen as a whole: a few numbers from the norms of all groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.sums import stacked, vector_of
+from .._devices.numbers import as_one
+from .._devices.programs import entries
+from .._devices.sums import stacked
 from .._reductions.groups import Packed, UnitGroups
 from .._reductions.norms import Norms
 from .._reductions.plan import Ord, Plan
-from .._reductions.whole_norm import as_norm, combine, whole
+from .._reductions.whole_norm import as_norm, powers
 from .._trees.arithmetic import (
     at_least,
     both,
@@ -25,7 +27,7 @@ from .._trees.arithmetic import (
     full_like,
     more,
     negated,
-    total,
+    product,
     where,
 )
 from .._trees.sizes import as_number, is_known
@@ -46,17 +48,23 @@ class Summary(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What is to be known of some groups, as scalars."""
+    """What is to be known of one group, or of several.
 
-    peak: jax.Array  # the norm of all is `peak * total^(1/p)`
-    total: jax.Array
-    peak_after: jax.Array  # the same after clipping
-    total_after: jax.Array
-    over: jax.Array  # how many are above their thresholds
-    lowest: jax.Array  # the smallest threshold
-    ratio: jax.Array  # the largest of norm to threshold, and what belongs to it
-    threshold: jax.Array
-    scale: jax.Array
+    The norm of several is `peak * total^(1/p)`.
+    """
+
+    # Of several the largest:
+    peak: Any
+    peak_after: Any  # the same after clipping
+    ratio: Any  # of a norm to its threshold
+    minus_lowest: Any  # threshold
+    # Of several the sum:
+    total: Any
+    total_after: Any
+    over: Any  # how many are above their thresholds
+    # Of several those of the largest ratio:
+    threshold: Any
+    minus_scale: Any
 
 
 def summarize(
@@ -75,7 +83,7 @@ def summarize(
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
-        return _from_row(row, ord, *_extent(norms.value, sizes, [1.0]))
+        return _from_row(row, ord, _extent(norms.value, sizes, [1.0]))
 
     def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
         parts = [shards[i : i + each] for i in range(0, len(shards), each)]
@@ -89,15 +97,13 @@ def summarize(
             _row_of([part[i] for part in parts], sizes[i], weights[i], ord)
             for i in range(each)
         ]
-        row = (
-            rows[0] if each == 1 else _folded(stacked(list(map(vector_of, rows))), ord)
-        )
+        row = rows[0] if each == 1 else _folded(_Row(*stacked(rows).T), ord)
         count, size = _extent(parts[0], sizes, weights)
         table = _gathered(row, kept)
         if table is None:
-            return _from_row(row, ord, count, size)
-        devices = len(table)
-        return _from_row(_folded(table, ord), ord, count * devices, size * devices)
+            return _from_row(row, ord, (count, size))
+        extent = count * len(table), size * len(table)
+        return _from_row(_folded(_Row(*table.T), ord), ord, extent)
 
     flat = [x for field in fields for x in field]
     kept, each = groups.kept(plan.places), len(norms.value)
@@ -106,18 +112,16 @@ def summarize(
     )
 
 
-def _gathered(row: _Row, kept: tuple[str, ...]) -> jax.Array | None:
+def _gathered(row: jax.Array, kept: tuple[str, ...]) -> jax.Array | None:
     """The rows of all devices, on every device; None where all have the same."""
     # Over other axes a row varies by its type only: one of the copies is taken.
-    varies = {name for number in row for name in mesh.varying(number)}
-    copied = tuple(sorted(varies - set(kept)))
+    copied = tuple(sorted(mesh.varying(row) - set(kept)))
     if not kept and not copied:
         return None
-    vector = vector_of(row)
     if copied:
-        vector = jnp.where(mesh.index_in(copied) == 0, vector, 0)
-    table = jnp.zeros((mesh.size_of(kept), *vector.shape), vector.dtype)
-    table = lax.dynamic_update_slice(table, vector[None], (mesh.index_in(kept), 0))
+        row = jnp.where(mesh.index_in(copied) == 0, row, 0)
+    table = jnp.zeros((mesh.size_of(kept), *row.shape), row.dtype)
+    table = lax.dynamic_update_slice(table, row[None], (mesh.index_in(kept), 0))
     return mesh.sum_over(table, kept + copied)
 
 
@@ -177,7 +181,7 @@ def of_entries(
     )
 
 
-def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> _Row:
+def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Array:
     """Of one array of groups."""
     norms, limits, scales, clipped_norms = fields
     dtype, zero = norms.dtype, full_like(norms, 0)
@@ -188,56 +192,73 @@ def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> _Row:
     weights = dtype.type(weight)
     if ord == "rms":
         weights = jnp.asarray(size, dtype) * weights
-    return _Row(
-        *whole(norms, weights, ord),
-        *whole(clipped_norms, weights, ord),
-        lax.mul(total(over), dtype.type(weight)),
-        jnp.min(limits),
-        *_worst(ratio, limits, scales),
+    each = _Row(
+        peak=norms,
+        peak_after=clipped_norms,
+        ratio=ratio,
+        minus_lowest=lax.neg(limits),
+        total=weights,
+        total_after=weights,
+        over=lax.mul(over, dtype.type(weight)),
+        threshold=limits,
+        minus_scale=lax.neg(scales),
     )
+    return _folded(each, ord)
 
 
-def _folded(table: jax.Array, ord: Ord) -> _Row:
-    """Several rows as one."""
-    rows = _Row(*table.T)
-    return _Row(
-        *combine(rows.peak, rows.total, ord),
-        *combine(rows.peak_after, rows.total_after, ord),
-        jnp.sum(rows.over),
-        jnp.min(rows.lowest),
-        *_worst(rows.ratio, rows.threshold, rows.scale),
-    )
-
-
-def _worst(
-    ratio: jax.Array, limit: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest ratio of norm to threshold, with its threshold and scale.
+def _folded(rows: _Row, ord: Ord) -> jax.Array:
+    """Of several rows, field by field, one: a vector. It takes three reductions.
 
     Of ratios that differ by rounding only the largest threshold is taken, since
     rounding depends on the mesh.
     """
-    largest = jnp.max(ratio)
-    here = at_least(ratio, lax.mul(largest, ratio.dtype.type(1 - 2.0**-18)))
-    return (
-        largest,
-        jnp.max(where(here, limit, -np.inf)),
-        jnp.min(where(here, scale, np.inf)),
+    top = _of_each(rows[:4], lax.max, -np.inf)
+    peak, peak_after, ratio, _ = entries(top)
+    totals = _of_each(
+        (
+            product(powers(rows.peak, peak, ord), rows.total),
+            product(powers(rows.peak_after, peak_after, ord), rows.total_after),
+            rows.over,
+        ),
+        lax.add,
+        0,
     )
+    here = at_least(rows.ratio, lax.mul(ratio, ratio.dtype.type(1 - 2.0**-18)))
+    worst = _of_each(
+        [where(here, x, -np.inf) for x in (rows.threshold, rows.minus_scale)],
+        lax.max,
+        -np.inf,
+    )
+    return lax.concatenate((top, totals, worst), 0)
 
 
-def _from_row(row: _Row, ord: Ord, count: Any, size: Any) -> Summary:
-    norm = as_norm(row.peak, row.total, size, ord)
-    return Summary(
-        norm=norm,
-        clipped_norm=as_norm(row.peak_after, row.total_after, size, ord),
-        scale=row.scale,
-        threshold=row.threshold,
-        clipped=row.over / count,
-        any_clipped=more(row.over, 0),
-        nonfinite=negated(finite(norm)),
-        unusable=negated(at_least(row.lowest, 0)),
-    )
+def _of_each(
+    arrays: Sequence[jax.Array], fold: Callable[..., jax.Array], start: float
+) -> jax.Array:
+    """The entries of each array as one number, in one reduction."""
+    rows = lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
+    start = rows.dtype.type(start)
+    return lax.reduce(rows, start, fold, tuple(range(1, rows.ndim)))
+
+
+def _from_row(vector: jax.Array, ord: Ord, extent: tuple[Any, Any]) -> Summary:
+    """The summary of all groups, so many groups and entries."""
+
+    def summary(vector: jax.Array, extent: tuple[Any, Any]) -> Summary:
+        row, (count, size) = _Row(*entries(vector)), extent
+        norm = as_norm(row.peak, row.total, size, ord)
+        return Summary(
+            norm=norm,
+            clipped_norm=as_norm(row.peak_after, row.total_after, size, ord),
+            scale=lax.neg(row.minus_scale),
+            threshold=row.threshold,
+            clipped=row.over / count,
+            any_clipped=more(row.over, 0),
+            nonfinite=negated(finite(norm)),
+            unusable=negated(at_least(lax.neg(row.minus_lowest), 0)),
+        )
+
+    return as_one(summary, vector, extent)
 
 
 def nothing() -> Summary:

@@ -43,7 +43,7 @@ class Passes(NamedTuple):
 
     `once(state, given)` is the state after a pass, and what the pass found. A state is
     the number of the pass, which is `END` if no other is needed, and what the pass goes
-    by: None at first. `side_by_side(given)` computes all that may be needed in one read.
+    by: at first None. `side_by_side(given)` computes all in one read.
     """
 
     once: Callable[[Any, Any], Any]

@@ -354,9 +354,8 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             right = _units(squares, risks)
             units = right if factors is None else _inverse(factors)
             at_risk = [x for x, risk in zip(right, risks, strict=True) if risk]
-            wrong = functools.reduce(
-                lax.bitwise_or, map(_is_not_one, jax.tree.leaves(at_risk))
-            )
+            wrong = jax.tree.leaves(jax.tree.map(_any_is_not_one, *at_risk))
+            wrong = functools.reduce(lax.bitwise_or, map(_any, wrong))
             again = lax.bitwise_and(equal(number, 0), wrong)
             number = where(again, np.int32(1), END)
             return (number, _inverse(right)), list(map(_norms_of, squares, units))
@@ -456,10 +455,12 @@ def _one(x: jax.Array) -> jax.Array:
     return lax.full_like(x, 1)
 
 
-def _is_not_one(unit: jax.Array) -> jax.Array:
-    """Whether any is not 1."""
-    flags = negated(equal(unit, 1))
+def _any(flags: jax.Array) -> jax.Array:
     return jnp.any(flags) if flags.ndim else flags
+
+
+def _any_is_not_one(*units: jax.Array) -> jax.Array:
+    return negated(functools.reduce(lax.bitwise_and, (equal(x, 1) for x in units)))
 
 
 def _norms_of(squares: Packed, unit: Packed) -> Norms:
