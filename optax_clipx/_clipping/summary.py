@@ -221,7 +221,7 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
             rows.over,
         ),
         lax.add,
-        0,
+        0.0,
     )
     here = at_least(rows.ratio, lax.mul(ratio, ratio.dtype.type(1 - 2.0**-18)))
     worst = _of_each(
