@@ -76,12 +76,13 @@ def if_needed(
             state, found = joined.once((first, None), given)
             left = lax.lt(state[0], END)
             return lax.cond(left, lambda: joined.once(state, given)[1], lambda: found)
+
+        def once(carry: Any) -> Any:
+            # XLA would compute outside, and store, what is derived of the arrays alone.
+            return joined.once(*unknown((carry[0], given)))
+
         begin = ((first, start), jax.tree.map(_zeros, like))
-        return lax.while_loop(
-            lambda carry: lax.lt(carry[0][0], END),
-            lambda carry: joined.once(carry[0], given),
-            begin,
-        )[1]
+        return lax.while_loop(lambda carry: lax.lt(carry[0][0], END), once, begin)[1]
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
     return by_platform(ways, given, like)

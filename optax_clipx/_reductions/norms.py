@@ -361,8 +361,9 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             return (number, _inverse(right)), list(map(_norms_of, squares, units))
 
         number, factors = state
+        # Unknown: XLA would write out a factor that leaves of one shape share.
         each = factors and [
-            measured.spread(x) if risk else [None] * len(given[0][0])
+            unknown(measured.spread(x)) if risk else [None] * len(given[0][0])
             for x, risk in zip(factors, risks, strict=True)
         ]
         return in_one(found, measured.sums(given, "each", each), number, factors)
