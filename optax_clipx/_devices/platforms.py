@@ -1,6 +1,6 @@
 """One of several ways to compute the same, taken once the platform is known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -34,8 +34,7 @@ def by_platform(ways: Ways, given: Any, like: Any = None) -> Any:
     if platform is not None:
         return _way(ways, platform)(given)
     arrays, structure = jax.tree.flatten(given)
-    on_mesh = not jax.sharding.get_abstract_mesh().empty or any(map(_on_mesh, arrays))
-    if like is None or on_mesh or is_concrete(given):
+    if like is None or is_on_mesh(arrays) or is_concrete(given):
         return _all_traced(ways, given)
     shapes, outcome = jax.tree.flatten(like)
     kinds = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in shapes)
@@ -43,9 +42,12 @@ def by_platform(ways: Ways, given: Any, like: Any = None) -> Any:
     return jax.tree.unflatten(outcome, _chosen.bind(*arrays, call=call))
 
 
-def _on_mesh(array: Any) -> bool:
+def is_on_mesh(arrays: Sequence[Any]) -> bool:
+    """Whether there is a mesh in whose context, or on whose axes, arrays are."""
     # In JAX 0.7 types name the mesh of arrays that were put on Auto axes, too.
-    return bool(varying(array)) or not jax.typeof(array).sharding.mesh.empty
+    return not jax.sharding.get_abstract_mesh().empty or any(
+        varying(x) or not jax.typeof(x).sharding.mesh.empty for x in arrays
+    )
 
 
 _platform: ContextVar[str | None] = ContextVar("optax_clipx_platform", default=None)
