@@ -131,7 +131,6 @@ def train(name: str, threshold: Any, seed: Any, steps: int, strict: bool) -> Any
 
 def measure(name: str, steps: int) -> dict[str, Any]:
     """All thresholds and seeds with one optimizer, in one program."""
-
     rows = _rows(name, THRESHOLDS, steps, strict=False)
     rows += _rows(name, (STRICT,), steps, strict=True)
     return {"optimizer": name, "steps": steps, "rows": rows}

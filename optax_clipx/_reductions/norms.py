@@ -359,9 +359,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
             right = _units(squares, risks)
             units = right if factors is None else _inverse(factors)
             at_risk = [x for x, risk in zip(right, risks, strict=True) if risk]
-            wrong = jax.tree.leaves(jax.tree.map(_any_is_not_one, *at_risk))
-            wrong = functools.reduce(lax.bitwise_or, map(_any, wrong))
-            again = lax.bitwise_and(equal(number, 0), wrong)
+            again = lax.bitwise_and(equal(number, 0), _is_other_than_one(at_risk))
             number = where(again, np.int32(1), END)
             return (number, _inverse(right)), list(map(_norms_of, squares, units))
 
@@ -461,12 +459,16 @@ def _one(x: jax.Array) -> jax.Array:
     return lax.full_like(x, 1)
 
 
-def _any(flags: jax.Array) -> jax.Array:
-    return jnp.any(flags) if flags.ndim else flags
+def _is_other_than_one(units: list[Packed]) -> jax.Array:
+    """Whether any unit is not 1."""
 
+    def flag(*units: jax.Array) -> jax.Array:
+        each = [equal(x, 1) for x in units]
+        return negated(functools.reduce(lax.bitwise_and, each))
 
-def _any_is_not_one(*units: jax.Array) -> jax.Array:
-    return negated(functools.reduce(lax.bitwise_and, (equal(x, 1) for x in units)))
+    flags = jax.tree.leaves(jax.tree.map(flag, *units))
+    each = [jnp.any(x) if x.ndim else x for x in flags]
+    return functools.reduce(lax.bitwise_or, each)
 
 
 def _norms_of(squares: Packed, unit: Packed) -> Norms:
