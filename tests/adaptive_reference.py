@@ -108,21 +108,22 @@ def tracker(q=0.9, eta=0.02):
 
 
 def auto():
-    """Twice a low quantile, believed faster the longer all norms are above it."""
-    m, k, above, limit, first = None, 0, 0, None, []
+    """A fraction of the median of the first norms, which falls with the usual norm."""
+    first, usual, k, far, limit = [], None, 0, 0, None
     while True:
         n = yield limit
         if n == 0:
             continue
-        m = n if m is None else m
-        limit, k = 2 * m, k + 1
-        above = above + 1 if n > m else 0
-        pace = max(0.02, 1 / (k + 1))
-        up = min(0.05 * pace * 2 ** (min(above, 400) / 50), 1)
-        m = m * np.exp(up if n > m else -0.95 * pace)
-        first.append(n)
-        if k == 5:
-            m = min(m, np.median(first))
+        if far == 50:
+            first, k, far = [], 0, 0
+        k += 1
+        usual = n if k == 1 else usual
+        first = [*first, n][:10]
+        median = sorted(first)[(len(first) - 1) // 2]
+        far = far + 1 if n > 30 * median else 0
+        limit = 0.8 * min((0.3 + 0.7 * min(k / 100, 1)) * median, 10 * usual)
+        pace = max(0.02, 1 / (k + 1)) / 2
+        usual = usual * np.exp(pace if n > usual else -pace)
 
 
 def ema_ratio(

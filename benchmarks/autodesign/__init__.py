@@ -4,8 +4,8 @@ How the rule of `auto_clip` is chosen, written down before it has seen any task 
 second half of clipbench, or lmbench:
 
 1. Every design runs on the 48 cells of this benchmark, a task with an optimizer each. A
-   design is out if it diverges in a cell in which the best fixed threshold does not that
-   was chosen by other seeds.
+   design is out if it diverges in a cell in which the best fixed threshold that was
+   chosen by other seeds does not.
 2. Of the others, those count whose share of cells within 3% of the best fixed threshold
    is at most two cells below the largest share: smaller differences are noise.
 3. Of these the one is chosen whose loss over that of the best fixed threshold has the

@@ -358,5 +358,5 @@ def fourth_round() -> dict[str, Design]:
 
 @functools.cache
 def all_designs() -> dict[str, Design]:
-    """Baselines and designs by name."""
+    """Baselines and designs by name, in the order in which they were tried."""
     return BASELINES | families()

@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 import optax_clipx as clipx
+from clipbench.earlier import first_auto_clip
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def zeroing(method: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
 
 
 FIXED = "fixed limit"
+FIRST_AUTO = "auto_clip, first design"
 # Of the median norm of the first gradients, so that no task is favoured by its units.
 RELATIVE_LIMITS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -40,6 +42,7 @@ METHODS = {
     FIXED: Method(zeroing(clipx.clip_by_global_norm), RELATIVE_LIMITS, "max_norm"),
     "fixed 1.0": Method(zeroing(clipx.clip_by_global_norm), (1.0,), ""),
     "auto_clip": Method(lambda number: clipx.auto_clip(nonfinite="zero"), (0.0,), ""),
+    FIRST_AUTO: Method(first_auto_clip, (0.0,), ""),
     "zclip": Method(zeroing(clipx.zclip), (2.5, 1.25, 5.0), "z_threshold"),
     "quantile_clip": Method(
         zeroing(clipx.quantile_clip), (0.1, 0.025, 0.4), "quantile"

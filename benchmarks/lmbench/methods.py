@@ -79,6 +79,7 @@ METHODS = {
         first(small.METHODS[FIXED].make), (1.0, 0.03, 0.1, 0.3, 3.0, 10.0), "max_norm"
     ),
     "auto_clip": as_there("auto_clip"),
+    small.FIRST_AUTO: as_there(small.FIRST_AUTO),
     "quantile_clip": as_there("quantile_clip"),
     "zclip": as_there("zclip"),
     "adagc": as_there("adagc"),

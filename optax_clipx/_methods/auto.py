@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
-from .._clipping.responses import rescale
 from .._thresholds.auto import auto
 from .._trees.arguments import AxisNames, Specs
 from .common import method
+
+_UNITS = 8.0  # in a threshold; norms below one of them stay as they are
 
 
 def auto_clip(
@@ -18,20 +21,27 @@ def auto_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms to a threshold that it finds by itself.
+    r"""Compresses norms to below a threshold that it finds by itself.
 
-    .. math:: u_i \leftarrow \min(1, 2 m_k / n_k)\, u_i
+    .. math:: u \leftarrow \frac{c(n)}{n}\, u, \qquad
+              c(n) = \begin{cases} n & n \le t / 8 \\
+              \min\bigl(t, \tfrac{t}{8} (1 + \log \tfrac{8 n}{t})\bigr) & n > t / 8
+              \end{cases}
 
-    The threshold at step :math:`k` is :math:`2 m_k`, where :math:`m_k` estimates the
-    5th percentile of the norms: only 5% of the steps have a smaller norm.
-    :func:`thresholds.auto` describes the rule. If
-    norms vary little, the threshold is above nearly all of them, and only spikes are
-    clipped. If norms have heavy tails, it is below their median, and most steps are
-    clipped.
+    The threshold :math:`t` is 0.8 times the median of the first ten norms, and follows
+    the norms down but not up; :func:`thresholds.auto` describes the rule. A norm
+    :math:`n` below an eighth of the threshold stays as it is. Above, the clipped norm
+    grows only as the logarithm of :math:`n`, up to the threshold. So most steps are
+    made shorter at first, by a factor of 3 for a norm like the first ones, and outliers
+    by far more.
 
-    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
-    the usual norm are not clipped for up to 4 steps. Multiplying the loss by a constant
-    changes nothing: the same steps are clipped by the same factors.
+    Choose the learning rate with the clipper in place. With SGD, a rate that was chosen
+    without clipping makes short steps here; try three times this rate as well. Adam and
+    Lion divide by the usual size of a gradient, so the shorter gradients leave the
+    length of their steps as it is.
+
+    Multiplying the loss by a constant changes nothing: the same steps are scaled by the
+    same factors.
 
     Args:
         scope: as in :func:`zclip`.
@@ -41,7 +51,7 @@ def auto_clip(
         metrics: whether the state keeps :class:`ClipMetrics`.
 
     Returns:
-        A transformation; its state is eight numbers for each norm.
+        A transformation; its state is 13 numbers for each norm.
 
     Raises:
         ValueError: if ``scope`` or ``nonfinite`` is unknown.
@@ -55,14 +65,23 @@ def auto_clip(
         >>> for norm in (1.0, 1.1, 0.9, 1.0, 50.0, 1.0):
         ...     clipped, state = clipper.update(jnp.array([norm]), state)
         ...     print(f"{clipx.metrics(state)['clip/clipped_norm']:.2f}")
-        1.00
-        1.10
-        0.90
-        1.00
-        1.29
-        1.00
+        0.14
+        0.14
+        0.14
+        0.14
+        0.27
+        0.15
 
     References:
         See :func:`thresholds.auto`.
     """
-    return method(scope, auto(), rescale, nonfinite, axis_name, specs, metrics)
+    return method(scope, auto(), compress, nonfinite, axis_name, specs, metrics)
+
+
+def compress(
+    norms: Float[Array, "..."], limits: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Above an eighth of the limit a norm grows as its logarithm, up to the limit."""
+    # In this order: an eighth of a tiny limit would be zero.
+    units = jnp.maximum(norms / limits * _UNITS, 1)
+    return jnp.minimum(1 + jnp.log(units), _UNITS) / units

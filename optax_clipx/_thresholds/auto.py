@@ -1,4 +1,4 @@
-"""A threshold that is found from the norms, with no number to choose."""
+"""A threshold that is found from the first norms, with no number to choose."""
 
 from typing import Any, NamedTuple
 
@@ -6,51 +6,55 @@ import jax
 import jax.numpy as jnp
 
 from .._trees.arithmetic import where
-from .base import Context, Threshold, memory, per_norm, put, ranked
+from .base import Context, Threshold, memory, numbered, per_norm, put, ranked
 
-_SHARE = 0.05  # of the norms are below the level
-_FACTOR = 2.0  # the threshold divided by the level
-_PACE = 0.02  # of the level's logarithm, after the first steps
-_DOUBLING = 50  # norms in a row above the level double its pace upward
-_MOST_DOUBLINGS = 8
-_FIRST = 5  # norms; their median is the most that the level is after them
+_FIRST = 10  # norms; the threshold is in units of their median
+_FRACTION = 0.8  # of their median, or of the usual norm times _ABOVE, is the threshold
+_ABOVE = 10.0
+_START = 0.3  # of the threshold, before the first norm
+_STEPS = 100  # until it is all there
+_PACE = 0.02  # of the logarithm of the usual norm, after the first steps
+_FAR = 30.0  # times the median: so many norms in a row above it are a new level
+_IN_A_ROW = 50
 
 
 class AutoState(NamedTuple):
-    """The level, 0 before the first norm, and what moves it.
+    """The first norms and the usual norm, and whether they are still of use.
 
-    `seen` counts the norms and `above` those in a row above the level; `first` holds
-    the first ones.
+    `seen` counts the norms since the start, or since the level changed for good; `far`
+    those in a row that were far above the median of the first ones.
     """
 
-    level: jax.Array
-    seen: jax.Array
-    above: jax.Array
     first: jax.Array
+    usual: jax.Array
+    seen: jax.Array
+    far: jax.Array
 
 
 def auto() -> Threshold:
-    r"""Twice the 5th percentile of the norms, for :func:`optax_clipx.auto_clip`.
+    r"""A fraction of the first norms, for :func:`optax_clipx.auto_clip`.
 
-    .. math:: t_k = 2\, m_k, \qquad
-              \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
-              \begin{cases} 0.05 \cdot 2^{a_k / 50} & n_k > m_k \\
-              -0.95 & n_k \le m_k \end{cases} \qquad m_1 = n_1
+    .. math:: t_k = 0.8 \min(r_k a_k, 10\, m_k), \qquad
+              r_k = 0.3 + 0.7 \min(1, k / 100)
 
-    Here :math:`n_k` is the norm at step :math:`k`, :math:`m_k` the level, and
-    :math:`a_k` the number of norms in a row above the level, this one included, up to
-    400. After five norms the level is at most their median, so that a spike at the
-    first step has no lasting effect. If all norms are multiplied by a constant, so
-    are the thresholds.
+    Here :math:`a_k` is the median of the first ten norms (of those so far, up to the
+    tenth), and never follows the norms after them. The slow start :math:`r_k` rises
+    from 0.3 to 1 in 100 steps. The usual norm :math:`m_k` is a running median of all
+    norms before this one:
 
-    A norm above the level, of any size, raises the threshold by at most the factor
-    :math:`e^{0.1 / (k + 1)}` in the first 50 steps and by 0.1% later; a norm below
-    lowers it by 1.9%. So an explosion of 50 steps raises the threshold by only 7%. A
-    change that lasts is followed faster and faster: a level that is 30 times as high is
-    reached in about 260 steps. Norms of zero and non-finite steps change nothing.
+    .. math:: \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
+              \begin{cases} 0.5 & n_k > m_k \ -0.5 & n_k \le m_k \end{cases}
+              \qquad m_1 = n_1
+
+    Norms that fall bring the threshold down once they are below a tenth of the first
+    ones. Norms that rise do not raise it, so an explosion does not carry the threshold
+    along. There is one exception, so that tiny first gradients do not decide for ever:
+    after 50 norms in a row above :math:`30\, a_k` the rule starts again, as if the next
+    norm were the first. If all norms are multiplied by a constant, so are the
+    thresholds. Norms of zero and non-finite steps change nothing.
 
     Returns:
-        A threshold rule; its state is eight numbers for each norm.
+        A threshold rule; its state is 13 numbers for each norm.
 
     Raises:
         TypeError: if it is given an argument: it has no number to choose.
@@ -64,41 +68,50 @@ def auto() -> Threshold:
         >>> for norm in (1.0, 1.1, 0.9, 50.0, 1.0):
         ...     threshold, state = rule.update(jnp.float32(norm), state, context)
         ...     print(f"{threshold:.3f}")
-        2.000
-        1.244
-        1.265
-        1.281
-        1.295
+        0.246
+        0.251
+        0.257
+        0.262
+        0.268
 
     References:
-        A quantile tracked by comparisons alone: Andrew et al., Differentially private
-        learning with adaptive clipping, 2021, arXiv 1905.03871. A low percentile as the
-        threshold: Seetharaman et al., AutoClip, 2020, arXiv 2007.14469. The factor, the
-        start and the growing rate are this package's own.
+        This package's own. The first norms as the unit of a threshold, and what else
+        was tried, are in ``benchmarks/autodesign``. A quantile tracked by comparisons
+        alone: Andrew et al., Differentially private learning with adaptive clipping,
+        2021, arXiv 1905.03871.
     """
 
     def update(norm: jax.Array, state: AutoState, context: Context) -> Any:
-        level = where(state.level > 0, state.level, norm)
-        higher = norm > level
-        above = where(higher, jnp.minimum(state.above, 2**20) + 1, 0)
-        doublings = jnp.minimum(above.astype(jnp.float32) / _DOUBLING, _MOST_DOUBLINGS)
-        seen = jnp.minimum(state.seen, 2**20) + 1
-        pace = jnp.maximum(_PACE, 1 / (seen.astype(jnp.float32) + 1))
-        up = jnp.minimum(pace * _SHARE * jnp.exp2(doublings), 1)
-        moved = level * jnp.exp(where(higher, up, -pace * (1 - _SHARE)))
-        first = put(state.first, state.seen, norm)
-        (median,) = ranked(first, _FIRST // 2)
-        most = where(seen == _FIRST, median, jnp.inf)
+        anew = state.far >= _IN_A_ROW
+        before = where(anew, 0, state.seen)
+        seen = jnp.minimum(before, 2**20) + 1
+        first = put(state.first, before, norm)
+        median = _lower_median(first, seen)
+        usual = where(before > 0, state.usual, norm)
+        far = where(norm > _FAR * median, where(anew, 0, state.far) + 1, 0)
+        count = seen.astype(jnp.float32)
+        grown = _START + (1 - _START) * jnp.minimum(count / _STEPS, 1)
+        least = jnp.minimum(grown * median, _ABOVE * usual)
+        pace = 0.5 * jnp.maximum(_PACE, 1 / (count + 1))
+        usual = usual * jnp.exp(where(norm > usual, pace, -pace))
         info = jnp.finfo(jnp.float32)
-        moved = jnp.clip(jnp.minimum(moved, most), info.tiny, info.max / _FACTOR)
-        return _FACTOR * level, AutoState(moved, seen, above, first)
+        usual = jnp.clip(usual, info.tiny, info.max / _ABOVE)
+        return _FRACTION * least, AutoState(first, usual, seen, far)
 
     def init(norms: jax.Array) -> AutoState:
         return AutoState(
-            level=memory(norms),
-            seen=memory(norms, jnp.int32),
-            above=memory(norms, jnp.int32),
             first=memory(norms, size=_FIRST),
+            usual=memory(norms),
+            seen=memory(norms, jnp.int32),
+            far=memory(norms, jnp.int32),
         )
 
     return per_norm(init, update)
+
+
+def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
+    """Of the norms that are there; of an even number, the lower one of the middle."""
+    count = jnp.minimum(seen, _FIRST)[..., None]
+    there = where(numbered(_FIRST, seen) < count, first, jnp.inf)
+    (median,) = ranked(there, (count - 1) // 2)
+    return median

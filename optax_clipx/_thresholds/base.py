@@ -258,7 +258,7 @@ def put(values: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
     return where(here, value[..., None], values)
 
 
-def ranked(values: jax.Array, *ranks: int) -> list[jax.Array]:
+def ranked(values: jax.Array, *ranks: int | jax.Array) -> list[jax.Array]:
     """The entries of some ranks, from 0, along the last axis; compares all pairs."""
     one, other = values[..., :, None], values[..., None, :]
     number = numbered(values.shape[-1], values[..., 0])

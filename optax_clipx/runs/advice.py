@@ -195,7 +195,7 @@ ADVICE = {
     ),
     "always-clipped": Advice(
         _always,
-        "clipx.auto_clip()  # record again with it, or with ten times the threshold",
+        "clipx.zclip()  # record again with it, or with ten times the threshold",
         "Clip rate is 100%",
     ),
     "never-clipped": Advice(

@@ -55,7 +55,13 @@ PURE = {*ALL_METHODS, *ADAPTIVE, *STATELESS, *RULES, "clip_by_second_moment"}
 PURE -= {"clip_by_spectral_norm_rule"}  # its norm is a singular value
 ENTRIES = {*ELEMENT_METHODS, "magnitudes", "clip_by_second_moment"}
 STRETCHING = {"tree_normalize", "normalize_by_norm", "group_band"}
-SMOOTH = {"tree_smooth", "smooth_clip", "normalize_by_norm", "tree_normalize"}
+SMOOTH = {
+    "tree_smooth",
+    "smooth_clip",
+    "normalize_by_norm",
+    "tree_normalize",
+    "auto_clip",
+}
 ORDS = {
     "clip_by_leaf_norm_inf": np.inf,
     "clip_by_block_rms": "rms",

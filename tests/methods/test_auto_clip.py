@@ -13,11 +13,11 @@ import optax_clipx as clipx
 CLIPPER = clipx.auto_clip(nonfinite="zero")
 
 
-@jax.jit
-def run(norms):
+@functools.partial(jax.jit, static_argnums=1)
+def run(norms, what="threshold"):
     def step(state, norm):
         _, state = CLIPPER.update({"w": norm[None]}, state)
-        return state, clipx.metrics(state)["clip/threshold"]
+        return state, clipx.metrics(state)[f"clip/{what}"]
 
     return jax.lax.scan(step, CLIPPER.init({"w": jnp.ones(1)}), norms)[1]
 
@@ -91,7 +91,8 @@ def train(factor, of_its_own=True):
 
 def same(found, wanted):
     (_, scales, directions), (_, want_scales, want_directions) = found, wanted
-    assert 0.05 < np.mean(want_scales < 1) < 0.95
+    assert np.mean(want_scales < 1) > 0.95
+    assert np.min(want_scales) < 0.2
     np.testing.assert_allclose(scales, want_scales, rtol=1e-5)
     for key, want in want_directions.items():
         np.testing.assert_allclose(directions[key], want, rtol=0, atol=1e-5)
@@ -121,58 +122,84 @@ def test_norms_in_another_unit_change_nothing(factor):
     )
 
 
-def test_usual_norms_are_hardly_clipped():
-    norms = noise(2000, 0.1)
-    assert np.sum(norms > limits(norms)) == 0
-    norms[1000] = 3.0
-    assert np.sum(norms > limits(norms)) == 1
+def clipped(norms):
+    """The norms after clipping."""
+    return np.asarray(run(jnp.asarray(norms, jnp.float32), "clipped_norm"))
 
 
-def test_heavy_tails_are_clipped_often():
-    norms = np.random.default_rng(0).pareto(1.0, size=2000) + 0.1
-    assert 0.6 < np.mean(norms[50:] > limits(norms)[50:]) < 0.9
+def test_the_threshold_rises_to_four_fifths_of_the_first_norms():
+    found = limits(np.full(200, 5.0))
+    np.testing.assert_allclose(found[0], 5 * 0.8 * 0.307, rtol=1e-6)
+    np.testing.assert_allclose(found[49], 5 * 0.8 * 0.65, rtol=1e-6)
+    np.testing.assert_allclose(found[99:], 5 * 0.8, rtol=1e-6)
 
 
-def test_most_norms_exceed_the_level():
-    norms = noise(20000, 0.7)
-    assert 0.05 < np.mean(norms[1000:] <= limits(norms)[1000:] / 2) < 0.07
+def test_above_an_eighth_of_the_threshold_a_norm_grows_as_its_logarithm():
+    after = clipped([*np.full(100, 1.0), 0.09, 0.1, 0.2, 1.0, 50.0, 1e4, 1e30])[100:]
+    want = [0.09, 0.1, 0.1693147, 0.3302585, 0.7214608, 0.8, 0.8]
+    np.testing.assert_allclose(after, want, rtol=1e-5)
+
+
+def test_tiny_norms_are_not_lost():
+    norms = np.full(10, 1.5e-37)
+    np.testing.assert_allclose(
+        clipped(norms) / 1e-37, clipped(norms / 1e-37), rtol=1e-4
+    )
+
+
+def test_the_unit_is_the_lower_median_of_the_first_ten_norms():
+    first = [3.0, 1.0, 10.0, 2.0, 9.0, 8.0, 5.0, 7.0, 4.0, 6.0]
+    ramp = 0.8 * (0.3 + 0.007 * np.arange(1, 11))
+    want = [3, 1, 3, 2, 3, 3, 5, 5, 5, 5]
+    np.testing.assert_allclose(limits(first) / ramp, want, rtol=1e-5)
+    np.testing.assert_allclose(limits([*first, *np.full(200, 5.0)])[-1], 4, rtol=1e-5)
+
+
+def test_norms_that_rise_do_not_raise_it():
+    norms = noise(600)
+    norms[200:] *= np.minimum(np.exp(0.1 * np.arange(400)), 20)
+    found = limits(norms)
+    np.testing.assert_array_equal(found[100:], found[100])
+
+
+@pytest.mark.parametrize(("fall", "within"), [(100.0, 470), (1e4, 935)])
+def test_norms_that_fall_bring_it_down(fall, within):
+    norms = np.full(1500, 1.0)
+    norms[200:] /= fall
+    found = limits(norms)
+    assert found[200] == found[199]
+    np.testing.assert_allclose(found[200 + within :], 8 / fall, rtol=0.05)
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("place", [1, 5, 40, 200])
+@pytest.mark.parametrize("place", [0, 1, 5, 9, 40, 200])
 def test_a_spike_has_bounded_influence(place):
     norms = noise(300)
     spiked = norms.copy()
     spiked[place] = 1e20
-    assert limits(spiked)[place] == limits(norms)[place]
-    ratio = limits(spiked)[place + 1] / limits(norms)[place]
-    assert 1 < ratio < max(np.exp(0.1 / (place + 2)), 1.002)
+    if place:
+        assert limits(spiked)[place] <= 1.3 * limits(norms)[place]
+        assert clipped(spiked)[place] <= 1.1
+    if place >= 10:
+        np.testing.assert_array_equal(limits(spiked), limits(norms))
+    else:
+        np.testing.assert_allclose(limits(spiked)[20:], limits(norms)[20:], rtol=0.15)
 
 
-@pytest.mark.parametrize(("first", "within"), [(1e-3, 330), (30.0, 40)])
-def test_a_first_norm_far_off_is_left_behind(first, within):
-    norms = noise(600)
-    usual = limits(norms)
-    norms[0] = first
-    assert 0.5 < limits(norms)[within] / usual[within] < 2
-
-
-@pytest.mark.parametrize(("level", "within"), [(1e-3, 350), (30.0, 265), (1e6, 460)])
-def test_nothing_is_locked_out(level, within):
-    norms = noise(3000)
-    usual = limits(norms)
-    norms[500:] *= level
-    ratio = limits(norms) / (usual * level)
-    assert 0.5 < ratio[500 + within] < 2
-    assert np.all(np.abs(np.log(ratio[2000:])) < 0.3)
-
-
-def test_an_explosion_does_not_carry_the_limit_along():
-    norms = noise(400)
-    norms[200:] = np.minimum(norms[200:] * np.exp(0.1 * np.arange(200)), 1e30)
+@pytest.mark.parametrize(("level", "place"), [(1e3, 5), (1e3, 500), (1e6, 500)])
+def test_nothing_is_locked_out(level, place):
+    norms = noise(1000)
+    usual = limits(norms)[-1]
+    norms[place:] *= level
     found = limits(norms)
-    assert found[250] / found[200] < 1.12
-    assert found[300] / found[200] < 1.4
+    assert 0.7 < found[place + 160] / (usual * level) < 1.4
+    np.testing.assert_array_equal(found[place + 160 :], found[-1])
+
+
+def test_an_explosion_of_fifty_steps_does_not_raise_it():
+    norms = noise(400)
+    norms[200:249] *= 1e6
+    np.testing.assert_array_equal(limits(norms)[100:], limits(norms)[100])
 
 
 def test_what_is_not_finite_or_zero_leaves_no_trace():
@@ -196,8 +223,9 @@ def test_each_leaf_by_itself():
     for _ in range(30):
         _, state = update(grads, state)
     clipped, _ = update(grads | {"b": 100 * grads["b"]}, state)
-    np.testing.assert_array_equal(clipped["a"], grads["a"])
-    assert 1 < np.linalg.norm(clipped["b"]) < 6
+    usual, _ = update(grads, state)
+    np.testing.assert_array_equal(clipped["a"], usual["a"])
+    assert 0.5 < np.linalg.norm(clipped["b"]) < 0.9
 
 
 def test_in_a_chain_under_jit():

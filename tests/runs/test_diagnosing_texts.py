@@ -111,7 +111,7 @@ def test_five_norms_before_a_divergence_are_a_usual_norm(rises_at, max_norm):
 def test_an_always_clipped_run_is_to_be_recorded_again():
     run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
     assert found(run, "always-clipped").advice.startswith(
-        "clipx.auto_clip()  # record again with it, or with ten times the threshold  ("
+        "clipx.zclip()  # record again with it, or with ten times the threshold  ("
     )
 
 

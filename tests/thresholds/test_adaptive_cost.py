@@ -66,7 +66,7 @@ def test_the_sketch_saturates_and_says_so():
         (clipx.zclip, 4),
         (clipx.adagc, 3),
         (TRACKED_QUANTILE, 1),
-        (clipx.auto_clip, 3),
+        (clipx.auto_clip, 13),
         (clipx.norm_growth_clip, 2),
         (clipx.log_zscore_clip, 4),
         (clipx.historical_update_clip, 130),
