@@ -211,6 +211,14 @@ def test_the_largest_entry_of_a_replicated_leaf_is_not_shared_out():
     assert float(state.metrics.norm) == 8.0
 
 
+def test_a_root_mean_square_counts_the_entries_on_all_devices():
+    clipper = clipx.clip_by_global_norm(1.0, ord="rms")
+    values = np.full(8, 3.0, np.float32)
+    clipped, state = manual(clipper.update, P("x"))(values)
+    np.testing.assert_allclose(clipped, np.ones(8), rtol=1e-6)
+    assert float(state.metrics.norm) == pytest.approx(3.0, rel=1e-6)
+
+
 def test_all_leaves_sharded():
     """optax: each device clips by the norm of its shard, together 2.83 times 1."""
     specs = P(("x", "y"))
