@@ -4,8 +4,9 @@
 
 Runs of other tasks and sizes each are trained with known faults and without: a design
 half, and three test halves. Detectors were changed by what is seen in the first three.
-What was found in each test half at the first look is in
-docs/results/diagnosis_first.md, diagnosis_second.md and diagnosis_third.md. What is trained is kept in FOLDER: an interrupted command goes on there.
+What was found in each test half at the first look is in docs/results:
+diagnosis_first.md, diagnosis_second.md and diagnosis_third.md. What is trained is kept
+in FOLDER: an interrupted command goes on there.
 """
 
 import argparse

@@ -97,6 +97,9 @@ def _spikes(evidence: Mapping[str, Any]) -> str:
     if lost:
         ones = "it" if count == 1 else f"{lost} of them"
         return f"{said}; the loss did not recover from {ones}."
+    if evidence.get("all_clipped"):
+        said += "; it was clipped" if count == 1 else "; all of them were clipped"
+        return f"{said}, and the loss recovered."
     return f"{said}; the loss recovered from {'it' if count == 1 else 'all of them'}."
 
 
@@ -133,6 +136,7 @@ FROM_LOSS = (
     'jax.config.update("jax_debug_nans", True)'
     "  # stops at the operation with the first NaN"
 )
+CLIPPED = "# nothing to change: the clipping does its work"
 NOTHING = "# nothing to change while few steps are skipped"
 
 # The worse come first among findings of one severity, and causes before what follows.

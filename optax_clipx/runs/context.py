@@ -69,6 +69,8 @@ def _line(
         return {"line": texts.NO_JUMP.format(rate=rate, step=step)}
     if finding.evidence.get("all_skipped"):
         return {"line": texts.NOTHING}
+    if finding.evidence.get("all_clipped"):
+        return {"line": texts.CLIPPED}
     if finding.code != "nonfinite":
         return {}
     if cause is not None and cause.steps[0] <= finding.steps[0]:

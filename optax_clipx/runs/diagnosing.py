@@ -32,11 +32,10 @@ def diagnose(
 
     where :math:`m^-_k` and :math:`m^+_k` are the medians of :math:`\log n` over the 25
     steps before and after it. The margin :math:`\mu` excludes large norms that are
-    noise. It is estimated from the largest of the other norms, of the whole run and of
-    the steps around it, so that noise would give less than 0.1 norms above the margin
-    in the whole run, which is less than one in ten runs of this kind. If nothing is
-    found, the run can still have faults that its columns do not show: see
-    ``not_judged``.
+    noise: it is so large that noise alone has a norm above it in less than one of ten
+    such runs. The largest norms that are no spikes, in the whole run and around the
+    step, tell how large norms noise can cause. If nothing is found, the run can still
+    have faults that its columns do not show: see ``not_judged``.
 
     Args:
         run: a :class:`History`; the path of a run, in any format that

@@ -90,9 +90,8 @@ class Suggestion(NamedTuple):
             lines.append(
                 f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
                 + (" before the norms grew" if self.exploded else "")
-                + f" ({low:.1%} in the tenth of {run} with the fewest clipped steps,"
-                f" {high:.1%} in the tenth with the most); you asked for"
-                f" {_percent(self.asked)}"
+                + f" (in ten equal parts of {run}: from {low:.1%} to {high:.1%}); you"
+                f" asked for {_percent(self.asked)}"
             )
         if self.why:
             lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
@@ -126,8 +125,8 @@ class Suggestion(NamedTuple):
             return f"{self.first}; then {clipper}"
         if self.recorded == self.value:
             return (
-                "record another run first, with a higher threshold, for example"
-                f" optax_clipx.clip_by_global_norm({2 * self.value:.4g})"
+                "record another run first, with optax_clipx.auto_clip() or with a much"
+                f" higher threshold, such as {10 * self.value:.4g}"
             )
         return f"use this one: {clipper}"
 
@@ -439,9 +438,10 @@ def _why(found: Suggestion, count: int) -> str:
             " and no higher threshold is suggested"
         )
     if found.rule and found.drift < 1:
+        steps = "these steps" if found.exploded else "the run"
         return (
             "the norms fall, and the threshold is chosen to clip"
-            f" {_percent(found.asked)} of the last third of the run; earlier norms are"
+            f" {_percent(found.asked)} of the last third of {steps}; earlier norms are"
             " higher"
         )
     if found.spikes > found.asked:
@@ -481,7 +481,8 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
         )
     if found.rule:
         said.append(
-            f"the norms drift (the usual norm in the last third of the run is"
+            "the norms drift (the usual norm in the last third of"
+            f" {'these steps' if found.exploded else 'the run'} is"
             f" {found.drift:.3g} times that in the first), so that a fixed threshold"
             f" clips {min(found.rates):.0%} of the steps at one time and"
             f" {max(found.rates):.0%} at another"

@@ -21,6 +21,7 @@ def files(tmp_path, monkeypatch):
     history.append(run.pop("step"), run)
     history.save("fine.jsonl")
     run["clip/norm"][700] = 50.0
+    run["clip/threshold"][700] = 100.0  # not clipped
     history = clipx.History()
     history.append(range(1000), run)
     history.save("spiky.jsonl")

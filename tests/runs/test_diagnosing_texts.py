@@ -30,6 +30,22 @@ def test_a_diverged_loss_that_ends_as_nan_says_so():
     )
 
 
+@pytest.mark.parametrize(("limit", "severity"), [(2.0, "info"), (20.0, "warning")])
+def test_spikes_that_were_clipped_need_no_change(limit, severity):
+    step = np.arange(400)
+    norm = np.exp(0.05 * np.random.default_rng(0).normal(size=400))
+    norm[[150, 300]] = 12.0
+    run = {
+        "loss": 2 - step / 400,
+        "clip/norm": norm,
+        "clip/threshold": 0 * norm + limit,
+    }
+    spikes = found(run, "spikes")
+    assert (spikes.severity, spikes.steps) == (severity, (150, 300))
+    clipped = "all of them were clipped, and the loss recovered" in spikes.sentence
+    assert clipped == ("nothing to change" in spikes.advice) == (severity == "info")
+
+
 def diverging(peak=600):
     """Norms of 1.5 that grow from step 600 on, a loss that follows, and a NaN."""
     step = np.arange(900)

@@ -97,8 +97,8 @@ def test_a_run_that_was_always_clipped_asks_for_another_recording():
     norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400) + 5
     first, second, *_ = lines(norms, limit=1.0)
     assert first == (
-        "record another run first, with a higher threshold, for example"
-        " optax_clipx.clip_by_global_norm(2)"
+        "record another run first, with optax_clipx.auto_clip() or with a much higher"
+        " threshold, such as 10"
     )
     assert second.startswith("threshold 1: clips 100.0% of the steps")
     assert "use this one" not in "".join(lines(norms, limit=1.0))

@@ -90,7 +90,17 @@ def _single(run: Signals, steps: np.ndarray, heights: np.ndarray) -> Finding:
         if lost.any():
             evidence["first_not_recovered"] = int(steps[lost][0])
             severity = "error"
+        elif _all_clipped(run, steps):
+            evidence["all_clipped"] = True
+            severity = "info"
     return finding("spikes", severity, steps, **evidence)
+
+
+def _all_clipped(run: Signals, steps: np.ndarray) -> bool:
+    """Whether it is known of each of these steps that it was clipped."""
+    if run.clipped is None:
+        return False
+    return bool(np.isin(steps, run.clipped.steps[run.clipped.values > 0]).all())
 
 
 def _end(run: Signals, loss: Line) -> float:
