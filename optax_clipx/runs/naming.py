@@ -8,7 +8,8 @@ import numpy as np
 from .jsonl import ReadError
 from .table import MISSING, Columns, present
 
-# What others call the step; the first that is there is taken. Keras counts epochs.
+# What others call the step; the first that is there is taken. Keras counts epochs,
+# which are taken only if there are no steps.
 STEP_NAMES = (
     "step",
     "_step",
@@ -59,15 +60,18 @@ _USUAL: dict[str, tuple[str, ...]] = {
 
 
 def step_name(path: Any, columns: Iterable[str]) -> str:
-    """The column with the steps, as others call it; an exact name comes first."""
+    """The column with the steps, as others call it; an exact name comes first.
+
+    Capitals and spaces, as in "Global Step", are no difference otherwise.
+    """
     names = list(columns)
-    by_lower = {name.lower(): name for name in reversed(names)}
-    for name in STEP_NAMES:
-        if name in names:
-            return name
-    for name in STEP_NAMES:
-        if name in by_lower:
-            return by_lower[name]
+    exact = {name: name for name in names}
+    alike = {name.lower().replace(" ", "_"): name for name in reversed(names)}
+    *steps, epoch = STEP_NAMES
+    for known, wanted in ((exact, steps), (alike, steps), (alike, [epoch])):
+        for name in wanted:
+            if name in known:
+                return known[name]
     raise ReadError(no_column(path, STEP_NAMES[0], names, "--step NAME"))
 
 

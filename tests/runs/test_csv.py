@@ -15,6 +15,13 @@ def load(tmp_path, text, name="run.csv"):
 
 
 @pytest.mark.one_in(2)
+@pytest.mark.parametrize("name", ["Step", "Global Step", "step", "_step"])
+def test_epochs_are_no_steps_beside_steps(name, tmp_path):
+    (tmp_path / "run.csv").write_text(f"epoch,{name},norm\n0,1,1.0\n0,2,9.0\n1,3,1.0\n")
+    loaded = clipx.History.load(tmp_path / "run.csv")
+    assert loaded.steps.tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("last", ["2,12", "2,", "2", "2,12.7"])
 def test_a_last_line_that_may_be_cut_off_is_left_out(last, tmp_path):
     with pytest.warns(UserWarning, match="the last line has no end"):
