@@ -28,6 +28,11 @@ MODES = {
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
+def settings_of(mode):
+    """XLA's own for a weighted sum over examples: quick ones lose four times as much."""
+    return OWN if mode.get("two_pass") else None
+
+
 def loss(params, x, y):
     hidden = jnp.tanh(x @ params["a"])
     return jnp.mean((hidden @ params["b"] - y) ** 2)
@@ -96,7 +101,7 @@ def test_equals_a_loop_over_the_examples(mode, name):
     args = problem(broken=[(3, np.nan), (7, np.inf)])
     want, norms = dense(gradients(*args), scale_of)
     grad_fn = clipped_grad(loss, 0.5, batch_argnums=(1, 2), response=response, **mode)
-    grads, found = jax.jit(grad_fn)(*args)
+    grads, found = jax.jit(grad_fn, compiler_options=settings_of(mode))(*args)
     assert_close(grads, want, 2e-6)
     np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
     assert int(found.num_nonfinite) == 2
@@ -124,7 +129,7 @@ def compiled(**options):
             *args, **kwargs
         )
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=settings_of(options))
 
 
 def plain(limit, **options):
