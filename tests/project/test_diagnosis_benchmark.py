@@ -82,6 +82,7 @@ def test_in_the_third_half_no_rule_skips_all_steps_without_a_fault(settings):
     assert 4 * drawn.twin.limit > 8.0
 
 
+@pytest.mark.slow
 def test_the_third_half_has_many_runs_of_each_code():
     drawn = planting.kinds_of_runs("third", EACH["third"])
     codes = collections.Counter(

@@ -30,6 +30,7 @@ def _as_outside():
         yield
 
 
+@pytest.mark.slow
 def test_no_long_line_is_in_both_parts_of_the_text():
     train, held_out = corpus.texts()
     assert len(train) > 1_000_000
@@ -38,6 +39,7 @@ def test_no_long_line_is_in_both_parts_of_the_text():
     assert not [x for x in lines[0] & lines[1] if len(x) >= 30]
 
 
+@pytest.mark.slow
 def test_one_batch_of_each_ten_is_corrupt():
     given = corpus.batches(0, 40, 3, 9)
     changed = corpus.corrupted(given, 0, 10)
@@ -134,6 +136,7 @@ def test_a_rate_is_tuned_first_and_its_results_are_not_wanted_twice():
     assert plan([*known, row("no norm", "none", math.inf, [[2.0] * 3] * 3)]) == []
 
 
+@pytest.mark.slow
 def test_results_of_another_text_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"size": "tiny", "text": "scikit-learn 0.1"}) + "\n")
