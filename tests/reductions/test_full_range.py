@@ -89,7 +89,7 @@ def check(tree, decades):
     assert float(reference.norm(error)) <= allowed
 
 
-@settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(STRUCTURES))
 def test_norm_and_direction(case):
     check(*case)
