@@ -25,6 +25,7 @@ from .._trees.arithmetic import (
     equal,
     finite,
     full_like,
+    less,
     more,
     negated,
     product,
@@ -57,7 +58,7 @@ class _Row(NamedTuple):
     peak: Any
     peak_after: Any  # the same after clipping
     ratio: Any  # of a norm to its threshold
-    minus_lowest: Any  # threshold
+    unusable: Any  # 1 if a threshold is
     # Of several the sum:
     total: Any
     total_after: Any
@@ -196,7 +197,10 @@ def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Ar
         peak=norms,
         peak_after=clipped_norms,
         ratio=ratio,
-        minus_lowest=lax.neg(limits),
+        # Not every maximum passes a NaN through. Of broken units thresholds may be NaN.
+        unusable=lax.convert_element_type(
+            where(finite(norms), negated(at_least(limits, 0)), less(limits, 0)), dtype
+        ),
         total=weights,
         total_after=weights,
         over=lax.mul(over, dtype.type(weight)),
@@ -255,7 +259,7 @@ def _from_row(vector: jax.Array, ord: Ord, extent: tuple[Any, Any]) -> Summary:
             clipped=row.over / count,
             any_clipped=more(row.over, 0),
             nonfinite=negated(finite(norm)),
-            unusable=negated(at_least(lax.neg(row.minus_lowest), 0)),
+            unusable=more(row.unusable, 0),
         )
 
     return as_one(summary, vector, extent)

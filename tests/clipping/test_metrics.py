@@ -163,3 +163,14 @@ def test_an_nnx_optimizer_without_a_clipper_is_told_to_add_one():
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     with pytest.raises(ValueError, match="got Optimizer without one"):
         clipx.metrics(optimizer)
+
+
+@pytest.mark.parametrize(("broken", "becomes"), [("both", 0.0), ("params", np.nan)])
+def test_a_threshold_that_is_nan_counts_where_the_norm_is_finite(broken, becomes):
+    """With 130 units: a maximum over so many need not pass a NaN through."""
+    leaves = {"w": jnp.ones((64, 64)), "b": jnp.ones(64), "v": jnp.ones((8, 2))}
+    bad = leaves | {"v": leaves["v"].at[-1, -1].set(np.nan)}
+    clipper = clipx.adaptive_grad_clip(0.1, nonfinite="zero")
+    updates = bad if broken == "both" else leaves
+    clipped, _ = jax.jit(clipper.update)(updates, clipper.init(leaves), bad)
+    np.testing.assert_array_equal(clipped["w"], np.full((64, 64), becomes))
