@@ -96,7 +96,9 @@ def loss_fn(params: Any, text: jax.Array) -> tuple[jax.Array, dict[str, jax.Arra
     return losses.mean(), clipx.qk.recorded(sown)
 
 
-def train(name: str, threshold: Any, seed: Any, steps: int, strict: bool) -> Any:
+def train(
+    name: str, threshold: Any, seed: Any, steps: int, strict: bool = False
+) -> Any:
     """One run: loss and metrics of each step, and the held-out loss at its end.
 
     If it is strict, the weights after a step are clipped by their own logits.

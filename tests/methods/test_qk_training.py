@@ -40,12 +40,12 @@ def runs():
 def test_logits_pass_100_by_far_without_it(runs):
     (_, logits, clipped), _ = runs[jnp.inf]
     assert logits.max() > 1000
-    assert clipped[-1] == 0
+    assert not clipped.any()
 
 
 def test_logits_exceed_100_by_what_one_step_adds_with_it(runs):
     (_, logits, clipped), _ = runs[100.0]
-    assert clipped[-1] == (logits > 100).sum() > 0
+    assert clipped.sum() == (logits > 100).sum() > 0
     assert logits.max() < 200
 
 
