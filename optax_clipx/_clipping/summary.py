@@ -199,7 +199,7 @@ def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Ar
         ratio=ratio,
         # Not every maximum passes a NaN through. Of broken units thresholds may be NaN.
         unusable=lax.convert_element_type(
-            where(finite(norms), negated(at_least(limits, 0)), less(limits, 0)), dtype
+            either(less(limits, 0), both(finite(norms), lax.ne(limits, limits))), dtype
         ),
         total=weights,
         total_after=weights,
