@@ -223,10 +223,10 @@ def recall() -> Task:
         keys, values, asked, labels = given
         hot = functools.partial(jax.nn.one_hot, num_classes=symbols)
         scores = jnp.einsum(
-            "npd,nd->np", hot(keys) @ params["keys"], hot(asked) @ params["asked"]
+            "npw,nw->np", hot(keys) @ params["keys"], hot(asked) @ params["asked"]
         )
         mixed = jnp.einsum(
-            "np,npd->nd", jax.nn.softmax(scores), hot(values) @ params["values"]
+            "np,npw->nw", jax.nn.softmax(scores), hot(values) @ params["values"]
         )
         smooth = 0.9 * hot(labels) + 0.1 / symbols
         return optax.softmax_cross_entropy(mixed @ params["out"], smooth).mean()
