@@ -126,10 +126,10 @@ def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
     for x in made:
         alike = free.get((x.shape, x.dtype))
         if not alike:
-            slots.append(_constant(np.zeros(x.shape, x.dtype)))
+            slots.append(mlir.ir_constant(np.zeros(x.shape, x.dtype)))
         places.append(alike.pop() if alike else len(slots) - 1)
     watched = next(i for i, x in enumerate(given) if x.dtype.kind == "f")
-    zero, one, two = (_constant(np.int32(i)) for i in range(3))
+    zero, one, two = (mlir.ir_constant(np.int32(i)) for i in range(3))
     carry = [zero, *slots]
     types = [x.type for x in carry]
     loop = hlo.WhileOp(types, carry)
@@ -141,7 +141,7 @@ def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
     block = loop.regions[1].blocks.append(*types)
     with ir.InsertionPoint(block):
         before = list(block.arguments)[1 : 1 + len(given)]
-        after = [_constant(np.zeros(x.shape, x.dtype)) for x in given]
+        after = [mlir.ir_constant(np.zeros(x.shape, x.dtype)) for x in given]
         after += list(block.arguments)[1 + len(given) :]
         found = _lowered(context, *before, program=program)
         for place, x in zip(places, found, strict=True):
@@ -158,10 +158,6 @@ def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
 
 
 mlir.register_lowering(_program, _lowered)
-
-
-def _constant(value: Any) -> Any:
-    return mlir.ir_constant(value)
 
 
 def _compared(left: Any, how: str, right: Any) -> Any:

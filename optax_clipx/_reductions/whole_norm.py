@@ -28,15 +28,15 @@ def powers(norms: jax.Array, peak: jax.Array, ord: Ord) -> jax.Array:
     return power(quotient(norms, _safe(peak)), _exponent(ord))
 
 
-def as_norm(peak: jax.Array, total: jax.Array, size: object, ord: Ord) -> jax.Array:
+def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.Array:
     """The norm as a number, of so many entries."""
     if ord == float("inf"):
         return peak
     if ord == "rms":
-        total = total / jnp.asarray(size, total.dtype)
-    norm = lax.mul(_safe(peak), power(total, 1 / _exponent(ord)))
+        summed = summed / jnp.asarray(size, summed.dtype)
+    norm = lax.mul(_safe(peak), power(summed, 1 / _exponent(ord)))
     largest = float(jnp.finfo(norm.dtype).max)
-    return where(finite(total), smaller(norm, largest), norm)
+    return where(finite(summed), smaller(norm, largest), norm)
 
 
 def whole_norm(norms: jax.Array) -> jax.Array:

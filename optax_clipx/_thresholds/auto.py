@@ -43,7 +43,7 @@ def auto() -> Threshold:
     norms before this one:
 
     .. math:: \log m_{k+1} = \log m_k + \max\!\left(0.02, \tfrac{1}{k + 1}\right)
-              \begin{cases} 0.5 & n_k > m_k \ -0.5 & n_k \le m_k \end{cases}
+              \begin{cases} 0.5 & n_k > m_k \\ -0.5 & n_k \le m_k \end{cases}
               \qquad m_1 = n_1
 
     Norms that fall bring the threshold down once they are below a tenth of the first
