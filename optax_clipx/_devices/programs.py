@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from .._trees.arithmetic import where
+from .._trees.sizes import is_known
 from .mesh import knows_shards
 from .numbers import is_inside
 from .platforms import Ways, by_platform, is_on_mesh
@@ -51,6 +52,7 @@ class Passes(NamedTuple):
 
 
 END = np.int32(2)  # no pass is left
+_SMALL = 2**16  # entries; above, the time of a step counts more than that of compiling
 
 
 def if_needed(
@@ -75,7 +77,7 @@ def if_needed(
     first = np.int32(0)
 
     def on_cpu(given: Any) -> Any:
-        if start is None or is_on_mesh(jax.tree.leaves(given)):
+        if start is None or not _is_small(jax.tree.leaves(given)):
             state, found = joined.once((first, None), given)
             left = lax.lt(state[0], END)
             return lax.cond(left, lambda: joined.once(state, given)[1], lambda: found)
@@ -89,6 +91,11 @@ def if_needed(
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
     return by_platform(ways, given, like)
+
+
+def _is_small(arrays: Sequence[Any]) -> bool:
+    size = sum(x.size for x in arrays)
+    return is_known(size) and size <= _SMALL and not is_on_mesh(arrays)
 
 
 def _zeros(like: Any) -> np.ndarray:

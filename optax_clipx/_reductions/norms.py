@@ -68,8 +68,6 @@ _RANGES = {
 }
 
 
-_SMALL = 2**16  # entries; above, the time of a step counts more than that of compiling
-
 Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
 
 
@@ -342,9 +340,6 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
         return if_needed(passes, joined, given)
     one = groups.like(given[0][0], measured.dtype)
     like = [Norms(one, one, one)] * len(risks)
-    size = sum(x.size for tree in given[0] for x in tree)
-    if not is_known(size) or size > _SMALL:
-        return if_needed(passes, joined, given, like)
     start = [jax.tree.map(lambda x: np.ones(x.shape, x.dtype), one)] * len(risks)
     return if_needed(passes, joined, given, like, start)
 
