@@ -56,7 +56,11 @@ _SMALL = 2**16  # entries; above, the time of a step counts more than that of co
 
 
 def if_needed(
-    passes: Passes, joined: Passes, given: Any, like: Any = None, start: Any = None
+    passes: Passes,
+    joined: Passes,
+    given: Any,
+    like: Any = None,
+    start: Callable[[], Any] | None = None,
 ) -> Any:
     """What a first pass finds, or a second one if the first says that it is needed.
 
@@ -66,7 +70,7 @@ def if_needed(
     `like` says what the results are like, if it is known.
 
     On CPU, passes over small arrays are one loop, which is compiled once; a first pass
-    goes by `start` then. In a loop a sum of squares takes 1.7 times as long.
+    goes by `start()` then. In a loop a sum of squares takes 1.7 times as long.
 
     `python benchmarks/steps.py`: a second pass on CPU is 0.2 of a step of Adam.
     `python benchmarks/pod.py`: a branch on TPU costs 16% of the bytes.
@@ -86,7 +90,7 @@ def if_needed(
             # XLA would compute outside, and store, what is derived of the arrays alone.
             return joined.once(*unknown((carry[0], given)))
 
-        begin = ((first, start), jax.tree.map(_zeros, like))
+        begin = ((first, start()), jax.tree.map(_zeros, like))
         return lax.while_loop(lambda carry: lax.lt(carry[0][0], END), once, begin)[1]
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)

@@ -340,7 +340,10 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
         return if_needed(passes, joined, given)
     one = groups.like(given[0][0], measured.dtype)
     like = [Norms(one, one, one)] * len(risks)
-    start = [jax.tree.map(lambda x: np.ones(x.shape, x.dtype), one)] * len(risks)
+
+    def start() -> Any:
+        return [jax.tree.map(lambda x: np.ones(x.shape, x.dtype), one)] * len(risks)
+
     return if_needed(passes, joined, given, like, start)
 
 
