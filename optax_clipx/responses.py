@@ -1,6 +1,7 @@
 """Responses: the factor by which updates above their threshold are multiplied."""
 
 from ._clipping.responses import (
+    biweight as biweight,
     drop as drop,
     normalize as normalize,
     rescale as rescale,
@@ -8,6 +9,7 @@ from ._clipping.responses import (
 )
 
 __all__ = [
+    "biweight",
     "drop",
     "normalize",
     "rescale",

@@ -52,6 +52,7 @@ RESPONSES = {
         clipx.responses.normalize,
         clipx.responses.smooth,
         clipx.responses.drop,
+        clipx.responses.biweight,
     )
 }
 RELATIVE_METHODS = {"adaptive_grad_clip": clipx.adaptive_grad_clip}
@@ -257,6 +258,7 @@ ALSO = {
     "tree_normalize": ("normalize", "tree_norm", "clip_by"),
     "tree_smooth": ("smooth",),
     "tree_drop": ("drop",),
+    "tree_biweight": ("biweight",),
     "constant": ("rescale",),
     "norm_growth": ("leaf_norms",),
     "norm_growth_group": ("group_norms",),

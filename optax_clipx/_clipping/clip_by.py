@@ -74,11 +74,12 @@ def clip_by(
             these, or a :class:`thresholds.Threshold`; on the scale of the updates.
         response: how norms and thresholds give scales: :func:`responses.rescale`,
             :func:`responses.normalize`, :func:`responses.smooth`,
-            :func:`responses.drop`, or any function of the two. It is also called for
-            norms below a finite threshold: there ``normalize`` enlarges and ``smooth``
-            shrinks. Its result is ignored if the threshold is infinite or the norm is
-            0. For norms far above the threshold, the scale must be proportional to
-            threshold divided by norm, or be 0.
+            :func:`responses.drop`, :func:`responses.biweight`, or any function of the
+            two. It is also called for norms below a finite threshold: there
+            ``normalize`` enlarges, ``smooth`` and ``biweight`` shrink. Its
+            result is ignored if the threshold is infinite or the norm is 0. For norms
+            far above the threshold, the scale must be proportional to threshold divided
+            by norm, or be 0.
         nonfinite: ``"propagate"`` makes every leaf NaN, ``"zero"`` makes the updates
             zero, ``"raise"`` raises an error that names the leaves,
             ``"sanitize"`` turns NaN into 0 and infinities into the largest finite

@@ -57,6 +57,7 @@ ENTRIES = {*ELEMENT_METHODS, "magnitudes", "clip_by_second_moment"}
 STRETCHING = {"tree_normalize", "normalize_by_norm", "group_band"}
 SMOOTH = {
     "tree_smooth",
+    "tree_biweight",
     "smooth_clip",
     "normalize_by_norm",
     "tree_normalize",
@@ -126,6 +127,7 @@ GROUPS = {
     "tree_normalize": whole,
     "tree_smooth": whole,
     "tree_drop": whole,
+    "tree_biweight": whole,
     "smooth_clip": whole,
     "normalize_by_norm": whole,
     "mixed_clip": whole,

@@ -14,6 +14,7 @@ RESPONSES = {
     "rescale": (clipx.responses.rescale, [3.0, 4.0]),
     "drop": (clipx.responses.drop, [3.0, 4.0]),
     "normalize": (clipx.responses.normalize, [60.0, 80.0]),
+    "biweight": (clipx.responses.biweight, [2.985019, 3.980025]),
     "smooth": (functools.partial(clipx.responses.smooth, p=1.0), [2.857143, 3.809524]),
 }
 

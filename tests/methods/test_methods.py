@@ -159,6 +159,10 @@ RESPONSES = {
         lambda n, t: 1 / np.sqrt(1 + (n / t) ** 2),
     ),
     "drop": (clipx.responses.drop, lambda n, t: float(n <= t)),
+    "biweight": (
+        clipx.responses.biweight,
+        lambda n, t: max(0, 1 - (n / t) ** 2) ** 2,
+    ),
 }
 
 
@@ -182,7 +186,10 @@ def test_responses(name, limit, size):
 
 @pytest.mark.parametrize(
     "response",
-    [clipx.responses.normalize, clipx.responses.smooth, clipx.responses.drop],
+    [
+        *(clipx.responses.normalize, clipx.responses.smooth),
+        *(clipx.responses.drop, clipx.responses.biweight),
+    ],
 )
 def test_responses_of_single_entries(response):
     grads = tree()

@@ -81,6 +81,10 @@ RESPONSES = {
     ),
     "dp-psac": (psac, lambda n: 0.5 / (n + 0.1 / (n + 0.1))),
     "drop": (clipx.responses.drop, lambda n: float(n <= 0.5)),
+    "biweight": (
+        clipx.responses.biweight,
+        lambda n: max(0, 1 - (n / 0.5) ** 2) ** 2,
+    ),
 }
 
 
