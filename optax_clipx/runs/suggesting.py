@@ -43,17 +43,18 @@ class Suggestion(NamedTuple):
     If training exploded, all numbers describe the steps before the norms grew.
 
     Attributes:
-        value: the threshold. It is NaN if training exploded so early that no threshold
-            can be suggested.
+        value: the threshold. It is NaN if training exploded too early to suggest a
+            threshold.
         clip_rate: the fraction of steps after the warm-up whose norm was above
             ``value``.
-        rates: the same fraction in each tenth of these steps.
-        drift: the median norm in the last third divided by that in the first third.
-        warmup: the number of steps at the start that were left out.
+        rates: the clip rate of ``value`` in each tenth of the steps after the warm-up.
+        drift: the median norm in the last third of these steps, divided by the median
+            norm in the first third.
+        warmup: the number of steps at the start that were left out as warm-up.
         spikes: the fraction of steps whose norm is far above the others.
         nonfinite: how many norms of the whole run were infinite or NaN.
-        recorded: the threshold that the run was clipped with, if it clipped nearly
-            every step; otherwise ``None``.
+        recorded: the threshold with which the run was clipped, if more than 95% of the
+            steps were clipped. Otherwise it is ``None``.
         warning: why a fixed threshold may be wrong for this run. It is empty if there
             is no reason.
         rule: an adaptive rule to use instead of a fixed threshold, as code. It is
@@ -138,37 +139,46 @@ def suggest_threshold(
 
     .. math:: t = \mathrm{quantile}_{1 - r}\{n_k : k > \text{warm-up}\}
 
-    Here :math:`n_k` is the norm at step :math:`k` and :math:`r` the ``clip_rate``.
-    The first steps are left out if their norms are much larger or smaller than later
-    norms. Infinite and NaN norms count as clipped, whatever the threshold is. Spikes
-    are norms far above the others. They do not raise the threshold: if more than the
-    fraction :math:`r` of the norms are spikes, the quantile of the other norms is used.
-    If the norms fall during the run, so that fewer steps would be clipped at its end,
-    the threshold is the quantile of the last third.
+    Here :math:`n_k` is the norm at step :math:`k`, and :math:`r` is ``clip_rate``.
 
-    If training exploded, only the norms before they grew are used. If there are fewer
-    than 20 of these, the threshold is NaN: no threshold is suggested.
+    - **Warm-up**: the first steps are left out if their norms are much larger or much
+      smaller than the later norms.
+    - **Non-finite norms**: an infinite or NaN norm counts as a clipped step, whatever
+      the threshold is.
+    - **Spikes**: spikes are norms far above the others. They do not raise the
+      threshold. If more than the fraction :math:`r` of the norms are spikes, the
+      threshold is the quantile of the other norms.
+    - **Falling norms**: if the norms fall during the run, one threshold clips fewer
+      steps at the end than at the start. The threshold is then the quantile of the last
+      third of the run.
+    - **Explosions**: if training exploded, only the norms before the explosion are
+      used. If there are fewer than 20 such norms, no threshold is suggested, and
+      ``value`` is NaN.
+    - **Runs that were nearly always clipped**: if more than 95% of the steps of a run
+      were clipped, the run says nothing about higher thresholds. A higher threshold
+      would have given longer steps, and then other norms. The suggestion is at most the
+      threshold of that run.
 
-    A run of which nearly every step was clipped gives no information about higher
-    thresholds: with longer steps its norms would be different. The suggestion is then
-    at most the threshold of that run.
+    This function compares no losses. :func:`find_threshold` trains with several
+    thresholds and compares the results.
 
     Args:
-        norms: the gradient norms before clipping, in the order of the steps; or a
-            :class:`History`, or the path of a recorded run.
+        norms: the gradient norms before clipping, in the order of the steps. You can
+            also pass a :class:`History` or the path of a recorded run.
         clip_rate: :math:`r`, the fraction of steps to clip.
-        limit: the threshold with which the run was clipped: a number, or one number for
-            each step; ``None`` if it was not clipped. A :class:`History` contains it.
+        limit: the threshold with which the run was clipped. It is a number, or an array
+            with one number for each step, or ``None`` if the run was not clipped. You
+            do not need it for a :class:`History` that has recorded the threshold.
 
     Returns:
-        A :class:`Suggestion`: the threshold ``value``, its ``clip_rate`` on this run,
-        the rate in each tenth of the run, and a ``warning`` with an adaptive ``rule``
-        if the norms drift.
+        A :class:`Suggestion`. It has the threshold ``value``, the clip rate of this
+        threshold on this run, and the clip rate in each tenth of the run. If the norms
+        rise or fall during the run, it also has a ``warning`` and an adaptive ``rule``.
 
     Raises:
-        ValueError: if ``clip_rate`` is not between 0 and 1; if no norm is positive and
-            finite, or a norm is negative; if ``limit`` is negative, or has another
-            length than ``norms``.
+        ValueError: if ``clip_rate`` is not between 0 and 1, if no norm is positive and
+            finite, if a norm is negative, if ``limit`` is negative, or if ``limit`` and
+            ``norms`` have different lengths.
 
     Example:
         >>> import numpy as np
@@ -179,9 +189,9 @@ def suggest_threshold(
         3.42 10%
 
     References:
-        A quantile of the norms as the threshold: Seetharaman et al., AutoClip, 2020,
-        arXiv 2007.14469; watching average norms: Pascanu et al., 2013, arXiv
-        1211.5063.
+        Seetharaman et al., AutoClip, 2020, arXiv 2007.14469, use a quantile of the
+        norms as the threshold. Pascanu et al., 2013, arXiv 1211.5063, choose the
+        threshold from the average norm.
     """
     if not 0 < clip_rate < 1:
         raise ValueError(f"Expected 0 < clip_rate < 1, got clip_rate={clip_rate}.")
