@@ -4,9 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from .._trees.arithmetic import where
-from .base import Context, Threshold, memory, numbered, per_norm, put, ranked
+from .base import Context, Threshold, memory, numbered, per_norm
 
 _FIRST = 10  # norms; the threshold is in units of their median
 _FRACTION = 0.8  # of their median, or of the usual norm times _ABOVE, is the threshold
@@ -19,7 +21,7 @@ _IN_A_ROW = 50
 
 
 class AutoState(NamedTuple):
-    """The first norms and the usual norm, and whether they are still of use.
+    """The first norms in ascending order, the usual norm, and two counts.
 
     `seen` counts the norms since the start, or since the level changed for good; `far`
     those in a row that were far above the median of the first ones.
@@ -85,7 +87,7 @@ def auto() -> Threshold:
         anew = state.far >= _IN_A_ROW
         before = where(anew, 0, state.seen)
         seen = jnp.minimum(before, 2**20) + 1
-        first = put(state.first, before, norm)
+        first = _with_one_more(state.first, before, norm)
         median = _lower_median(first, seen)
         usual = where(before > 0, state.usual, norm)
         far = where(norm > _FAR * median, where(anew, 0, state.far) + 1, 0)
@@ -109,9 +111,19 @@ def auto() -> Threshold:
     return per_norm(init, update)
 
 
+def _with_one_more(first: jax.Array, count: jax.Array, norm: jax.Array) -> jax.Array:
+    """The first norms in ascending order, and one more unless all are there."""
+    number, count, norm = numbered(_FIRST, count), count[..., None], norm[..., None]
+    there = where(number < count, first, jnp.inf)
+    along_last = [(0, 0, 0)] * (first.ndim - 1) + [(1, -1, 0)]
+    before = lax.pad(there, np.float32(-jnp.inf), along_last)
+    # Each place takes the norm, held between what stands there and what stood before.
+    longer = where(number <= count, jnp.clip(norm, before, there), 0)
+    return where(count < _FIRST, longer, first)
+
+
 def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
     """Of the norms that are there; of an even number, the lower one of the middle."""
-    count = jnp.minimum(seen, _FIRST)[..., None]
-    there = where(numbered(_FIRST, seen) < count, first, jnp.inf)
-    (median,) = ranked(there, (count - 1) // 2)
-    return median
+    place = (jnp.minimum(seen, _FIRST) - 1) // 2
+    here = numbered(_FIRST, seen) == place[..., None]
+    return jnp.sum(where(here, first, 0), axis=-1)
