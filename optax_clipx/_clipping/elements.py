@@ -209,15 +209,16 @@ def _finish(
     )
     found = _measured(plan, leaves, bounds, act, options)
 
-    def ending(found: Any, unusable: Any, bounds: Any, memory: Memory) -> Any:
-        summary = _summary_of(plan, found, bounds, leaves, options)
+    def ending(found: Any, unusable: Any, pairs: Any, memory: Memory) -> Any:
+        summary = _summary_of(plan, found, pairs, leaves, options)
         summary = summary._replace(unusable=unusable)
         lost = zero = None
         if options.nonfinite in ("zero", "raise"):
             summary, lost, zero = by_policy(leaves, summary, options)
         return memory.metrics_after(summary), lost, zero
 
-    given = (found, unusable, bounds, memory._replace(rule=()))
+    different = {tuple(map(id, pair)): pair for pair in bounds}
+    given = (found, unusable, list(different.values()), memory._replace(rule=()))
     metrics, lost, zero = as_one(ending, *given)
     if lost is not None:
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
@@ -279,8 +280,7 @@ def _summary_of(
 ) -> Summary:
     before, after, num_outside, *num_bad = found
     size = jnp.asarray(plan.sizes(leaves.arrays), before.dtype)
-    different = {tuple(map(id, pair)): pair for pair in bounds}
-    sizes = [larger(abs(low), abs(high)) for low, high in different.values()]
+    sizes = [larger(abs(low), abs(high)) for low, high in bounds]
     return of_entries(
         *(before, after, num_outside, size, *num_bad),
         threshold=_on_all_devices(jnp.max, sizes, leaves, options),
