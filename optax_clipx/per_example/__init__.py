@@ -8,6 +8,7 @@ from ._gradients import (
     ClippedExamples as ClippedExamples,
     clipped_grad as clipped_grad,
 )
+from ._metrics import metrics as metrics
 from ._noise import noise_scale as noise_scale
 from ._optax_names import (
     per_example_global_norm_clip as per_example_global_norm_clip,
@@ -21,6 +22,7 @@ __all__ = [
     "ClippedExamples",
     "clipped_grad",
     "group_by_user",
+    "metrics",
     "noise_scale",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",

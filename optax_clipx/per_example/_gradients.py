@@ -15,6 +15,7 @@ from .._clipping.scaling import Response
 from .._devices.examples import in_rows
 from .._devices.mesh import mesh_of
 from .._reductions.groups import ScalarGroups
+from .._thresholds.batch import NoiseScale
 from .._trees.arguments import (
     AxisNames,
     Limit,
@@ -38,6 +39,7 @@ from ._batch_arguments import (
     unpacked,
 )
 from ._examples import ExampleGroups, like_norms, measured, weighted_sum
+from ._noise import noise_of_sums
 
 
 class ClippedExamples(NamedTuple):
@@ -52,6 +54,9 @@ class ClippedExamples(NamedTuple):
         num_nonfinite: how many examples were not finite, and so added zero.
         num_examples: how many examples there were, without padding.
         aux: what ``fun`` returned besides the loss, for each example; else ``None``.
+        noise_scale: with ``noise_scale=True``, the gradient noise scale of the
+            gradients that were added up, as :class:`thresholds.NoiseScale`; else
+            ``None``.
 
     Raises:
         Nothing.
@@ -74,6 +79,7 @@ class ClippedExamples(NamedTuple):
     num_nonfinite: Int[Array, "..."]
     num_examples: Int[Array, "..."]
     aux: Any = None
+    noise_scale: NoiseScale | None = None
 
 
 def clipped_grad(
@@ -93,6 +99,7 @@ def clipped_grad(
     keep_batch_dim: bool = False,
     dtype: Any = None,
     axis_name: AxisNames = None,
+    noise_scale: bool = False,
 ) -> Callable[..., tuple[Any, ClippedExamples]]:
     r"""The sum of the clipped gradients of the examples of a batch.
 
@@ -159,6 +166,10 @@ def clipped_grad(
         axis_name: the mesh axes over which the examples are spread. It is only needed
             inside ``pmap``, and inside ``shard_map`` with ``check_vma=False``. There,
             every device must have all parameters.
+        noise_scale: whether to estimate the gradient noise scale from the norms of the
+            examples after clipping and the norm of their mean, as
+            :func:`per_example.noise_scale` does. It reads the sum once more; in
+            ``shard_map`` it needs two all-reduces of one number.
 
     Returns:
         A function that returns the sum or mean, in the structure of the parameters, and
@@ -188,7 +199,7 @@ def clipped_grad(
         2023, arXiv 2212.00328 (DP-PSAC).
     """
     measure = tree_norm() if measure is None else measure
-    _check(fun, measure, shares)
+    _check(fun, measure, shares, noise_scale)
     check_max_norm(max_norm)
     _check_mean(reduction, batch_size)
     if microbatch_size is not None:
@@ -263,13 +274,16 @@ def clipped_grad(
                 counts.nonfinite,
                 counts.number,
                 aux,
+                noise_of_sums(clipped, sums, norms, counts.number, mask, axis_name)
+                if noise_scale
+                else None,
             )
             return leaves.rebuild([finish(x) for x in sums]), found
 
     return grad_fn
 
 
-def _check(fun: Any, measure: Any, shares: Any) -> None:
+def _check(fun: Any, measure: Any, shares: Any, noise_scale: Any) -> None:
     if not callable(fun):
         raise TypeError(f"Expected fun to be a function, got {fun!r}.")
     if not isinstance(measure, Measure):
@@ -280,6 +294,11 @@ def _check(fun: Any, measure: Any, shares: Any) -> None:
             f" got {measure!r}."
         )
     check_choice(shares, "shares", ("equal", "size"))
+    if noise_scale and measure.ord != 2:
+        raise ValueError(
+            "Expected a measure of 2-norms beside noise_scale=True, got"
+            f" ord={measure.ord}. Leave out ord= in the measure, or noise_scale=."
+        )
 
 
 def _check_mean(reduction: Any, batch_size: Any) -> None:

@@ -2,9 +2,15 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from .._clipping.functional import global_norm
+from .._devices import mesh
 from .._thresholds.batch import NoiseScale, estimates
+from .._trees.arguments import AxisNames
+from ._examples import all_finite, along, scales_of
+from ._sums import ClippedGrad
 
 
 def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
@@ -18,8 +24,9 @@ def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
     :func:`thresholds.noise_scale` for batches of one example and of :math:`B`, and no
     gradient is computed or read for it besides the norm of the mean.
 
-    The norms have to be those of the gradients whose mean :math:`g` is. With
-    ``clipped_grad(..., max_norm=jnp.inf, reduction="mean")`` this is so. With a
+    ``clipped_grad(..., noise_scale=True)`` calculates it for you, from the norms after
+    clipping. Here the norms have to be those of the gradients whose mean :math:`g` is.
+    With ``clipped_grad(..., max_norm=jnp.inf, reduction="mean")`` this is so. With a
     threshold :math:`C` the mean is that of clipped gradients; pass
     ``jnp.minimum(found.norms, C)`` and the result is the noise scale of clipped
     gradients.
@@ -66,3 +73,26 @@ def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
     # So that the mean of the squares over all is that over those that are there.
     each = counted * jnp.sqrt(norms.shape[0] / number)
     return estimates(each, jnp.asarray(mean_norm), 1, number)
+
+
+def noise_of_sums(
+    clipped: ClippedGrad,
+    sums: Any,
+    norms: jax.Array,
+    number: jax.Array,
+    mask: Any,
+    axis_name: AxisNames,
+) -> NoiseScale:
+    """The noise scale of the gradients that were added up, after clipping."""
+    scale = scales_of(norms, clipped.limits, clipped.response)
+    finite = all_finite(norms)
+    keep = along(finite if mask is None else finite & mask, norms.ndim)
+    added = jnp.where(keep, norms * scale.fine * scale.coarse, 0)
+    # Relative to the largest norm, so that squares stay in range.
+    peak = mesh.max_over(jnp.max(added, initial=0), clipped.axes)
+    unit = jnp.where(peak > 0, peak, 1)
+    total = mesh.sum_over(jnp.sum(jnp.square(added / unit)), clipped.axes)
+    count = number.astype(added.dtype)
+    # The sums are those of all devices already.
+    mean = global_norm(sums, axis_name=None if axis_name is None else ()) / count
+    return estimates(unit * jnp.sqrt(total / count), mean, 1, count)
