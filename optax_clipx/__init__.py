@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: right at any magnitude, and it says what it did."""
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import (
     backward as backward,
@@ -120,6 +121,7 @@ from .runs.sweeping import (
 )
 
 from ._trees.docstrings import complete_package as _complete_docstrings
+from ._trees.names import missing as _missing
 
 __version__ = _version("optax_clipx")
 
@@ -206,3 +208,9 @@ _complete_docstrings(globals())
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not _TYPE_CHECKING:  # a type checker would let every name pass
+
+    def __getattr__(name: str) -> object:
+        raise _missing(name, __name__)

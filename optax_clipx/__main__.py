@@ -18,7 +18,7 @@ from .runs.diagnosing import diagnose
 from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
-from .runs.overwriting import may_write
+from .runs.overwriting import FORCE, may_write
 from .runs.suggesting import Recorded, Suggestion, suggest_threshold
 from .runs.table import present
 
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # who reads the output has seen enough, as head has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError, ImportError) as error:
-            print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+            said = str(error).replace(FORCE, "--force")
+            print(f"error: {printable_lines(said)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 0

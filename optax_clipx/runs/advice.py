@@ -30,15 +30,10 @@ _SKIPPED = (
     "{count:# step} {were} skipped because the gradients were not finite. This is"
     " normal while a dynamic loss scale is found."
 )
-_JUMP = (
-    " At step {rate_jump:,} the learning rate rises from {rate_before} to"
-    " {rate_after} ({rate_factor:.3g} times as high)."
+JUMP = (
+    "At step {rate_jump:,} the learning rate rises from {rate_before} to {rate_after}"
+    " ({rate_factor:.3g} times as high)."
 )
-
-
-def _with_jump(said: str, evidence: Mapping[str, Any]) -> str:
-    """A sentence, and the jump of the learning rate that explains it."""
-    return said + _JUMP if "rate_jump" in evidence else said
 
 
 def _nonfinite(evidence: Mapping[str, Any]) -> str:
@@ -46,31 +41,27 @@ def _nonfinite(evidence: Mapping[str, Any]) -> str:
     if evidence.get("all_skipped"):
         return _SKIPPED.replace("{were}", "was" if one else "were")
     verb = "is" if one else "are"
-    said = (
+    return (
         f"The first {{value}} is in {{first_in}}; {{count:# step}} {verb} not finite."
     )
-    return _with_jump(said, evidence)
 
 
 def _divergence(evidence: Mapping[str, Any]) -> str:
     said = "The loss rises from its best level, {best},"
     if math.isfinite(evidence["end"]):
-        return _with_jump(f"{said} to {{end}} at the end.", evidence)
+        return f"{said} to {{end}} at the end."
     if "highest" in evidence:
         said += " to {highest} at step {highest_step:,},"
-    return _with_jump(f"{said} and is not finite at the end.", evidence)
+    return f"{said} and is not finite at the end."
 
 
 def _updates(evidence: Mapping[str, Any]) -> str:
-    count = evidence["count"]
-    if count == 1:
-        said = "The norm of the updates rises, and the loss rises {lead:# step} later."
-    else:
-        said = (
-            "At {count} steps the norm of the updates rises, and the loss rises"
-            " {lead:# step} later (median)."
-        )
-    return _with_jump(said, evidence)
+    if evidence["count"] == 1:
+        return "The norm of the updates rises, and the loss rises {lead:# step} later."
+    return (
+        "At {count} steps the norm of the updates rises, and the loss rises"
+        " {lead:# step} later (median)."
+    )
 
 
 def _growth(evidence: Mapping[str, Any]) -> str:
@@ -78,8 +69,6 @@ def _growth(evidence: Mapping[str, Any]) -> str:
         "The norm grows to {factor:.3g} times its level by step {last_step:,}; at step"
         " {warned:,} it had doubled."
     )
-    if "rate_jump" in evidence:
-        return said + _JUMP
     if "peak_step" in evidence:
         said += (
             " The growth starts where the learning rate reaches its maximum,"

@@ -7,7 +7,7 @@ from typing import Any
 from .diagnosis_page import fragment
 from .drawing import Envelope
 from .escaping import printable
-from .findings import SEVERITIES, Finding
+from .findings import SEVERITIES, Finding, headline, told_once
 from .jsonl import named
 from .naming import counted
 
@@ -82,7 +82,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [self.summary, *self._notices(), *self._order()]
-        lines += map(str, self.findings)
+        for finding, *texts in told_once(self.findings):
+            lines += [headline(finding), *(f"  {printable(x)}" for x in texts)]
         return "\n".join([*lines, *self.unjudged()])
 
     def _notices(self) -> list[str]:

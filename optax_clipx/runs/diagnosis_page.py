@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from .drawing import Envelope
-from .findings import Finding, escaped, places, shown
+from .findings import Finding, escaped, places, shown, told_once
 from .naming import WHOLE
 from .page import head
 
@@ -28,12 +28,17 @@ def fragment(
 ) -> str:
     """What is shown of one run, as a part of a page or in a notebook."""
     parts = [f"<p>{escaped(summary)}</p>"]
-    parts += [_finding(x, pictures.get(x.evidence["column"])) for x in findings]
+    parts += [
+        _finding(*texts, pictures.get(texts[0].evidence["column"]))
+        for texts in told_once(findings)
+    ]
     parts += [f"<p><small>{escaped(line)}</small></p>" for line in unjudged]
     return "\n".join(parts)
 
 
-def _finding(finding: Finding, picture: Envelope | None) -> str:
+def _finding(
+    finding: Finding, sentence: str, advice: str, picture: Envelope | None
+) -> str:
     numbers = "".join(
         f"<tr><td>{escaped(_words(name))}</td><td>{escaped(_value(value))}</td></tr>"
         for name, value in finding.evidence.items()
@@ -43,9 +48,9 @@ def _finding(finding: Finding, picture: Envelope | None) -> str:
     return (
         f'<h3><span style="color: {colour}">{finding.severity}</span>:'
         f" {escaped(finding.code)} at {escaped(places(finding))}</h3>\n"
-        f"<p>{escaped(finding.sentence)}</p>\n"
+        f"<p>{escaped(sentence)}</p>\n"
         + (sketch(picture, finding.steps, colour) if picture else "")
-        + f"<table>{numbers}</table>\n<p><code>{escaped(finding.advice)}</code></p>"
+        + f"<table>{numbers}</table>\n<p><code>{escaped(advice)}</code></p>"
     )
 
 

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .advice import ADVICE
+from .advice import ADVICE, JUMP
 from .escaping import printable
 from .naming import counted
 
@@ -52,18 +52,26 @@ class Finding(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What was found, in one sentence; it may have names from a file in it."""
+        """What was found, and its cause; it may have names from a file in it."""
+        return " ".join(filter(None, [self.symptom, self.cause]))
+
+    @property
+    def symptom(self) -> str:
+        """What was found, in one sentence."""
         said = ADVICE[self.code].sentence
-        if callable(said):
-            said = said(self.evidence)
+        return self._told(said(self.evidence) if callable(said) else said)
+
+    @property
+    def cause(self) -> str:
+        """The jump of the learning rate that explains it; empty if there is none."""
+        return self._told(JUMP) if "rate_jump" in self.evidence else ""
+
+    def _told(self, said: str) -> str:
         given = {"last_step": (self.steps or (0,))[-1], **self.evidence}
         return said.format(**{name: _Shown(value) for name, value in given.items()})
 
     def __str__(self) -> str:
-        return (
-            f"{self.severity}: {self.code} at {places(self)}\n"
-            f"  {printable(self.sentence)}\n  {printable(self.advice)}"
-        )
+        return "\n  ".join(map(printable, [headline(self), self.sentence, self.advice]))
 
 
 def finding(code: str, severity: str, steps: Iterable[Any], **evidence: Any) -> Finding:
@@ -121,6 +129,27 @@ def shown(value: Any) -> str:
         more = ", ..." if len(value) > _SHOWN else ""
         return ", ".join(map(shown, value[:_SHOWN])) + more
     return str(value)
+
+
+def headline(finding: Finding) -> str:
+    """The severity, the code and the steps of a finding."""
+    return f"{finding.severity}: {finding.code} at {places(finding)}"
+
+
+def told_once(findings: Iterable[Finding]) -> list[tuple[Finding, str, str]]:
+    """Each finding with its sentence and its advice; a common cause is told once."""
+    told: dict[str, str] = {}
+    texts = []
+    for found in findings:
+        sentence, advice = found.sentence, found.advice
+        if found.cause in told:
+            first, entry = told[found.cause], ADVICE[found.code].entry
+            sentence = f"{found.symptom} The cause is the same as for {first}."
+            advice = f'# follow the advice for {first}  (Troubleshooting: "{entry}")'
+        elif found.cause:
+            told[found.cause] = found.code
+        texts.append((found, sentence, advice))
+    return texts
 
 
 def places(finding: Finding) -> str:

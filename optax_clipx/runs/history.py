@@ -14,6 +14,8 @@ import numpy as np
 from . import csv_files, jsonl, readers
 from .alarm import Listener
 from .findings import Finding
+from .naming import counted
+from .overview import overview
 from .overwriting import may_write
 from .table import STEP, Columns, Table, present
 
@@ -163,6 +165,15 @@ class History:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __repr__(self) -> str:
+        names = [name for name in self.columns if name != STEP]
+        where = "" if self.path is None else f" in {self.path}"
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        return f"<History of {counted(len(self), 'step')}{where}: {shown or 'empty'}>"
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *overview(self.columns)])
 
     def __getitem__(self, name: str) -> np.ndarray:
         columns = self.columns

@@ -100,17 +100,29 @@ def log_scale(ax: Any, values: np.ndarray) -> None:
     finite = values[np.isfinite(values)]
     if len(finite) and (finite >= 0).all() and (finite > 0).any():
         ax.set_yscale("log", nonpositive="mask")
+        shown = finite[finite > 0]
+        _label_plainly(ax.yaxis, shown.min(), shown.max())
 
 
 def log_axis(ax: Any, edges: np.ndarray) -> None:
-    """A logarithmic axis; within one power of ten it has a few plain numbers."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
-
+    """A logarithmic axis of the bars of a histogram."""
     ax.set_xscale("log")
-    if edges[-1] < 10 * edges[0]:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        ax.xaxis.set_minor_locator(NullLocator())
+    _label_plainly(ax.xaxis, edges[0], edges[-1])
+
+
+def _label_plainly(axis: Any, low: float, high: float) -> None:
+    """A few plain numbers on a logarithmic axis, unless it has many powers of ten."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    if high >= 1000 * low:
+        return
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    if high < 10 * low:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def with_outermost(label: str, values: np.ndarray, edges: np.ndarray) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+FORCE = "force=True"  # the command line has --force instead
+
 
 def may_write(path: Path, force: bool, or_else: str = "") -> None:
     """Raises an error if there is something that nobody said to overwrite.
@@ -16,6 +18,6 @@ def may_write(path: Path, force: bool, or_else: str = "") -> None:
     if path.exists() and not force:
         other = f"{or_else} " if or_else else ""
         raise FileExistsError(
-            f"{path} is there already. Pass {other}force=True to overwrite it (--force"
-            " on the command line), or name another file."
+            f"{path} is there already. Pass {other}{FORCE} to overwrite it, or name"
+            " another file."
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import criteria, naming, readers
+from .compression import is_compressed
 from .drawing import Norms, norms_of
 from .jsonl import ReadError
 from .levels import piece_starts, pieces
@@ -177,6 +178,12 @@ class Signals:
         known = present(seen.limits)
         flags = seen.clipped.astype(np.float64)
         return Line("clipped", seen.steps, flags).chosen(known)
+
+    @cached_property
+    def compressed(self) -> bool:
+        """Whether most steps were made shorter by design, as by `auto_clip`."""
+        name = self._norm_name
+        return name is not None and is_compressed(self.columns, name)
 
     @cached_property
     def muon_share(self) -> Line | None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import naming, readers
+from .compression import is_compressed
 from .jsonl import ReadError
 from .rate_jumps import jump
 from .table import STEP, Columns, present
@@ -14,7 +15,7 @@ _FEW = 100
 _TRACKER_RATE = 0.02  # the default learning_rate of thresholds.quantile_tracker
 _TIMES = 3  # the usual norm, as the bound of a rule that follows rising norms
 _MANY = 0.01
-_MOST = 0.5  # of the steps clipped: `auto_clip` is not made for such runs
+_MOST = 0.5  # of the steps clipped: their threshold was chosen on purpose
 _NEARLY_ALL = 0.95  # of the steps clipped: the threshold alone set how long they were
 _WINDOW = 5  # norms in the median that is followed back to where an explosion begins
 _GROWN = 3  # times the level before: what is above is part of the explosion
@@ -65,6 +66,7 @@ class Suggestion(NamedTuple):
             more than 1,000 times above their median.
         first: what to change about the learning rate first, if training exploded.
         clipped: the fraction of steps that were clipped when the run was recorded.
+        of_all: the fraction of steps whose norm was above ``value``, with the warm-up.
     """
 
     value: float
@@ -82,20 +84,14 @@ class Suggestion(NamedTuple):
     exploded: bool = False
     first: str = ""
     clipped: float = 0.0
+    of_all: float = 0.0
 
     def __str__(self) -> str:
-        lines = [self._use()]
+        lines = self._use()
         if not np.isnan(self.value):
-            low, high = min(self.rates), max(self.rates)
-            run = "these steps" if self.exploded else "the run"
-            lines.append(
-                f"threshold {self.value:.4g}: clips {self.clip_rate:.1%} of the steps"
-                + (" before the norms grew" if self.exploded else "")
-                + f" (in ten equal parts of {run}: from {low:.1%} to {high:.1%}); you"
-                f" asked for {_percent(self.asked)}"
-            )
+            lines += self._rates()
         if self.why:
-            lines.append(f"it does not clip {_percent(self.asked)}: {self.why}")
+            lines.append(f"why not {_percent(self.asked)}: {self.why}")
         if self.warmup:
             warmup = naming.counted(self.warmup, "norm")
             lines.append(f"left out as warm-up: {warmup} at the start")
@@ -103,6 +99,56 @@ class Suggestion(NamedTuple):
             lines.append(f"non-finite: {naming.counted(self.nonfinite, 'norm')}")
         if self.warning:
             lines.append(f"warning: {self.warning}")
+        return "\n".join(lines + self._alternatives())
+
+    def _use(self) -> list[str]:
+        """What to do."""
+        clipper = f"use {self._clipper()}"
+        if np.isnan(self.value):
+            clipper = "record the norms again with optax_clipx.auto_clip()"
+        if self.exploded:
+            return [f"first {self.first}", f"then {clipper}"]
+        if self.recorded == self.value:
+            return [
+                "record another run first, with optax_clipx.auto_clip() or with a much"
+                f" higher threshold, such as {10 * self.value:.4g}"
+            ]
+        return [clipper]
+
+    def _clipper(self) -> str:
+        """The recommended clipping, as code."""
+        return self.rule if self._rises() and self.rule else self._fixed()
+
+    def _fixed(self) -> str:
+        return f"optax_clipx.clip_by_global_norm({self.value:.4g})"
+
+    def _rises(self) -> bool:
+        return self.rule is not None and self.drift > 1
+
+    def _rates(self) -> list[str]:
+        """Which steps the threshold clips."""
+        low, high = min(self.rates), max(self.rates)
+        which, of_all, these = "the steps", "", "the run"
+        if self.exploded:
+            which, these = "the steps before the norms grew", "these steps"
+        elif self.warmup:
+            which, these = f"the steps after the first {self.warmup:,}", "these steps"
+            of_all = f", and {self.of_all:.1%} of all steps"
+        it = "it"
+        if self.recorded == self.value:
+            it = f"the threshold {self.value:.4g}"
+        elif self._rises():
+            it = f"a fixed threshold instead, {self._fixed()},"
+        return [
+            f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; you"
+            f" asked for {_percent(self.asked)}",
+            f"in ten equal parts of {these} it would have clipped from {low:.1%} to"
+            f" {high:.1%}",
+        ]
+
+    def _alternatives(self) -> list[str]:
+        """What else to use."""
+        lines = []
         if self.rule and self.drift < 1 and not self.exploded:
             lines.append(
                 "if you train longer and the norms keep falling, use"
@@ -113,23 +159,11 @@ class Suggestion(NamedTuple):
             lines.append(
                 "if you do not want to choose a threshold, use optax_clipx.auto_clip()"
             )
-        return "\n".join(lines)
-
-    def _use(self) -> str:
-        """The one thing to do."""
-        clipper = f"optax_clipx.clip_by_global_norm({self.value:.4g})"
-        if self.rule and self.drift > 1:
-            clipper = self.rule
-        if np.isnan(self.value):
-            clipper = "record the norms again with optax_clipx.auto_clip()"
-        if self.exploded:
-            return f"{self.first}; then {clipper}"
-        if self.recorded == self.value:
-            return (
-                "record another run first, with optax_clipx.auto_clip() or with a much"
-                f" higher threshold, such as {10 * self.value:.4g}"
+        if lines:
+            lines.append(
+                "to compare thresholds by their loss, use optax_clipx.find_threshold"
             )
-        return f"use this one: {clipper}"
+        return lines
 
 
 def suggest_threshold(
@@ -237,6 +271,7 @@ def suggest_threshold(
         exploded=exploded,
         first=_first(rate, values, len(kept)) if exploded else "",
         clipped=_clipped(steady, limits[skipped : len(kept)]),
+        of_all=float(np.mean(kept > value)),
     )
     return found._replace(
         warning=_warning(found, len(steady), clip_rate), why=_why(found, len(steady))
@@ -254,31 +289,33 @@ def _none(clip_rate: float | int, nonfinite: int, kept: int) -> Suggestion:
         spikes=0.0,
         nonfinite=nonfinite,
         recorded=None,
-        warning=f"this run exploded after {naming.counted(kept, 'step')}; a threshold"
-        f" needs at least {_FEWEST} steps before the norms grow",
+        warning=f"This run exploded after {naming.counted(kept, 'step')}. A threshold"
+        f" needs at least {_FEWEST} steps before the norms grow.",
         rule=None,
         asked=float(clip_rate),
         exploded=True,
+        of_all=np.nan,
     )
 
 
 def _first(rate: _Rate | None, values: np.ndarray, kept: int) -> str:
     """What to change about the learning rate of a run that exploded."""
     if rate is None:
-        return "use a lower learning rate first, for example a third of yours"
+        return "use a lower learning rate, for example a third of the present one"
     row = np.flatnonzero(values > 0)[kept]  # the first norm of the explosion
     jumped = jump(rate.steps, rate.values, int(rate.of_norms[row]))
     if jumped is not None:
         return (
-            f"go back to a learning rate of {jumped.before:.4g} first: it rose to"
-            f" {jumped.after:.4g} at step {jumped.step:,}, and then training exploded"
+            f"go back to a learning rate of {jumped.before:.4g}: at step"
+            f" {jumped.step:,} the learning rate rose to {jumped.after:.4g}, and then"
+            " training exploded"
         )
     before = rate.values[rate.steps <= rate.of_norms[row]]
     high = float(before.max(initial=0.0))
     if not (np.isfinite(high) and high > 0):
-        return "use a lower learning rate first, for example a third of yours"
+        return "use a lower learning rate, for example a third of the present one"
     return (
-        f"use a lower learning rate first, for example {high / 3:.2g}, a third of"
+        f"use a lower learning rate, for example {high / 3:.2g}, which is a third of"
         f" {high:.4g}"
     )
 
@@ -297,7 +334,8 @@ def _norms(norms: Any, limit: Any) -> tuple[np.ndarray, np.ndarray, _Rate | None
     if isinstance(norms, Recorded):
         columns, name = norms
         norms = naming.norms_of_all_steps(columns, name)
-        limit = naming.limits_beside(columns, name) if limit is None else limit
+        if limit is None and not is_compressed(columns, name):
+            limit = naming.limits_beside(columns, name)
         steps, rate = columns[STEP], _rate(columns)
     values = np.asarray(norms, np.float64)
     if values.ndim != 1:
@@ -450,9 +488,9 @@ def _why(found: Suggestion, count: int) -> str:
     if found.rule and found.drift < 1:
         steps = "these steps" if found.exploded else "the run"
         return (
-            "the norms fall, and the threshold is chosen to clip"
-            f" {_percent(found.asked)} of the last third of {steps}; earlier norms are"
-            " higher"
+            "the norms fall. The threshold clips"
+            f" {_percent(found.asked)} of the last third of {steps}, and more of the"
+            " steps before, whose norms are higher"
         )
     if found.spikes > found.asked:
         return (
@@ -480,33 +518,33 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     said = []
     if found.recorded == found.value:
         said.append(
-            "nearly every step of this run was clipped, with a median threshold of"
-            f" {found.value:.4g}; such a run gives no information about higher"
-            " thresholds"
+            "Nearly every step of this run was clipped, with a median threshold of"
+            f" {found.value:.4g}. Such a run gives no information about higher"
+            " thresholds."
         )
     if found.exploded:
         said.append(
-            f"this run exploded, and the threshold comes from the {count} steps before"
-            " the norms grew; choose again from a run that does not explode"
+            f"This run exploded. The threshold comes from the {count} steps before the"
+            " norms grew. Choose a threshold again from a run that does not explode."
         )
     if found.rule:
+        run = "these steps" if found.exploded else "the run"
         said.append(
-            "the norms drift (the usual norm in the last third of"
-            f" {'these steps' if found.exploded else 'the run'} is"
-            f" {found.drift:.3g} times that in the first), so that a fixed threshold"
-            f" clips {min(found.rates):.0%} of the steps at one time and"
-            f" {max(found.rates):.0%} at another"
-            + ("; this one is for the last third" if found.drift < 1 else "")
+            f"The norms change during {run}: the median norm of the last third is"
+            f" {found.drift:.3g} times the median norm of the first third. So a fixed"
+            f" threshold clips {min(found.rates):.0%} of the steps at one time, and"
+            f" {max(found.rates):.0%} at another time."
+            + (" The threshold above is for the last third." if found.drift < 1 else "")
         )
     if found.spikes > clip_rate:
         said.append(
             f"{found.spikes:.0%} of the steps {_high(found)}, which is more than the"
-            f" {clip_rate:.0%} that was asked for; the threshold comes from the other"
-            " steps"
+            f" {clip_rate:.0%} that you asked for. The threshold comes from the other"
+            " steps."
         )
     if count < _FEW:
-        said.append(f"only {naming.counted(count, 'norm')} to choose from")
-    return "; ".join(said)
+        said.append(f"There are only {naming.counted(count, 'norm')} to choose from.")
+    return " ".join(said)
 
 
 def _median(norms: np.ndarray) -> float:

@@ -207,3 +207,13 @@ def test_a_nan_of_a_leaf_is_in_the_column_of_the_leaf():
     leaves = {f"track_norms/{name}": np.ones(100) for name in "ab"}
     leaves["track_norms/b"][50] = np.nan
     assert found(leaves, "nonfinite").evidence["first_in"] == "track_norms/b"
+
+
+def test_the_cause_and_its_remedy_are_printed_once():
+    text = str(clipx.diagnose(exploding()))
+    assert text.count(JUMP) == text.count(REMEDY) == 1
+    same = "The cause is the same as for update-before-loss.\n"
+    remedy = "  # follow the advice for update-before-loss  (Troubleshooting: "
+    assert text.count(same + remedy) == 3
+    html = clipx.diagnose(exploding())._repr_html_()
+    assert html.count(REMEDY) == 1

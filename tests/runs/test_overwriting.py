@@ -63,7 +63,9 @@ def test_the_command_line_says_force(tmp_path, monkeypatch, capsys):
     run().save("run.jsonl")
     assert command_line.main(["plot", "run.jsonl"]) == 0
     assert command_line.main(["plot", "run.jsonl"]) == 2
-    assert "--force" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Pass --force to overwrite it" in said
+    assert "force=True" not in said
     assert command_line.main(["plot", "run.jsonl", "--force"]) == 0
 
 

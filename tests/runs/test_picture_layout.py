@@ -80,9 +80,12 @@ def labels_of(figure):
     return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("low", [1e-6, 2.9, 300.0])
-def test_numbers_below_a_histogram_of_close_norms_are_apart(low):
-    run = {"clip/norm": low * np.linspace(1, 1.6, COUNT)}
+@pytest.mark.parametrize(
+    ("low", "factor"),
+    [(1e-6, 1.6), (2.9, 1.6), (300.0, 1.6), (0.2, 9), (0.2, 35), (0.03, 500), (1, 1e5)],
+)
+def test_numbers_below_a_histogram_are_apart(low, factor):
+    run = {"clip/norm": low * np.geomspace(1, factor, COUNT)}
     figure = plotting.overview(run)
     figure.draw_without_rendering()
     axes = next(ax for ax in figure.axes if ax.get_xlabel() == "norm")

@@ -302,7 +302,7 @@ def test_plot(run, capsys):
 def test_suggest(run, capsys):
     assert call("suggest", "run.jsonl", "other.csv", "--clip-rate", 0.2) == 0
     want = clipx.suggest_threshold(run_of()["clip/norm"], 0.2)
-    assert f"threshold {want.value:.4g}" in capsys.readouterr().out
+    assert f"global_norm({want.value:.4g})" in capsys.readouterr().out
     assert call("suggest", "run.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["run"]["clip_rate"] == pytest.approx(0.1, abs=0.01)
@@ -494,7 +494,7 @@ def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "logs" / "a.png").exists()
     assert call("suggest", "logs/a") == 0
     want = clipx.suggest_threshold(run["clip/norm"].astype(np.float32)).value
-    assert f"threshold {want:.4g}" in capsys.readouterr().out
+    assert f"global_norm({want:.4g})" in capsys.readouterr().out
     if importlib.util.find_spec("rich"):
         assert call("watch", "logs/a", "--once") == 0
 

@@ -41,14 +41,14 @@ def test_a_rate_that_was_not_asked_for_is_explained(name):
     assert words in found.why
     text = str(found)
     assert "you asked for 10%" in text
-    assert f"clips {found.clip_rate:.1%} of the steps" in text
-    assert f"it does not clip 10%: {found.why}" in text
+    assert f"would have clipped {found.clip_rate:.1%} of the steps" in text
+    assert f"why not 10%: {found.why}" in text
 
 
 def test_a_rate_that_was_asked_for_needs_no_reason():
     found = clipx.suggest_threshold(lognormal(10_000), 0.1)
     assert (found.asked, found.why) == (0.1, "")
-    assert "does not clip" not in str(found)
+    assert "why not" not in str(found)
 
 
 def test_the_command_line_prints_both(tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_the_command_line_prints_both(tmp_path, capsys):
     assert command_line.main(["suggest", str(run)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "you asked for 10%" in out
-    assert "it does not clip 10%: the norms fall" in out
+    assert "why not 10%: the norms fall" in out
     assert command_line.main(["suggest", str(run), "--json"]) == 0
     assert '"asked": 0.1' in capsys.readouterr().out
 
@@ -78,20 +78,18 @@ def first_line(norms, limit=None):
 
 
 def test_the_first_line_says_what_to_use():
-    assert first_line(rounded()) == "use this one: optax_clipx.clip_by_global_norm(2)"
+    assert first_line(rounded()) == "use optax_clipx.clip_by_global_norm(2)"
     falling = lognormal() * np.geomspace(1, 0.1, 2000)
     value = clipx.suggest_threshold(falling).value
-    assert first_line(falling) == (
-        f"use this one: optax_clipx.clip_by_global_norm({value:.4g})"
-    )
+    assert first_line(falling) == (f"use optax_clipx.clip_by_global_norm({value:.4g})")
     rising = clipx.suggest_threshold(lognormal() * np.geomspace(1, 10, 2000))
-    assert str(rising).startswith(f"use this one: {rising.rule}\n")
+    assert str(rising).startswith(f"use {rising.rule}\n")
 
 
 def test_thresholds_that_vary_are_given_by_their_median():
     limits = np.resize([1.0, 2.0, 4.0], 2000)
     warning = clipx.suggest_threshold(lognormal() + 5, limit=limits).warning
-    assert "clipped, with a median threshold of 2;" in warning
+    assert "clipped, with a median threshold of 2." in warning
 
 
 def test_how_fast_the_tracker_falls_is_said_and_true():
@@ -100,3 +98,26 @@ def test_how_fast_the_tracker_falls_is_said_and_true():
     assert "and falls by at most 0.2% in each step" in text
     given = inspect.signature(clipx.quantile_clip).parameters["tracker_rate"]
     assert given.default == 0.02  # times the clip rate of 10%
+
+
+def test_the_rate_of_all_steps_is_told_beside_that_after_the_warmup():
+    norms = np.concatenate([np.full(50, 100.0), np.tile(np.arange(1.0, 11.0), 95)])
+    found = clipx.suggest_threshold(norms)
+    assert (found.warmup, found.value) == (50, 9.0)
+    assert (found.clip_rate, found.of_all) == (0.1, 0.145)
+    assert str(found).splitlines()[1] == (
+        "it would have clipped 10.0% of the steps after the first 50, and 14.5% of all"
+        " steps; you asked for 10%"
+    )
+
+
+def test_a_fixed_threshold_is_named_beside_a_rule():
+    rising = clipx.suggest_threshold(lognormal() * np.geomspace(1, 10, 2000))
+    assert (
+        str(rising)
+        .splitlines()[1]
+        .startswith(
+            "a fixed threshold instead, optax_clipx.clip_by_global_norm("
+            f"{rising.value:.4g}), would have clipped "
+        )
+    )

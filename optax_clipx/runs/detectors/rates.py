@@ -18,7 +18,7 @@ def always(run: Signals) -> list[Finding]:
     least = criteria.ALWAYS
     if run.target is not None:
         least = max(least, 1 - criteria.PASS_PART * (1 - run.target))
-    if len(flags) < criteria.LEAST_STEPS or run.target == 1:
+    if len(flags) < criteria.LEAST_STEPS or run.target == 1 or run.compressed:
         return []
     parts = np.add.reduceat(flags, piece_starts(len(flags)))
     sizes = np.diff([*piece_starts(len(flags)), len(flags)])
