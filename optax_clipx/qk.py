@@ -3,6 +3,7 @@
 from ._methods.qk_flax import flax as flax
 from ._methods.qk_layouts import (
     Layout as Layout,
+    fused as fused,
     gqa as gqa,
     mha as mha,
     mla as mla,
@@ -16,6 +17,7 @@ from ._methods.qk_logits import (
 __all__ = [
     "Layout",
     "flax",
+    "fused",
     "gqa",
     "max_logits",
     "mha",

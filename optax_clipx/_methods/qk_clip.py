@@ -44,7 +44,7 @@ def qk_clip(
             batch and all positions, of all devices; (layers, heads) for a stack.
             :func:`qk.max_logits` computes it.
         layout: where queries, keys and heads are: from :func:`qk.mha`, :func:`qk.gqa`,
-            :func:`qk.mla` or :func:`qk.flax`, or a list of these.
+            :func:`qk.mla`, :func:`qk.fused` or :func:`qk.flax`, or a list of these.
         threshold: :math:`\tau`, a number above 0 or a scalar array.
         alpha: the share of the queries, 0 to 1: at 1 the keys keep their weights, at 0
             the queries.
@@ -283,8 +283,11 @@ def _factors(one: Fitted, scales: jax.Array, alpha: Any) -> dict[str, jax.Array]
 def _for_leaf(slot: Slot, factors: dict[str, jax.Array], leaf: Any) -> jax.Array:
     """The factors in the shape of a leaf, in which each head has its own."""
     part, axis = slot.part, slot.head_axis
-    factor = factors[part.factor]
-    dims = [d for d in (slot.layer_axis, axis) if d is not None]
+    if part.factor == "fused":
+        factor, axes = _of_fused(slot, factors)
+    else:
+        factor, axes = factors[part.factor], [axis]
+    dims = [d for d in (slot.layer_axis, *axes) if d is not None]
     if part.split is not None:
         width = slot.width or slot.shape[axis + 1]
         first = jnp.broadcast_to(jnp.arange(width) < part.split, (*factor.shape, width))
@@ -303,6 +306,17 @@ def _for_leaf(slot: Slot, factors: dict[str, jax.Array], leaf: Any) -> jax.Array
     # A product with a leaf on Explicit axes needs the factors sharded as the leaf is.
     sharding = jax.typeof(leaf).sharding if mesh.is_cut(leaf) else None
     return lax.broadcast_in_dim(factor, slot.shape, dims, out_sharding=sharding)
+
+
+def _of_fused(slot: Slot, factors: dict[str, jax.Array]) -> tuple[jax.Array, list[int]]:
+    """The factors of queries, keys and values in one leaf, and on which axes."""
+    query, key = factors["query"], factors["key"]
+    each = [query, key, jnp.ones_like(key)]
+    if slot.part_axis is None:
+        return jnp.concatenate(each, axis=-1), [slot.head_axis]
+    last = slot.part_axis > slot.head_axis
+    axes = sorted((slot.part_axis, slot.head_axis))
+    return jnp.stack(each, axis=-1 if last else -2), axes
 
 
 def _scaled(leaf: jax.Array, scale: jax.Array) -> jax.Array:

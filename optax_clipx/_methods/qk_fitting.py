@@ -19,6 +19,7 @@ class Slot:
     """A leaf that is multiplied: its place, and where its heads and layers are.
 
     With `width`, each head has so many entries in a row along the axis of the heads.
+    With `part_axis`, queries, keys and values are on that axis.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Slot:
     head_axis: int
     layer_axis: int | None
     width: int | None
+    part_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def list_of(layout: Any) -> list[Layout]:
     listed = isinstance(layouts, list | tuple)
     if not listed or not all(isinstance(one, Layout) for one in layouts):
         raise TypeError(
-            "Expected layout to be what optax_clipx.qk.mha, .gqa, .mla or .flax"
+            "Expected layout to be what optax_clipx.qk.mha, .gqa, .mla, .fused or .flax"
             f" returns, or a list of these, got {layout!r}."
         )
     if not layouts:
@@ -93,6 +95,8 @@ def _refuse_twice(values: list[str], what: str, advice: str) -> None:
 
 def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> Fitted:
     query = layout.parts[0]
+    if query.factor == "fused":
+        return _fit_fused(layout, leaves, places)
     heads = layout.num_heads or _size(query, leaves, layout)
     key_heads = _key_heads(layout, leaves, heads) if layout.grouped else heads
     slots: list[Slot] = []
@@ -108,6 +112,44 @@ def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> 
             f" kernel, got {_shapes(slots)}."
         )
     return Fitted(layout.name, tuple(slots), (*layers, heads), key_heads)
+
+
+def _fit_fused(
+    layout: Layout, leaves: dict[str, Any], places: dict[str, int]
+) -> Fitted:
+    """A layout of one kernel for queries, keys and values."""
+    (part,) = layout.parts
+    shape = _shape(part.path, leaves, layout)
+    axis = _axis(layout.head_axis, shape, part.path, "head_axis")
+    width = parts = None
+    if layout.part_axis is None:
+        heads = layout.num_heads or 0
+        rows = heads + 2 * (layout.key_heads or heads)
+        if shape[axis] % rows:
+            raise ValueError(
+                f"Expected queries, keys and values of {heads} heads one after the"
+                f" other on axis {axis} of {part.path!r}, which are a multiple of"
+                f" {rows} entries, got shape {shape}. Pass num_heads=, key_heads= if"
+                " several query heads share a key, or head_axis=."
+            )
+        width = shape[axis] // rows
+    else:
+        parts = _axis(layout.part_axis, shape, part.path, "part_axis")
+        heads = shape[axis]
+        if shape[parts] != 3 or parts == axis or layout.num_heads not in (None, heads):
+            raise ValueError(
+                "Expected queries, keys and values on an axis of length 3 of"
+                f" {part.path!r}, and {layout.num_heads or 'the'} heads on another, got"
+                f" part_axis={layout.part_axis}, head_axis={layout.head_axis} and shape"
+                f" {shape}. Without such an axis, pass num_heads= and no part_axis=."
+            )
+    first = axis if parts is None else min(axis, parts)
+    layer = _layer_axis(layout, shape, part.path, first)
+    index = places[part.path]
+    slot = Slot(index, part.path, part, shape, axis, layer, width, parts)
+    layers = () if layer is None else (shape[layer],)
+    slots = (slot, *_bias(slot, leaves, places))
+    return Fitted(layout.name, slots, (*layers, heads), layout.key_heads or heads)
 
 
 def _check_widths(slots: list[Slot]) -> None:
@@ -186,15 +228,7 @@ def _slot(
     """The kernel of a part, whose heads are as many as they have to be."""
     shape = _shape(part.path, leaves, layout)
     axis = _axis(layout.head_axis, shape, part.path, "head_axis")
-    layer = layout.layer_axis
-    if layer is not None:
-        layer = _axis(layer, shape, part.path, "layer_axis")
-        if layer >= axis:
-            raise ValueError(
-                f"Expected layer_axis before head_axis in {part.path!r} of shape"
-                f" {shape}, got layer_axis={layout.layer_axis} and"
-                f" head_axis={layout.head_axis}."
-            )
+    layer = _layer_axis(layout, shape, part.path, axis)
     fits = shape[axis] % heads == 0 if layout.num_heads else shape[axis] == heads
     if not fits:
         raise ValueError(
@@ -213,6 +247,23 @@ def _slot(
     )
     _check_split(slot)
     return slot
+
+
+def _layer_axis(
+    layout: Layout, shape: tuple[int, ...], path: str, before: int
+) -> int | None:
+    """The axis of the layers, which comes before that of the heads."""
+    if layout.layer_axis is None:
+        return None
+    layer = _axis(layout.layer_axis, shape, path, "layer_axis")
+    if layer < before:
+        return layer
+    parts = "" if layout.part_axis is None else f", part_axis={layout.part_axis}"
+    raise ValueError(
+        f"Expected layer_axis before head_axis{' and part_axis' * bool(parts)} in"
+        f" {path!r} of shape {shape}, got layer_axis={layout.layer_axis}{parts} and"
+        f" head_axis={layout.head_axis}."
+    )
 
 
 def _check_split(slot: Slot) -> None:
@@ -247,11 +298,13 @@ def _bias(kernel: Slot, leaves: dict[str, Any], places: dict[str, int]) -> list[
     size = kernel.shape[kernel.head_axis]
     for axis in (kernel.head_axis - fewer, kernel.head_axis):
         inside = 0 <= axis < len(shape) and axis != kernel.layer_axis
+        parts = kernel.part_axis
+        if parts is not None:
+            parts += axis - kernel.head_axis
+            inside &= 0 <= parts < len(shape) and shape[parts] == 3
         if inside and shape[axis] == size:
-            index = places[path]
-            return [
-                replace(kernel, index=index, path=path, shape=shape, head_axis=axis)
-            ]
+            same = replace(kernel, index=places[path], path=path, shape=shape)
+            return [replace(same, head_axis=axis, part_axis=parts)]
     raise ValueError(
         f"Expected an axis with {size} entries in the bias {path!r}, as in"
         f" {kernel.path!r} of shape {kernel.shape}, got shape {shape}."

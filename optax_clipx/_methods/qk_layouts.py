@@ -1,7 +1,7 @@
 """Layouts: which leaves make the queries and keys of an attention, and its heads."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._trees.arguments import check_static_count
@@ -11,7 +11,9 @@ WITHOUT_NAME = "attention"  # of a layer that is the whole model
 
 @dataclass(frozen=True)
 class Part:
-    """A leaf, and what multiplies it: "query", "key", "rotary" or "one".
+    """A leaf, and what multiplies it: "query", "key", "rotary", "one" or "fused".
+
+    "fused" is a leaf with queries, keys and values, each with a factor of its own.
 
     Of a fused leaf the first `split` entries of each head take `factor`, and the
     others `after`.
@@ -28,8 +30,8 @@ class Part:
 class Layout:
     """Where one attention, or a stack of them, has its queries, keys and heads.
 
-    The functions :func:`mha`, :func:`gqa`, :func:`mla` and :func:`flax` make it, and
-    :func:`optax_clipx.qk_clip` takes it.
+    The functions :func:`mha`, :func:`gqa`, :func:`mla`, :func:`fused` and :func:`flax`
+    make it, and :func:`optax_clipx.qk_clip` takes it.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Layout:
     num_heads: int | None
     layer_axis: int | None
     grouped: bool
+    # Of a fused kernel:
+    key_heads: int | None = None
+    part_axis: int | None = None
 
 
 def mha(
@@ -227,6 +232,105 @@ def mla(
     if rotary_query is not None:
         parts.append(_part(rotary_query, "rotary", None))
     return _layout(name, tuple(parts), head_axis, num_heads, layer_axis, grouped=False)
+
+
+def fused(
+    kernel: Any,
+    *,
+    num_heads: Any = None,
+    key_heads: Any = None,
+    part_axis: Any = None,
+    head_axis: Any = None,
+    layer_axis: Any = None,
+    bias: Any = None,
+    name: Any = None,
+) -> Layout:
+    r"""The layout of an attention whose queries, keys and values are one kernel.
+
+    .. math:: (W_q^h, W_k^h, W_v^h) \leftarrow
+              (\gamma_h^{\alpha} W_q^h, \gamma_h^{1-\alpha} W_k^h, W_v^h)
+
+    Here :math:`\gamma_h` is the scale of head :math:`h`, as in
+    :func:`optax_clipx.qk_clip`. Queries come before keys, and keys before values; the
+    values stay as they are. With ``key_heads`` the scales are those of :func:`qk.gqa`.
+
+    ============================  ====================================================
+    shape of the kernel           arguments
+    ============================  ====================================================
+    (in, 3 * heads * dimension)   ``num_heads=heads``, as in GPT-2
+    (3 * heads * dimension, in)   ``num_heads=heads, head_axis=0``, as in PyTorch
+    (in, 3, heads, dimension)     ``part_axis=1``
+    (in, heads, 3, dimension)     ``part_axis=2, head_axis=1``
+    (in, (heads + 2 * groups)     ``num_heads=heads, key_heads=groups``: grouped-query
+    * dimension)                  attention
+    ============================  ====================================================
+
+    A kernel of shape (in, heads * 3 * dimension), in which query, key and value of a
+    head come one after the other, as in GPT-NeoX, has the shape of the first row and
+    not its order: reshape it to the fourth.
+
+    Args:
+        kernel: the path of the kernel, such as ``"attn/c_attn/kernel"``.
+        num_heads: the number of query heads. Needed without ``part_axis``.
+        key_heads: the number of key heads, if several query heads share one.
+        part_axis: the axis of length 3 with queries, keys and values; ``None`` if they
+            come one after the other on ``head_axis``.
+        head_axis: the axis of the heads. By default the one after ``part_axis``, or 1.
+        layer_axis: as in :func:`qk.mha`; it comes before both others.
+        bias: the path of the bias; by default as in :func:`qk.mha`.
+        name: the name of its maxima in ``max_logits``; by default the path of the
+            module that has the projection, here ``"attn"``.
+
+    Returns:
+        A layout for :func:`optax_clipx.qk_clip`.
+
+    Raises:
+        TypeError: as :func:`mha`.
+        ValueError: if neither ``num_heads`` nor ``part_axis`` is given, or both
+            ``part_axis`` and ``key_heads``, or ``num_heads`` is no multiple of
+            ``key_heads``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_clipx as clipx
+        >>> layout = clipx.qk.fused("attn/c_attn/kernel", num_heads=2)
+        >>> params = {"attn": {"c_attn": {"kernel": jnp.ones((3, 6))}}}  # dimension 1
+        >>> maxima = {"attn": jnp.array([50.0, 400.0])}
+        >>> params = clipx.qk_clip(params, maxima, layout, threshold=100.0)
+        >>> print(params["attn"]["c_attn"]["kernel"][0])
+        [1.  0.5 1.  0.5 1.  1. ]
+
+    References:
+        Kimi Team, Kimi K2: Open Agentic Intelligence, 2025, arXiv 2507.20534, section
+        2.1.
+    """
+    path = _joined(kernel, "kernel")
+    if num_heads is None and part_axis is None:
+        raise ValueError(
+            f"Expected num_heads= with the number of query heads in {path!r}, or"
+            " part_axis= with the axis of length 3 that has queries, keys and values;"
+            " got neither."
+        )
+    if key_heads is not None:
+        check_static_count(key_heads, "key_heads")
+        if part_axis is not None or int(num_heads) % key_heads:
+            raise ValueError(
+                "Expected key_heads without part_axis, and num_heads to be a multiple"
+                f" of it, got key_heads={key_heads}, part_axis={part_axis} and"
+                f" num_heads={num_heads}."
+            )
+    part = Part(path, "fused", None if bias is None else _joined(bias, "bias"))
+    axis = None if part_axis is None else _axis(part_axis, "part_axis")
+    if head_axis is None:
+        head_axis = 1 if axis is None else axis + 1
+    names = path.split("/")
+    module = names[: -2 if names[-1] in ("kernel", "weight", "w") else -1]
+    name = attention_name(module) if name is None else name
+    made = _layout(
+        *(name, (part,), head_axis, num_heads, layer_axis),
+        grouped=key_heads is not None,
+    )
+    return replace(made, key_heads=key_heads, part_axis=axis)
 
 
 def _part(

@@ -181,9 +181,7 @@ def test_two_layouts_with_one_leaf():
 
 @pytest.mark.parametrize("layout", ["attn", None, [MHA, "attn"], {"attn": MHA}])
 def test_what_is_no_layout(layout):
-    with pytest.raises(
-        TypeError, match=r"optax_clipx\.qk\.mha, \.gqa, \.mla or \.flax"
-    ):
+    with pytest.raises(TypeError, match=r"qk\.mha, \.gqa, \.mla, \.fused or \.flax"):
         clip(layout=layout)
 
 
