@@ -252,17 +252,18 @@ def clip_by_global_norm(
     axis_name: AxisNames = None,
     specs: Specs = None,
 ) -> tuple[Any, Float[Array, "..."]]:
-    r"""Clips the norm of all leaves together; the direction is kept.
+    r"""Clips the norm of all leaves together, and keeps the direction.
 
     .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        max_norm: :math:`t`: a number or scalar array.
-        norm: the norm of the whole tree, if it was computed elsewhere; nothing is
-            measured then.
+        max_norm: the threshold :math:`t`: a number or a scalar array.
+        norm: the norm of the whole tree, if you have already computed it. The function
+            then does not compute it again.
         ord: the order of the norm, as for :func:`global_norm`.
-        eps: :math:`\epsilon`; ``1e-6`` gives PyTorch's coefficient.
+        eps: :math:`\epsilon`, a number that is added to the norm; ``1e-6`` gives the
+            same factor as PyTorch.
         nonfinite: as in :func:`optax_clipx.clip_by`.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.

@@ -21,27 +21,32 @@ def auto_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Compresses norms to below a threshold that it finds by itself.
+    r"""Scales down large gradients, to below a threshold that it finds by itself.
 
     .. math:: u \leftarrow \frac{c(n)}{n}\, u, \qquad
               c(n) = \begin{cases} n & n \le t / 8 \\
               \min\bigl(t, \tfrac{t}{8} (1 + \log \tfrac{8 n}{t})\bigr) & n > t / 8
               \end{cases}
 
-    The threshold :math:`t` is 0.8 times the median of the first ten norms, and follows
-    the norms down but not up; :func:`thresholds.auto` describes the rule. A norm
-    :math:`n` below an eighth of the threshold stays as it is. Above, the clipped norm
-    grows only as the logarithm of :math:`n`, up to the threshold. So most steps are
-    made shorter at first, by a factor of 3 for a norm like the first ones, and outliers
-    by far more.
+    The threshold :math:`t` is 0.8 times the median of the first ten norms. It is lower
+    in the first 100 steps, and after the norms have fallen far below the first ones. It
+    does not rise with the norms. :func:`thresholds.auto` has the formula.
 
-    Choose the learning rate with the clipper in place. With SGD, a rate that was chosen
-    without clipping makes short steps here; try three times this rate as well. Adam and
-    Lion divide by the usual size of a gradient, so the shorter gradients leave the
-    length of their steps as it is.
+    A gradient whose norm :math:`n` is at most an eighth of the threshold is not
+    changed. For larger norms, the clipped norm grows only with the logarithm of
+    :math:`n`, up to the threshold. So most gradients are scaled down by design, and a
+    high clip rate is normal. A norm that equals the median of the first ten norms is
+    divided by 7 in the first step, and by 3 after 100 steps. Outliers are divided by
+    more.
 
-    Multiplying the loss by a constant changes nothing: the same steps are scaled by the
-    same factors.
+    Choose the learning rate while the clipper is in the chain. With SGD, steps become
+    shorter; if the learning rate was chosen without clipping, also try three times this
+    learning rate. Adam and Lion divide by the usual size of the gradients. If all
+    gradients become smaller by the same factor, the length of their steps stays the
+    same.
+
+    If you multiply the loss of the whole run by a constant, each gradient is still
+    scaled by the same factor.
 
     Args:
         scope: as in :func:`zclip`.

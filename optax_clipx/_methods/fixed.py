@@ -251,11 +251,14 @@ def clip_by_global_norm(
 
     .. math:: u \leftarrow \min(1, t / (\|u\| + \epsilon))\, u
 
+    Here :math:`\|u\|` is the norm of all leaves together. All leaves are multiplied by
+    the same factor.
+
     Args:
-        max_norm: :math:`t`, the largest norm that is not clipped: a number, a scalar
-            array or a schedule.
+        max_norm: the threshold :math:`t`: a number, a scalar array or a schedule.
         ord: the order of the norm, as for :func:`measures.tree_norm`; ``None`` is 2.
-        eps: :math:`\epsilon`; ``1e-6`` gives PyTorch's coefficient.
+        eps: :math:`\epsilon`, a number that is added to the norm; ``1e-6`` gives the
+            same factor as PyTorch.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.

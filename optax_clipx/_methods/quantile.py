@@ -28,30 +28,33 @@ def quantile_clip(
 
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
 
-    The threshold at step :math:`k` is the :math:`q`-quantile of all norms
-    :math:`n_1, \ldots, n_k` before clipping, so a fraction of :math:`1 - q` of the
-    steps is clipped: nine of ten with the default of 0.1. With
-    ``estimator="tracker"`` the state is one number, which moves by a small factor
-    toward the quantile:
+    The threshold at step :math:`k` is the :math:`q`-quantile of the norms
+    :math:`n_1, \ldots, n_k` before clipping. So a fraction of :math:`1 - q` of the
+    steps is clipped. With the default of 0.1, nine of ten steps are clipped by design.
+
+    With ``estimator="tracker"`` the state is one number: the threshold. In each step it
+    moves by a small factor toward the quantile:
 
     .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr)
 
-    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
-    the usual norm are still clipped. With ``quantile=0.9`` they are not clipped for up
-    to 10 steps with a window of 100, and for 300 steps and more with the tracker.
+    A very large norm at the start can hide later spikes if the quantile is high. For
+    example, suppose that one of the first 100 norms is 200 times the usual norm. With
+    the default, later norms of 20 times the usual norm are still clipped. With
+    ``quantile=0.9`` and a window of 100, they are not clipped for up to 10 steps. With
+    ``quantile=0.9`` and the tracker, they are not clipped for at least 300 steps.
 
     Args:
         quantile: :math:`q`, the fraction of norms that lie below the threshold, between
             0 and 1. A fraction of :math:`1 - q` of the steps is clipped.
-        estimator: ``"histogram"`` keeps a histogram of 4,000 bytes of the whole
-            history, within 2.9% of the quantile; see
-            :func:`thresholds.quantile`. ``"tracker"`` keeps one number;
-            see :func:`thresholds.quantile_tracker`.
-        window: use the last ``window`` norms instead of a histogram of all.
-        max_steps: keep all norms of a run with at most this number of steps, instead
-            of a histogram.
+        estimator: ``"histogram"`` keeps a histogram of all norms, which takes 4,000
+            bytes. Its quantile differs from the exact quantile by at most 2.9%; see
+            :func:`thresholds.quantile`. ``"tracker"`` keeps one number; see
+            :func:`thresholds.quantile_tracker`.
+        window: keep the last ``window`` norms instead of a histogram of all norms.
+        max_steps: keep the last ``max_steps`` norms instead of a histogram. In a run
+            with at most this number of steps, these are all norms.
         tracker_rate: :math:`\eta`, the rate of the tracker.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper limit of the threshold. ``None`` is no limit.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -59,11 +62,11 @@ def quantile_clip(
         metrics: whether the state keeps :class:`ClipMetrics`.
 
     Returns:
-        A transformation.
+        A transformation. Its state has the histogram, the norms or the threshold.
 
     Raises:
-        ValueError: if ``quantile`` is out of range, ``estimator`` is unknown, or more
-            than one of ``window``, ``max_steps`` and the tracker is asked for.
+        ValueError: if ``quantile`` is out of range or ``estimator`` is unknown, or if
+            you ask for more than one of ``window``, ``max_steps`` and the tracker.
         TypeError: if ``window`` or ``max_steps`` is traced, and from ``update`` as
             :func:`clip_by`.
 

@@ -26,42 +26,48 @@ def zclip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips norms that are many standard deviations above the mean (ZClip).
+    r"""Clips norms that are many standard deviations above their mean (ZClip).
 
     .. math:: z = (n - \mu) / \sigma > z^* \;\Rightarrow\;
               t = \Bigl(\mu + \frac{(z^*)^2}{z} \sigma\Bigr) \cdot \text{factor}
 
     Here :math:`n` is the norm, :math:`t` the threshold, and :math:`z` the number of
-    standard deviations by which the norm is above the mean. The moving mean
-    :math:`\mu` and standard deviation :math:`\sigma` start from the first
-    ``warmup_steps`` norms. Later each norm enters them; of a spike the threshold enters
-    instead. A standard deviation below 1% of the mean counts as 1% of the mean.
+    standard deviations by which the norm is above the mean. A norm with
+    :math:`z > z^*` is a spike. The factor is ``clip_factor``.
 
-    In the official code, the smallest change after constant norms is a spike, and
-    clipping ends after one NaN; here neither happens.
+    The moving mean :math:`\mu` and the moving standard deviation :math:`\sigma` start
+    from the first ``warmup_steps`` norms. After that, each norm updates them. If the
+    norm is a spike, the threshold updates them instead of the norm. If the standard
+    deviation is below 1% of the mean, the formula uses 1% of the mean.
 
-    If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
-    the usual norm are not clipped for up to 136 steps.
+    Two things differ from the official code. After constant norms, the official code
+    treats even the smallest change as a spike. After one NaN, it does not clip any
+    more. This function does neither.
+
+    A very large norm at the start can hide later spikes. For example, suppose that one
+    of the first 100 norms is 200 times the usual norm. Then norms of 20 times the usual
+    norm are not clipped for up to 136 steps.
 
     Args:
         z_threshold: :math:`z^*`, the number of standard deviations above which a norm
             is clipped.
         decay: the decay of the moving averages, from 0 to 1.
-        warmup_steps: the number of norms that are seen before any is clipped.
+        warmup_steps: the number of steps at the start in which nothing is clipped.
         mode: the norm of a clipped spike: ``"reciprocal"`` as in the formula,
             ``"mean"`` for :math:`\mu`, or ``"threshold"`` for
             :math:`\mu + z^*\sigma` ("percentile" in the official code).
         clip_factor: the factor in the formula.
-        max_norm: an upper limit of the threshold, on the scale of the updates. It is
-            ``None`` by default, because with the official default of 1.0 the clipper
-            behaves like a fixed one.
-        stats: what enters the averages on a spike: ``"clipped"`` the threshold,
-            ``"raw"`` the norm, ``"skip"`` nothing (the official skip option).
+        max_norm: an upper limit of the threshold. ``None`` is no limit. The official
+            code uses 1.0; if most norms are above 1, ZClip then acts like a fixed
+            threshold of 1.
+        stats: what updates the averages after a spike: ``"clipped"`` is the threshold,
+            ``"raw"`` is the norm before clipping, and ``"skip"`` is nothing (the skip
+            option of the official code).
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
-            its norm is accepted as the new level.
-            ``None`` is 50; the official code never accepts a level.
-        scope: what is measured together: ``"tree"``, ``"leaf"`` or a measure such as
-            ``group_norms(labels)``.
+            norms of its size are not clipped from then on. ``None`` is 50. In the
+            official code, such norms are clipped for ever.
+        scope: which entries have a norm together: ``"tree"`` (the whole gradient),
+            ``"leaf"`` (each leaf), or a measure such as ``group_norms(labels)``.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
         specs: as in :func:`clip_by`.
