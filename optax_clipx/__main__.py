@@ -23,22 +23,24 @@ from .runs.suggesting import Recorded, Suggestion, suggest_threshold
 from .runs.table import present
 
 _RUNS = """
-A run is a JSONL or CSV file that History wrote, a metrics.csv of Lightning or Keras,
-Hugging Face's trainer_state.json, an export of W&B as CSV, JSONL of MaxText or
-Levanter, a TensorBoard event file, or a folder with one of these. Exit code 2 says that
-something was wrong with the input; nothing is overwritten without --force.
+RUN is a file with the metrics of a run, or a folder with one such file. The file can
+be JSONL or CSV that History wrote, metrics.csv of Lightning, a CSV log of Keras,
+trainer_state.json of Hugging Face, a CSV export of W&B, JSONL of MaxText or Levanter,
+or a TensorBoard event file. To read event files, install the extra `tensorboard`.
+
+Exit code 2 means that the input was wrong. Files are overwritten only with --force.
 """
 _EXAMPLES = {
     "plot": """
 examples:
-  python -m optax_clipx plot run.jsonl                      writes run.png beside it
+  python -m optax_clipx plot run.jsonl                      write run.png
   python -m optax_clipx plot run.jsonl -o norms.svg --theme dark
   python -m optax_clipx plot runs/a runs/b --html page.html one interactive page
   python -m optax_clipx plot log.csv --step iter --norm gnorm --threshold 1.0
 """,
     "suggest": """
 examples:
-  python -m optax_clipx suggest run.jsonl                   clips a tenth of the steps
+  python -m optax_clipx suggest run.jsonl                   clip 10% of the steps
   python -m optax_clipx suggest run.jsonl --clip-rate 0.01
   python -m optax_clipx suggest logs/run1 --json
 """,
@@ -50,18 +52,19 @@ examples:
 """,
     "watch": """
 examples:
-  python -m optax_clipx watch run.jsonl                     Ctrl-C ends it
-  python -m optax_clipx watch runs/*.jsonl --once           shows the run once
+  python -m optax_clipx watch run.jsonl                     end it with Ctrl-C
+  python -m optax_clipx watch runs/*.jsonl --once           show the runs once
 
-Where the output is not a terminal, as in a pipe, the run is shown once.
+If the output is not a terminal, for example a pipe, the run is shown once.
 """,
     "diagnose": """
 examples:
-  python -m optax_clipx diagnose run.jsonl                  what is wrong with it
-  python -m optax_clipx diagnose runs/a --html page.html    with pictures
+  python -m optax_clipx diagnose run.jsonl                  print the faults
+  python -m optax_clipx diagnose runs/a --html page.html    write a page with pictures
   python -m optax_clipx diagnose log.csv --norm gnorm --threshold 1.0 --json
 
-Exit code 0 says that nothing was found, 1 that there are warnings or errors.
+With diagnose, exit code 0 means that there are no warnings and no errors. Exit code 1
+means that there are warnings or errors.
 """,
 }
 
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m optax_clipx",
-        description="Shows what clipping does to a run, and which threshold to choose.",
+        description="Shows what clipping does in a run, and suggests a threshold.",
         epilog=_RUNS + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -114,14 +117,20 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
-        sub.add_argument("runs", nargs="+", metavar="RUN", help="a recorded run")
+        sub.add_argument(
+            "runs", nargs="+", metavar="RUN", help="the file or folder of a run"
+        )
         sub.add_argument("--step", metavar="NAME", help="the column with the step")
         return sub
 
-    plot = command("plot", _plot, "draw norms, clip rate and histogram")
+    plot = command("plot", _plot, "draw the norms, the clip rate and a histogram")
     _norm_options(plot)
     plot.add_argument(
-        "--threshold", "--limit", dest="limit", type=_number, help="draw this threshold"
+        "--threshold",
+        "--limit",
+        dest="limit",
+        type=_number,
+        help="the threshold to draw",
     )
     plot.add_argument(
         "--html", type=Path, metavar="PAGE", help="write an interactive page"
@@ -131,29 +140,42 @@ def _parser() -> argparse.ArgumentParser:
     suggest = command("suggest", _suggest, "suggest a threshold from recorded norms")
     _norm_options(suggest)
     suggest.add_argument(
-        "--clip-rate", type=_number, default=0.1, help="the fraction of steps to clip"
+        "--clip-rate",
+        type=_number,
+        default=0.1,
+        help="the fraction of steps to clip (default: 0.1)",
     )
     suggest.add_argument("--json", action="store_true", help="print JSON")
 
     compare = command("compare", _compare, "compare the loss of several runs")
-    compare.add_argument("--column", default="loss", help="what to compare")
+    compare.add_argument(
+        "--column", default="loss", help="the column to compare (default: loss)"
+    )
     _picture_options(compare)
 
     watch = command("watch", _watch, "show a run live in the terminal")
     _norm_options(watch)
     watch.add_argument(
-        "--every", type=_number, default=1.0, metavar="SECONDS", help="between looks"
+        "--every",
+        type=_number,
+        default=1.0,
+        metavar="SECONDS",
+        help="seconds between updates of the display",
     )
-    watch.add_argument("--once", action="store_true", help="show the run once and end")
+    watch.add_argument(
+        "--once", action="store_true", help="show the run once, then end"
+    )
 
-    diagnose = command("diagnose", _diagnose, "say what is wrong with a run")
+    diagnose = command("diagnose", _diagnose, "find faults in a run and say what to do")
     _norm_options(diagnose)
     diagnose.add_argument("--loss", metavar="NAME", help="the column with the loss")
     diagnose.add_argument(
-        "--threshold", metavar="NAME", help="the column with the threshold, or a number"
+        "--threshold",
+        metavar="NAME",
+        help="the column with the threshold, or the threshold as a number",
     )
     diagnose.add_argument(
-        "--update-norm", metavar="NAME", help="the column with the updates' norm"
+        "--update-norm", metavar="NAME", help="the column with the norm of the updates"
     )
     diagnose.add_argument(
         "--schedule", metavar="NAME", help="the column with the learning rate"
@@ -161,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--target",
         type=_number,
-        help="the fraction of steps that the method should clip",
+        help="the fraction of steps that the clipping method is meant to clip",
     )
     diagnose.add_argument("--json", action="store_true", help="print JSON")
     diagnose.add_argument(
@@ -172,11 +194,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _norm_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--norm", metavar="NAME", help="the column with the norm")
+    parser.add_argument(
+        "--norm", metavar="NAME", help="the column with the gradient norm"
+    )
 
 
 def _picture_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, help="the picture to write")
+    parser.add_argument("-o", "--output", type=Path, help="the file of the picture")
     parser.add_argument("--theme", choices=["light", "dark"], default="light")
     parser.add_argument("--force", action="store_true", help="overwrite files")
 

@@ -1,7 +1,7 @@
 """Pictures of runs and sweeps; each function returns the matplotlib figure.
 
-A run is a :class:`~optax_clipx.History`, the path of a recorded one, or a dict of
-columns. Colours are told apart by everyone, on light and dark pages.
+A run is a :class:`~optax_clipx.History`, the path of a recorded run, or a dict of
+columns. The colours can be told apart by colour-blind readers, on light and dark pages.
 """
 
 from .runs.plotting import (

@@ -1,7 +1,7 @@
 """Clipping and norms as pure functions of pytrees.
 
-The clipping functions return the norms beside the clipped tree, so that nobody has to
-measure twice. They work under jit, vmap and on any mesh as the transformations do.
+The clipping functions return the clipped tree and the norms, so you do not have to
+measure the norms again. They work under jit, under vmap and on any mesh.
 """
 
 import functools
@@ -28,24 +28,26 @@ from .transformation import Options
 def global_norm(
     tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> Float[Array, "..."]:
-    r"""The norm of all leaves together, right at any magnitude.
+    r"""Computes the norm of all leaves together, without overflow of the squares.
 
     .. math:: n = \Big(\sum_i |g_i|^p\Big)^{1/p}
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        ord: the order :math:`p`: 2, 1, any number from 1 on, ``inf``, or ``"rms"``.
-        axis_name: the mesh axes over which leaves are sharded. It is only needed inside
-            ``pmap``, and inside ``shard_map`` with ``check_vma=False``.
-        specs: the same for each leaf, as a pytree prefix of ``PartitionSpec``.
+        ord: the order :math:`p`. It is a number of at least 1, or ``inf``, or ``"rms"``
+            for the root mean square.
+        axis_name: the mesh axes over which all leaves are sharded. You need it only
+            inside ``pmap``, and inside ``shard_map`` with ``check_vma=False``.
+        specs: how each leaf is sharded: a pytree prefix of ``PartitionSpec``. You can
+            pass it instead of ``axis_name``.
 
     Returns:
-        A scalar, float32 or wider; 0 without leaves; float32's largest number where
-        the norm is beyond it.
+        A scalar of dtype float32 or wider. It is 0 if the tree has no leaves. If the
+        norm is too large for its dtype, it is the largest number of this dtype.
 
     Raises:
         ValueError: if ``ord`` is unknown.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,7 +57,7 @@ def global_norm(
 
     References:
         Blue, A portable Fortran program to find the Euclidean norm of a vector, 1978,
-        for the idea of sums at several scales.
+        computes sums at several scales.
     """
     return _tree_norm(ord)(tree, axis_name=axis_name, specs=specs)
 
@@ -63,7 +65,7 @@ def global_norm(
 def leaf_norms(
     tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> Any:
-    r"""The norm of each leaf.
+    r"""Computes the norm of each leaf.
 
     Args:
         tree: a pytree of floating-point or complex arrays.
@@ -76,7 +78,7 @@ def leaf_norms(
 
     Raises:
         ValueError: if ``ord`` is unknown.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,22 +99,25 @@ def unit_norms(
     axis_name: AxisNames = None,
     specs: Specs = None,
 ) -> Any:
-    r"""The 2-norm of each unit of each leaf.
+    r"""Computes the 2-norm of each unit of each leaf.
+
+    A unit is a group of entries of a leaf, such as the weights of one neuron.
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        axis: the axes that one unit spans; ``None`` goes by rank, as for
-            :func:`optax_clipx.measures.unit_norms`.
+        axis: the axes that one unit spans. ``None`` chooses them by the number of axes
+            of a leaf, as :func:`optax_clipx.measures.unit_norms` describes.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.
 
     Returns:
-        A pytree with the structure of ``tree``; each leaf keeps its rank, with size 1
-        along ``axis``.
+        A pytree with the structure of ``tree``. Each leaf keeps its number of axes. The
+        axes that a unit spans have size 1.
 
     Raises:
-        ValueError: if an axis is out of range, or ``axis=None`` meets rank 6.
-        TypeError: for integer leaves and leaves that are no arrays.
+        ValueError: if an axis is out of range, or if ``axis=None`` and a leaf has six
+            axes or more.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,20 +134,21 @@ def unit_norms(
 def group_norms(
     tree: Any, labels: Any, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> dict[Any, Float[Array, "..."]]:
-    r"""The 2-norm of each labelled group of leaves.
+    r"""Computes the 2-norm of each group of leaves with the same label.
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        labels: a pytree prefix of labels, or a function of path and leaf.
+        labels: a pytree prefix of labels, or a function that returns the label of a
+            path and a leaf.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.
 
     Returns:
-        A dict from label to scalar.
+        A dict from each label to the norm of its group.
 
     Raises:
         ValueError: if a leaf has no label.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -172,20 +178,20 @@ def clip_by_value(
 
     Args:
         tree: a pytree of floating-point arrays.
-        min_value: :math:`a`: a number, an array that broadcasts against each leaf,
-            entry by entry, or a pytree prefix of these.
-        max_value: :math:`b`, the same.
+        min_value: :math:`a`. It is a number, or an array that broadcasts to the shape
+            of each leaf, or a pytree prefix of these.
+        max_value: :math:`b`, in the same form as ``min_value``.
         nonfinite: as in :func:`optax_clipx.clip_by_value`.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.
 
     Returns:
-        The clipped pytree, of the same dtypes.
+        The clipped pytree, with the dtypes of ``tree``.
 
     Raises:
-        ValueError: if a bound is NaN or ``min_value > max_value``, or if an array does
-            not broadcast against a leaf.
-        TypeError: for integer leaves and leaves that are no arrays.
+        ValueError: if a bound is NaN, if ``min_value > max_value``, or if an array does
+            not broadcast to the shape of a leaf.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -209,11 +215,12 @@ def clip_by_leaf_norm(
     axis_name: AxisNames = None,
     specs: Specs = None,
 ) -> tuple[Any, Any]:
-    r"""Clips the norm of each leaf by itself: :math:`\min(1, t / \|u_i\|)\, u_i`.
+    r"""Clips each leaf by its own norm: :math:`\min(1, t / \|u_i\|)\, u_i`.
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        max_norm: :math:`t`: a number, a scalar array, or a pytree prefix of these.
+        max_norm: the threshold :math:`t`. It is a number, a scalar array, or a pytree
+            prefix of these.
         ord: the order of the norm, as for :func:`global_norm`.
         nonfinite: as in :func:`optax_clipx.clip_by`.
         axis_name: as for :func:`global_norm`.
@@ -224,7 +231,7 @@ def clip_by_leaf_norm(
 
     Raises:
         ValueError: if ``max_norm`` is negative or NaN.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -234,7 +241,7 @@ def clip_by_leaf_norm(
         [0. 1.] 4.0
 
     References:
-        Per-parameter norms, as in Keras's ``clipnorm``.
+        ``clipnorm`` of Keras also clips each parameter by its own norm.
     """
     options = Options(nonfinite, axis_name, specs)
     rule = constant(max_norm, "max_norm")
@@ -258,12 +265,12 @@ def clip_by_global_norm(
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        max_norm: the threshold :math:`t`: a number or a scalar array.
+        max_norm: the threshold :math:`t`. It is a number or a scalar array.
         norm: the norm of the whole tree, if you have already computed it. The function
             then does not compute it again.
         ord: the order of the norm, as for :func:`global_norm`.
-        eps: :math:`\epsilon`, a number that is added to the norm; ``1e-6`` gives the
-            same factor as PyTorch.
+        eps: :math:`\epsilon`, a number that is added to the norm. With ``1e-6`` the
+            factor is the same as in PyTorch.
         nonfinite: as in :func:`optax_clipx.clip_by`.
         axis_name: as for :func:`global_norm`.
         specs: as for :func:`global_norm`.
@@ -273,7 +280,7 @@ def clip_by_global_norm(
 
     Raises:
         ValueError: if ``max_norm`` is negative or NaN.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -303,13 +310,16 @@ def adaptive_grad_clip(
     axis_name: AxisNames = None,
     specs: Specs = None,
 ) -> tuple[Any, Any]:
-    r"""Clips each unit to :math:`\lambda \max(\|w_i\|, \epsilon)`.
+    r"""Clips each unit to the norm :math:`\lambda \max(\|w_i\|, \epsilon)`.
+
+    A unit is a group of entries of a leaf, such as the weights of one neuron. Here
+    :math:`w_i` are the parameters of unit :math:`i`.
 
     Args:
         tree: a pytree of floating-point or complex arrays.
-        params: the parameters, at the same paths and of the same shapes.
-        clipping: :math:`\lambda`: a number or scalar array.
-        eps: :math:`\epsilon`, a floor for the parameters' norm.
+        params: the parameters, with the same paths and shapes as ``tree``.
+        clipping: :math:`\lambda`. It is a number or a scalar array.
+        eps: :math:`\epsilon`, the smallest norm of parameters that is used.
         axis: the axes that one unit spans, as for
             :func:`optax_clipx.measures.unit_norms`.
         nonfinite: as in :func:`optax_clipx.clip_by`.
@@ -317,12 +327,12 @@ def adaptive_grad_clip(
         specs: as for :func:`global_norm`.
 
     Returns:
-        The clipped pytree, and the units' norms before clipping.
+        The clipped pytree, and the norms of the units before clipping.
 
     Raises:
-        ValueError: if ``clipping`` or ``eps`` is negative or NaN, or a parameter is
+        ValueError: if ``clipping`` or ``eps`` is negative or NaN, or if a parameter is
             missing.
-        TypeError: for integer leaves and leaves that are no arrays.
+        TypeError: if a leaf has an integer dtype or is not an array.
 
     Example:
         >>> import jax.numpy as jnp

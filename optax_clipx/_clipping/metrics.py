@@ -16,21 +16,27 @@ from .summary import Summary
 
 
 class ClipMetrics(NamedTuple):
-    """What the last step measured and did, as scalar arrays; the same for every scope.
+    """What a clipper measured and did in the last step, as scalar arrays.
+
+    A group is a set of entries whose norm is compared with one threshold. For the
+    global norm, there is one group with all leaves. Other clippers have a group for
+    each leaf, each label or each unit.
 
     Attributes:
-        norm: the norm of the whole updates before clipping, in the measure's order,
-            saturated at float32's largest number.
-        clipped_norm: the same after clipping.
-        scale: the factor by which one group was multiplied: the group whose ratio of
-            norm to threshold is largest. For element-wise clipping it is
-            ``clipped_norm / norm``.
-        threshold: the threshold of the same group. For element-wise clipping it is the
-            larger bound.
-        clipped: the fraction of groups above their threshold, 0 to 1.
-        nonfinite: whether any entry was infinite or NaN.
-        steps: how many updates there have been.
-        num_clipped: the number of updates in which a group was above its threshold.
+        norm: the norm of all entries together before clipping, of the order that the
+            clipper uses. A finite norm above float32's largest number is replaced by
+            this number.
+        clipped_norm: the norm of all entries together after clipping.
+        scale: the factor by which a group was multiplied. If there are several groups,
+            the field describes the group with the largest ratio of norm to threshold.
+            For element-wise clipping it is ``clipped_norm / norm``.
+        threshold: the threshold of the group that ``scale`` describes. For element-wise
+            clipping it is the larger bound.
+        clipped: the fraction of groups whose norm was above their threshold, between 0
+            and 1. For element-wise clipping it is the fraction of clipped entries.
+        nonfinite: whether an entry was infinite or NaN.
+        steps: the number of updates so far.
+        num_clipped: the number of updates in which at least one group was clipped.
         num_nonfinite: the number of updates with an infinite or NaN entry.
 
     With ``metrics=False`` all fields except ``steps`` are ``None``.
@@ -48,8 +54,7 @@ class ClipMetrics(NamedTuple):
         5.0 1.0
 
     References:
-        The norm before clipping and the share of clipped steps are what to watch:
-        Pascanu et al., 2013, arXiv 1211.5063.
+        Pascanu et al., 2013, arXiv 1211.5063, choose a threshold from the average norm.
     """
 
     norm: Float[Array, "..."] | None
@@ -198,16 +203,17 @@ def to_float32(x: jax.Array) -> jax.Array:
 def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     """Reads what the clippers in an optimizer state did in the last step.
 
-    Works under jit and inside any wrapper: ``optax.chain``, ``named_chain``,
-    ``masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``,
-    ``inject_hyperparams``, ``flax.nnx.Optimizer``, pmap-replicated state.
+    You can call it inside and outside of ``jax.jit``. It finds the clippers inside any
+    wrapper, such as ``optax.chain``, ``named_chain``, ``masked``, ``partition``,
+    ``MultiSteps``, ``apply_if_finite``, ``inject_hyperparams`` and
+    ``flax.nnx.Optimizer``. It also reads a state that ``pmap`` has replicated.
 
     ==========================  ==================================================
     name                        written by
     ==========================  ==================================================
     ``"clip/norm"``, ...        a clipper: the fields of :class:`ClipMetrics`
-    ``"skip/norm"``, ...        :func:`skip_spikes`: the same fields of the norm that
-                                came in, and ``skipped``, ``reason``,
+    ``"skip/norm"``, ...        :func:`skip_spikes`: the same fields, for the updates
+                                that it receives, and ``skipped``, ``reason``,
                                 ``num_skipped``, ``consecutive_skips``
     ``"track/..."``,            :func:`track_norms`
     ``"track_norms/<leaf>"``,
@@ -217,28 +223,30 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"qk/max_logit"``, ...     :func:`qk_clip_updates`: the fields of its state
     ==========================  ==================================================
 
-    States that are dicts are read by their names. They can be nested, as those of
-    ``flax.serialization.to_state_dict``, or flat, as those of ninjax:
-    ``{"opt/state/0/metrics/norm": array, ...}``.
+    A state can also be a dict: a nested dict such as
+    ``flax.serialization.to_state_dict`` returns, or a flat dict such as ninjax uses:
+    ``{"opt/state/0/metrics/norm": array, ...}``. The fields are then found by their
+    names.
 
-    In a skipped step the clipper inside does not run. ``"clip/..."`` then repeats the
-    metrics of the last step that was not skipped; ``"skip/..."`` describes the skipped
-    step.
+    If :func:`skip_spikes` skips a step, the clipper inside does not run. The metrics
+    ``"clip/..."`` then still describe the last step that was not skipped. The metrics
+    ``"skip/..."`` describe the skipped step.
 
     Args:
         opt_state: the state of any optimizer with a clipper in it.
-        prefix: replaces ``"clip"``; the others are then ``"<prefix>_skip"``,
-            ``"<prefix>_track"``, ``"<prefix>_cautious"`` and ``"<prefix>_qk"``.
+        prefix: a word to use in the names instead of ``"clip"``. The other names then
+            begin with ``"<prefix>_skip"``, ``"<prefix>_track"``,
+            ``"<prefix>_cautious"`` and ``"<prefix>_qk"``.
 
     Returns:
         A dict from names such as ``"clip/norm"`` to arrays. If there are several
-        clippers, the name has the place of the clipper: its index in a chain, as in
-        ``"clip/0/norm"``, or its key in a ``named_chain`` or ``partition``. The same
-        holds for several ``skip_spikes``.
+        clippers, each name contains the place of the clipper. The place is its index
+        in a chain, as in ``"clip/0/norm"``, or its key in a ``named_chain`` or
+        ``partition``. Names of several ``skip_spikes`` are built in the same way.
 
     Raises:
-        ValueError: if the state contains no clipper with metrics, and none of
-            :func:`skip_spikes`, :func:`track_norms`, :func:`cautious` and
+        ValueError: if the state contains neither a clipper with metrics, nor
+            :func:`skip_spikes`, :func:`track_norms`, :func:`cautious` or
             :func:`qk_clip_updates`.
 
     Example:
@@ -252,7 +260,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         5.0
 
     References:
-        Names in the manner of TensorBoard's tags, where a slash makes a group.
+        The names have the form of TensorBoard's tags, in which a slash makes a group.
     """
     typed = opt_state if _find(opt_state, _KINDS) else _by_names(opt_state)
     clippers, *others = (_find(typed, kind) for kind in _KINDS)

@@ -42,72 +42,76 @@ def track_norms(
     axis_name: Any = None,
     specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Measures the gradient of each leaf, layer or group, and changes nothing.
+    r"""Measures the gradient norm of each leaf, layer or group. Updates do not change.
 
     .. math:: n_i = \|g_i\|, \quad r_i = \|\Delta w_i\| / \|w_i\|, \quad
         \text{share} = \max_i n_i^2 \Big/ \sum_j n_j^2
 
     Here :math:`g_i` is the gradient of leaf :math:`i`, :math:`w_i` its parameters and
-    :math:`\Delta w_i` its update. If the first clipper inside clips the norm of the
-    whole gradient, it uses these norms, so the gradients are read only once.
-    :func:`metrics` returns, if recorded:
+    :math:`\Delta w_i` its update. If the first clipper inside clips the global norm,
+    it computes the global norm from these norms. The gradients are then read only once.
+    :func:`metrics` returns these values, if they were recorded:
 
     ==========================  ==================================================
     name                        meaning
     ==========================  ==================================================
     ``track_norms/<leaf>``      :math:`n_i`
-    ``track/dominant_share``    how much of the squared norm comes from the leaf with
-                                the largest norm; :func:`dominant_leaf` names the leaf
+    ``track/dominant_share``    the fraction of the squared norm that comes from the
+                                leaf with the largest norm (share in the formula).
+                                :func:`dominant_leaf` names the leaf
     ``track/starved``           the fraction of starved leaves among all leaves except
-                                the one with the largest norm. A leaf is starved if its
-                                step is less than a tenth of the step that it would have
-                                if each leaf were clipped by its own norm at the same
-                                threshold
-    ``track/muon_share``        how much of the squared norm comes from the leaves that
-                                ``optax.contrib.muon`` orthogonalizes
-    ``track/vanishing``         how many leaves have a root mean square of zero, or far
-                                below that of the median leaf
-    ``track/exploding``         how many leaves have a root mean square that is not
+                                the leaf with the largest norm. Compare two norms of a
+                                leaf: after clipping by the global norm, and after
+                                clipping by its own norm at the same threshold. A leaf
+                                is starved if the first is less than a tenth of the
+                                second
+    ``track/muon_share``        the fraction of the squared norm that comes from the
+                                leaves that ``optax.contrib.muon`` orthogonalizes
+    ``track/vanishing``         the number of leaves whose root mean square is zero, or
+                                far below the root mean square of the median leaf
+    ``track/exploding``         the number of leaves whose root mean square is not
                                 finite, or far above that of the median leaf
-    ``track_ratios/<leaf>``     :math:`r_i`; with ``ratios`` or ``updates``
-    ``track/update_norm``       the norm of the whole update; with ``updates``
-    ``track/spike_score``       the fraction of spikes among the last 1,000 steps; with
-                                ``updates``. A step is a spike if its gradient norm is
-                                more than 7 standard deviations above the mean of the
-                                1,000 steps before it
-    ``track_rms_t/<leaf>``      :math:`\mathrm{RMS}_t`, defined below; with
+    ``track_ratios/<leaf>``     :math:`r_i`, with ``ratios`` or ``updates``
+    ``track/update_norm``       the norm of the whole update, with ``updates``
+    ``track/spike_score``       the fraction of spikes among the last 1,000 steps, with
+                                ``updates``. Here a step is a spike if its gradient norm
+                                is more than 7 standard deviations above the mean norm
+                                of the 1,000 steps before it
+    ``track_rms_t/<leaf>``      :math:`\mathrm{RMS}_t`, defined below, with
                                 ``second_moment``
     ==========================  ==================================================
 
-    ``track/starved`` is only recorded if the first clipper inside clips the norm of the
-    whole gradient. It is NaN in steps in which this clipper did not get the gradient,
-    for example in skipped steps. ``track/muon_share`` is recorded under the same
-    condition, if the optimizer contains Muon and ``labels`` is not given, and it is NaN
-    in the same steps. For an optimizer that keeps a second moment :math:`v`, as
-    ``optax.adam`` does,
+    ``track/starved`` is only recorded if the first clipper inside clips the global
+    norm. ``track/muon_share`` is only recorded if, in addition, the optimizer contains
+    Muon and you pass no ``labels``. Both are NaN in a step in which the clipper did not
+    get the gradient, for example in a skipped step.
+
+    Some optimizers keep a second moment :math:`v`, for example ``optax.adam``. For
+    these, :math:`\mathrm{RMS}_t` is
 
     .. math:: \mathrm{RMS}_t = \sqrt{\mathrm{mean}\big(g^2 /
-        \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8},
+        \max(v / (1 - b_2^t),\ \epsilon^2)\big)}, \quad \epsilon = 10^{-8}.
 
-    where :math:`g` is the clipped gradient if the clipper clips the global norm, and
-    otherwise the gradient before clipping. If :math:`\mathrm{RMS}_t` is far above 1,
-    the second moment is out of date, and the update is too large.
+    Here :math:`g` is the clipped gradient if the clipper clips the global norm.
+    Otherwise it is the gradient before clipping. If :math:`\mathrm{RMS}_t` is far above
+    1, the gradients are much larger than :math:`v` says, and the update is too large.
 
     Args:
         inner: the optimizer, with its clipper in it.
         labels: measure groups of leaves instead of leaves. Leaves with the same label
             form a group. Pass a pytree prefix of labels, or a function that returns the
             label of a path and a leaf.
-        batch_axes: as in :func:`measures.leaf_norms`: the layers of a stack then count
-            as leaves, ``"<leaf>/0"``, ``"<leaf>/1"`` and so on.
-        ratios: also measure :math:`r_i`. This needs ``params``, and reads parameters
-            and updates once more. The ratio of the root mean squares is the same
-            number.
+        batch_axes: as in :func:`measures.leaf_norms`. Each layer of a stack then counts
+            as a leaf. The names of these leaves are ``"<leaf>/0"``, ``"<leaf>/1"`` and
+            so on.
+        ratios: also measure :math:`r_i`. This needs ``params``, and reads the
+            parameters and the updates once more. The ratio of the root mean squares is
+            the same number.
         updates: also measure the ratios, the norm of the whole update, and the spike
             score.
-        second_moment: the decay :math:`b_2` of the optimizer, to measure
-            :math:`\mathrm{RMS}_t`. This reads gradients and second moments once more.
-            It is not measured for leaves without a second moment.
+        second_moment: the decay :math:`b_2` of the optimizer. With it,
+            :math:`\mathrm{RMS}_t` is measured for all leaves that have a second moment.
+            This reads the gradients and the second moments once more.
         vanishing: a leaf counts as vanishing if its root mean square is less than
             ``vanishing`` times the root mean square of the median leaf.
         exploding: a leaf counts as exploding if its root mean square is more than
@@ -120,11 +124,11 @@ def track_norms(
 
     Raises:
         ValueError: unless ``0 <= vanishing < exploding``, unless ``second_moment`` is
-            between 0 and 1, and for both ``labels`` and ``batch_axes``; from ``init``
-            if two leaves have one name; from ``update`` without ``params`` where they
-            are needed, and if an axis of ``batch_axes`` is sharded inside of
-            ``shard_map`` or ``pmap``.
-        TypeError: if ``inner`` is no transformation.
+            between 0 and 1, or if you pass both ``labels`` and ``batch_axes``. ``init``
+            raises it if two leaves have the same name. ``update`` raises it if
+            ``params`` is needed and missing, or if an axis of ``batch_axes`` is sharded
+            inside of ``shard_map`` or ``pmap``.
+        TypeError: if ``inner`` is not a transformation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,11 +142,11 @@ def track_norms(
         5.0
 
     References:
-        Glorot and Bengio, Understanding the difficulty of training deep feedforward
-        neural networks, 2010, for gradients by layer. OLMo et al., 2 OLMo 2 Furious,
-        2025, arXiv 2501.00656, for the spike score. Wortsman et al., Stable and
-        low-precision training for large-scale vision-language models, 2023, arXiv
-        2304.13013, for :math:`\mathrm{RMS}_t`.
+        Gradients of each layer: Glorot and Bengio, Understanding the difficulty of
+        training deep feedforward neural networks, 2010. Spike score: OLMo et al., 2
+        OLMo 2 Furious, 2025, arXiv 2501.00656. :math:`\mathrm{RMS}_t`: Wortsman et al.,
+        Stable and low-precision training for large-scale vision-language models, 2023,
+        arXiv 2304.13013.
     """
     check_transformation(inner, "inner")
     _check(labels, batch_axes, second_moment, vanishing, exploding)

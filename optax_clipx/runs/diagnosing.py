@@ -22,43 +22,49 @@ def diagnose(
     target: float | int | None = None,
     step: str | None = None,
 ) -> Diagnosis:
-    r"""Says what is wrong with a run: which fault, at which steps, and what to do.
+    r"""Finds faults in a run, and says at which steps they are and what to do.
 
-    Each rule looks for one fault in the recorded columns, such as the loss, the
-    gradient norm and the norms of leaves. The rules compare logarithms of norms. For
-    example, a norm :math:`n_k` is a spike if
+    The function looks for each fault in the recorded columns, such as the loss, the
+    gradient norm and the norms of leaves. It compares logarithms of norms. For example,
+    a norm :math:`n_k` is a spike if
 
-    .. math:: \log n_k > \max(m^-_k, m^+_k) + \max(\log 3, \mu),
+    .. math:: \log n_k > \max(m^-_k, m^+_k) + \max(\log 3, \mu_k).
 
-    where :math:`m^-_k` and :math:`m^+_k` are the medians of :math:`\log n` over the 25
-    steps before and after it. The margin :math:`\mu` excludes large norms that are
-    noise: it is so large that noise alone has a norm above it in less than one of ten
-    such runs. The largest norms that are no spikes, in the whole run and around the
-    step, tell how large norms noise can cause. If nothing is found, the run can still
-    have faults that its columns do not show: see ``not_judged``.
+    Here :math:`m^-_k` is the median of :math:`\log n` over the 25 steps before step
+    :math:`k`, and :math:`m^+_k` the median over the 25 steps after it. The margin
+    :math:`\mu_k` depends on the noise of the norms: noise alone exceeds it in at most
+    about one of ten runs. The margin is estimated twice, from the noise of the whole
+    run and from the noise in about 100 steps around step :math:`k`. The smaller
+    estimate is used. So a spike in quiet steps is found even if the norms are noisy
+    elsewhere.
+
+    If nothing is found, the run can still have faults that its columns do not show.
+    ``not_judged`` lists the faults that could not be checked.
 
     Args:
-        run: a :class:`History`; the path of a run, in any format that
-            :meth:`History.load` reads; or columns by name, with one number for each
-            step and ``None`` where nothing was recorded.
-        loss: the column with the loss, if it has an unusual name.
-        norm: the column with the gradient norm before clipping.
-        threshold: the column with the threshold, or the threshold itself.
-        update_norm: the column with the norm of the optimizer's updates.
-        schedule: the column with the learning rate.
-        target: the fraction of steps that the clipping method should clip: 0.9 for
-            AutoClip with its default quantile of 0.1.
-        step: the column with the step.
+        run: a :class:`History`, or the path of a run in a format that
+            :meth:`History.load` reads, or a dict from names of columns to numbers. A
+            column has one number for each step, and ``None`` in steps in which nothing
+            was recorded.
+        loss: the name of the column with the loss. You need this and the other names
+            only if a column has an unusual name.
+        norm: the name of the column with the gradient norm before clipping.
+        threshold: the name of the column with the threshold, or the threshold itself.
+        update_norm: the name of the column with the norm of the optimizer's updates.
+        schedule: the name of the column with the learning rate.
+        target: the fraction of steps that the clipping method is meant to clip. For
+            AutoClip with a quantile of 0.1 it is 0.9.
+        step: the name of the column with the step.
 
     Returns:
-        A :class:`Diagnosis` with the ``findings``, the worst first. ``print`` shows it
-        as text, and a notebook as a page with pictures.
+        A :class:`Diagnosis` with the ``findings``. The worst finding comes first.
+        ``print`` shows the diagnosis as text. A notebook shows it with pictures.
 
     Raises:
-        ValueError: if the run cannot be read, if there is neither a gradient norm nor a
-            loss in it, if there is no column of a name that is given, or if ``target``
-            is not between 0 and 1.
-        TypeError: if ``run`` is something else.
+        ValueError: if the run cannot be read, if it has neither a gradient norm nor a
+            loss, if a named column does not exist, or if ``target`` is not between 0
+            and 1.
+        TypeError: if ``run`` has another type.
 
     Example:
         >>> import optax_clipx as clipx
@@ -69,9 +75,9 @@ def diagnose(
         (('spikes',), (60,))
 
     References:
-        Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
-        arXiv 1211.5063, on exploding and vanishing gradients; Chowdhery et al., PaLM,
-        2022, arXiv 2204.02311, on spikes of the loss.
+        Exploding and vanishing gradients: Pascanu et al., On the difficulty of training
+        recurrent neural networks, 2013, arXiv 1211.5063. Spikes of the loss: Chowdhery
+        et al., PaLM, 2022, arXiv 2204.02311.
     """
     if target is not None and not 0 <= target <= 1:
         raise ValueError(f"Expected 0 <= target <= 1, got target={target}.")

@@ -23,34 +23,36 @@ from .table import STEP, Columns, Table, present
 class History:
     """Records the metrics of a run step by step, in memory and in a file.
 
-    The file has one JSON object per line. ``append`` does not wait for the device: it
-    writes the record of the call before, whose numbers are already computed. If a run
-    is killed, its file can be loaded; the last one or two records are missing. Call
-    ``flush`` before you save a checkpoint, so that no record before it is missing.
+    The file has one JSON object per line. ``append`` does not wait for the device. Each
+    call writes the record of the call before it, because the numbers of that record are
+    already computed. If a run is killed, you can load its file, but the last one or two
+    records are missing. Call ``flush`` before you save a checkpoint. The file then has
+    all records up to the checkpoint.
 
     Attributes:
         path: the file that is written, or ``None``.
 
     Args:
-        path: the file to write; without it the history is in memory only.
+        path: the file to write. Without a path, the history is only in memory.
         resume: continue a file that exists. **If you record a step again, all records
-            from this step on are dropped**, in memory and in the file, so that a run
-            that was resumed at step 100 leaves the same file as one without
-            interruption. The dropped records are added to ``run.jsonl.dropped``. With
+            from this step on are dropped**, in memory and in the file. A run that was
+            resumed at step 100 then has the same file as a run without interruption.
+            The dropped records are added to ``run.jsonl.dropped``. With
             ``resume=False`` records are dropped too, and you get a warning.
         force: overwrite a file that exists. Nothing in this package overwrites a file
             without ``force=True``, or ``--force`` on the command line.
-        on_finding: a function that is called with each new :class:`Finding` of severity
-            ``"warning"`` or ``"error"``, such as ``print``. :func:`diagnose` runs over
-            the last 2,000 records after every 100 records, immediately when a number is
-            not finite, and in ``close``. If the function raises an error, ``append`` or
-            ``close`` raises it. The step is then already recorded.
+        on_finding: a function, such as ``print``. It is called with each new
+            :class:`Finding` of severity ``"warning"`` or ``"error"``.
+            :func:`diagnose` checks the last 2,000 records after every 100 records. It
+            also checks them as soon as a number is not finite, and in ``close``. If
+            your function raises an error, ``append`` or ``close`` raises this error
+            after the step is recorded.
 
     Raises:
-        FileExistsError: if the file is not empty and neither ``resume`` nor ``force``
-            is true.
-        ValueError: if the file to continue cannot be read, or was not written by
-            ``History(path)``; if both ``resume`` and ``force`` are true.
+        FileExistsError: if the file is not empty, and both ``resume`` and ``force`` are
+            false.
+        ValueError: if the file to continue cannot be read, if it was not written by
+            ``History(path)``, or if both ``resume`` and ``force`` are true.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +67,7 @@ class History:
         [3.0, 3.16, 3.61]
 
     References:
-        One JSON object per line: https://jsonlines.org.
+        The file format is JSON Lines: https://jsonlines.org.
     """
 
     def __init__(
@@ -103,26 +105,29 @@ class History:
     def append(self, step: Any, metrics: Any) -> None:
         """Records a step, or a block of steps.
 
-        You can record a step in several calls, for example first its loss and then its
-        validation loss, until you record the next step. A value that you do not record
-        in a step is missing there; a missing value is not the same as a recorded NaN.
+        You can record one step in several calls, until you record the next step. For
+        example, record first its loss and then its validation loss. A value that you do
+        not record in a step is missing in this step. A missing value is not the same as
+        a recorded NaN.
 
         Args:
-            step: the number of the step; or a range or array of numbers, for a block.
-            metrics: a dict from names to numbers, such as the result of
-                :func:`metrics`, with other numbers that you want to record, such as the
-                loss. ``None`` stands for a missing value. You can also pass
-                :class:`ClipMetrics`; its fields are recorded as ``"clip/norm"`` and so
-                on. For a block, pass arrays with one entry per step, as
-                ``jax.lax.scan`` returns them. Seeds under ``jax.vmap`` are separate
-                runs: use one ``History`` for each.
+            step: the number of the step. For a block of steps, pass a range or an array
+                of numbers.
+            metrics: a dict from names to numbers. It can have the result of
+                :func:`metrics` and all other numbers that you want to record, such as
+                the loss. ``None`` stands for a missing value. You can also pass
+                :class:`ClipMetrics`. Its fields are recorded as ``"clip/norm"`` and so
+                on. For a block, pass arrays with one entry per step, such as
+                ``jax.lax.scan`` returns. Seeds under ``jax.vmap`` are separate runs:
+                use a separate ``History`` for each seed.
 
         Raises:
             ValueError: if a value is not a number, if its shape does not fit ``step``,
                 if steps are not whole numbers or do not rise, if a metric is called
-                ``"step"``, after ``close``, and in a process that was forked from the
-                one that opened the file.
-            TypeError: inside of ``jax.jit``, and if ``metrics`` is not a dict.
+                ``"step"``, or if the history is closed. Also in a process that was
+                forked from the process that opened the file.
+            TypeError: if ``append`` is called inside of ``jax.jit``, or if ``metrics``
+                is not a dict.
         """
         if hasattr(metrics, "_asdict"):
             fields = metrics._asdict().items()
@@ -148,7 +153,7 @@ class History:
             self._listener.hear(self._writer.table)
 
     def flush(self) -> None:
-        """Writes the last record too. It waits until its numbers are computed."""
+        """Writes all records to the file. It waits until their numbers are computed."""
         self._writer.write()
 
     def close(self) -> None:
@@ -183,9 +188,9 @@ class History:
 
     @property
     def columns(self) -> Columns:
-        """A copy of every column by name. A missing value is NaN.
+        """A dict from names to copies of the columns. A missing value is NaN.
 
-        :meth:`recorded` says which values were recorded.
+        :meth:`recorded` says which values were recorded and which are missing.
         """
         return self._table.arrays()
 
@@ -235,11 +240,12 @@ class History:
         return self._writer.table.newest_before(step, names, count)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Writes all records to a file: CSV if its name ends in ``.csv``, else JSONL.
+        """Writes all records to a CSV or JSONL file.
 
-        A missing value is an empty cell in CSV. In JSONL its name is left out of the
-        line. A file that is overwritten keeps its permissions. If the path is a
-        symbolic link, the file that it points to is overwritten.
+        The format is CSV if the name of the file ends in ``.csv``, and otherwise JSONL.
+        A missing value is an empty cell in CSV. In JSONL, the line of the step does not
+        have the name of this value. A file that is overwritten keeps its permissions.
+        If the path is a symbolic link, the target of the link is overwritten.
 
         Args:
             path: the path of the file.
@@ -264,35 +270,43 @@ class History:
     def load(
         cls, path: str | os.PathLike[str], *, step: str | None = None
     ) -> "History":
-        """Reads a run, as this package or another logger wrote it.
+        """Reads a run that this package or another logger has written.
 
-        Read are JSONL and CSV of ``History``; the ``metrics.csv`` of Lightning and of
-        Keras' ``CSVLogger``; ``trainer_state.json`` of Hugging Face; exports of W&B as
-        CSV; JSONL of MaxText and Levanter; and event files of TensorBoard. Rows with
-        the same step are merged into one; if they have different values in a column,
-        the last one is used. If a run was restarted and repeats some steps, the later
-        records replace the earlier ones.
+        It reads these formats:
+
+        - JSONL and CSV of ``History``
+        - ``metrics.csv`` of Lightning, and the file of ``CSVLogger`` of Keras
+        - ``trainer_state.json`` of Hugging Face
+        - runs of W&B that were exported as CSV
+        - JSONL of MaxText and Levanter
+        - event files of TensorBoard
+
+        Rows with the same step become one row. If their values in a column differ, the
+        last value is used. If a run was restarted and repeats some steps, the later
+        records replace the earlier records.
 
         Args:
-            path: a file, or a folder with one such file or with event files in it.
+            path: a file of one of these formats, or a folder with one such file. A
+                folder can also have several event files.
             step: the column with the step, if it has an unusual name.
 
         Returns:
             The history, in memory. If you append to it, the file does not change.
 
         Raises:
-            ValueError: if the file cannot be read; the message has the line. Also if
-                several runs are mixed in it.
+            ValueError: if the file cannot be read, or if several runs are mixed in it.
+                If a line cannot be read, the message names this line.
         """
         history = cls()
         history._writer.table = readers.read(Path(path), step)
         return history
 
     def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with the steps as its index.
+        """Returns a ``pandas.DataFrame`` with the steps as its index.
 
-        A column with missing values has pandas' type ``Float64``. A missing value is
-        ``<NA>`` there, which is not the same as NaN. ``dropna`` drops missing values.
+        A column with missing values has the dtype ``Float64`` of pandas. In such a
+        column, a missing value is ``<NA>``, and a recorded NaN stays NaN. ``dropna``
+        drops missing values.
 
         Raises:
             ImportError: if pandas is not installed.
@@ -321,8 +335,8 @@ class History:
         """Draws the run as :func:`optax_clipx.plotting.overview` does.
 
         Args:
-            path: where to save the picture. The ending of the name, such as ``.png``,
-                is the format.
+            path: where to save the picture. The file ending, such as ``.png``, sets the
+                format.
             theme: ``"light"`` or ``"dark"``.
             force: overwrite an existing file.
 

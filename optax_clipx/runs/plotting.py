@@ -1,7 +1,7 @@
 """Pictures of runs and sweeps; each function returns the matplotlib figure.
 
-A run is a :class:`~optax_clipx.History`, the path of a recorded one, or a dict of
-columns. Colours are told apart by everyone, on light and dark pages.
+A run is a :class:`~optax_clipx.History`, the path of a recorded run, or a dict of
+columns. The colours can be told apart by colour-blind readers, on light and dark pages.
 """
 
 from collections.abc import Mapping
@@ -36,15 +36,17 @@ def norms(
 ) -> Any:
     """Draws the norms before clipping over the steps, with threshold and clipped steps.
 
-    Skipped steps are marked apart from clipped ones. Long runs are drawn as the median
-    and the range of stretches of steps.
+    Skipped steps and clipped steps have different marks. A long run is cut into groups
+    of neighbouring steps, and the picture shows the median and the range of each group.
 
     Args:
-        run: a history, the path of a recorded run, or a dict of columns.
-        norm: the column with the norms, if it is not ``"clip/norm"`` or the like.
-        limit: a threshold to draw; without it the recorded one.
+        run: a :class:`~optax_clipx.History`, the path of a recorded run, or a dict of
+            columns.
+        norm: the column with the norms. You need it only if the column has an unusual
+            name.
+        limit: the threshold to draw. By default it is the recorded threshold.
         theme: ``"light"`` or ``"dark"``.
-        ax: axes to draw on instead of new ones.
+        ax: the matplotlib axes to draw on. By default, new axes are made.
 
     Returns:
         The ``matplotlib.figure.Figure``.
@@ -60,7 +62,7 @@ def norms(
         1
 
     References:
-        Pascanu et al., 2013, arXiv 1211.5063, on watching the norm.
+        Pascanu et al., 2013, arXiv 1211.5063, choose a threshold from the norms.
     """
     seen = norms_of(run, norm, limit)
     with canvas(theme, ax) as (figure, ax, colours):
@@ -84,7 +86,9 @@ def clip_rate(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws the fraction of clipped steps, and of skipped ones, stretch by stretch.
+    """Draws the fraction of clipped steps and of skipped steps over a run.
+
+    The run is cut into parts of equal length. Each bar is the fraction in one part.
 
     Args:
         run: as for :func:`norms`.
@@ -97,7 +101,7 @@ def clip_rate(
         The ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: if there is no threshold in the run and none is given.
+        ValueError: if the run has no threshold and you pass no ``limit``.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -145,10 +149,11 @@ def histogram(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws how the norms are distributed, and where the threshold is among them.
+    """Draws a histogram of the norms, with the threshold.
 
-    All steps are in it; norms very far from the others are in the outermost bars, and
-    the label of the axis then has the largest or smallest norm.
+    The histogram contains all steps. The first and the last bar also contain norms that
+    are very far from the others. The label of the axis then names the smallest or the
+    largest norm.
 
     Args:
         run: as for :func:`norms`.
@@ -171,8 +176,8 @@ def histogram(
         'log'
 
     References:
-        Zhang et al., Why are adaptive methods good for attention models?, 2020, arXiv
-        1912.03194, on heavy tails of gradient norms.
+        Heavy tails of gradient norms: Zhang et al., Why are adaptive methods good for
+        attention models?, 2020, arXiv 1912.03194.
     """
     seen = norms_of(run, norm, limit)
     usable = np.isfinite(seen.norms) & (seen.norms > 0)
@@ -220,15 +225,16 @@ def heatmap(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws the norm of each layer over the steps, as colours.
+    """Draws the norm of each layer over the steps: a colour shows the size of the norm.
 
     Args:
-        run: as for :func:`norms`; with columns such as
-            ``"track_norms/layers/0/kernel"`` that :func:`optax_clipx.track_norms`
+        run: as for :func:`norms`. It needs columns such as
+            ``"track_norms/layers/0/kernel"``, which :func:`optax_clipx.track_norms`
             records.
-        prefix: what the layers' columns begin with, if not ``"track_norms/"``; for
-            update-to-parameter ratios ``"track_ratios/"``, and for gradients in the
-            unit of the second moment ``"track_rms_t/"``.
+        prefix: the first part of the names of these columns. The default is
+            ``"track_norms/"``. ``"track_ratios/"`` draws the update-to-parameter
+            ratios. ``"track_rms_t/"`` draws the gradients divided by the square root
+            of the optimizer's second moment.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
@@ -246,8 +252,8 @@ def heatmap(
         2
 
     References:
-        Glorot and Bengio, Understanding the difficulty of training deep feedforward
-        neural networks, 2010: gradients layer by layer.
+        Gradients of each layer: Glorot and Bengio, Understanding the difficulty of
+        training deep feedforward neural networks, 2010.
     """
     columns = columns_of(run)
     start = "track_norms/" if prefix is None else prefix
@@ -298,12 +304,14 @@ def compare(
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws one quantity of several runs, such as the loss with and without clipping.
+    """Draws one column of several runs, such as the loss with and without clipping.
 
     Args:
-        runs: from labels to runs, each as for :func:`norms`; or to a list of them, of
-            several seeds, drawn as their median and range.
-        column: the quantity; the last part of a name such as ``"train/loss"`` will do.
+        runs: a dict from labels to runs. A run is as for :func:`norms`. For several
+            seeds, pass a list of runs under one label: their median and range are
+            drawn.
+        column: the name of the column to draw. You can also pass only the last part of
+            the name, such as ``"loss"`` for ``"train/loss"``.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
@@ -322,8 +330,8 @@ def compare(
         'loss'
 
     References:
-        Henderson et al., Deep reinforcement learning that matters, 2018, arXiv
-        1709.06560, on showing several seeds.
+        The need for several seeds: Henderson et al., Deep reinforcement learning that
+        matters, 2018, arXiv 1709.06560.
     """
     if not runs:
         raise ReadError("There are no runs to compare.")
@@ -352,10 +360,10 @@ def compare(
 
 
 def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
-    """Draws the scores of a sweep over its thresholds.
+    """Draws the score of each threshold of a sweep.
 
     Args:
-        found: from :func:`optax_clipx.find_threshold`.
+        found: the result of :func:`optax_clipx.find_threshold`.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
@@ -374,7 +382,7 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         'threshold'
 
     References:
-        Pascanu et al., 2013, arXiv 1211.5063, on the choice of the threshold.
+        The choice of a threshold: Pascanu et al., 2013, arXiv 1211.5063.
     """
     with canvas(theme, ax) as (figure, ax, colours):
         for index, rate in enumerate(found.learning_rates):
@@ -411,15 +419,16 @@ def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
 
 
 def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
-    """Draws the scores of a sweep over thresholds and learning rates, as a map.
+    """Draws the score of each threshold and learning rate of a sweep, as a map.
 
     Args:
-        found: from :func:`optax_clipx.find_threshold` with ``learning_rates``.
+        found: the result of :func:`optax_clipx.find_threshold` with
+            ``learning_rates``.
         theme: as for :func:`norms`.
         ax: as for :func:`norms`.
 
     Returns:
-        The ``matplotlib.figure.Figure``. Cells where training failed are crossed out.
+        The ``matplotlib.figure.Figure``. A cell is crossed out if training failed.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -435,8 +444,7 @@ def sweep_map(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
         'learning rate'
 
     References:
-        Pascanu et al., 2013, arXiv 1211.5063: clipping makes larger learning rates
-        possible.
+        Larger learning rates with clipping: Pascanu et al., 2013, arXiv 1211.5063.
     """
     middle = np.array([[marks.middle(s) for s in row] for row in found.scores]).T
     with canvas(theme, ax, (8.0, 1.6 + 0.45 * len(middle))) as (figure, ax, colours):
@@ -481,11 +489,16 @@ def overview(
     limit: float | int | None = None,
     theme: str = "light",
 ) -> Any:
-    """Draws a run: norms, clip rate, histogram, and the layers if they are recorded.
+    """Draws a run in one picture: the norms, the clip rate and a histogram of norms.
 
-    The loss and the learning rate are drawn where they are recorded. The norm of the
-    update, and the shares of the dominant leaf, of starved leaves and of spikes are
-    drawn where :func:`optax_clipx.track_norms` recorded them.
+    The picture also has these panels, if the run has the columns for them:
+
+    - the loss and the learning rate
+    - the norm of each layer
+    - the norm of the update, the share of the squared norm that comes from the largest
+      leaf, the fraction of starved leaves, and the fraction of spikes
+
+    :func:`optax_clipx.track_norms` records the columns for the last two.
 
     Args:
         run: as for :func:`norms`.

@@ -23,14 +23,15 @@ class Sweep(NamedTuple):
 
     Attributes:
         best: the threshold with the best score. The score of a threshold is the median
-            over seeds, with the best learning rate for this threshold.
-        best_learning_rate: the learning rate of the best score, or ``None``.
+            score over the seeds, with the best learning rate for this threshold.
+        best_learning_rate: the learning rate of the best score. It is ``None`` if you
+            passed no learning rates.
         limits: the thresholds that were tried, in rising order.
         learning_rates: the learning rates that were tried, or ``(None,)``.
-        scores: an array of shape ``(thresholds, learning_rates, seeds)``. It is NaN
-            where training failed.
+        scores: an array of shape ``(thresholds, learning_rates, seeds)``. An entry is
+            NaN if training failed.
         higher_is_better: whether a higher score is better, as for an accuracy.
-        warning: why the result may be wrong. It is empty if there is no reason.
+        warning: why the result may be wrong. It is empty if there is no such reason.
     """
 
     best: float
@@ -80,40 +81,43 @@ def find_threshold(
 ) -> Sweep:
     r"""Trains with each of a few thresholds and finds the best one.
 
-    The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}`: each is the one before it
-    times the same factor.
+    The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}` for :math:`i` from 0 to
+    :math:`m - 1`. Each threshold is the threshold before it, times a constant factor.
 
     Args:
         train_fn: a function that trains and returns a score: ``train_fn(threshold)``.
-            By default a lower score is better. With ``seeds`` the function also gets
-            ``seed=``, and with ``learning_rates`` it also gets ``learning_rate=``. The
-            score is a number or an array with one entry. Return NaN if training failed.
+            By default a lower score is better. If you pass ``seeds``, the function is
+            also called with ``seed=``. If you pass ``learning_rates``, it is also
+            called with ``learning_rate=``. The score is a number or an array with one
+            entry. Return NaN if training failed.
         low: :math:`a`, the smallest threshold. A good choice is 0.2 times the
             threshold that :func:`suggest_threshold` suggests.
         high: :math:`b`, the largest threshold. A good choice is 5 times the threshold
             that :func:`suggest_threshold` suggests.
-        num: :math:`m`, how many thresholds to try.
-        seeds: whole numbers. Each threshold is tried with each seed, and thresholds are
-            compared by their median score.
+        num: :math:`m`, the number of thresholds to try.
+        seeds: whole numbers. Each threshold is tried with each seed. Thresholds are
+            compared by their median score over the seeds.
         learning_rates: each threshold is tried with each of these learning rates.
         higher_is_better: whether a higher score is better, as for an accuracy.
         path: a JSONL file to which each score is added. If the file exists, the sweep
-            continues: a setting whose score is in the file is not trained again. If
-            ``train_fn`` has changed, delete the file.
+            continues. It does not train again with a threshold, learning rate and seed
+            whose score is in the file. If you have changed ``train_fn``, delete the
+            file first.
         picture: where to save a picture of the result.
-        force: overwrite an existing picture. The file of scores is never overwritten.
+        force: overwrite an existing picture. The file with the scores is never
+            overwritten.
         progress: show a progress bar, if tqdm is installed.
 
     Returns:
         A :class:`Sweep`.
 
     Raises:
-        ValueError: if the thresholds are not ``0 < low < high``, if a seed is not
-            whole, if the file holds something else, if a score is no single number, or
-            if training failed with every threshold.
-        FileExistsError: if there is such a picture and ``force`` is false; before
-            anything is trained.
-        ImportError: if you ask for a picture and matplotlib is not installed.
+        ValueError: unless ``0 < low < high``, if a seed is not a whole number, if the
+            file at ``path`` was not written by this function, if a score is not a
+            single number, or if training failed with every threshold.
+        FileExistsError: if the picture exists and ``force`` is false. This error is
+            raised before training starts.
+        ImportError: if you pass ``picture`` and matplotlib is not installed.
 
     Example:
         >>> import optax_clipx as clipx
@@ -124,8 +128,8 @@ def find_threshold(
         1.0
 
     References:
-        Pascanu et al., 2013, arXiv 1211.5063: training is not very sensitive to the
-        threshold, so that a coarse grid will do.
+        Pascanu et al., 2013, arXiv 1211.5063, find that training is not very sensitive
+        to the threshold. So it is enough to try a few thresholds.
     """
     _check(low, high, num, seeds=seeds, learning_rates=learning_rates)
     limits = tuple(float(f"{x:.6g}") for x in np.geomspace(low, high, num))
