@@ -135,7 +135,9 @@ def clip_rate(
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
         ax.set(xlabel="step", ylabel=f"{' and '.join(known)} steps")
         said = "; ".join(f"{what}: {np.mean(x):.1%}" for what, x in known.items())
-        ax.set_title(said.capitalize() + ("" if len(known) > 1 else " of all steps"))
+        if len(known) == 1:
+            said += " of all steps" + (" (dashed)" if "clipped" in known else "")
+        ax.set_title(said.capitalize())
         if len(known) > 1:
             marks.legend_above(ax)
     return figure
