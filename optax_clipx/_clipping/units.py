@@ -1,11 +1,11 @@
-r"""Which entries of a layer make up one unit, for the names of the common libraries.
+r"""Which entries of a layer belong to one unit, for the names of common libraries.
 
-A unit is what feeds one output: a column of a dense kernel, a filter of a convolution,
-a row of an embedding. :func:`flax`, :func:`equinox` and :func:`haiku` know it from a
-leaf's path and rank, :func:`of_model` from the layers themselves; pass any of them as
-``axis=`` of :func:`optax_clipx.adaptive_grad_clip` or
-:func:`optax_clipx.measures.unit_norms`. :func:`show` prints what will be measured
-together.
+A unit is a group of entries with one norm: a column of a dense kernel, a filter of a
+convolution, or a row of an embedding. :func:`flax`, :func:`equinox` and :func:`haiku`
+find the units from the path and the number of axes of a leaf. :func:`of_model` finds
+them from the layers of a model. Pass any of these as ``axis=`` of
+:func:`optax_clipx.adaptive_grad_clip` or :func:`optax_clipx.measures.unit_norms`.
+:func:`show` prints the units of each leaf.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ _EMBEDDINGS = (
 
 
 def flax(path: Path, leaf: Any) -> Axes:
-    r"""The axes of one unit, by the names of Flax Linen and NNX.
+    r"""Finds the axes of one unit by the parameter names of Flax Linen and NNX.
 
     ==========================================  ====================  ================
     leaf                                        shape                 a unit spans
@@ -46,24 +46,29 @@ def flax(path: Path, leaf: Any) -> Axes:
     bias of query, key, value                   (heads, head)         everything
     ==========================================  ====================  ================
 
-    A vector or a kernel of attention with one rank more than that is a stack of layers,
-    as :func:`flax.linen.scan` and :func:`flax.nnx.vmap` make, and its first axis is no
-    part of a unit. Convolutions in a stack, and dense layers in a stack that are called
-    query, key or value, look like others: name stacks with :func:`stacked`, or use
-    :func:`of_model`. Inside of an attention other names are known too (q_proj,
-    attn_out_proj, qkv_proj, Gemma's einsums and their like), if heads times head is the
-    width. Any other kernel of rank 3 that is not under "conv" is an error, which shows
-    a function to paste.
+    **Stacks of layers.** :func:`flax.linen.scan` and :func:`flax.nnx.vmap` make leaves
+    that stack several layers. If a vector or a kernel of attention has one axis more
+    than in the table, it is such a stack. Its first axis is then not part of a unit.
+    Two kinds of stacks cannot be found by their shape: convolutions, and dense layers
+    that are called query, key or value. For these use :func:`stacked` or
+    :func:`of_model`.
+
+    **Attention.** Other names of kernels in an attention are known too, such as q_proj,
+    attn_out_proj, qkv_proj and the einsums of Gemma. For these the number of heads
+    times the size of a head must be the width of the layer. Any other kernel with three
+    axes is an error, unless the name of its layer contains "conv". The message shows a
+    function that you can paste.
 
     Args:
-        path: the leaf's path, as strings.
-        leaf: an array, or anything with a shape.
+        path: the path of the leaf, as strings.
+        leaf: an array, or another object with a shape.
 
     Returns:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell, or a name is another library's.
+        ValueError: if the names and the number of axes do not say what the units are,
+            or if a name belongs to another library.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,8 +77,8 @@ def flax(path: Path, leaf: Any) -> Axes:
         (0, 1)
 
     References:
-        The shapes are those of :mod:`flax.linen` and :mod:`flax.nnx`; units in the
-        sense of Brock et al., 2021, arXiv 2102.06171.
+        The shapes are those of :mod:`flax.linen` and :mod:`flax.nnx`. Brock et al.,
+        2021, arXiv 2102.06171, define units.
     """
     rank, name = leaf.ndim, path[-1] if path else ""
     layer = path[-2] if len(path) > 1 else ""
@@ -109,22 +114,28 @@ def _of_high_rank(path: Path, leaf: Any, layer: str) -> Axes:
 
 
 def equinox(path: Path, leaf: Any) -> Axes:
-    r"""The axes of one unit, by the names of Equinox: ``weight`` is (out, in, ...).
+    r"""Finds the axes of one unit by the parameter names of Equinox.
 
-    A linear, LSTM or GRU weight and an embedding have their rows as units, a
-    convolution (below a name with "conv", or of rank 4 and 5) its filters, and a bias
-    is one unit. A weight of rank 3 elsewhere is an error: :func:`stacked` says that it
-    is a stack of linear layers, :func:`of_model` reads it off the model.
+    In Equinox, the shape of ``weight`` is (out, in, ...). The units are:
+
+    - the rows of a linear, LSTM or GRU weight, and the rows of an embedding
+    - the filters of a convolution. A weight is a convolution if a name with "conv" is
+      in its path, or if it has four or five axes
+    - the whole bias
+
+    Any other weight with three axes is an error. If it is a stack of linear layers, say
+    so with :func:`stacked`, or use :func:`of_model`.
 
     Args:
-        path: the leaf's path, as strings.
-        leaf: an array, or anything with a shape.
+        path: the path of the leaf, as strings.
+        leaf: an array, or another object with a shape.
 
     Returns:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell, or a name is another library's.
+        ValueError: if the names and the number of axes do not say what the units are,
+            or if a name belongs to another library.
 
     Example:
         >>> import jax.numpy as jnp
@@ -152,21 +163,28 @@ def equinox(path: Path, leaf: Any) -> Axes:
 
 
 def haiku(path: Path, leaf: Any) -> Axes:
-    r"""The axes of one unit, by the names of Haiku: ``w`` is (..., in, out).
+    r"""Finds the axes of one unit by the parameter names of Haiku.
 
-    Units of dense layers, LSTMs and attention are columns, those of convolutions
-    filters, those of ``embeddings`` rows; a bias is one unit. Layers of
-    ``haiku.layer_stack`` are known by that name.
+    In Haiku, the shape of ``w`` is (..., in, out). The units are:
+
+    - the columns of a dense layer, an LSTM or an attention
+    - the filters of a convolution
+    - the rows of ``embeddings``
+    - the whole bias
+
+    Stacks of layers that ``haiku.layer_stack`` makes are found by the name
+    ``layer_stack`` in the path.
 
     Args:
-        path: the leaf's path, as strings.
-        leaf: an array, or anything with a shape.
+        path: the path of the leaf, as strings.
+        leaf: an array, or another object with a shape.
 
     Returns:
         The axes that one unit spans.
 
     Raises:
-        ValueError: where names and rank do not tell, or a name is another library's.
+        ValueError: if the names and the number of axes do not say what the units are,
+            or if a name belongs to another library.
 
     Example:
         >>> import jax.numpy as jnp
@@ -202,17 +220,18 @@ def haiku(path: Path, leaf: Any) -> Axes:
 
 
 def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
-    r"""A rule for models in which some leaves stack layers along an axis.
+    r"""Makes a rule for models in which some leaves stack several layers.
 
     Args:
         rule: the rule for a single layer, such as :func:`flax`.
-        where: which leaves: a name in their path, a tuple of names, or a function of
-            path and leaf.
-        axis: the axis along which they are stacked.
+        where: the leaves that stack layers: a name in their path, a tuple of names, or
+            a function of path and leaf.
+        axis: the axis along which the layers are stacked.
 
     Returns:
-        A rule of path and leaf. As ``batch_axes=`` of :func:`track_norms` and
-        :func:`measures.leaf_norms` it stands for the axes of the stacks.
+        A function of path and leaf that returns the axes of one unit. You can also pass
+        it as ``batch_axes=`` of :func:`track_norms` and :func:`measures.leaf_norms`. It
+        then says along which axes the layers are stacked.
 
     Raises:
         ValueError: from the rule, if the axis is out of range.
@@ -225,8 +244,8 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
         (1,)
 
     References:
-        :func:`flax.linen.scan`, :func:`flax.nnx.vmap` and :func:`jax.vmap` of an
-        initializer make such leaves.
+        Such leaves are made by :func:`flax.linen.scan`, by :func:`flax.nnx.vmap`, and
+        by :func:`jax.vmap` of an initializer.
     """
     (axis,) = whole_numbers(axis)
     chosen = chooser(where)
@@ -268,20 +287,22 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
 
 
 def of_model(model: Any) -> Rule:
-    r"""A rule read off the layers of an NNX or Equinox model, whatever their names.
+    r"""Makes a rule from the layers of an NNX or Equinox model, whatever their names.
 
-    Layers that it does not know go by :func:`flax` or :func:`equinox`. A rank above
-    the layer's own is a stack of layers, along the first axes.
+    For a layer whose class is unknown, the rule is :func:`flax` or :func:`equinox`. If
+    a leaf has more axes than a single layer of its class, it is a stack of layers along
+    its first axes.
 
     Args:
         model: a :class:`flax.nnx.Module` or an ``equinox.Module``.
 
     Returns:
-        A rule of path and leaf.
+        A function of path and leaf that returns the axes of one unit.
 
     Raises:
-        TypeError: for other models: Linen and Haiku keep no layers to be asked.
-        ValueError: from the rule, where nothing tells.
+        TypeError: if ``model`` is another kind of model. Models of Linen and Haiku do
+            not keep their layers.
+        ValueError: from the rule, if the units of a leaf are unclear.
 
     Example:
         >>> from flax import nnx
@@ -292,7 +313,7 @@ def of_model(model: Any) -> Rule:
         (0, 1)
 
     References:
-        The layers of :mod:`flax.nnx` and ``equinox.nn``.
+        The layers are those of :mod:`flax.nnx` and ``equinox.nn``.
     """
     # By name, as neither library need be installed.
     bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
@@ -312,17 +333,17 @@ def of_model(model: Any) -> Rule:
 
 
 def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
-    r"""Prints the units of each leaf: what will be measured and clipped together.
+    r"""Prints the units of each leaf, which a clipper measures and clips together.
 
     Args:
         params: a pytree of arrays or of shapes.
         axis: as in :func:`optax_clipx.measures.unit_norms`.
 
     Returns:
-        Nothing; a table goes to the standard output.
+        Nothing. The table is printed to the standard output.
 
     Raises:
-        ValueError: where the rule of ``axis`` does not tell.
+        ValueError: if the rule in ``axis`` cannot find the units of a leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -332,7 +353,7 @@ def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
         kernel  (3, 32, 8)  (0, 1)          8            96
 
     References:
-        In the manner of :meth:`flax.linen.Module.tabulate`.
+        :meth:`flax.linen.Module.tabulate` prints a similar table.
     """
     leaves = flatten(params, updates=False)
     groups: Any = unit_norms(axis=axis).groups(leaves)

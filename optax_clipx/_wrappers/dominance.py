@@ -15,7 +15,7 @@ STARVED = 10.0  # how many times smaller a step is than clipping by leaves would
 
 
 def dominant_leaf(opt_state: Any) -> tuple[str, float]:
-    r"""Names the leaf with the largest gradient norm, and its share of the whole norm.
+    r"""Names the leaf with the largest gradient norm, and its share of the norm.
 
     .. math:: \text{share} = \max_i n_i^2 \Big/ \sum_j n_j^2
 
@@ -23,15 +23,16 @@ def dominant_leaf(opt_state: Any) -> tuple[str, float]:
         opt_state: the state of an optimizer with :func:`track_norms` around it.
 
     Returns:
-        The name of the leaf, label or layer with the largest norm in the last step, as
-        in ``"track_norms/<name>"``, and its share of the squared norm of the whole
-        gradient. A leaf whose norm is infinite or NaN comes first, with share NaN.
+        The name of the leaf, label or layer with the largest norm in the last step, and
+        its share of the squared norm of the whole gradient. The name is ``<name>`` in
+        ``"track_norms/<name>"``. If a norm is infinite or NaN, the function returns the
+        name of this leaf and the share NaN.
 
     Raises:
-        ValueError: if there is no :func:`track_norms` in the state, or if the state is
-            that of several models.
-        jax.errors.TracerArrayConversionError: inside of ``jit``, where no name can be
-            returned.
+        ValueError: if the state contains no :func:`track_norms`, or if it is the state
+            of several models.
+        jax.errors.TracerArrayConversionError: if you call it inside of ``jit``, because
+            a jitted function cannot return a name.
 
     Example:
         >>> import jax.numpy as jnp

@@ -16,39 +16,43 @@ from .._trees.leaves import Path, chooser, from_prefix, path_of, show
 def excluding(
     clipper: optax.GradientTransformation, where: Any, *, label: Any = "muon"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Excludes some leaves from a clipper: they are neither measured nor clipped.
+    r"""Excludes leaves from a clipper: it neither measures nor clips them.
 
-    Use it for the leaves whose gradient norm an optimizer such as Muon ignores, for the
-    final linear layer in adaptive gradient clipping, for biases, and for leaves that
-    are not gradients, such as the statistics of fp8 layers
-    (``"_overwrite_with_gradient"`` in Flax).
+    Use it for these leaves:
+
+    - leaves whose gradient norm the optimizer ignores, such as the matrices of Muon
+    - the final linear layer, and biases, in adaptive gradient clipping
+    - leaves that are not gradients, such as the statistics of fp8 layers
+      (``"_overwrite_with_gradient"`` in Flax)
 
     =================================  ============================================
     ``where``                          excluded
     =================================  ============================================
-    ``"head"``, ``("head", "bias")``   leaves with such a name in their path
-    ``muon_leaves``, any function      leaves for which it is true
+    ``"head"``, ``("head", "bias")``   leaves with one of these names in their path
+    ``muon_leaves``, any function      leaves for which the function returns true
     of path and leaf
-    a pytree of bools                  where it is true, as in ``optax.masked``
-    a pytree of labels                 where it has ``label``, as in
+    a pytree of bools                  leaves whose entry is true, as in
+                                       ``optax.masked``
+    a pytree of labels                 leaves whose entry is ``label``, as in
                                        ``optax.partition``
-    a pytree of dimension numbers      where it is not ``None``, as in
+    a pytree of dimension numbers      leaves whose entry is not ``None``, as in
     and ``None``                       ``optax.contrib.muon``
-    a function of the whole tree       what the pytree that it returns says
+    a function of the whole tree       the leaves that the returned pytree excludes. It
+                                       is one of the three pytrees above
     =================================  ============================================
 
     Args:
-        clipper: any clipper, of this package or another.
-        where: which leaves, as in the table. Pytrees may be prefixes.
+        clipper: a clipper of this package or of another package.
+        where: the leaves to exclude, as in the table. A pytree can be a prefix.
         label: the label of excluded leaves, or a tuple of labels.
 
     Returns:
         A transformation.
 
     Raises:
-        ValueError: from ``init`` and ``update``, if no leaf is left out, because a name
-            that fits no leaf is a mistake; and if a pytree has no entry for a leaf.
-        TypeError: if ``where`` is none of these.
+        ValueError: from ``init`` and ``update``, if a name fits no leaf, or if a pytree
+            has no entry for a leaf.
+        TypeError: if ``where`` has none of the forms in the table.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,8 +64,8 @@ def excluding(
         [0.6 0.8] [10.]
 
     References:
-        Brock et al., 2021, arXiv 2102.06171, leave the final layer out.
-        :func:`optax.masked` does the work.
+        Brock et al., 2021, arXiv 2102.06171, do not clip the final layer.
+        :func:`optax.masked` excludes leaves from any transformation.
     """
     check_transformation(clipper, "clipper")
     choose = _choice(where, label if isinstance(label, tuple) else (label,))
@@ -89,23 +93,24 @@ def excluding(
 
 
 def muon_leaves(path: Path, leaf: Any) -> bool:
-    r"""Whether ``optax.contrib.muon`` orthogonalizes a leaf: by default every matrix.
+    r"""Says whether ``optax.contrib.muon`` updates a leaf with Muon by default.
 
     .. math:: \text{excluded} \iff \text{the leaf has two axes}
 
-    Muon's step does not depend on the norm of its gradient. A global norm that counts
-    Muon's leaves shrinks the step of all others, so leave Muon's leaves out.
+    The size of Muon's update does not depend on the norm of its gradient. If a global
+    norm contains Muon's leaves, a large gradient of one of them makes the updates of
+    all other leaves smaller. So exclude Muon's leaves from a global norm.
 
     Args:
-        path: the leaf's path, as strings; it is not looked at.
-        leaf: an array, or anything with a number of axes.
+        path: the path of the leaf, as strings. The function does not use it.
+        leaf: an array, or another object with a number of axes.
 
     Returns:
-        Whether the leaf has two axes. Where you give Muon
-        ``muon_weight_dimension_numbers``, pass the same to :func:`excluding` instead.
+        Whether the leaf has two axes. If you pass ``muon_weight_dimension_numbers`` to
+        Muon, do not use this function. Pass the same value to :func:`excluding`.
 
     Raises:
-        AttributeError: if the leaf is no array.
+        AttributeError: if the leaf is not an array.
 
     Example:
         >>> import jax.numpy as jnp

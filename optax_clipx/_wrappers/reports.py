@@ -24,12 +24,12 @@ Read = Callable[[], dict[str, Any]]  # gives the metrics of a report, as numbers
 
 
 class TapCounts(NamedTuple):
-    """What became of the reports of all taps since the program started.
+    """The number of reports of all taps since the program started.
 
     Attributes:
-        delivered: reports that a sink has taken.
-        dropped: reports that found the queue of their sink full.
-        failed: reports for which the sink raised an exception.
+        delivered: the number of reports that a sink has received.
+        dropped: the number of reports that were dropped because the queue was full.
+        failed: the number of reports for which the sink raised an exception.
 
     Raises:
         Nothing.
@@ -49,17 +49,17 @@ class TapCounts(NamedTuple):
 
 
 def flush_taps() -> TapCounts:
-    """Waits until the sinks have had all reports of the steps that were started.
+    """Waits until the sinks have received all reports of the steps that were started.
 
-    Call it before you read or close what a sink has written, such as a ``History``. At
-    the end of the program it is called for you.
+    Call it before you read or close a sink, such as a ``History``. At the end of the
+    program it is called automatically.
 
     Returns:
-        How many reports were delivered, dropped and failed, over all taps since the
-        program started.
+        The number of reports that were delivered, dropped and failed, over all taps
+        since the program started.
 
     Raises:
-        RuntimeError: if a sink calls it, since it would wait for itself.
+        RuntimeError: if a sink calls this function. The sink would wait for itself.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +75,7 @@ def flush_taps() -> TapCounts:
         [0, 1, 2]
 
     References:
-        :func:`jax.effects_barrier` waits for callbacks in this manner.
+        :func:`jax.effects_barrier` also waits for callbacks.
     """
     if getattr(_in_sink, "now", False):
         raise RuntimeError(

@@ -33,11 +33,12 @@ class TapState(NamedTuple):
 def tap(
     inner: optax.GradientTransformation, sink: Any, *, every: Any = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Passes the metrics of an optimizer to a function, in loops that hide its state.
+    """Passes the metrics of an optimizer to a function in each step.
 
-    The function is called on the host as ``sink(step, {"clip/norm": 1.2, ...})`` with
-    what :func:`metrics` reads, and the updates are those of ``inner``. Put ``tap``
-    outermost. Steps are counted from 0, by calls of ``update``.
+    Use it in training loops that do not return the optimizer state. The function is
+    called on the host as ``sink(step, {"clip/norm": 1.2, ...})``. The dict is the
+    result of :func:`metrics`. ``step`` counts the calls of ``update`` from 0. Put
+    ``tap`` around the whole optimizer.
 
     - **One report per step**, on any number of devices and processes, and in the order
       of the steps. The first device of the mesh reports. With several processes this
@@ -56,20 +57,21 @@ def tap(
     Args:
         inner: the optimizer, with a clipper, :func:`skip_spikes` or
             :func:`track_norms` in it.
-        sink: a function of step and metrics; a :class:`History`; ``print``, which
-            prints one line per report; or TensorBoard's ``SummaryWriter``. The metrics
-            are Python numbers, or NumPy arrays under vmap.
-        every: report each step that is a multiple of this. In other steps nothing is
-            sent to the host.
+        sink: a function of step and metrics, or a :class:`History`, or ``print``, or a
+            ``SummaryWriter`` of TensorBoard. ``print`` prints one line per report. The
+            metrics are Python numbers, or NumPy arrays under vmap.
+        every: the steps that are multiples of this number are reported. In all other
+            steps nothing is sent to the host.
 
     Returns:
         A transformation with the updates of ``inner``.
 
     Raises:
-        TypeError: if ``inner`` is no transformation, or ``sink`` is none of the above.
-        ValueError: unless ``every >= 1``; from ``init`` if nothing in ``inner`` keeps
-            metrics; for another value of the environment variable than ``on`` or
-            ``off``.
+        TypeError: if ``inner`` is not a transformation, or if ``sink`` is none of the
+            sinks above.
+        ValueError: unless ``every >= 1``, or if the environment variable is neither
+            ``on`` nor ``off``. ``init`` raises it if nothing in ``inner`` keeps
+            metrics.
 
     Example:
         >>> import jax
@@ -89,7 +91,7 @@ def tap(
         [3.0, 5.0]
 
     References:
-        :func:`jax.debug.callback` is what it is made of.
+        :func:`jax.debug.callback` also calls a function on the host.
     """
     check_transformation(inner, "inner")
     check_static_count(every, "every")
