@@ -215,10 +215,12 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ``"skip/norm"``, ...        :func:`skip_spikes`: the same fields, for the updates
                                 that it receives, and ``skipped``, ``reason``,
                                 ``num_skipped``, ``consecutive_skips``
-    ``"track/..."``,            :func:`track_norms`
-    ``"track_norms/<leaf>"``,
-    ``"track_ratios/<leaf>"``,
-    ``"track_rms_t/<leaf>"``
+    ``"track/..."``             :func:`track_norms`: values of the whole gradient
+    ``"track_norms/<leaf>"``    :func:`track_norms`: the norm of each leaf
+    ``"track_ratios/<leaf>"``   :func:`track_norms`: the update-to-parameter ratio of
+                                each leaf
+    ``"track_rms_t/<leaf>"``    :func:`track_norms`: the RMS of each leaf, as the page
+                                of :func:`track_norms` defines it
     ``"cautious/..."``          :func:`cautious`
     ``"qk/max_logit"``, ...     :func:`qk_clip_updates`: the fields of its state
     ==========================  ==================================================

@@ -25,21 +25,22 @@ def excluding(
     - leaves that are not gradients, such as the statistics of fp8 layers
       (``"_overwrite_with_gradient"`` in Flax)
 
-    =================================  ============================================
-    ``where``                          excluded
-    =================================  ============================================
-    ``"head"``, ``("head", "bias")``   leaves with one of these names in their path
-    ``muon_leaves``, any function      leaves for which the function returns true
-    of path and leaf
-    a pytree of bools                  leaves whose entry is true, as in
-                                       ``optax.masked``
-    a pytree of labels                 leaves whose entry is ``label``, as in
-                                       ``optax.partition``
-    a pytree of dimension numbers      leaves whose entry is not ``None``, as in
-    and ``None``                       ``optax.contrib.muon``
-    a function of the whole tree       the leaves that the returned pytree excludes. It
-                                       is one of the three pytrees above
-    =================================  ============================================
+    ===============================  ==============================================
+    ``where``                        excluded leaves
+    ===============================  ==============================================
+    ``"head"``                       leaves with this name in their path
+    ``("head", "bias")``             leaves with one of these names in their path
+    ``muon_leaves``                  leaves that Muon updates by default
+    a function of path and leaf      leaves for which the function returns true
+    a pytree of bools                leaves whose entry is true, as in
+                                     ``optax.masked``
+    a pytree of labels               leaves whose entry is ``label``, as in
+                                     ``optax.partition``
+    a pytree of dimension numbers    leaves whose entry is not ``None``, as in
+                                     ``optax.contrib.muon``
+    a function of the whole tree     leaves that the returned pytree excludes, which
+                                     is one of the three pytrees above
+    ===============================  ==============================================
 
     Args:
         clipper: a clipper of this package or of another package.

@@ -71,13 +71,13 @@ def track_norms(
                                 far below the root mean square of the median leaf
     ``track/exploding``         the number of leaves whose root mean square is not
                                 finite, or far above that of the median leaf
-    ``track_ratios/<leaf>``     :math:`r_i`, with ``ratios`` or ``updates``
-    ``track/update_norm``       the norm of the whole update, with ``updates``
-    ``track/spike_score``       the fraction of spikes among the last 1,000 steps, with
-                                ``updates``. Here a step is a spike if its gradient norm
-                                is more than 7 standard deviations above the mean norm
-                                of the 1,000 steps before it
-    ``track_rms_t/<leaf>``      :math:`\mathrm{RMS}_t`, defined below, with
+    ``track_ratios/<leaf>``     :math:`r_i`, if ``ratios`` or ``updates`` is true
+    ``track/update_norm``       the norm of the whole update, if ``updates`` is true
+    ``track/spike_score``       the fraction of spikes among the last 1,000 steps, if
+                                ``updates`` is true. Here a step is a spike if its
+                                gradient norm is more than 7 standard deviations above
+                                the mean norm of the 1,000 steps before it
+    ``track_rms_t/<leaf>``      :math:`\mathrm{RMS}_t`, defined below, if you pass
                                 ``second_moment``
     ==========================  ==================================================
 
