@@ -173,10 +173,10 @@ def biweight(
     all its influence, where :func:`rescale` and :func:`smooth` let it keep the largest
     influence that there is. It is the smooth form of :func:`drop`.
 
-    Of the redescending functions of robust statistics, the biweight is the one that is
-    exactly 0 above its threshold, so that it is right at any magnitude. A threshold of
-    4.685 standard deviations loses 5% of the efficiency of the mean where the noise is
-    normal.
+    Welsch's and Cauchy's weights redescend too, but are never 0. The biweight is a
+    polynomial and exactly 0 above its threshold, so that it is right at any magnitude.
+    A threshold of 4.685 standard deviations loses 5% of the efficiency of the mean
+    where the noise is normal.
 
     Args:
         norms: norms :math:`n`, any shape.

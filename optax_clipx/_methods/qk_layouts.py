@@ -261,8 +261,8 @@ def fused(
     (3 * heads * dimension, in)   ``num_heads=heads, head_axis=0``, as in PyTorch
     (in, 3, heads, dimension)     ``part_axis=1``
     (in, heads, 3, dimension)     ``part_axis=2, head_axis=1``
-    (in, (heads + 2 * groups)     ``num_heads=heads, key_heads=groups``: grouped-query
-    * dimension)                  attention
+    (in, all * dimension)         ``num_heads=heads, key_heads=groups``: grouped-query
+                                  attention, with all = heads + 2 * groups
     ============================  ====================================================
 
     A kernel of shape (in, heads * 3 * dimension), in which query, key and value of a

@@ -19,9 +19,10 @@ def metrics(found: Any, prefix: str = "examples") -> dict[str, jax.Array]:
                                   these are clipped by themselves
     ``"examples/num_nonfinite"``  how many examples were not finite
     ``"examples/num_examples"``   how many examples there were, without padding
-    ``"examples/noise_scale"``,   with ``clipped_grad(..., noise_scale=True)``:
-    ``"examples/signal"``,        :math:`\mathrm{tr}\,\Sigma/|G|^2`, and the estimates
-    ``"examples/noise"``          of :math:`|G|^2` and :math:`\mathrm{tr}\,\Sigma`
+    ``"examples/noise_scale"``    :math:`\mathrm{tr}\,\Sigma/|G|^2`; this and the next
+                                  two with ``clipped_grad(..., noise_scale=True)``
+    ``"examples/signal"``         the estimate of :math:`|G|^2`
+    ``"examples/noise"``          the estimate of :math:`\mathrm{tr}\,\Sigma`
     ============================  ====================================================
 
     Args:
