@@ -110,7 +110,7 @@ class Suggestion(NamedTuple):
             return [f"first {self.first}", f"then {clipper}"]
         if self.recorded == self.value:
             return [
-                "record another run first, with optax_clipx.auto_clip() or with a much"
+                "record another run first, with optax_clipx.zclip() or with a much"
                 f" higher threshold, such as {10 * self.value:.4g}"
             ]
         return [clipper]
@@ -147,23 +147,21 @@ class Suggestion(NamedTuple):
         ]
 
     def _alternatives(self) -> list[str]:
-        """What else to use."""
-        lines = []
-        if self.rule and self.drift < 1 and not self.exploded:
-            lines.append(
-                "if you train longer and the norms keep falling, use"
-                f" {self.rule}: its threshold is at most {self.value:.4g} and falls by"
-                f" at most {_percent(_TRACKER_RATE * self.asked)} in each step"
-            )
-        if self.rule and not self.exploded and self.clipped <= _MOST:
-            lines.append(
-                "if you do not want to choose a threshold, use optax_clipx.auto_clip()"
-            )
-        if lines:
-            lines.append(
-                "to compare thresholds by their loss, use optax_clipx.find_threshold"
-            )
-        return lines
+        """What else to use where the norms change."""
+        if not self.rule or self.exploded:
+            return []
+        sweep = "to compare thresholds by their loss, use optax_clipx.find_threshold"
+        if self._rises():
+            return [sweep]
+        tracker = (
+            f"if you train longer and the norms keep falling, use {self.rule}: its"
+            f" threshold is at most {self.value:.4g} and falls by at most"
+            f" {_percent(_TRACKER_RATE * self.asked)} in each step"
+        )
+        without = (
+            "if you do not want to choose a threshold, use optax_clipx.auto_clip()"
+        )
+        return [tracker, *([without] if self.clipped <= _MOST else []), sweep]
 
 
 def suggest_threshold(

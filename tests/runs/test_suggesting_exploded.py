@@ -99,7 +99,7 @@ def test_a_run_that_was_always_clipped_asks_for_another_recording():
     norms = np.random.default_rng(0).lognormal(sigma=0.5, size=400) + 5
     first, second, *_ = lines(norms, limit=1.0)
     assert first == (
-        "record another run first, with optax_clipx.auto_clip() or with a much higher"
+        "record another run first, with optax_clipx.zclip() or with a much higher"
         " threshold, such as 10"
     )
     assert second.startswith("the threshold 1 would have clipped 100.0% of the steps")
@@ -146,3 +146,10 @@ def test_auto_clip_is_named_unless_most_steps_were_clipped(limit):
     found = clipx.suggest_threshold(falling, limit=limit)
     assert found.rule
     assert ("auto_clip()" in str(found)) == (limit == 8.0)
+
+
+def test_auto_clip_is_not_named_where_norms_rise():
+    norms = np.random.default_rng(0).lognormal(sigma=0.5, size=2000)
+    text = str(clipx.suggest_threshold(norms * np.geomspace(1, 10, 2000)))
+    assert "auto_clip()" not in text
+    assert text.endswith("use optax_clipx.find_threshold")
