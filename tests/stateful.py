@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from all_methods import ADAPTIVE
 
 import optax_clipx as clipx
 
@@ -22,6 +23,7 @@ def with_maxima(layout, maxima):
 
 # By the public name; a second word tells apart what keeps something else.
 STATEFUL = {
+    **{name: make() for name, make in ADAPTIVE.items() if hasattr(clipx, name)},
     "clip": clipx.clip(0.5),
     "clip_by_value": clipx.clip_by_value(-0.5, 0.5),
     "clip_by_leaf_norm": clipx.clip_by_leaf_norm(1.0),
@@ -52,21 +54,14 @@ STATEFUL = {
             steps=2,
         ),
     ),
-    "zclip": clipx.zclip(warmup_steps=3),
     "zclip leaf": clipx.zclip(warmup_steps=3, stats="skip", scope="leaf"),
-    "auto_clip": clipx.auto_clip(),
-    "quantile_clip": clipx.quantile_clip(),
     "quantile_clip window": clipx.quantile_clip(window=4, scope="leaf"),
     "quantile_clip all": clipx.quantile_clip(max_steps=9),
-    "adagc": clipx.adagc(warmup_steps=3),
     "adagc tree": clipx.adagc(warmup_steps=3, scope="tree"),
-    "olmo_ratio_clip": clipx.olmo_ratio_clip(1.1),
-    "log_zscore_clip": clipx.log_zscore_clip(),
     "quantile_clip tracked": clipx.quantile_clip(0.9, estimator="tracker"),
     "quantile_clip tracked units": clipx.quantile_clip(
         0.9, estimator="tracker", scope=clipx.measures.unit_norms()
     ),
-    "norm_growth_clip": clipx.norm_growth_clip(),
     "historical_update_clip": clipx.historical_update_clip(window=5, warmup_steps=3),
     "clip_by_second_moment": clipx.clip_by_second_moment(warmup_steps=2),
     "mixed_clip": clipx.mixed_clip(1.0),
