@@ -386,8 +386,9 @@ def _head_axes(maxima: list[jax.Array], axis_name: Any) -> tuple[str, ...]:
         blind = mesh.blind_axes()
         raise ValueError(
             f"Cannot tell whether the heads are sharded over the mesh axes {blind}:"
-            " inside pmap, and shard_map with check_vma=False, types do not say. Pass"
-            " axis_name=() to qk_clip_updates if every device has the maxima of all"
-            f" heads, or axis_name={blind[0]!r} if they are sharded over it."
+            " JAX does not say it inside pmap, and inside shard_map with"
+            " check_vma=False. Pass axis_name=() to qk_clip_updates if every device has"
+            " the maxima of all heads, or"
+            f" axis_name={blind[0]!r} if they are sharded over it."
         )
     return tuple(sorted(set().union(*map(mesh.varying, maxima))))

@@ -118,7 +118,7 @@ def log_zscore_clip(
     specs: Specs = None,
     metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Reduces norms far above the mean to it, in log space (Chorowski et al.).
+    r"""Reduces outliers to the mean norm, in log space (Chorowski et al.).
 
     .. math:: \log n > m + z^* d \;\Rightarrow\; t = e^m
 

@@ -187,6 +187,9 @@ def check_number(value: Any, name: str) -> None:
         raise TypeError(f"Expected a real {name}, got {value!r}.")
     if np.ndim(value) != 0:
         raise ValueError(
-            f"Expected a scalar {name}, got an array of shape {np.shape(value)}. For a"
-            " threshold for each leaf pass a pytree prefix of the updates."
+            f"Expected {name} to be one number, got an array of shape"
+            f" {np.shape(value)}. A clipper takes the threshold when it is made, and"
+            " the gradients in update: optax.chain(clipper(1.0), optimizer). To clip"
+            " one tree of gradients, use optax_clipx.functional. If each leaf has its"
+            " own threshold, pass a tree with one number for each leaf."
         )

@@ -246,9 +246,10 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
         return tuple(name for name in names if mesh._is_bound(name))
     if mesh.blind_axes():
         raise ValueError(
-            "Cannot tell over which mesh axes the examples are spread: inside pmap, and"
-            " shard_map with check_vma=False, types do not say. Pass axis_name= with"
-            " these axes, or axis_name=() if every device has the same examples."
+            "Cannot tell over which mesh axes the examples are spread: JAX does not say"
+            " it inside pmap, and inside shard_map with check_vma=False. Pass"
+            " axis_name= with these axes, or axis_name=() if every device has the same"
+            " examples."
         )
     return tuple(sorted({name for x in batch for name in mesh.varying(x)}))
 

@@ -117,8 +117,8 @@ _LOWER = (
 )
 # What to type in place of the usual line.
 NO_JUMP = (
-    "learning_rate = {rate:.4g}  # as before step {step}; if you need a higher one,"
-    " raise it slowly, for example over 1,000 steps"
+    "learning_rate = {rate:.4g}  # load a checkpoint from before step {step}; if you"
+    " need a higher rate, raise it slowly, for example over 1,000 steps"
 )
 AFTER_DIVERGENCE = "# follow the advice for {code}: the run diverges before this step"
 FROM_LOSS = (

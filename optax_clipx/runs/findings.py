@@ -143,9 +143,9 @@ def told_once(findings: Iterable[Finding]) -> list[tuple[Finding, str, str]]:
     for found in findings:
         sentence, advice = found.sentence, found.advice
         if found.cause in told:
-            first, entry = told[found.cause], ADVICE[found.code].entry
+            first = told[found.cause]
             sentence = f"{found.symptom} The cause is the same as for {first}."
-            advice = f'# follow the advice for {first}  (Troubleshooting: "{entry}")'
+            advice = f"# follow the advice for {first}"
         elif found.cause:
             told[found.cause] = found.code
         texts.append((found, sentence, advice))

@@ -117,7 +117,7 @@ def _label_plainly(axis: Any, low: float, high: float) -> None:
     if high >= 1000 * low:
         return
     axis.set_major_formatter(lambda x, _: f"{x:g}")
-    if high < 10 * low:
+    if high < 3 * low:
         axis.set_major_locator(MaxNLocator(4))
         axis.set_minor_locator(NullLocator())
     else:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from . import naming
+from .compression import is_compressed
 from .drawing import norms_of
 from .jsonl import ReadError
 from .table import Columns, present
@@ -26,6 +27,10 @@ def _norms(columns: Columns) -> list[str]:
         )
     if seen.rate is not None:
         lines.append(f"clipped: {seen.rate:.1%} of the steps")
+    scale = f"{name.removesuffix('norm')}scale"
+    if is_compressed(columns, name) and scale in columns:
+        scaled = float(np.mean(np.asarray(columns[scale]) < 1))
+        lines.append(f"scaled down by auto_clip: {scaled:.1%} of the steps")
     if seen.skip_rate is not None:
         lines.append(f"skipped: {seen.skip_rate:.1%} of the steps")
     return lines

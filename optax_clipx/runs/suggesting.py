@@ -140,9 +140,9 @@ class Suggestion(NamedTuple):
         elif self._rises():
             it = f"a fixed threshold instead, {self._fixed()},"
         return [
-            f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; you"
-            f" asked for {_percent(self.asked)}",
-            f"in ten equal parts of {these} it would have clipped from {low:.1%} to"
+            f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
+            f" goal is {_percent(self.asked)}",
+            f"in each tenth of {these} it would have clipped between {low:.1%} and"
             f" {high:.1%}",
         ]
 
@@ -537,7 +537,7 @@ def _warning(found: Suggestion, count: int, clip_rate: float) -> str:
     if found.spikes > clip_rate:
         said.append(
             f"{found.spikes:.0%} of the steps {_high(found)}, which is more than the"
-            f" {clip_rate:.0%} that you asked for. The threshold comes from the other"
+            f" goal of {clip_rate:.0%}. The threshold comes from the other"
             " steps."
         )
     if count < _FEW:

@@ -42,6 +42,17 @@ class Sweep(NamedTuple):
     higher_is_better: bool
     warning: str
 
+    def __str__(self) -> str:
+        middle = _middle(self.scores, self.higher_is_better)
+        each = middle.max(axis=1) if self.higher_is_better else middle.min(axis=1)
+        rate = self.best_learning_rate
+        with_rate = "" if rate is None else f" with the learning rate {rate:g}"
+        lines = [f"best threshold: {self.best:.4g}{with_rate}"]
+        for limit, score in zip(self.limits, each, strict=True):
+            said = f"score {score:.4g}" if np.isfinite(score) else "training failed"
+            lines.append(f"  threshold {limit:.4g}: {said}")
+        return "\n".join([*lines, *([f"warning: {self.warning}"] * bool(self.warning))])
+
     def plot(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -194,15 +205,19 @@ def _score(given: Any) -> float:
     return float(values.reshape(()))
 
 
+def _middle(scores: np.ndarray, higher_is_better: bool) -> np.ndarray:
+    """The median over the seeds; one that failed is worse than any that did not."""
+    worst = -np.inf if higher_is_better else np.inf
+    return np.median(np.where(np.isfinite(scores), scores, worst), axis=2)
+
+
 def _chosen(
     limits: tuple[float, ...],
     rates: tuple[float | None, ...],
     scores: np.ndarray,
     higher_is_better: bool,
 ) -> Sweep:
-    # A seed that failed is worse than any that did not.
-    worst = -np.inf if higher_is_better else np.inf
-    middle = np.median(np.where(np.isfinite(scores), scores, worst), axis=2)
+    middle = _middle(scores, higher_is_better)
     if not np.isfinite(middle).any():
         raise ValueError(
             f"Training failed with every threshold from {limits[0]:g} to"
@@ -220,8 +235,8 @@ def _chosen(
         )
     if _is_flat(middle):
         warnings.append(
-            "the scores of all thresholds differ by less than 1%: any of these"
-            " thresholds will do"
+            "the scores of all thresholds differ by less than 1%: you can use any of"
+            " these thresholds"
         )
     of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
     if of_seeds > of_limits:  # false if anything failed: that tells thresholds apart

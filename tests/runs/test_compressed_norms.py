@@ -62,3 +62,12 @@ def test_auto_clip_itself_is_recognized():
         _, state = clipper.update(jnp.array([norm], jnp.float32), state)
         history.append(step, clipx.metrics(state))
     assert is_compressed(history.columns, "clip/norm")
+
+
+def test_print_tells_how_many_steps_were_scaled_down():
+    history = clipx.History()
+    run = by_auto(limit=2.0)
+    history.append(range(300), run | {"clip/scale": run["clip/clipped_norm"] / NORMS})
+    lines = str(history).splitlines()
+    assert lines[2] == f"clipped: {np.mean(NORMS > 2):.1%} of the steps"
+    assert lines[3] == "scaled down by auto_clip: 100.0% of the steps"

@@ -124,7 +124,7 @@ def test_the_pictures_of_a_page_have_numbers_and_evidence_has_words():
     for text in (">80</text>", ">2</text>", ">step 0</text>", ">step 119</text>"):
         assert text in shown
     assert "<td>first in column</td><td>norm</td>" in shown
-    assert "<td>in the loss at this step</td><td>no</td>" in shown
+    assert "<td>loss not finite at this step</td><td>no</td>" in shown
     assert "leaves</td>" not in shown
 
 

@@ -40,7 +40,7 @@ def test_a_rate_that_was_not_asked_for_is_explained(name):
     assert abs(found.clip_rate - 0.1) > 0.05
     assert words in found.why
     text = str(found)
-    assert "you asked for 10%" in text
+    assert "the goal is 10%" in text
     assert f"would have clipped {found.clip_rate:.1%} of the steps" in text
     assert f"why not 10%: {found.why}" in text
 
@@ -57,7 +57,7 @@ def test_the_command_line_prints_both(tmp_path, capsys):
     run = history.save(tmp_path / "run.jsonl")
     assert command_line.main(["suggest", str(run)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "you asked for 10%" in out
+    assert "the goal is 10%" in out
     assert "why not 10%: the norms fall" in out
     assert command_line.main(["suggest", str(run), "--json"]) == 0
     assert '"asked": 0.1' in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_the_rate_of_all_steps_is_told_beside_that_after_the_warmup():
     assert (found.clip_rate, found.of_all) == (0.1, 0.145)
     assert str(found).splitlines()[1] == (
         "it would have clipped 10.0% of the steps after the first 50, and 14.5% of all"
-        " steps; you asked for 10%"
+        " steps; the goal is 10%"
     )
 
 

@@ -51,5 +51,20 @@ def test_scores_that_come_from_a_file_are_told(tmp_path, capsys):
 @pytest.mark.parametrize(("slope", "flat"), [(0.001, True), (0.01, False)])
 def test_scores_that_hardly_differ_are_told(slope, flat):
     """Of thresholds from 1 to 4, the scores differ by 0.3% or 2.9%."""
-    said = "differ by less than 1%: any of these thresholds will do"
+    said = "differ by less than 1%: you can use any of these thresholds"
     assert (said in sweep(lambda threshold: 1 + slope * threshold).warning) == flat
+
+
+def test_what_print_shows_of_a_sweep():
+    def train(limit, learning_rate, seed):
+        return np.nan if limit * learning_rate > 5 else limit + learning_rate + seed
+
+    options = {"learning_rates": [0.5, 2.0], "seeds": [0, 1], "progress": False}
+    sweep = clipx.find_threshold(train, 1.0, 16.0, num=3, **options)
+    assert str(sweep).splitlines()[:4] == [
+        "best threshold: 1 with the learning rate 0.5",
+        "  threshold 1: score 2",
+        "  threshold 4: score 5",
+        "  threshold 16: training failed",
+    ]
+    assert str(sweep).splitlines()[4].startswith("warning: the best threshold, 1, is")
