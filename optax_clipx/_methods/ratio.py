@@ -35,10 +35,10 @@ def adagc(
     Here :math:`n_i` is the norm of leaf :math:`i`, :math:`g_i` its moving average, and
     :math:`c_i` the factor by which the leaf is scaled. In the first ``warmup_steps``
     steps the whole tree is clipped to ``warmup_max_norm``, and :math:`g_i` is the
-    smallest of the clipped norms of the leaf. After them it grows by at most the factor
-    1.0004 a step: if ``warmup_max_norm`` is far below the usual norm, nearly every step
-    is clipped for thousands of steps. ``init="mean"``, a ``floor`` or ``patience``
-    avoid that; see :func:`thresholds.ema_ratio`.
+    smallest of the clipped norms of the leaf. After these steps the average grows by at
+    most a factor of 1.0004 in each step. So if ``warmup_max_norm`` is far below the
+    usual norm, nearly every step is clipped for thousands of steps. ``init="mean"``, a
+    ``floor`` or ``patience`` avoids this; see :func:`thresholds.ema_ratio`.
 
     If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
     the usual norm are still clipped.
@@ -192,15 +192,16 @@ def norm_growth_clip(
 
     Here :math:`n_k` is the norm at step :math:`k`, :math:`t_k` its threshold, and
     :math:`x_k` the norm after clipping. It is meant for updates: put it after the
-    optimizer. After one very small norm, the threshold rises by 1% a step only, unless
-    you set a ``floor`` or ``patience``; see :func:`thresholds.norm_growth`.
+    optimizer. After a very small norm the threshold is very small, too, and rises by at
+    most 1% in each step. A ``floor`` or ``patience`` avoids this; see
+    :func:`thresholds.norm_growth`.
 
     If one of the first 100 norms is 200 times the usual norm, a norm of 20 times the
     usual norm is not clipped in the next step.
 
     Args:
         ratio: :math:`\gamma`, at least 1.
-        floor: the last norm counts as at least this, on the scale of the updates.
+        floor: the smallest value that is used for the last norm.
         stats: what enters the average on a spike: ``"clipped"`` the threshold,
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th norm in a row that is above the
