@@ -198,7 +198,8 @@ def historical_update_clip(
     with the mean :math:`\mu` and the standard deviation :math:`\sigma` of the last
     ``window`` norms. It is meant for updates: put it after the optimizer. The
     window holds the norms before clipping. While a spike is in the window, another
-    spike of the same size is not clipped. A standard deviation below 1% of the mean counts as 1% of the mean.
+    spike of the same size is not clipped. A standard deviation below 1% of the mean
+    counts as 1% of the mean.
 
     If one of the first 100 norms is 200 times the usual norm, later norms of 20 times
     the usual norm are not clipped for up to 128 steps.

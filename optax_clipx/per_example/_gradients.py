@@ -106,16 +106,17 @@ def clipped_grad(
     .. math:: \sum_b \mathrm{response}(\|g_b\|, C)\, g_b,
               \qquad g_b = \nabla \mathrm{fun}(\theta, x_b)
 
-    No example adds more than :math:`C (1 + 10^{-6})`, in whatever dtype the gradients
-    are: each is measured, scaled and added up in float32. One that is not finite adds
-    zero and is counted. The result takes the arguments of ``fun``, with a batch for
-    one example, and ``mask=``: a bool for each example, false for padding.
+    The norm of what an example adds is at most :math:`C (1 + 10^{-6})`. This holds for
+    every dtype, because the gradient of each example is measured, scaled and added up
+    in float32. An example whose gradient is not finite adds zero and is counted. The
+    result takes the arguments of ``fun``, with a batch instead of one example. It also
+    takes ``mask=``: a bool for each example, which is false for padding.
 
-    ``two_pass=True`` first takes the norms and then the gradient of
-    :math:`\sum_b w_b\, \mathrm{fun}(\theta, x_b)`. The weights then go through the
-    backward pass, so that the bound holds up to its rounding. Where anything narrower
-    than float32 is computed, and for norms of leaves and groups, that is no option, and
-    the gradients of a microbatch are weighted one by one, in as much memory.
+    ``two_pass=True`` first computes the norms, and then the gradient of
+    :math:`\sum_b w_b\, \mathrm{fun}(\theta, x_b)`. The weights go through the backward
+    pass, so the bound holds up to the rounding of this pass. With dtypes narrower than
+    float32, and for norms of leaves and groups, the gradients of a microbatch are
+    weighted one by one instead. This takes as much memory as one pass.
 
     Under ``jit`` a batch that is sharded over a mesh needs no argument. In
     ``shard_map`` each device clips the examples it has, and one ``psum`` adds up.
