@@ -88,9 +88,10 @@ class Suggestion(NamedTuple):
 
     def __str__(self) -> str:
         lines = self._use()
-        if not np.isnan(self.value):
+        known = not np.isnan(self.value) and self.recorded != self.value
+        if known:
             lines += self._rates()
-        if self.why:
+        if known and self.why:
             lines.append(f"why not {_percent(self.asked)}: {self.why}")
         if self.warmup:
             warmup = naming.counted(self.warmup, "norm")
@@ -134,11 +135,7 @@ class Suggestion(NamedTuple):
         elif self.warmup:
             which, these = f"the steps after the first {self.warmup:,}", "these steps"
             of_all = f", and {self.of_all:.1%} of all steps"
-        it = "it"
-        if self.recorded == self.value:
-            it = f"the threshold {self.value:.4g}"
-        elif self._rises():
-            it = f"a fixed threshold instead, {self._fixed()},"
+        it = f"a fixed threshold instead, {self._fixed()}," if self._rises() else "it"
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
             f" goal is {_percent(self.asked)}",

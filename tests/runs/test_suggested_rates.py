@@ -26,7 +26,6 @@ def rounded():
 CASES = {
     "falling norms": (lognormal() * np.geomspace(1, 0.1, 2000), None, "the norms fall"),
     "spikes": (spiky(), None, "25% of the steps are spikes"),
-    "recorded with a limit": (lognormal() + 5, 2.0, "no higher threshold is suggested"),
     "equal norms": (rounded(), None, "equal to the threshold"),
 }
 
