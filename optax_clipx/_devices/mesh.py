@@ -75,10 +75,10 @@ def placements(
             " sharded: JAX does not say it inside pmap, and inside shard_map with"
             " check_vma=False. Pass axis_name=() if every device holds the same updates"
             f" (as after jax.lax.pmean), axis_name={_example(blind)} if every leaf is"
-            " sharded over it, or specs= with a PartitionSpec for each leaf. For a"
-            " program whose updates are always the same on every device, and whose"
-            ' lines cannot be edited, call optax_clipx.config.update("blind_axes",'
-            ' "replicated") once, before it is traced.'
+            " sharded over it, or specs= with a PartitionSpec for each leaf. If you"
+            " cannot edit the line that makes the clipper, and every device holds the"
+            ' same updates, call optax_clipx.config.update("blind_axes", "replicated")'
+            " once before the program is traced."
         )
     return [_from_type(x, p, manual) for x, p in zip(arrays, paths, strict=True)]
 

@@ -105,10 +105,11 @@ class Suggestion(NamedTuple):
     def _use(self) -> list[str]:
         """What to do."""
         clipper = f"use {self._clipper()}"
-        if np.isnan(self.value):
-            clipper = "record the norms again with optax_clipx.auto_clip()"
         if self.exploded:
-            return [f"first {self.first}", f"then {clipper}"]
+            then = f"{clipper} as a second protection"
+            if np.isnan(self.value):
+                then = "record the norms again with optax_clipx.auto_clip()"
+            return [f"first {self.first}", f"then {then}"]
         if self.recorded == self.value:
             return [
                 "record another run first, with optax_clipx.zclip() or with a much"
@@ -139,8 +140,8 @@ class Suggestion(NamedTuple):
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
             f" goal is {_percent(self.asked)}",
-            f"in each tenth of {these} it would have clipped between {low:.1%} and"
-            f" {high:.1%}",
+            f"in ten parts of {these}, of equal length, it would have clipped between"
+            f" {low:.1%} and {high:.1%} of each part",
         ]
 
     def _alternatives(self) -> list[str]:

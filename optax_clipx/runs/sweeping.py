@@ -227,23 +227,24 @@ def _chosen(
     at, rate = np.unravel_index(int(flat), middle.shape)
     edge = {0: ("smallest", "low"), len(limits) - 1: ("largest", "high")}.get(int(at))
     warnings = []
-    if edge is not None:
-        warnings.append(
-            f"the best threshold, {limits[at]:g}, is the {edge[0]} that was tried; a"
-            f" {'lower' if edge[1] == 'low' else 'higher'} one may be better: change"
-            f" {edge[1]}="
-        )
+    of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
     if _is_flat(middle):
         warnings.append(
-            "the scores of all thresholds differ by less than 1%: you can use any of"
-            " these thresholds"
+            "The scores of all thresholds differ by less than 1%. You can use any of"
+            " these thresholds."
         )
-    of_seeds, of_limits = np.ptp(scores[at, rate]), np.ptp(middle[:, rate])
+    elif edge is not None:
+        other = "lower" if edge[1] == "low" else "higher"
+        warnings.append(
+            f"The best threshold, {limits[at]:g}, is the {edge[0]} that was tried. A"
+            f" {other} threshold may be better: pass a {other} value as {edge[1]}=."
+        )
     if of_seeds > of_limits:  # false if anything failed: that tells thresholds apart
         warnings.append(
-            f"the scores of the seeds at this threshold differ by {of_seeds:.2g}, those"
-            f" of the thresholds by only {of_limits:.2g}: the best one may be chance;"
-            " try more seeds or a wider range"
+            "At this threshold, the scores of different seeds differ by"
+            f" {of_seeds:.2g}."
+            f" The scores of different thresholds differ by only {of_limits:.2g}. To"
+            " find a difference, try more seeds or thresholds that are further apart."
         )
     return Sweep(
         limits[at],
@@ -252,7 +253,7 @@ def _chosen(
         rates,
         scores,
         higher_is_better,
-        "; ".join(warnings),
+        " ".join(warnings),
     )
 
 

@@ -60,7 +60,8 @@ def test_the_threshold_is_that_of_the_steps_before_the_growth():
     assert before < found.value < 1.2 * before
     assert lines(late())[:2] == [
         FIRST,
-        f"then use optax_clipx.clip_by_global_norm({found.value:.4g})",
+        f"then use optax_clipx.clip_by_global_norm({found.value:.4g}) as a second"
+        " protection",
     ]
     assert "of the steps before the norms grew;" in str(found)
     assert "exploded. The threshold comes from the 66" in found.warning

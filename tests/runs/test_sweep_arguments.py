@@ -51,7 +51,7 @@ def test_scores_that_come_from_a_file_are_told(tmp_path, capsys):
 @pytest.mark.parametrize(("slope", "flat"), [(0.001, True), (0.01, False)])
 def test_scores_that_hardly_differ_are_told(slope, flat):
     """Of thresholds from 1 to 4, the scores differ by 0.3% or 2.9%."""
-    said = "differ by less than 1%: you can use any of these thresholds"
+    said = "differ by less than 1%. You can use any of these thresholds."
     assert (said in sweep(lambda threshold: 1 + slope * threshold).warning) == flat
 
 
@@ -67,4 +67,4 @@ def test_what_print_shows_of_a_sweep():
         "  threshold 4: score 5",
         "  threshold 16: training failed",
     ]
-    assert str(sweep).splitlines()[4].startswith("warning: the best threshold, 1, is")
+    assert str(sweep).splitlines()[4].startswith("warning: The best threshold, 1, is")
