@@ -32,19 +32,19 @@ def diagnose(
 
     Here :math:`m^-_k` is the median of :math:`\log n` over the 25 steps before step
     :math:`k`, and :math:`m^+_k` the median over the 25 steps after it. The margin
-    :math:`\mu_k` depends on the noise of the norms: noise alone exceeds it in at most
-    about one of ten runs. The margin is estimated twice, from the noise of the whole
-    run and from the noise in about 100 steps around step :math:`k`. The smaller
-    estimate is used. So a spike in quiet steps is found even if the norms are noisy
-    elsewhere.
+    :math:`\mu_k` depends on the noise of the norms: in a run without faults, the
+    probability that any norm exceeds it is at most about 0.1. The margin is estimated
+    twice: from the noise of the whole run, and from the noise in about 100 steps around
+    step :math:`k`. The smaller estimate is used. So a spike in a part of the run with
+    little noise is found, even if the norms are noisy in other parts.
 
     If nothing is found, the run can still have faults that its columns do not show.
     ``not_judged`` lists the faults that could not be checked.
 
     Args:
         run: a :class:`History`, or the path of a run in a format that
-            :meth:`History.load` reads, or a dict from names of columns to numbers. A
-            column has one number for each step, and ``None`` in steps in which nothing
+            :meth:`History.load` reads, or a dict from names of columns to lists. A
+            list has one number for each step, or ``None`` in a step in which nothing
             was recorded.
         loss: the name of the column with the loss. You need this and the other names
             only if a column has an unusual name.
@@ -53,7 +53,8 @@ def diagnose(
         update_norm: the name of the column with the norm of the optimizer's updates.
         schedule: the name of the column with the learning rate.
         target: the fraction of steps that the clipping method is meant to clip. For
-            AutoClip with a quantile of 0.1 it is 0.9.
+            :func:`quantile_clip` with ``quantile=0.1`` it is 0.9, because 90% of the
+            norms are above the quantile.
         step: the name of the column with the step.
 
     Returns:

@@ -34,11 +34,12 @@ class History:
 
     Args:
         path: the file to write. Without a path, the history is only in memory.
-        resume: continue a file that exists. **If you record a step again, all records
-            from this step on are dropped**, in memory and in the file. A run that was
-            resumed at step 100 then has the same file as a run without interruption.
-            The dropped records are added to ``run.jsonl.dropped``. With
-            ``resume=False`` records are dropped too, and you get a warning.
+        resume: continue a file that exists. **If you record a step again, all old
+            records from this step on are removed**, in memory and in the file. A run
+            that was resumed at step 100 then has the same file as a run without
+            interruption. The removed records are added to another file. Its name is
+            the path with ``.dropped`` at the end, such as ``run.jsonl.dropped``. With
+            ``resume=False``, the same records are removed, but you also get a warning.
         force: overwrite a file that exists. Nothing in this package overwrites a file
             without ``force=True``, or ``--force`` on the command line.
         on_finding: a function, such as ``print``. It is called with each new
@@ -113,7 +114,7 @@ class History:
         Args:
             step: the number of the step. For a block of steps, pass a range or an array
                 of numbers.
-            metrics: a dict from names to numbers. It can have the result of
+            metrics: a dict from names to numbers. It can contain the result of
                 :func:`metrics` and all other numbers that you want to record, such as
                 the loss. ``None`` stands for a missing value. You can also pass
                 :class:`ClipMetrics`. Its fields are recorded as ``"clip/norm"`` and so
@@ -123,9 +124,9 @@ class History:
 
         Raises:
             ValueError: if a value is not a number, if its shape does not fit ``step``,
-                if steps are not whole numbers or do not rise, if a metric is called
-                ``"step"``, or if the history is closed. Also in a process that was
-                forked from the process that opened the file.
+                if steps are not whole numbers, if the steps of a block do not rise, if
+                a metric is called ``"step"``, if the history is closed, or if this
+                process was forked from the process that opened the file.
             TypeError: if ``append`` is called inside of ``jax.jit``, or if ``metrics``
                 is not a dict.
         """

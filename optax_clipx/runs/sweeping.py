@@ -22,16 +22,17 @@ class Sweep(NamedTuple):
     """The result of a sweep over thresholds.
 
     Attributes:
-        best: the threshold with the best score. The score of a threshold is the median
-            score over the seeds, with the best learning rate for this threshold.
-        best_learning_rate: the learning rate of the best score. It is ``None`` if you
-            passed no learning rates.
+        best: the threshold with the best score. Each pair of a threshold and a learning
+            rate has a score: the median over the seeds. The score of a threshold is the
+            best score of its pairs.
+        best_learning_rate: the learning rate of the pair with the best score. It is
+            ``None`` if you passed no learning rates.
         limits: the thresholds that were tried, in rising order.
         learning_rates: the learning rates that were tried, or ``(None,)``.
         scores: an array of shape ``(thresholds, learning_rates, seeds)``. An entry is
             NaN if training failed.
         higher_is_better: whether a higher score is better, as for an accuracy.
-        warning: why the result may be wrong. It is empty if there is no such reason.
+        warning: why the result may be wrong. Without a warning, it is an empty string.
     """
 
     best: float
@@ -90,7 +91,7 @@ def find_threshold(
     force: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    r"""Trains with each of a few thresholds and finds the best one.
+    r"""Trains with several thresholds and finds the threshold with the best score.
 
     The thresholds are :math:`t_i = a (b / a)^{i / (m - 1)}` for :math:`i` from 0 to
     :math:`m - 1`. Each threshold is the threshold before it, times a constant factor.
@@ -100,7 +101,7 @@ def find_threshold(
             By default a lower score is better. If you pass ``seeds``, the function is
             also called with ``seed=``. If you pass ``learning_rates``, it is also
             called with ``learning_rate=``. The score is a number or an array with one
-            entry. Return NaN if training failed.
+            entry. If training failed, ``train_fn`` must return NaN.
         low: :math:`a`, the smallest threshold. A good choice is 0.2 times the
             threshold that :func:`suggest_threshold` suggests.
         high: :math:`b`, the largest threshold. A good choice is 5 times the threshold
