@@ -140,8 +140,8 @@ class Suggestion(NamedTuple):
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
             f" goal is {_percent(self.asked)}",
-            f"in ten parts of {these}, of equal length, it would have clipped between"
-            f" {low:.1%} and {high:.1%} of each part",
+            f"of ten equal parts of {these}, it would have clipped {low:.1%} of one"
+            f" part and {high:.1%} of another part",
         ]
 
     def _alternatives(self) -> list[str]:
