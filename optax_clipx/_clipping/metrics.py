@@ -414,7 +414,7 @@ def _nothing_to_read(opt_state: Any, silent: bool) -> str:
         kinds, advice = ", ".join(type(state).__name__ for state in states), ""
     return (
         "Expected an optimizer state with an optax_clipx clipper that keeps metrics,"
-        f" got {kinds} without one."
+        f" got {kinds} without such a clipper."
         + (" The clippers in it have metrics=False." if silent else "")
         + " Put a clipper in front of the optimizer, such as"
         " optax.chain(optax_clipx.clip_by_global_norm(1.0), optimizer), and pass what"

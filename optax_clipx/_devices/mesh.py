@@ -72,7 +72,7 @@ def placements(
         blind = blind_axes()
         raise ValueError(
             f"Cannot tell over which of the mesh axes {_quoted(blind)} the updates are"
-            " sharded: JAX does not say it inside pmap, and inside shard_map with"
+            " sharded: JAX does not say it inside pmap, or inside shard_map with"
             " check_vma=False. Pass axis_name=() if every device holds the same updates"
             f" (as after jax.lax.pmean), axis_name={_example(blind)} if every leaf is"
             " sharded over it, or specs= with a PartitionSpec for each leaf. If you"

@@ -386,7 +386,7 @@ def _head_axes(maxima: list[jax.Array], axis_name: Any) -> tuple[str, ...]:
         blind = mesh.blind_axes()
         raise ValueError(
             f"Cannot tell whether the heads are sharded over the mesh axes {blind}:"
-            " JAX does not say it inside pmap, and inside shard_map with"
+            " JAX does not say it inside pmap, or inside shard_map with"
             " check_vma=False. Pass axis_name=() to qk_clip_updates if every device has"
             " the maxima of all heads, or"
             f" axis_name={blind[0]!r} if they are sharded over it."

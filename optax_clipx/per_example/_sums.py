@@ -247,7 +247,7 @@ def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
     if mesh.blind_axes():
         raise ValueError(
             "Cannot tell over which mesh axes the examples are spread: JAX does not say"
-            " it inside pmap, and inside shard_map with check_vma=False. Pass"
+            " it inside pmap, or inside shard_map with check_vma=False. Pass"
             " axis_name= with these axes, or axis_name=() if every device has the same"
             " examples."
         )

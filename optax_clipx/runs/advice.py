@@ -66,8 +66,8 @@ def _updates(evidence: Mapping[str, Any]) -> str:
 
 def _growth(evidence: Mapping[str, Any]) -> str:
     said = (
-        "The norm grows to {factor:.3g} times its level by step {last_step:,}; at step"
-        " {warned:,} it had doubled."
+        "At step {warned:,} the norm has doubled, and at step {last_step:,} it is"
+        " {factor:.3g} times as large as before the growth."
     )
     if "peak_step" in evidence:
         said += (

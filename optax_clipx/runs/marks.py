@@ -78,9 +78,10 @@ def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
     low, middle, high = np.quantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
         style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
-        ax.axvspan(low, high, label="threshold, 5 to 95%", **style)
+        ax.axvspan(low, high, label="threshold in 90% of the steps", **style)
     style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
-    ax.axvline(middle, label=f"threshold {middle:.3g}", **style)
+    median = "median " if high > 1.02 * low else ""
+    ax.axvline(middle, label=f"{median}threshold {middle:.3g}", **style)
 
 
 def mark_nonfinite(
@@ -128,9 +129,9 @@ def _label_plainly(axis: Any, low: float, high: float) -> None:
 def with_outermost(label: str, values: np.ndarray, edges: np.ndarray) -> str:
     """The label of an axis, with the values that are beyond it."""
     if values.min() < edges[0]:
-        label += f"; the smallest is {values.min():.3g}, in the first bar"
+        label += f" (first bar: down to {values.min():.3g})"
     if values.max() > edges[-1]:
-        label += f"; the largest is {values.max():.3g}, in the last bar"
+        label += f" (last bar: up to {values.max():.3g})"
     return label
 
 

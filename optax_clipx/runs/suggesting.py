@@ -140,8 +140,8 @@ class Suggestion(NamedTuple):
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
             f" goal is {_percent(self.asked)}",
-            f"of ten equal parts of {these}, it would have clipped {low:.1%} of one"
-            f" part and {high:.1%} of another part",
+            f"in ten equal parts of {these}, the lowest clip rate would have been"
+            f" {low:.1%}, and the highest clip rate {high:.1%}",
         ]
 
     def _alternatives(self) -> list[str]:

@@ -242,7 +242,7 @@ def _chosen(
         )
     if of_seeds > of_limits:  # false if anything failed: that tells thresholds apart
         warnings.append(
-            "At this threshold, the scores of different seeds differ by"
+            "At the best threshold, the scores of different seeds differ by"
             f" {of_seeds:.2g}."
             f" The scores of different thresholds differ by only {of_limits:.2g}. To"
             " find a difference, try more seeds or thresholds that are further apart."

@@ -161,7 +161,7 @@ def test_counts_saturate():
 def test_an_nnx_optimizer_without_a_clipper_is_told_to_add_one():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    with pytest.raises(ValueError, match="got Optimizer without one"):
+    with pytest.raises(ValueError, match="got Optimizer without such a clipper"):
         clipx.metrics(optimizer)
 
 

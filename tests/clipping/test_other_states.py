@@ -190,7 +190,7 @@ def test_a_clipper_that_was_not_called_is_an_error_in_optax(combine):
 def test_metrics_of_something_else_say_what_to_pass(read, given, kind):
     with pytest.raises(ValueError, match=r"pass what tx\.init and .* return") as caught:
         read(given)
-    assert f"got {kind} without one. " in str(caught.value)
+    assert f"got {kind} without such a clipper. " in str(caught.value)
 
 
 def test_a_function_can_still_be_given_hyperparameters():

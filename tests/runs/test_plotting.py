@@ -146,7 +146,7 @@ def test_titles_that_are_beside_each_other_are_on_one_height():
 def test_the_histogram_says_what_is_in_its_last_bar():
     norms = np.append(np.random.default_rng(0).lognormal(size=400), 1.35e19)
     (ax,) = plotting.histogram({"norm": norms}).axes
-    assert ax.get_xlabel() == "norm; the largest is 1.35e+19, in the last bar"
+    assert ax.get_xlabel() == "norm (last bar: up to 1.35e+19)"
     (ax,) = plotting.histogram({"norm": norms[:-1]}).axes
     assert ax.get_xlabel() == "norm"
 
