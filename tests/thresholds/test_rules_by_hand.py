@@ -1,0 +1,77 @@
+"""Thresholds of a few norms, computed by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_clipx as clipx
+from optax_clipx._thresholds.spikes import spikes_of_losses, spikes_of_norms
+from optax_clipx._trees.arithmetic import at_least_float32
+
+NOW = clipx.thresholds.Context(0)
+
+
+def after(rule, norms):
+    """The threshold of each norm, and the last state."""
+    state = rule.init(jnp.zeros_like(jnp.float32(norms[0])))
+    limits = []
+    for norm in norms:
+        limit, state = rule.update(jnp.float32(norm), state, NOW)
+        limits.append(limit)
+    return np.array(limits), state
+
+
+def test_a_warmup_ends_for_good():
+    limits, _ = after(clipx.thresholds.warmup(3.0, then=9.0, steps=2), [1.0] * 5)
+    assert limits.tolist() == [3, 3, 9, 9, 9]
+
+
+def test_a_window_moves_to_a_new_level_in_proportion():
+    rule = clipx.thresholds.zscore(
+        3.0, window=4, warmup_steps=4, patience=2, stats="skip"
+    )
+    limits, state = after(rule, [1.0, 1.2, 0.8, 1.0, 10.0, 10.0])
+    np.testing.assert_allclose(limits[4], 1 + 3 * 0.02**0.5, rtol=1e-6)
+    np.testing.assert_allclose(state.window, [10, 12, 8, 10], rtol=1e-6)
+
+
+def test_the_usual_norm_of_auto_clip_starts_with_a_quick_pace():
+    _, state = after(clipx.thresholds.auto(), [1.0])
+    np.testing.assert_allclose(state.usual, np.exp(-0.25), rtol=1e-6)
+    _, state = after(clipx.thresholds.auto(), [1.0, 2.0])
+    np.testing.assert_allclose(state.usual, np.exp(-1 / 4 + 1 / 6), rtol=1e-6)
+
+
+# Of these eight the level is 0, and the third and the sixth are 2 sizes off.
+EIGHT = np.array([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
+DEVIATION = 8 / 0.945
+
+
+@pytest.mark.parametrize(
+    ("size", "above"),
+    [(0.05, 5 * 0.05 * DEVIATION), (0.1, np.log(15)), (0.4, 3 * 0.4 * DEVIATION)],
+)
+def test_spikes_of_norms_are_five_deviations_or_fifteen_times_or_three(size, above):
+    limits, _ = after(spikes_of_norms(10), [*np.exp(size * EIGHT), 1.0])
+    np.testing.assert_allclose(np.log(limits[-1]), above, rtol=1e-3)
+
+
+def test_spikes_of_losses_are_seven_deviations():
+    limits, _ = after(spikes_of_losses(10), [*EIGHT, 0.0])
+    np.testing.assert_allclose(limits[-1], 7 * DEVIATION, rtol=1e-3)
+
+
+def test_groups_have_histograms_of_their_own():
+    rule = clipx.thresholds.quantile(0.5)
+    one, other = [1.0, 2.0, 3.0], [50.0, 20.0, 10.0]
+    both, _ = after(rule, np.stack([one, other], axis=1))
+    np.testing.assert_array_equal(both[:, 0], after(rule, one)[0])
+    np.testing.assert_array_equal(both[:, 1], after(rule, other)[0])
+
+
+def test_what_is_narrower_than_float32_is_widened():
+    assert at_least_float32(jnp.ones(1, jnp.bfloat16)) == jnp.float32
+    assert at_least_float32(jnp.ones(1, jnp.float32)) == jnp.float32
+    with jax.enable_x64(True):
+        assert at_least_float32(jnp.ones(1, jnp.float64)) == jnp.float64
