@@ -27,7 +27,7 @@ class AutoState(NamedTuple):
     those in a row that were far above the median of the first ones.
     """
 
-    first: jax.Array
+    ordered: jax.Array
     usual: jax.Array
     seen: jax.Array
     far: jax.Array
@@ -87,7 +87,7 @@ def auto() -> Threshold:
         anew = state.far >= _IN_A_ROW
         before = where(anew, 0, state.seen)
         seen = jnp.minimum(before, 2**20) + 1
-        first = _with_one_more(state.first, before, norm)
+        first = _with_one_more(state.ordered, before, norm)
         median = _lower_median(first, seen)
         usual = where(before > 0, state.usual, norm)
         far = where(norm > _FAR * median, where(anew, 0, state.far) + 1, 0)
@@ -102,7 +102,7 @@ def auto() -> Threshold:
 
     def init(norms: jax.Array) -> AutoState:
         return AutoState(
-            first=memory(norms, size=_FIRST),
+            ordered=memory(norms, size=_FIRST),
             usual=memory(norms),
             seen=memory(norms, jnp.int32),
             far=memory(norms, jnp.int32),
@@ -114,6 +114,7 @@ def auto() -> Threshold:
 def _with_one_more(first: jax.Array, count: jax.Array, norm: jax.Array) -> jax.Array:
     """The first norms in ascending order, and one more unless all are there."""
     number, count, norm = numbered(_FIRST, count), count[..., None], norm[..., None]
+    first = first.astype(jnp.float32)
     there = where(number < count, first, jnp.inf)
     along_last = [(0, 0, 0)] * (first.ndim - 1) + [(1, -1, 0)]
     before = lax.pad(there, np.float32(-jnp.inf), along_last)

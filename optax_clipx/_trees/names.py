@@ -25,4 +25,4 @@ def missing(name: str, module: str) -> AttributeError:
     said = f"module {module!r} has no attribute {name!r}"
     if name in _ELSEWHERE:
         said += f". Write {_ELSEWHERE[name]}."
-    return AttributeError(said, name=name, obj=sys.modules[module])
+    return AttributeError(said, name=name, obj=sys.modules.get(module))

@@ -51,7 +51,7 @@ def excluding(
         A transformation.
 
     Raises:
-        ValueError: from ``init`` and ``update``, if a name fits no leaf, or if a pytree
+        ValueError: from ``init`` and ``update``, if no leaf is excluded, or if a pytree
             has no entry for a leaf.
         TypeError: if ``where`` has none of the forms in the table.
 

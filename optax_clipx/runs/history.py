@@ -5,7 +5,7 @@ import secrets
 import stat
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +173,15 @@ class History:
         return len(self._table)
 
     def __repr__(self) -> str:
-        names = [name for name in self.columns if name != STEP]
+        # Neither writes the last record nor waits for its numbers.
         where = "" if self.path is None else f" in {self.path}"
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        return f"<History of {counted(len(self), 'step')}{where}: {shown or 'empty'}>"
+        return f"<History{where}: {_few(self._writer.names())}>"
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *overview(self.columns)])
+        columns = self.columns
+        where = "" if self.path is None else f" in {self.path}"
+        head = f"<History of {counted(len(self), 'step')}{where}: {_few(columns)}>"
+        return "\n".join([head, *overview(columns)])
 
     def __getitem__(self, name: str) -> np.ndarray:
         columns = self.columns
@@ -428,6 +430,11 @@ def _replace(path: Path, parts: Any) -> None:
         raise
 
 
+def _few(names: Iterable[str]) -> str:
+    shown = [name for name in names if name != STEP]
+    return ", ".join(shown[:5] + ["..."] * (len(shown) > 5)) or "empty"
+
+
 class _Writer:
     """The table and the file, one record behind."""
 
@@ -438,6 +445,10 @@ class _Writer:
         self.process = os.getpid()
         self.pending: dict[str, Any] | None = None
         self.closed = False
+
+    def names(self) -> list[str]:
+        """The columns, with those of the record that is not written yet."""
+        return list(dict.fromkeys([*self.table.names(), *(self.pending or {})]))
 
     def put(self, record: dict[str, Any]) -> None:
         """Writes the record before, and keeps this one."""

@@ -101,18 +101,17 @@ def log_scale(ax: Any, values: np.ndarray) -> None:
     finite = values[np.isfinite(values)]
     if len(finite) and (finite >= 0).all() and (finite > 0).any():
         ax.set_yscale("log", nonpositive="mask")
-        shown = finite[finite > 0]
-        _label_plainly(ax.yaxis, shown.min(), shown.max())
+        _label_plainly(ax.yaxis, *ax.get_ylim())
 
 
 def log_axis(ax: Any, edges: np.ndarray) -> None:
     """A logarithmic axis of the bars of a histogram."""
     ax.set_xscale("log")
-    _label_plainly(ax.xaxis, edges[0], edges[-1])
+    _label_plainly(ax.xaxis, *ax.get_xlim())
 
 
 def _label_plainly(axis: Any, low: float, high: float) -> None:
-    """A few plain numbers on a logarithmic axis, unless it has many powers of ten."""
+    """A few plain numbers on a logarithmic axis from low to high, if these are near."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     if high >= 1000 * low:

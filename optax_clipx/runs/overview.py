@@ -29,7 +29,8 @@ def _norms(columns: Columns) -> list[str]:
         lines.append(f"clipped: {seen.rate:.1%} of the steps")
     scale = f"{name.removesuffix('norm')}scale"
     if is_compressed(columns, name) and scale in columns:
-        scaled = float(np.mean(np.asarray(columns[scale]) < 1))
+        scales = np.asarray(columns[scale], np.float64)
+        scaled = float(np.mean(scales[present(scales)] < 1))
         lines.append(f"scaled down by auto_clip: {scaled:.1%} of the steps")
     if seen.skip_rate is not None:
         lines.append(f"skipped: {seen.skip_rate:.1%} of the steps")
@@ -44,7 +45,7 @@ def _loss(columns: Columns) -> list[str]:
     values = values[present(values)]
     if not len(values):
         return []
-    return [f"{name}: {values[0]:.4g} at the first step, {values[-1]:.4g} at the last"]
+    return [f"{name}: first recorded {values[0]:.4g}, last recorded {values[-1]:.4g}"]
 
 
 def _name(columns: Columns, what: str) -> str | None:

@@ -131,11 +131,12 @@ class Suggestion(NamedTuple):
         """Which steps the threshold clips."""
         low, high = min(self.rates), max(self.rates)
         which, of_all, these = "the steps", "", "the run"
-        if self.exploded:
-            which, these = "the steps before the norms grew", "these steps"
-        elif self.warmup:
+        if self.warmup:
             which, these = f"the steps after the first {self.warmup:,}", "these steps"
             of_all = f", and {self.of_all:.1%} of all steps"
+        if self.exploded:
+            which, these = f"{which} before the norms grew", "these steps"
+            of_all += " before the norms grew" if of_all else ""
         it = f"a fixed threshold instead, {self._fixed()}," if self._rises() else "it"
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"

@@ -51,6 +51,10 @@ class Table:
         """Whether each row has a larger step than the one before."""
         return bool((np.diff(np.array(self._columns[STEP])) > 0).all())
 
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._columns)
+
     def extend(self, columns: Mapping[str, Any]) -> None:
         """Adds rows: for each name, the step among them, an array of one length."""
         # Converted first: a column that is refused must not leave the others longer.

@@ -12,7 +12,7 @@ def test_the_norms_the_clip_rate_and_the_loss(tmp_path):
         " loss>",
         "clip/norm: median 1.75, largest 5",
         "clipped: 25.0% of the steps",
-        "loss: 4 at the first step, 0.5 at the last",
+        "loss: first recorded 4, last recorded 0.5",
     ]
 
 
@@ -30,3 +30,21 @@ def test_norms_that_are_all_infinite():
     history = clipx.History()
     history.append(0, {"clip/norm": float("inf")})
     assert str(history) == "<History of 1 step: clip/norm>"
+
+
+def test_a_debugger_that_shows_it_writes_nothing(tmp_path):
+    path = tmp_path / "run.jsonl"
+    history = clipx.History(path)
+    history.append(0, {"loss": 1.0})
+    assert repr(history) == f"<History in {path}: loss>"
+    assert not path.read_bytes()
+
+
+def test_steps_without_a_norm_count_in_no_rate():
+    run = {"clip/norm": 1.0, "clip/threshold": 1.0, "clip/clipped_norm": 0.385}
+    history = clipx.History()
+    for step in range(40):
+        history.append(step, {"loss": 1.0})
+        if step % 2:
+            history.append(step, run | {"clip/scale": 0.385})
+    assert "scaled down by auto_clip: 100.0% of the steps" in str(history)

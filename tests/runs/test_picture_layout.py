@@ -98,6 +98,18 @@ def test_numbers_below_a_histogram_are_apart(low, factor):
     assert all(one.x1 < other.x0 for one, other in pairs)
 
 
+@pytest.mark.parametrize("limit", [1e-3, 0.05, 30.0, 1000.0])
+def test_a_threshold_far_from_the_norms_leaves_numbers_beside_them(limit):
+    run = {"clip/norm": np.geomspace(1, 2, COUNT), "clip/threshold": [limit] * COUNT}
+    figure = plotting.norms(run)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    shown = [y for y in axes.get_yticks() if low <= y <= high]
+    assert min(shown) < 10 * low
+    assert max(shown) > high / 10
+
+
 def test_an_infinite_threshold_is_said():
     assert "threshold: infinite" in labels_of(plotting.norms(infinite()))
     title = plotting.histogram(infinite()).axes[0].get_title(loc="left")

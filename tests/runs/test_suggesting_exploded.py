@@ -154,3 +154,14 @@ def test_auto_clip_is_not_named_where_norms_rise():
     text = str(clipx.suggest_threshold(norms * np.geomspace(1, 10, 2000)))
     assert "auto_clip()" not in text
     assert text.endswith("use optax_clipx.find_threshold")
+
+
+def test_the_rate_before_an_explosion_leaves_out_the_warmup_and_says_so():
+    steady = np.random.default_rng(0).lognormal(sigma=0.3, size=600)
+    norms = np.concatenate([50 * steady[:60], steady, np.geomspace(1, 1e12, 40)])
+    found = clipx.suggest_threshold(np.append(norms, np.full(100, np.nan)))
+    assert found.warmup > 0
+    assert (
+        f"{found.clip_rate:.1%} of the steps after the first {found.warmup} before the"
+        f" norms grew, and {found.of_all:.1%} of all steps before the norms grew"
+    ) in str(found)

@@ -75,3 +75,13 @@ def test_what_is_narrower_than_float32_is_widened():
     assert at_least_float32(jnp.ones(1, jnp.float32)) == jnp.float32
     with jax.enable_x64(True):
         assert at_least_float32(jnp.ones(1, jnp.float64)) == jnp.float64
+
+
+def test_auto_clip_goes_on_from_a_state_in_half_precision():
+    _, state = after(clipx.thresholds.auto(), [1.0, 3.0, 2.0])
+    narrow = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        limit, _ = clipx.thresholds.auto().update(jnp.float32(5.0), narrow, NOW)
+    np.testing.assert_allclose(limit, 0.8 * 0.328 * 2, rtol=1e-6)
