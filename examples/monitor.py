@@ -96,8 +96,8 @@ def main() -> None:
     print(
         f"\nThe gradient norm was between {norm.min():.2g} and {norm.max():.2g}, and"
         f" {clipped / len(norm):.0%} of the steps were clipped to"
-        f" {arguments.max_norm:g}.\nThe lines above say which threshold would have"
-        " clipped 10% and 50% of the steps of this run."
+        f" {arguments.max_norm:g}.\nThe lines above suggest a threshold for a clip rate"
+        " of 10%, and one for a clip rate of 50%."
     )
 
 

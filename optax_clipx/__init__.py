@@ -1,7 +1,7 @@
 """Gradient clipping for JAX: right at any magnitude, and it says what it did."""
 
+import typing as _typing
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import (
     backward as backward,
@@ -210,7 +210,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if not _TYPE_CHECKING:  # a type checker would let every name pass
+if not _typing.TYPE_CHECKING:  # a type checker would let every name pass
 
     def __getattr__(name: str) -> object:
         raise _missing(name, __name__)
