@@ -22,6 +22,7 @@ def primitive_of(
 
     def slope(arrays: Any, changes: Any, **static: Any) -> Any:
         fun = functools.partial(run, **static)
+        arrays = [jnp.asarray(x) for x in arrays]  # JAX 0.7 gives numbers of Python
         moved = [_as_jvp_wants_it(*x) for x in zip(arrays, changes, strict=True)]
         found, slopes = jax.jvp(fun, tuple(arrays), tuple(moved))
         return found, [_or_zero(*x) for x in zip(found, slopes, strict=True)]
