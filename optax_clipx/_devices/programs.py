@@ -76,7 +76,7 @@ def if_needed(
     `python benchmarks/pod.py`: a branch on TPU costs 16% of the bytes.
     `python benchmarks/everyday.py`: leaf by leaf a step of Adam on 50 leaves compiles
     1.7 times as long as with optax's clipping, with joined leaves 1.1 times. Without
-    the loop `clip` on 16 leaves compiles 23 kernels instead of 20.
+    the loop `clip` on 16 leaves compiles 16 kernels instead of 14.
     """
     first = np.int32(0)
 

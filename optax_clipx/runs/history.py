@@ -174,14 +174,15 @@ class History:
 
     def __repr__(self) -> str:
         # Neither writes the last record nor waits for its numbers.
-        where = "" if self.path is None else f" in {self.path}"
-        return f"<History{where}: {_few(self._writer.names())}>"
+        return f"<History{self._where()}: {_few(self._writer.names())}>"
 
     def __str__(self) -> str:
-        columns = self.columns
-        where = "" if self.path is None else f" in {self.path}"
-        head = f"<History of {counted(len(self), 'step')}{where}: {_few(columns)}>"
+        columns, steps = self.columns, counted(len(self), "step")
+        head = f"<History of {steps}{self._where()}: {_few(columns)}>"
         return "\n".join([head, *overview(columns)])
+
+    def _where(self) -> str:
+        return "" if self.path is None else f" in {self.path}"
 
     def __getitem__(self, name: str) -> np.ndarray:
         columns = self.columns
