@@ -24,6 +24,7 @@ from .._trees.arguments import (
     check_static_number,
     out_of_range,
 )
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
 
 
@@ -34,6 +35,7 @@ class ACClipMemory(NamedTuple):
     tau: Any
 
 
+@explains_calls
 def scale_by_acclip(
     b1: Any = 0.9,
     b2: Any = 0.99,

@@ -8,11 +8,13 @@ from jaxtyping import Array, Float
 
 from .._thresholds.auto import auto
 from .._trees.arguments import AxisNames, Specs
+from .._trees.calls import explains_calls
 from .common import method
 
 _UNITS = 8.0  # in a threshold; norms below one of them stay as they are
 
 
+@explains_calls
 def auto_clip(
     *,
     scope: Any = "tree",

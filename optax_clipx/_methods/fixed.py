@@ -31,8 +31,10 @@ from .._trees.arguments import (
     check_limit,
     is_limit,
 )
+from .._trees.calls import explains_calls
 
 
+@explains_calls
 def clip(
     max_delta: Limit,
     *,
@@ -83,6 +85,7 @@ def clip(
     return clip_by_magnitude(rule, rescale, options, is_limit(max_delta))
 
 
+@explains_calls
 def clip_by_value(
     min_value: Limit,
     max_value: Limit,
@@ -129,6 +132,7 @@ def clip_by_value(
     return clip_by_interval(min_value, max_value, options)
 
 
+@explains_calls
 def clip_by_leaf_norm(
     max_norm: Limit,
     *,
@@ -183,6 +187,7 @@ def clip_by_leaf_norm(
     )
 
 
+@explains_calls
 def clip_by_block_rms(
     threshold: Limit,
     *,
@@ -236,6 +241,7 @@ def clip_by_block_rms(
     )
 
 
+@explains_calls
 def clip_by_global_norm(
     max_norm: Limit,
     *,
@@ -299,6 +305,7 @@ def clip_by_global_norm(
     )
 
 
+@explains_calls
 def clip_by_group_norm(
     max_norms: dict[Any, Any],
     labels: Any,
@@ -362,6 +369,7 @@ def clip_by_group_norm(
     )
 
 
+@explains_calls
 def adaptive_grad_clip(
     clipping: Limit,
     eps: Any = 1e-3,

@@ -32,6 +32,7 @@ from .._thresholds.base import unless
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, check_decay, out_of_range
 from .._trees.arithmetic import at_least_float32
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves, flatten
 from .smooth import normalize_by_norm
 
@@ -42,6 +43,7 @@ class MixedMemory(NamedTuple):
     mu: Any
 
 
+@explains_calls
 def mixed_clip(
     max_norm: Limit,
     *,
@@ -155,6 +157,7 @@ def _of_gradient(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> An
     return memory.metrics_after(summary), summary.nonfinite, zero
 
 
+@explains_calls
 def normalized_momentum(
     decay: Any = 0.9,
     target: Limit = 1.0,

@@ -14,6 +14,7 @@ from .._clipping.transformation import check_state
 from .._devices import mesh
 from .._trees.arguments import check_between, check_limit
 from .._trees.arithmetic import accumulator
+from .._trees.calls import explains_calls
 from .._trees.leaves import Path
 from .qk_fitting import Fitted, Slot, fit, list_of, near
 
@@ -85,6 +86,7 @@ def qk_clip(
     return jax.tree.unflatten(treedef, leaves)
 
 
+@explains_calls
 def qk_clip_updates(
     layout: Any,
     *,

@@ -7,9 +7,11 @@ import optax
 from .._clipping.responses import rescale
 from .._thresholds.quantile import quantile as quantile_rule, quantile_tracker
 from .._trees.arguments import AxisNames, Limit, Specs, check_choice
+from .._trees.calls import explains_calls
 from .common import capped, method
 
 
+@explains_calls
 def quantile_clip(
     quantile: Any = 0.1,
     *,

@@ -7,9 +7,11 @@ import optax
 from .._clipping.responses import rescale
 from .._thresholds.ema_ratio import ema_ratio, norm_growth
 from .._trees.arguments import AxisNames, Limit, Specs
+from .._trees.calls import explains_calls
 from .common import capped, method
 
 
+@explains_calls
 def adagc(
     ratio: Any = 1.04,
     *,
@@ -98,6 +100,7 @@ def adagc(
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
+@explains_calls
 def olmo_ratio_clip(
     ratio: Any,
     *,
@@ -173,6 +176,7 @@ def olmo_ratio_clip(
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
+@explains_calls
 def norm_growth_clip(
     ratio: Any = 1.01,
     *,

@@ -27,6 +27,7 @@ from .._trees.arguments import (
     check_decay,
     out_of_range,
 )
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
 
 
@@ -37,6 +38,7 @@ class SecondMomentMemory(NamedTuple):
     seen: jax.Array
 
 
+@explains_calls
 def clip_by_second_moment(
     theta: Any = 5000.0,
     *,

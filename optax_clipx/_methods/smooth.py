@@ -7,9 +7,11 @@ import optax
 
 from .._clipping.responses import normalize, smooth
 from .._trees.arguments import AxisNames, Limit, Specs, check_between
+from .._trees.calls import explains_calls
 from .common import method
 
 
+@explains_calls
 def smooth_clip(
     max_norm: Limit,
     *,
@@ -58,6 +60,7 @@ def smooth_clip(
     return method(scope, max_norm, response, nonfinite, axis_name, specs, metrics)
 
 
+@explains_calls
 def normalize_by_norm(
     target: Limit = 1.0,
     *,

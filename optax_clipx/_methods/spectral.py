@@ -25,10 +25,12 @@ from .._thresholds.base import Threshold, is_pair, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, check_static_count
 from .._trees.arithmetic import accumulator, widened
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves, show
 from .singular_values import Ways, bent, clip_matrices
 
 
+@explains_calls
 def clip_by_spectral_norm(
     max_norm: Limit | Threshold,
     *,

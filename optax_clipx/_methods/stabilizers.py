@@ -33,6 +33,7 @@ from .._trees.arguments import (
     out_of_range,
 )
 from .._trees.arithmetic import at_least_float32
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
 
 
@@ -45,6 +46,7 @@ class StabilizerMemory(NamedTuple):
     seen: jax.Array
 
 
+@explains_calls
 def stabilize_norm(
     b1: Any = 0.7,
     b2: Any = 0.9,

@@ -34,6 +34,7 @@ from .._trees.arguments import (
     check_decay,
     out_of_range,
 )
+from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
 
 
@@ -45,6 +46,7 @@ class StableAdamMemory(NamedTuple):
     seen: jax.Array
 
 
+@explains_calls
 def scale_by_stable_adam(
     b1: Any = 0.9,
     b2: Any = 0.99,
@@ -170,6 +172,7 @@ def scale_by_stable_adam(
     return transformation(init, step, NO_RULE, options)
 
 
+@explains_calls
 def stable_adamw(
     learning_rate: Any,
     b1: Any = 0.9,

@@ -7,9 +7,11 @@ import optax
 from .._clipping.responses import rescale
 from .._thresholds.zscore import zscore
 from .._trees.arguments import AxisNames, Limit, Specs
+from .._trees.calls import explains_calls
 from .common import capped, method
 
 
+@explains_calls
 def zclip(
     z_threshold: Any = 2.5,
     *,
@@ -107,6 +109,7 @@ def zclip(
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
+@explains_calls
 def log_zscore_clip(
     z_threshold: Any = 2.0,
     *,
@@ -177,6 +180,7 @@ def log_zscore_clip(
     return method(scope, rule, rescale, nonfinite, axis_name, specs, metrics)
 
 
+@explains_calls
 def historical_update_clip(
     z_threshold: Any = 3.0,
     *,
