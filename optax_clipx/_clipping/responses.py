@@ -3,19 +3,20 @@
 A response maps norms and thresholds, arrays of one shape, to the scales by which the
 updates are multiplied. It depends on the ratio of the two. It decides below a finite
 threshold as well; an infinite threshold and a norm of 0 change nothing, whatever it
-says.
+says. Integers are taken as floats.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Real
 
 from .._trees.arithmetic import full_like
 
 
 def rescale(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
+    norms: Real[ArrayLike, "..."], limits: Real[ArrayLike, "..."], *, eps: object = 0.0
 ) -> Float[Array, "..."]:
     r"""Reduces what is above its threshold to the threshold: :math:`\min(1, t / n)`.
 
@@ -44,6 +45,7 @@ def rescale(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
         networks, 2013, arXiv 1211.5063.
     """
+    norms, limits = _as_floats(norms, limits)
     shifted = (
         norms
         if isinstance(eps, float) and eps == 0
@@ -56,7 +58,7 @@ def rescale(
 
 
 def normalize(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, eps: object = 0.0
+    norms: Real[ArrayLike, "..."], limits: Real[ArrayLike, "..."], *, eps: object = 0.0
 ) -> Float[Array, "..."]:
     r"""Scales everything to the norm of its threshold: :math:`t / (n + \epsilon)`.
 
@@ -85,13 +87,14 @@ def normalize(
     References:
         Cutkosky and Mehta, Momentum improves normalized SGD, 2020, arXiv 2002.03305.
     """
+    norms, limits = _as_floats(norms, limits)
     shifted = norms + jnp.asarray(eps, norms.dtype)
     usable = jnp.isfinite(limits) & (shifted > 0)
     return _ratio(jnp.where(usable, limits, 1), jnp.where(usable, shifted, 1))
 
 
 def smooth(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, p: object = 1.0
+    norms: Real[ArrayLike, "..."], limits: Real[ArrayLike, "..."], *, p: object = 1.0
 ) -> Float[Array, "..."]:
     r"""Reduces the norm smoothly to below its threshold: :math:`(1 + (n/t)^p)^{-1/p}`.
 
@@ -124,7 +127,9 @@ def smooth(
     """
     if not isinstance(p, jax.core.Tracer) and not p > 0:  # type: ignore[operator]
         raise ValueError(f"Expected p > 0, got p={p}.")
+    norms, limits = _as_floats(norms, limits)
     sharpness = jnp.asarray(p, norms.dtype)
+    norms = jnp.where(limits == jnp.inf, 0, norms)  # not inf / inf
     over = norms > limits
     small, large = jnp.where(over, limits, norms), jnp.where(over, norms, limits)
     ratio = _ratio(small, jnp.where(large > 0, large, 1))
@@ -134,7 +139,7 @@ def smooth(
 
 
 def drop(
-    norms: Float[Array, "..."], limits: Float[Array, "..."]
+    norms: Real[ArrayLike, "..."], limits: Real[ArrayLike, "..."]
 ) -> Float[Array, "..."]:
     r"""Removes what is above its threshold: :math:`1[n \le t]`.
 
@@ -159,11 +164,12 @@ def drop(
         Chowdhery et al., PaLM: Scaling language modeling with Pathways, 2022,
         arXiv 2204.02311 (skipping the batches of a loss spike).
     """
+    norms, limits = _as_floats(norms, limits)
     return jnp.where(norms <= limits, jnp.ones_like(norms), 0)
 
 
 def biweight(
-    norms: Float[Array, "..."], limits: Float[Array, "..."]
+    norms: Real[ArrayLike, "..."], limits: Real[ArrayLike, "..."]
 ) -> Float[Array, "..."]:
     r"""Reduces large norms to zero smoothly: Tukey's biweight, :math:`(1 - (n/t)^2)^2`.
 
@@ -177,6 +183,15 @@ def biweight(
     polynomial and exactly 0 above its threshold, so that it is right at any magnitude.
     A threshold of 4.685 standard deviations loses 5% of the efficiency of the mean
     where the noise is normal.
+
+    ======================  ==========================================
+    norm and threshold      scale
+    ======================  ==========================================
+    a norm of 0             1, whatever the threshold is
+    an infinite threshold   1, also for an infinite norm
+    a threshold of 0        0 for any other norm
+    an infinite norm        0 for any finite threshold
+    ======================  ==========================================
 
     Args:
         norms: norms :math:`n`, any shape.
@@ -202,12 +217,27 @@ def biweight(
         regression using iteratively reweighted least-squares, Communications in
         Statistics, 1977 (the constant 4.685).
     """
-    within = norms <= limits
+    norms, limits = _as_floats(norms, limits)
+    within = (norms <= limits) | (norms == 0)
     usable = within & jnp.isfinite(limits) & (limits > 0)
     limit, norm = jnp.where(usable, limits, 1), jnp.where(usable, norms, 0)
     # Not 1 minus a rounded square, of which little is right close to the threshold.
     root = _ratio(limit - norm, limit) * (1 + _ratio(norm, limit))
     return jnp.where(within, root * root, 0)
+
+
+def _as_floats(norms: ArrayLike, limits: ArrayLike) -> tuple[Array, Array]:
+    """Both as floating-point arrays: a quotient of integers would be rounded."""
+    has = [_is_floating(norms), _is_floating(limits)]
+    if all(has):
+        return norms, limits  # type: ignore[return-value]
+    like = norms if has[0] else limits if has[1] else jnp.zeros(())
+    return jnp.asarray(norms, like.dtype), jnp.asarray(limits, like.dtype)  # type: ignore[union-attr]
+
+
+def _is_floating(x: ArrayLike) -> bool:
+    """Whether it is a floating-point array, and no integers or Python number."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 @jax.custom_jvp

@@ -57,9 +57,11 @@ def test_the_derivative_is_finite_at_zero_and_has_no_corner_at_the_threshold():
 
 
 def test_a_zero_norm_and_an_infinite_threshold_change_nothing():
-    norms = jnp.array([0.0, 0.0, 1.0, jnp.inf, 3.0])
-    limits = jnp.array([0.0, 2.0, jnp.inf, jnp.inf, 0.0])
-    assert_array_equal(biweight(norms, limits), [1, 1, 1, 1, 0])
+    norms = jnp.array([0.0, 0.0, 0.0, 1.0, jnp.inf, 3.0, jnp.inf, jnp.inf])
+    limits = jnp.array([0.0, 2.0, jnp.nan, jnp.inf, jnp.inf, 0.0, 0.0, 2.0])
+    assert_array_equal(biweight(norms, limits), [1, 1, 1, 1, 1, 0, 0, 0])
+    slopes = jax.vmap(jax.grad(biweight, (0, 1)))(norms, limits)
+    assert_array_equal(slopes, np.zeros((2, 8)))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -89,3 +91,43 @@ def test_raw_statistics_let_an_entry_return_that_grew_for_good():
         returned[stats] = float(clipped[0])
     assert returned["clipped"] == 0
     assert_allclose(returned["raw"], 10 * (1 - 1 / 4.685**2) ** 2, rtol=0.01)
+
+
+RESPONSES = ("rescale", "normalize", "smooth", "drop", "biweight")
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_integers_are_taken_as_floats(name):
+    response = getattr(clipx.responses, name)
+    norms, limits = jnp.array([0, 1, 3, 4]), jnp.array([0, 2, 4, 2])
+    want = response(norms.astype(jnp.float32), limits.astype(jnp.float32))
+    assert want[1] > 0
+    for found in (
+        response(norms, limits),
+        response(norms, limits.astype(jnp.float32)),
+        response(norms.astype(jnp.float32), limits),
+        jnp.stack(
+            [response(int(n), float(t)) for n, t in zip(norms, limits, strict=True)]
+        ),
+        jnp.stack([response(int(n), t) for n, t in zip(norms, limits, strict=True)]),
+    ):
+        assert found.dtype == jnp.float32
+        assert_array_equal(found, want)
+    narrow = response(norms.astype(jnp.bfloat16), limits)
+    assert narrow.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_an_infinite_threshold_changes_no_norm_and_a_zero_norm_is_not_changed(name):
+    response = getattr(clipx.responses, name)
+    norms = jnp.array([0.0, 1.0, 3e38, jnp.inf])
+    assert_array_equal(response(norms, jnp.full(4, jnp.inf)), np.ones(4))
+    assert response(jnp.zeros(1), jnp.zeros(1)) == 1
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_a_finite_norm_never_makes_nan(name):
+    ends = jnp.array([0.0, 1e-45, 1e-38, 1.0, 3e38, jnp.inf])
+    norms, limits = (x.ravel() for x in jnp.meshgrid(ends[:-1], ends))
+    scales = getattr(clipx.responses, name)(norms, limits)
+    assert not np.any(np.isnan(scales))
