@@ -1,5 +1,6 @@
 """Leaving leaves out of a clipper: by path, mask, or labels of an optimizer."""
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,9 @@ def excluding(
         A transformation.
 
     Raises:
-        ValueError: from ``init`` and ``update``, if no leaf is excluded, or if a pytree
-            has no entry for a leaf.
+        ValueError: from ``init`` and ``update``, if no leaf is excluded, if one of
+            several names is in the path of no leaf, or if a pytree has no entry for a
+            leaf.
         TypeError: if ``where`` has none of the forms in the table.
 
     Example:
@@ -80,6 +82,8 @@ def excluding(
             raise ValueError(
                 f"Expected where={where!r} to fit a leaf, it fits none of: {known}."
             )
+        if any(excluded) and not callable(where) and _has_names(where):
+            _check_names(where, tree)
         return jax.tree.unflatten(treedef, [not x for x in excluded])
 
     masked = optax.masked(optax.with_extra_args_support(clipper), mask)
@@ -150,9 +154,13 @@ def _choice(where: Any, labels: tuple[Any, ...]) -> Choice:
 
 def _has_names(where: Any) -> bool:
     """Whether this is a name or several, and no pytree of labels."""
+    return all(isinstance(name, str) for name in _names(where))
+
+
+def _names(where: Any) -> tuple[Any, ...]:
+    """One name, or several, as a tuple."""
     listed = type(where) in (tuple, list, set, frozenset)
-    names = where if listed else (where,)
-    return all(isinstance(name, str) for name in names)
+    return tuple(where) if listed else (where,)
 
 
 def _takes(fun: Callable[..., Any], number: int) -> bool:
@@ -185,14 +193,39 @@ def _by_tree(where: Any, labels: tuple[Any, ...]) -> Choice:
     )
 
 
+def _check_names(where: Any, tree: Any) -> None:
+    """Refuses a name that is in no path, beside others that are.
+
+    What is None has a path too. Another mask may hide whole branches with their names.
+    """
+    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nothing)
+    paths = [path_of(keys) for keys, _ in entries]
+    known = sorted({name for path in paths for name in path})
+    missing = [name for name in _names(where) if name not in known]
+    masked = any(isinstance(leaf, optax.MaskedNode) for _, leaf in entries)
+    if missing and not masked:
+        near = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.5)
+        like = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        leaves = ", ".join(map(show, paths[:20]))
+        raise ValueError(
+            f"Expected each name in where={where!r} to fit a leaf, {missing[0]!r} fits"
+            f" none of: {leaves}.{like} Correct the name, or leave it out."
+        )
+
+
+def _is_nothing(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _hidden(tree: Any) -> list[Path]:
+    """The paths of what is None, or taken by another mask."""
+    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nothing)
+    return [path_of(keys) for keys, leaf in entries if _is_nothing(leaf)]
+
+
 def _may_fit_nothing(where: Any, tree: Any) -> bool:
     """Whether what is to be excluded may be None, or taken by another mask."""
-
-    def is_nothing(x: Any) -> bool:
-        return x is None or isinstance(x, optax.MaskedNode)
-
-    entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nothing)
-    hidden = [path_of(keys) for keys, leaf in entries if is_nothing(leaf)]
+    hidden = _hidden(tree)
     if callable(where) or not _has_names(where):
         return bool(hidden)
     chosen = chooser(where)

@@ -355,6 +355,34 @@ def test_excluding():
         clipx.excluding(clipx.clip(1.0), 3)
 
 
+@pytest.mark.parametrize("kind", [tuple, list, frozenset])
+def test_each_of_several_names_must_fit_a_leaf(kind):
+    grads = {"body": {"kernel": jnp.ones(2), "bias": jnp.ones(1)}, "head": jnp.ones(1)}
+    clipper = clipx.excluding(clipx.clip(1.0), kind(("head", "bais")))
+    message = (
+        r"where=.*'bais' fits none of: body/bias, body/kernel, head\. Did you mean"
+        r" 'bias'\? Correct the name"
+    )
+    with pytest.raises(ValueError, match=message):
+        clipper.init(grads)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(clipper.update, grads, optax.MaskedState(()))
+    clipx.excluding(clipx.clip(1.0), kind(("head", "bias", "body"))).init(grads)
+    with pytest.raises(ValueError, match=r"'zzz' fits none of: .*head\. Correct"):
+        clipx.excluding(clipx.clip(1.0), kind(("head", "zzz"))).init(grads)
+
+
+def test_a_name_among_several_may_fit_what_is_hidden():
+    grads = {"body": jnp.ones(2), "head": jnp.ones(1), "bias": None}
+    clipper = clipx.excluding(clipx.clip(1.0), ("head", "bias"))
+    clipper.update(grads, clipper.init(grads))
+    masked = optax.masked(
+        clipx.excluding(clipx.clip(1.0), ("kernel", "bias")), {"a": False, "b": True}
+    )
+    params = {"a": {"bias": jnp.ones(1)}, "b": {"kernel": jnp.ones(1)}}
+    masked.update(params, masked.init(params))
+
+
 def test_excluding_in_nnx():
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     tx = optax.chain(clipx.excluding(clipx.clip_by_global_norm(1e-3), "bias"))
