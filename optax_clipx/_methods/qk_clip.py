@@ -231,6 +231,7 @@ def _maxima(one: Fitted, max_logits: Any) -> jax.Array:
             f"Expected maxima of shape {kind} = {one.shape} in"
             f" max_logits[{one.name!r}], got shape {maxima.shape}. If the axis of the"
             " heads also holds the entries of each head, pass num_heads= to the layout."
+            " If the heads are on another axis, pass head_axis=."
         )
     maxima = maxima.astype(accumulator([maxima]))
     if mesh.is_cut(maxima):  # one number a head: on Explicit axes each device has all

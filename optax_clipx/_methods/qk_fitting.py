@@ -97,6 +97,8 @@ def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> 
     query = layout.parts[0]
     if query.factor == "fused":
         return _fit_fused(layout, leaves, places)
+    shape = _shape(query.path, leaves, layout)
+    layout = _with_head_axis(layout, shape, layout.num_heads or 1)
     heads = layout.num_heads or _size(query, leaves, layout)
     key_heads = _key_heads(layout, leaves, heads) if layout.grouped else heads
     slots: list[Slot] = []
@@ -120,11 +122,12 @@ def _fit_fused(
     """A layout of one kernel for queries, keys and values."""
     (part,) = layout.parts
     shape = _shape(part.path, leaves, layout)
-    axis = _axis(layout.head_axis, shape, part.path, "head_axis")
+    heads = layout.num_heads or 1
+    rows = heads + 2 * (layout.key_heads or heads)
+    layout = _with_head_axis(layout, shape, rows)
+    axis = _head_axis(layout, shape, part.path)
     width = parts = None
     if layout.part_axis is None:
-        heads = layout.num_heads or 0
-        rows = heads + 2 * (layout.key_heads or heads)
         if shape[axis] % rows:
             raise ValueError(
                 f"Expected queries, keys and values of {heads} heads one after the"
@@ -150,6 +153,37 @@ def _fit_fused(
     layers = () if layer is None else (shape[layer],)
     slots = (slot, *_bias(slot, leaves, places))
     return Fitted(layout.name, slots, (*layers, heads), layout.key_heads or heads)
+
+
+def _with_head_axis(layout: Layout, shape: tuple[int, ...], rows: int) -> Layout:
+    """The layout with an axis of heads, refused where another axis fits as well.
+
+    Queries and keys of their own without layers are on axis 1: there both axes are
+    multiples of the heads in most models.
+    """
+    whole = layout.parts[0].factor == "fused"
+    if layout.head_axis is not None or (layout.layer_axis is None and not whole):
+        return layout
+    path, layer = layout.parts[0].path, -1
+    if layout.layer_axis is not None:
+        layer = _axis(layout.layer_axis, shape, path, "layer_axis")
+    free = range(layer + 1, len(shape))
+    if layout.part_axis is None:
+        usual = free[1] if len(free) > 1 else 1
+        fits = [axis for axis in free if shape[axis] % rows == 0]
+    else:
+        parts = _axis(layout.part_axis, shape, path, "part_axis")
+        usual = parts + 1
+        beside = [axis for axis in (parts - 1, usual) if axis in free]
+        fits = [axis for axis in beside if shape[axis] == shape[beside[-1]]]
+    if fits and fits != [usual]:
+        raise ValueError(
+            f"Expected head_axis= with the axis of {path!r} that holds the heads, since"
+            f" by its shape {shape} it may be {' or '.join(map(str, fits))}. Pass"
+            f" {' or '.join(f'head_axis={axis}' for axis in fits)}. In JAX the axis of"
+            " the inputs usually comes first, and in PyTorch that of the outputs."
+        )
+    return replace(layout, head_axis=usual)
 
 
 def _check_widths(slots: list[Slot]) -> None:
@@ -190,7 +224,12 @@ def _shape(path: str, leaves: dict[str, Any], layout: Layout) -> tuple[int, ...]
 def _size(part: Part, leaves: dict[str, Any], layout: Layout) -> int:
     """How many entries a kernel has on the axis of its heads."""
     shape = _shape(part.path, leaves, layout)
-    return shape[_axis(layout.head_axis, shape, part.path, "head_axis")]
+    return shape[_head_axis(layout, shape, part.path)]
+
+
+def _head_axis(layout: Layout, shape: tuple[int, ...], path: str) -> int:
+    axis = 1 if layout.head_axis is None else layout.head_axis
+    return _axis(axis, shape, path, "head_axis")
 
 
 def _axis(axis: int, shape: tuple[int, ...], path: str, name: str) -> int:
@@ -227,7 +266,7 @@ def _slot(
 ) -> Slot:
     """The kernel of a part, whose heads are as many as they have to be."""
     shape = _shape(part.path, leaves, layout)
-    axis = _axis(layout.head_axis, shape, part.path, "head_axis")
+    axis = _head_axis(layout, shape, part.path)
     layer = _layer_axis(layout, shape, part.path, axis)
     fits = shape[axis] % heads == 0 if layout.num_heads else shape[axis] == heads
     if not fits:

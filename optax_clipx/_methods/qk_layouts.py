@@ -36,7 +36,7 @@ class Layout:
 
     name: str
     parts: tuple[Part, ...]
-    head_axis: int
+    head_axis: int | None  # None: not given
     num_heads: int | None
     layer_axis: int | None
     grouped: bool
@@ -49,7 +49,7 @@ def mha(
     query: Any,
     key: Any,
     *,
-    head_axis: Any = 1,
+    head_axis: Any = None,
     num_heads: Any = None,
     layer_axis: Any = None,
     query_bias: Any = None,
@@ -71,7 +71,8 @@ def mha(
     Args:
         query: the path of the kernel of the queries, such as ``"attn/query/kernel"``.
         key: the path of the kernel of the keys.
-        head_axis: the axis of the kernels with one entry a head.
+        head_axis: the axis of the kernels with one entry a head, by default 1. Needed
+            with ``layer_axis``, and for kernels of PyTorch: (out, in) has them on 0.
         num_heads: pass it if that axis holds heads times head dimension, head after
             head, as in a kernel of shape (in, heads * head dimension).
         layer_axis: the axis of the layers, if the kernels are a stack of several; it
@@ -109,7 +110,7 @@ def gqa(
     query: Any,
     key: Any,
     *,
-    head_axis: Any = 1,
+    head_axis: Any = None,
     num_heads: Any = None,
     layer_axis: Any = None,
     query_bias: Any = None,
@@ -165,7 +166,7 @@ def mla(
     *,
     rotary_query: Any = None,
     nope_dim: Any = None,
-    head_axis: Any = 1,
+    head_axis: Any = None,
     num_heads: Any = None,
     layer_axis: Any = None,
     name: Any = None,
@@ -192,8 +193,7 @@ def mla(
         rotary_query: the path of the rotary part of the queries, if it has a kernel of
             its own.
         nope_dim: how many entries of each head have no rotary embedding.
-        head_axis: the axis of the kernels with one entry a head; the entries of a head
-            are on the axis after it.
+        head_axis: as in :func:`qk.mha`; the entries of a head are on the axis after it.
         num_heads: as in :func:`qk.mha`.
         layer_axis: as in :func:`qk.mha`.
         name: as in :func:`qk.mha`.
@@ -259,6 +259,7 @@ def fused(
     ============================  ====================================================
     (in, 3 * heads * dimension)   ``num_heads=heads``, as in GPT-2
     (3 * heads * dimension, in)   ``num_heads=heads, head_axis=0``, as in PyTorch
+    (layers, in, all of a layer)  ``num_heads=heads, layer_axis=0``
     (in, 3, heads, dimension)     ``part_axis=1``
     (in, heads, 3, dimension)     ``part_axis=2, head_axis=1``
     (in, all * dimension)         ``num_heads=heads, key_heads=groups``: grouped-query
@@ -275,7 +276,10 @@ def fused(
         key_heads: the number of key heads, if several query heads share one.
         part_axis: the axis of length 3 with queries, keys and values; ``None`` if they
             come one after the other on ``head_axis``.
-        head_axis: the axis of the heads. By default the one after ``part_axis``, or 1.
+        head_axis: the axis of the heads. By default the one after ``part_axis``; or
+            without ``part_axis`` axis 1, where the axis of the layers does not count.
+            Needed if the shape of the kernel allows another axis too, as that of a
+            kernel of PyTorch does.
         layer_axis: as in :func:`qk.mha`; it comes before both others.
         bias: the path of the bias; by default as in :func:`qk.mha`.
         name: the name of its maxima in ``max_logits``; by default the path of the
@@ -288,7 +292,8 @@ def fused(
         TypeError: as :func:`mha`.
         ValueError: if neither ``num_heads`` nor ``part_axis`` is given, or both
             ``part_axis`` and ``key_heads``, or ``num_heads`` is no multiple of
-            ``key_heads``.
+            ``key_heads``. From :func:`optax_clipx.qk_clip`, if several axes of the
+            kernel may be that of the heads and ``head_axis`` is not given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -321,8 +326,6 @@ def fused(
             )
     part = Part(path, "fused", None if bias is None else _joined(bias, "bias"))
     axis = None if part_axis is None else _axis(part_axis, "part_axis")
-    if head_axis is None:
-        head_axis = 1 if axis is None else axis + 1
     names = path.split("/")
     module = names[: -2 if names[-1] in ("kernel", "weight", "w") else -1]
     name = attention_name(module) if name is None else name
@@ -370,7 +373,7 @@ def _layout(
         check_static_count(num_heads, "num_heads")
     if name is not None and (not isinstance(name, str) or not name):
         raise TypeError(f"Expected name to be a string or None, got name={name!r}.")
-    axis = _axis(head_axis, "head_axis")
+    axis = None if head_axis is None else _axis(head_axis, "head_axis")
     layers = None if layer_axis is None else _axis(layer_axis, "layer_axis")
     return Layout(name or _common(paths), parts, axis, num_heads, layers, grouped)
 

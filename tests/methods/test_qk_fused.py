@@ -168,6 +168,53 @@ def test_kernels_that_do_not_fit(options, message):
         clip(flat(QUERY, KEY, VALUE), layout)
 
 
+# 12 entries are a multiple of 3 * 4 heads, so that inputs may be outputs.
+@pytest.mark.parametrize(
+    ("shape", "options", "axes"),
+    [
+        ((96, 6), {"num_heads": 4}, [0]),
+        ((96, 12), {"num_heads": 4}, [0, 1]),
+        ((12, 96), {"num_heads": 4}, [0, 1]),
+        ((8, 64), {"num_heads": 4, "key_heads": 2}, [0, 1]),
+        ((2, 96, 6), {"num_heads": 4, "layer_axis": 0}, [1]),
+        ((2, 12, 96), {"num_heads": 4, "layer_axis": 0}, [1, 2]),
+        ((6, 2, 12, 96), {"num_heads": 4, "layer_axis": -3}, [2, 3]),
+        ((8, 3, 8, 6), {"part_axis": 1}, [0, 2]),  # (heads, 3, dimension, in)
+        ((6, 8, 3, 8), {"part_axis": 2}, [1, 3]),  # (in, heads, 3, dimension)
+        ((6, 8, 3, 8), {"part_axis": -2, "num_heads": 8}, [1, 3]),
+        ((2, 8, 3, 8, 6), {"part_axis": 2, "layer_axis": 0}, [1, 3]),
+        ((6, 8, 4, 3), {"part_axis": -1}, [2]),
+    ],
+)
+def test_a_shape_that_allows_other_axes_needs_head_axis(shape, options, axes):
+    layout = clipx.qk.fused("attn/c_attn/kernel", **options)
+    tx = clipx.qk_clip_updates(layout)
+    params = {"attn": {"c_attn": {"kernel": jnp.ones(shape)}}}
+    advice = " or ".join(f"head_axis={axis}" for axis in axes)
+    with pytest.raises(ValueError, match=rf"Expected head_axis= .*Pass {advice}\."):
+        tx.init(params)
+    for axis in axes:
+        clear = clipx.qk.fused("attn/c_attn/kernel", head_axis=axis, **options)
+        clipx.qk_clip_updates(clear).init(params)
+
+
+@pytest.mark.parametrize("layer", [0, -3])
+def test_a_stack_of_layers_has_its_heads_on_the_last_axis(layer):
+    layout = clipx.qk.fused("attn/c_attn/kernel", num_heads=HEADS, layer_axis=layer)
+    kernel = flat(QUERY, KEY, VALUE)
+    maxima = np.stack([MAXIMA, MAXIMA[::-1]])
+    got = clip(np.stack([kernel, kernel]), layout, maxima)["kernel"]
+    assert_array_equal(got[0], clip(kernel)["kernel"])
+    assert_array_equal(got[1], clip(kernel, maxima=MAXIMA[::-1])["kernel"])
+
+
+def test_parts_on_an_axis_after_that_of_the_layers():
+    layout = clipx.qk.fused("attn/c_attn/kernel", part_axis=2, layer_axis=0)
+    kernel = np.stack([QUERY, KEY, VALUE], axis=1)[None]
+    got = clip(kernel, layout, MAXIMA[None])["kernel"]
+    assert_allclose(got[0], np.stack(clipped(), axis=1), rtol=1e-6)
+
+
 def test_a_number_of_heads_that_is_not_that_of_the_kernel():
     layout = clipx.qk.fused("attn/c_attn/kernel", part_axis=1, num_heads=2)
     with pytest.raises(ValueError, match="and 2 heads on another"):

@@ -128,8 +128,22 @@ def test_maxima_of_another_shape(shape):
             "Expected layer_axis before head_axis",
         ),
         (
-            params((3, 4, 2), (2, 4, 2)),
+            params((3, 4, 2), (3, 4, 2)),
             clipx.qk.mha("attn/query/kernel", "attn/key/kernel", layer_axis=0),
+            r"head_axis= .* it may be 1 or 2. Pass head_axis=1 or head_axis=2",
+        ),
+        (
+            params((3, 8, 8), (3, 8, 8)),
+            clipx.qk.gqa(
+                "attn/query/kernel", "attn/key/kernel", num_heads=4, layer_axis=0
+            ),
+            r"head_axis= .* shape \(3, 8, 8\) it may be 1 or 2",
+        ),
+        (
+            params((3, 4, 2), (2, 4, 2)),
+            clipx.qk.mha(
+                "attn/query/kernel", "attn/key/kernel", head_axis=1, layer_axis=0
+            ),
             "the same number of layers on axis 0",
         ),
         (
