@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from .naming import counted
 from .overview import overview
 from .overwriting import may_write
 from .table import STEP, Columns, Table, present
+
+_NO_METRICS: Mapping[str, Any] = MappingProxyType({})
 
 
 class History:
@@ -103,8 +106,11 @@ class History:
         # Writes the last record at the end of the program, too.
         self._close = weakref.finalize(self, self._writer.close)
 
-    def append(self, step: Any, metrics: Any) -> None:
+    def append(self, step: Any, metrics: Any = _NO_METRICS, **columns: Any) -> None:
         """Records a step, or a block of steps.
+
+        You can pass numbers in a dict, as keyword arguments, or both:
+        ``append(step, clipx.metrics(opt_state), loss=loss)``.
 
         You can record one step in several calls, until you record the next step. For
         example, record first its loss and then its validation loss. A value that you do
@@ -121,26 +127,19 @@ class History:
                 on. For a block, pass arrays with one entry per step, such as
                 ``jax.lax.scan`` returns. Seeds under ``jax.vmap`` are separate runs:
                 use a separate ``History`` for each seed.
+            **columns: more numbers, each with the name of its column, such as
+                ``loss=loss``.
 
         Raises:
             ValueError: if a value is not a number, if its shape does not fit ``step``,
                 if steps are not whole numbers, if the steps of a block do not rise, if
-                a metric is called ``"step"``, if the history is closed, or if this
-                process was forked from the process that opened the file.
-            TypeError: if ``append`` is called inside of ``jax.jit``, or if ``metrics``
-                is not a dict.
+                a metric is called ``"step"``, if a name is in ``metrics`` and is also
+                a keyword argument, if the history is closed, or if this process was
+                forked from the process that opened the file.
+            TypeError: if ``append`` is called inside of ``jax.jit``, if ``metrics`` is
+                not a dict, or if there are only steps.
         """
-        if hasattr(metrics, "_asdict"):
-            fields = metrics._asdict().items()
-            metrics = {f"clip/{k}": v for k, v in fields if v is not None}
-        if not isinstance(metrics, Mapping):
-            raise TypeError(
-                f"Expected metrics to be a dict or ClipMetrics, got"
-                f" {type(metrics).__name__}. From an optimizer state take"
-                " optax_clipx.metrics(opt_state)."
-            )
-        if STEP in metrics:
-            raise ValueError("Expected metrics without 'step', which is given apart.")
+        metrics = _columns(metrics, columns)
         if isinstance(step, range | list | tuple):
             step = np.asarray(step)
         record = {STEP: _numbers(STEP, step)}
@@ -360,6 +359,33 @@ class History:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
         return figure
+
+
+def _columns(metrics: Any, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metrics and keyword arguments together, under the names of their columns."""
+    if metrics is _NO_METRICS and not columns:
+        raise TypeError(
+            "Expected numbers beside the step, got none. Write history.append(step,"
+            " optax_clipx.metrics(opt_state), loss=loss)."
+        )
+    if hasattr(metrics, "_asdict"):
+        fields = metrics._asdict().items()
+        metrics = {f"clip/{k}": v for k, v in fields if v is not None}
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"Expected metrics to be a dict or ClipMetrics, got"
+            f" {type(metrics).__name__}. From an optimizer state take"
+            " optax_clipx.metrics(opt_state)."
+        )
+    if STEP in metrics:
+        raise ValueError("Expected metrics without 'step', which is given apart.")
+    twice = [name for name in columns if name in metrics]
+    if twice:
+        raise ValueError(
+            f"Expected each column once, got {twice[0]!r} in metrics and as a keyword"
+            " argument. Leave one out, or give it another name."
+        )
+    return {**metrics, **columns}
 
 
 def _numbers(name: str, value: Any) -> Any:

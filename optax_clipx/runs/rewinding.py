@@ -97,7 +97,7 @@ class Rewind:
         >>> state, step = rewind.restore({"w": jnp.zeros(2)})
         >>> while step < 40:
         ...     loss = 9.0 if 25 <= rewind.batch(step) < 32 else 1.0
-        ...     history.append(step, {"loss": loss})
+        ...     history.append(step, loss=loss)
         ...     if rewind.step(step):
         ...         state, step = rewind.restore(state)
         ...         continue
@@ -322,7 +322,7 @@ class Rewind:
         if self._loss not in columns and SKIPPED not in columns:
             raise ValueError(
                 f"Expected a history with the column {self._loss!r}, got one without."
-                ' Record it: history.append(step, {"loss": loss, **metrics}), or name'
+                " Record it: history.append(step, metrics, loss=loss), or name"
                 " another column with loss=."
             )
 

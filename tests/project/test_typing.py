@@ -29,7 +29,7 @@ clipx.clip_by("tree", 1.0)
 clipx.clip_by(clipx.measures.tree_norm(), 1.0, "rescale")
 clipx.clip(1.0, metrics="yes")
 clipx.History(3)
-clipx.History().append(1)
+clipx.History().append()
 number: int = clipx.suggest_threshold([1.0]).value
 names: list[str] = clipx.metrics(())
 clipx.backward.clip_value([1.0])

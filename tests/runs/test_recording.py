@@ -34,6 +34,43 @@ def test_a_refused_record_leaves_the_others_as_they_are(with_file, tmp_path):
         assert steps_and_norms(clipx.History.load(file)) == steps_and_norms(history)
 
 
+def test_keyword_arguments_are_columns():
+    history = clipx.History()
+    history.append(0, {"n": 1.0}, loss=2.0, rate=jnp.float32(0.5))
+    history.append(1, loss=3.0)
+    history.append(2, {"n": 4.0})
+    assert history["n"][[0, 2]].tolist() == [1.0, 4.0]
+    assert history["loss"][:2].tolist() == [2.0, 3.0]
+    assert history.recorded("rate").tolist() == [True, False, False]
+
+
+def test_keyword_arguments_stand_beside_clip_metrics_and_in_blocks():
+    history = clipx.History()
+    state = clipx.clip(1.0).init(jnp.zeros(2))
+    history.append(0, state.metrics, loss=2.0)
+    history.append(range(1, 3), {"n": np.ones(2)}, loss=np.array([3.0, 4.0]))
+    assert history["loss"].tolist() == [2.0, 3.0, 4.0]
+    assert history["clip/steps"][0] == 0
+
+
+@pytest.mark.parametrize("value", [2.0, None])
+def test_a_column_that_is_given_twice_is_named(value):
+    history = clipx.History()
+    with pytest.raises(ValueError, match="column once, got 'loss' in metrics and as"):
+        history.append(0, {"loss": value}, loss=3.0)
+    assert len(history) == 0
+
+
+def test_the_step_is_no_column():
+    with pytest.raises(TypeError, match="multiple values for argument 'step'"):
+        clipx.History().append(0, {"n": 1.0}, step=1)
+
+
+def test_a_step_alone_is_an_error():
+    with pytest.raises(TypeError, match=r"beside the step, got none\. Write history"):
+        clipx.History().append(0)
+
+
 BAD = {
     "text": "x",
     "digits": "10",
