@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import advice as texts, criteria
+from .causes import CHAIN
 from .findings import Finding, advice
 from .rate_jumps import jump
 from .signals import Line, Signals
@@ -20,7 +21,27 @@ def in_context(found: Sequence[Finding], run: Signals) -> list[Finding]:
     """Findings with the numbers of this run in their evidence and their advice."""
     causes = [x for x in found if x.code in _DIVERGED]
     cause = min(causes, key=lambda x: x.steps[0], default=None)
-    return [_completed(x, cause, run) for x in found]
+    return _with_what_came_first([_completed(x, cause, run) for x in found])
+
+
+def _with_what_came_first(found: Sequence[Finding]) -> list[Finding]:
+    """Findings that say so if they probably follow from an error before them."""
+    chain = [x for x in found if x.code in CHAIN and x.severity == "error"]
+    if not chain:
+        return list(found)
+    first, start = chain[0], chain[0].steps[0]
+    more = {"follows": first.code, "follows_step": start}
+    return [
+        x._replace(evidence={**x.evidence, **more})
+        if x in chain[1:] or _is_after(x, start)
+        else x
+        for x in found
+    ]
+
+
+def _is_after(finding: Finding, start: int) -> bool:
+    other = finding.severity == "info" or finding.code == "restarts"
+    return not other and finding.steps[0] > start
 
 
 def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding:

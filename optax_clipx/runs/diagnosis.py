@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .causes import CHAIN
 from .diagnosis_page import fragment
 from .drawing import Envelope
 from .escaping import printable
@@ -11,8 +12,6 @@ from .findings import SEVERITIES, Finding, headline, told_once
 from .jsonl import named
 from .naming import counted
 
-# The faults of a run that diverges; the first in time usually causes the others.
-CHAIN = ("update-before-loss", "growing-norms", "loss-diverged", "nonfinite")
 _NAMES = {
     "the loss": "loss",
     "the gradient norm": "grad_norm",
@@ -82,8 +81,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [self.summary, *self._notices(), *self._order()]
-        for finding, *texts in told_once(self.findings):
-            lines += [headline(finding), *(f"  {printable(x)}" for x in texts)]
+        for finding, texts in told_once(self.findings):
+            lines.append(printable(headline(finding)))
+            lines += [f"  {printable(line)}" for line in texts.lines()]
         return "\n".join([*lines, *self.unjudged()])
 
     def _notices(self) -> list[str]:
@@ -133,4 +133,10 @@ def _needed(column: str) -> str:
 def _for_json(finding: Finding) -> dict[str, Any]:
     """JSON has no NaN or infinity; they become strings as in a History's file."""
     evidence = {name: named(value) for name, value in finding.evidence.items()}
-    return {**finding._asdict(), "sentence": finding.sentence, "evidence": evidence}
+    return {
+        **finding._asdict(),
+        "sentence": finding.sentence,
+        "evidence": evidence,
+        "likely_cause": finding.likely_cause,
+        "remedy": finding.remedy,
+    }

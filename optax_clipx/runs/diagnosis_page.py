@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from .drawing import Envelope
-from .findings import Finding, escaped, places, shown, told_once
+from .findings import Finding, Texts, escaped, places, shown, told_once
 from .naming import WHOLE
 from .page import head
 
@@ -29,16 +29,14 @@ def fragment(
     """What is shown of one run, as a part of a page or in a notebook."""
     parts = [f"<p>{escaped(summary)}</p>"]
     parts += [
-        _finding(*texts, pictures.get(texts[0].evidence["column"]))
-        for texts in told_once(findings)
+        _finding(finding, texts, pictures.get(finding.evidence["column"]))
+        for finding, texts in told_once(findings)
     ]
     parts += [f"<p><small>{escaped(line)}</small></p>" for line in unjudged]
     return "\n".join(parts)
 
 
-def _finding(
-    finding: Finding, sentence: str, advice: str, picture: Envelope | None
-) -> str:
+def _finding(finding: Finding, texts: Texts, picture: Envelope | None) -> str:
     numbers = "".join(
         f"<tr><td>{escaped(_words(name))}</td><td>{escaped(_value(value))}</td></tr>"
         for name, value in finding.evidence.items()
@@ -47,10 +45,12 @@ def _finding(
     colour = _COLOURS[finding.severity]
     return (
         f'<h3><span style="color: {colour}">{finding.severity}</span>:'
-        f" {escaped(finding.code)} at {escaped(places(finding))}</h3>\n"
-        f"<p>{escaped(sentence)}</p>\n"
+        f" {escaped(finding.code)} at {escaped(places(finding))}:"
+        f" {escaped(finding.likely_cause)}</h3>\n"
+        f"<p>{escaped(texts.sentence)}</p>\n"
         + (sketch(picture, finding.steps, colour) if picture else "")
-        + f"<table>{numbers}</table>\n<p><code>{escaped(advice)}</code></p>"
+        + f"<table>{numbers}</table>\n<p>{escaped(texts.remedy)}</p>"
+        + (f"\n<p><code>{escaped(texts.code)}</code></p>" if texts.code else "")
     )
 
 
@@ -66,6 +66,8 @@ _WORDS = {
     "factor": "factor above the level",
     "factors": "factors",
     "first_in": "first in column",
+    "follows": "probably follows from",
+    "follows_step": "first step of what it follows from",
     "high_norm": "99% of the norms are below",
     "highest": "highest loss",
     "highest_step": "step with the highest loss",

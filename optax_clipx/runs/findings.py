@@ -2,9 +2,11 @@
 
 import html
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .advice import ADVICE, JUMP
+from .causes import likely_cause, remedy
 from .escaping import printable
 from .naming import counted
 
@@ -36,6 +38,9 @@ class Finding(NamedTuple):
             as ``{"count": 2, "factor": 51.1, ...}``.
         advice: a line of code to type, and the title of an entry of Troubleshooting.
 
+    ``likely_cause`` says in words why the run probably has this fault, and ``remedy``
+    says what to do first.
+
     Example:
         >>> import optax_clipx as clipx
         >>> norms = [1.0 + 0.01 * (i % 7) for i in range(100)]
@@ -66,12 +71,24 @@ class Finding(NamedTuple):
         """The jump of the learning rate that explains it; empty if there is none."""
         return self._told(JUMP) if "rate_jump" in self.evidence else ""
 
+    @property
+    def likely_cause(self) -> str:
+        """Why the run probably has this fault, in a few words."""
+        return self._told(likely_cause(self.code, self.evidence))
+
+    @property
+    def remedy(self) -> str:
+        """What to do first, in words. ``advice`` has the line of code for it."""
+        said = self._told(remedy(self.code, self.evidence))
+        return f"{said} {_PUT[:1].upper()}{_PUT[1:]}." if _PUT in self.advice else said
+
     def _told(self, said: str) -> str:
-        given = {"last_step": (self.steps or (0,))[-1], **self.evidence}
+        steps = self.steps or (0,)
+        given = {"step": steps[0], "last_step": steps[-1], **self.evidence}
         return said.format(**{name: _Shown(value) for name, value in given.items()})
 
     def __str__(self) -> str:
-        return "\n  ".join(map(printable, [headline(self), self.sentence, self.advice]))
+        return "\n  ".join(map(printable, [headline(self), *texts(self).lines()]))
 
 
 def finding(code: str, severity: str, steps: Iterable[Any], **evidence: Any) -> Finding:
@@ -132,29 +149,51 @@ def shown(value: Any) -> str:
 
 
 def headline(finding: Finding) -> str:
-    """The severity, the code and the steps of a finding."""
-    return f"{finding.severity}: {finding.code} at {places(finding)}"
+    """The severity, the code, the steps and the likely cause of a finding."""
+    return (
+        f"{finding.severity}: {finding.code} at {places(finding)}:"
+        f" {finding.likely_cause}"
+    )
 
 
-def told_once(findings: Iterable[Finding]) -> list[tuple[Finding, str, str]]:
-    """Each finding with its sentence and its advice; a common cause is told once."""
+class Texts(NamedTuple):
+    """What is printed of a finding below its first line."""
+
+    sentence: str
+    remedy: str
+    code: str
+
+    def lines(self) -> list[str]:
+        """All that there is, with no empty line."""
+        return [line for line in self if line]
+
+
+def texts(finding: Finding, told: Mapping[str, str] = MappingProxyType({})) -> Texts:
+    """What was found, and what to do; of a cause that was told only where it was."""
+    line, _, entry = finding.advice.rpartition("  (")
+    sentence = finding.symptom if finding.cause in told else finding.sentence
+    before = finding.evidence.get("follows") or told.get(finding.cause)
+    code = "" if before else line.partition("#")[0].strip()
+    if code:
+        return Texts(sentence, finding.remedy, f"{code}  ({entry}")
+    remedy = f"First follow the advice for {before}." if before else finding.remedy
+    return Texts(sentence, f"{remedy}  ({entry}", "")
+
+
+def told_once(findings: Iterable[Finding]) -> list[tuple[Finding, Texts]]:
+    """Each finding with its texts; a common cause is told once."""
     told: dict[str, str] = {}
-    texts = []
-    for found in findings:
-        sentence, advice = found.sentence, found.advice
-        if found.cause in told:
-            first = told[found.cause]
-            sentence = f"{found.symptom} The cause is the same as for {first}."
-            advice = f"# follow the advice for {first}"
-        elif found.cause:
-            told[found.cause] = found.code
-        texts.append((found, sentence, advice))
-    return texts
+    found = []
+    for finding in findings:
+        found.append((finding, texts(finding, told)))
+        if finding.cause:
+            told.setdefault(finding.cause, finding.code)
+    return found
 
 
 def places(finding: Finding) -> str:
     """The first of the steps of a finding, or its stretch, in words."""
-    steps = finding.steps
+    steps = tuple(dict.fromkeys(finding.steps))
     if not steps:
         return "no step of its own"
     if finding.code in _STRETCHES and steps[0] < steps[-1]:

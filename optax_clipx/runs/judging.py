@@ -7,9 +7,10 @@ import numpy as np
 
 from . import criteria
 from .advice import ADVICE
+from .causes import CHAIN
 from .context import in_context
 from .detectors import divergence, interruptions, leaves, rates, shifts, spikes
-from .diagnosis import CHAIN, Diagnosis
+from .diagnosis import Diagnosis
 from .drawing import Envelope, envelope
 from .findings import SEVERITIES, Finding
 from .signals import Signals

@@ -36,7 +36,7 @@ def test_the_exit_status_tells_what_was_found(files, capsys):
     assert command_line.main(["diagnose", "fine.jsonl", "spiky.jsonl"]) == 1
     said = capsys.readouterr().out
     assert "spiky.jsonl: 1 warning in 1,000 steps\n" in said
-    assert "warning: spikes at step 700\n" in said
+    assert "warning: spikes at step 700: one batch has much larger gradients" in said
     assert command_line.main(["diagnose", "fine.jsonl", "broken.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("error: broken.jsonl:1: ")
 
@@ -49,6 +49,12 @@ def test_json_has_everything(files, capsys):
     assert (finding["code"], finding["steps"]) == ("spikes", [700])
     assert finding["evidence"]["count"] == 1
     assert "clipx.zclip()" in finding["advice"]
+    assert set(finding) == {
+        *("code", "severity", "steps", "evidence", "advice", "sentence"),
+        *("likely_cause", "remedy"),
+    }
+    assert finding["likely_cause"].startswith("one batch has much larger")
+    assert finding["remedy"].startswith("Clip outliers, and look at the data")
     assert found["not_judged"]["dead-leaf"] == "norms of leaves"
 
 

@@ -211,9 +211,24 @@ def test_a_nan_of_a_leaf_is_in_the_column_of_the_leaf():
 
 def test_the_cause_and_its_remedy_are_printed_once():
     text = str(clipx.diagnose(exploding())) + "\n"
-    assert text.count(JUMP) == text.count(REMEDY) == 1
-    same = "The cause is the same as for update-before-loss.\n"
-    remedy = "  # follow the advice for update-before-loss\n"
-    assert text.count(same + remedy) == 3
+    line = "  learning_rate = 0.02  ("
+    assert text.count(JUMP) == text.count(line) == 1
+    assert text.count("Load a checkpoint from before step 250, and set the") == 1
+    assert text.count("  First follow the advice for update-before-loss.  (") == 3
     html = clipx.diagnose(exploding())._repr_html_()
-    assert html.count(REMEDY) == 1
+    assert html.count("<code>") == html.count(line.strip()) == 1
+
+
+def test_a_cause_that_two_warnings_share_is_printed_once():
+    """Neither is an error, so that none follows from the other."""
+    run = without(exploding(0), "grad_norm")
+    run = {name: np.r_[values[:250], values[:250]] for name, values in run.items()}
+    run["update_norm"][250:260] = 1.0
+    run["loss"][251:280] = 9.0
+    run["loss"][256] = np.nan
+    run["learning_rate"][250:] = 0.24
+    text = str(clipx.diagnose(run))
+    assert "warning: update-before-loss" in text
+    assert "warning: nonfinite at step 256" in text
+    assert text.count(JUMP) == text.count("Load a checkpoint") == 1
+    assert text.count("First follow the advice for update-before-loss.  (") == 1

@@ -1,10 +1,17 @@
 """What a diagnosis says: sentences that agree with the numbers they are about."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line
+from optax_clipx.runs.advice import ADVICE
+from optax_clipx.runs.causes import CHAIN, WORDS
+
+ROOT = Path(__file__).parents[2]
 
 
 def found(run, code):
@@ -74,6 +81,95 @@ def test_the_first_line_says_where_a_divergence_started():
     assert order in diagnosis._repr_html_().replace("&#x27;", "'")
 
 
+def test_what_follows_from_a_divergence_says_so():
+    first, *others = str(clipx.diagnose(diverging())).split("error: ")[1:]
+    assert first.startswith("growing-norms at steps")
+    assert ": training is unstable, often because the maximum of the" in first
+    start = found(diverging(), "growing-norms").steps[0]
+    for other in others:
+        assert f": probably because the gradient norms grew at step {start}\n" in other
+        assert "\n  First follow the advice for growing-norms.  (" in other
+
+
+def died():
+    """A loss that diverges at step 500; all leaves die at step 560 or 580."""
+    step = np.arange(900)
+    noise = np.exp(0.05 * np.random.default_rng(0).normal(size=900))
+    run = {f"track_norms/{name}": noise * (step < 560) for name in "abc"}
+    run["track_norms/d"] = noise * (step < 580)
+    run["loss"] = 0.1 * noise + 3.0 * (step >= 500) + np.exp(-step / 50)
+    return run
+
+
+def test_leaves_that_die_after_a_divergence_follow_from_it():
+    dead = found(died(), "dead-leaf")
+    assert dead.steps == (560, 560, 560, 580)
+    assert str(dead).splitlines() == [
+        "warning: dead-leaf at steps 560, 580: probably because the loss diverged at"
+        " step 500",
+        "  There is no gradient in a, b, c, d.",
+        '  First follow the advice for loss-diverged.  (Troubleshooting: "A layer has'
+        ' no gradient")',
+    ]
+    assert dead.evidence["follows"] == "loss-diverged"
+    assert dead.evidence["follows_step"] == 500
+    assert dead.advice.startswith("jax.tree.map(jnp.any, grads)  # False")
+
+
+@pytest.mark.parametrize("name", ["loss", "track_norms/a"])
+def test_a_fault_without_a_divergence_before_it_follows_from_nothing(name):
+    run = died()
+    run["loss"] = np.exp(-np.arange(900) / 50)
+    run[name][100] = np.nan  # a warning, as it does not stay
+    dead = found(run, "dead-leaf")
+    assert "follows" not in dead.evidence
+    assert dead.likely_cause == "the loss does not depend on these leaves"
+
+
+def test_faults_before_a_divergence_do_not_follow_from_it():
+    run = died()
+    run["norm"] = np.exp(0.05 * np.random.default_rng(1).normal(size=900))
+    run["norm"][[100, 700]] = 50.0
+    assert "loss-diverged" in clipx.diagnose(run).codes
+    assert "follows" not in found(run, "spikes").evidence
+
+
+def test_what_to_do_comes_in_words_before_the_code():
+    run = {"norm": np.full(200, 3.0), "threshold": np.ones(200)}
+    assert str(found(run, "always-clipped")) == (
+        "warning: always-clipped at steps 0 to 199: the threshold is below nearly all"
+        " norms\n"
+        "  100.0% of the steps are clipped.\n"
+        "  Record the run again with zclip, or with ten times the threshold, and then"
+        " choose a threshold.\n"
+        '  clipx.zclip()  (Troubleshooting: "Clip rate is 100%")'
+    )
+
+
+def test_advice_without_code_is_words_alone():
+    run = {"norm": np.ones(400), "threshold": np.full(400, 2.0)}
+    run["norm"][[150, 300]] = 12.0
+    run["loss"] = np.linspace(2, 1, 400)
+    assert str(found(run, "spikes")).splitlines()[-1] == (
+        "  You need to change nothing: clipping limits these steps.  (Troubleshooting:"
+        ' "Gradient norm spikes")'
+    )
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    page = (ROOT / "docs" / "diagnosing.md").read_text()
+    code, shown = re.search(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.S
+    ).groups()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith(shown.removesuffix("...\n"))
+
+
+def test_every_code_has_a_cause_and_a_remedy():
+    assert list(WORDS) == list(ADVICE)
+    assert set(CHAIN) < set(WORDS)
+
+
 def test_one_finding_has_no_order():
     loss = np.r_[np.full(100, 18.0), np.full(150, 60.0)]
     assert "It started" not in str(clipx.diagnose({"loss": loss}))
@@ -82,7 +178,7 @@ def test_one_finding_has_no_order():
 def test_a_stretch_is_written_as_one():
     growth = found(diverging(), "growing-norms")
     first, last = growth.steps
-    assert f"growing-norms at steps {first} to {last}\n" in str(growth)
+    assert f"growing-norms at steps {first} to {last}: " in str(growth)
 
 
 def test_the_maximum_of_the_learning_rate_is_named_if_growth_starts_there():
@@ -108,7 +204,11 @@ def test_the_remedy_has_three_times_the_usual_norm_of_the_run(code):
 
 def test_without_norms_the_remedy_says_what_to_put():
     loss = np.r_[np.full(100, 18.0), np.full(150, 60.0)]
-    assert found({"loss": loss}, "loss-diverged").advice == (
+    diverged = found({"loss": loss}, "loss-diverged")
+    assert diverged.remedy.endswith(
+        " In place of 1.0, put three times the median norm of steps that went well."
+    )
+    assert diverged.advice == (
         "optax.chain(clipx.zclip(max_norm=1.0), optimizer)  # first lower the learning"
         " rate, for example to a third; in place of 1.0, put three times the median"
         ' norm of steps that went well  (Troubleshooting: "The loss diverges")'
