@@ -7,6 +7,8 @@ The usual run takes a cell or two of each row and column, the slow one some more
 import contextlib
 import itertools
 import os
+import sys
+from pathlib import Path
 
 import jax
 import optax
@@ -15,6 +17,9 @@ from all_methods import EVERY
 from contract_frameworks import FRAMEWORKS
 from contract_jax import JAX
 from contract_optax import OPTAX
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+import make_contract
 
 WHOLE = bool(os.environ.get("OPTAX_CLIPX_WHOLE"))
 CONTEXTS = {**FRAMEWORKS, **OPTAX, **JAX}
@@ -59,3 +64,13 @@ def test_cell(row, column, record_property):
             return
         CONTEXTS[column](EVERY[row].make)
     record_property("cell", "holds")
+
+
+def test_the_tables_have_every_cell_and_can_be_read_back():
+    known = make_contract.of_table()
+    text = make_contract.TABLE.read_text()
+    for columns in make_contract.PARTS.values():
+        assert make_contract.table(list(columns), known) in text
+    assert "**empty**" not in text
+    assert set(known) == set(CONTEXTS)
+    assert all(set(cells) == set(EVERY) for cells in known.values())
