@@ -1,7 +1,9 @@
 """Norms that auto_clip compressed: its clip rate is high by design."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_clipx as clipx
@@ -62,6 +64,65 @@ def test_auto_clip_itself_is_recognized():
         _, state = clipper.update(jnp.array([norm], jnp.float32), state)
         history.append(step, clipx.metrics(state))
     assert is_compressed(history.columns, "clip/norm")
+
+
+def run_of(clipper, leaves=6, steps=300):
+    """Leaves of different sizes with noise, clipped each by itself."""
+    shape = (steps, leaves)
+    noise = np.random.default_rng(0).lognormal(sigma=0.3, size=shape)
+    grads = jnp.asarray(noise * np.logspace(0, 2, leaves), jnp.float32)
+
+    def step(state, norms):
+        tree = {f"{i}": norms[i : i + 1] for i in range(leaves)}
+        return (state := clipper.update(tree, state)[1]), clipx.metrics(state)
+
+    start = clipper.init({f"{i}": jnp.zeros(1) for i in range(leaves)})
+    _, found = jax.lax.scan(step, start, grads)
+    history = clipx.History()
+    history.append(range(steps), found)
+    return history
+
+
+@pytest.mark.parametrize("leaves", [2, 6, 40])
+def test_auto_clip_of_each_leaf_is_recognized(leaves):
+    history = run_of(clipx.auto_clip(scope="leaf"), leaves)
+    assert is_compressed(history.columns, "clip/norm")
+    assert "always-clipped" not in clipx.diagnose(history).codes
+    found = clipx.suggest_threshold(history)
+    assert found.value == pytest.approx(np.quantile(history["clip/norm"], 0.9), rel=0.1)
+    assert str(found).startswith("use optax_clipx.clip_by_global_norm(")
+    assert "scaled down by auto_clip: 100.0% of the steps" in str(history)
+
+
+def test_auto_clip_of_each_leaf_is_recognized_in_a_log_of_six_digits(tmp_path):
+    columns = run_of(clipx.auto_clip(scope="leaf")).columns
+    names = ("step", "clip/norm", "clip/threshold", "clip/scale", "clip/clipped")
+    rows = zip(*(columns[name] for name in names), strict=True)
+    lines = [",".join(names), *(",".join(f"{x:.6g}" for x in row) for row in rows)]
+    path = tmp_path / "run.csv"
+    path.write_text("\n".join(lines) + "\n")
+    assert "always-clipped" not in clipx.diagnose(path).codes
+
+
+LEAF = clipx.measures.leaf_norms()
+OTHERS = {
+    "fixed": clipx.clip_by_leaf_norm(0.3),
+    "fixed for each leaf": clipx.clip_by_leaf_norm({f"{i}": 0.3 * i for i in range(6)}),
+    "zclip": clipx.zclip(0.5, scope="leaf", warmup_steps=3),
+    "quantile_clip": clipx.quantile_clip(0.1, scope="leaf"),
+    "smooth_clip": clipx.smooth_clip(0.3, scope="leaf"),
+    "its thresholds alone": clipx.clip_by(LEAF, clipx.thresholds.auto()),
+    "a schedule that rises as its thresholds": clipx.clip_by_leaf_norm(
+        optax.linear_schedule(0.09, 0.3, 100)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_with_a_threshold_for_each_leaf_are_not_compressed(name):
+    history = run_of(OTHERS[name])
+    assert (history["clip/clipped"][100:] > 0).mean() > 0.3
+    assert not is_compressed(history.columns, "clip/norm")
 
 
 def test_print_tells_how_many_steps_were_scaled_down():
