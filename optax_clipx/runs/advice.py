@@ -127,13 +127,24 @@ FROM_LOSS = (
 )
 CLIPPED = "# nothing to change: the clipping does its work"
 NOTHING = "# nothing to change while few steps are skipped"
+REPLACES = "use this clipper in place of yours"
+REPLACING = {  # codes whose line has a clipper that takes the place of one
+    "loss-diverged",
+    "growing-norms",
+    "spikes",
+    "level-shift",
+    "rises-with-schedule",
+    "warmup-spike",
+    "dominant-leaf",
+    "starved-leaves",
+    "exploding-by-depth",
+}
 
 # The worse come first among findings of one severity, and causes before what follows.
 ADVICE = {
     "update-before-loss": Advice(
         _updates,
-        "optax.chain(optimizer, clipx.clip_by_global_norm({max_norm}))"
-        "  # 3 times the median norm of the updates",
+        "optax.chain(optimizer, clipx.clip_by_global_norm({max_norm}))",
         "Updates grow before the loss",
     ),
     "loss-diverged": Advice(
@@ -229,3 +240,10 @@ ADVICE = {
         "The steps of a log go back",
     ),
 }
+
+
+def put(code: str) -> str:
+    """What to put in place of a threshold that the record does not tell."""
+    of_what = " of the updates" if code == "update-before-loss" else ""
+    norm = f"the median norm{of_what} of steps that went well"
+    return f"in place of 1.0, put three times {norm}"

@@ -10,17 +10,16 @@ from . import advice as texts, criteria
 from .causes import CHAIN
 from .findings import Finding, advice
 from .rate_jumps import jump
-from .signals import Line, Signals
+from .signals import Signals
+from .trouble import DIVERGED, first_of
+from .upper_bound import told, upper_bound, usual_norm
 
-_DIVERGED = ("growing-norms", "loss-diverged")
-_EXPLAINED = ("update-before-loss", *_DIVERGED, "nonfinite")  # by a jump of the rate
-_TIMES = 3  # the usual norm: above usual norms, far below those of an explosion
+_EXPLAINED = ("update-before-loss", *DIVERGED, "nonfinite")  # by a jump of the rate
 
 
 def in_context(found: Sequence[Finding], run: Signals) -> list[Finding]:
     """Findings with the numbers of this run in their evidence and their advice."""
-    causes = [x for x in found if x.code in _DIVERGED]
-    cause = min(causes, key=lambda x: x.steps[0], default=None)
+    cause = first_of(found)
     return _with_what_came_first([_completed(x, cause, run) for x in found])
 
 
@@ -46,10 +45,14 @@ def _is_after(finding: Finding, start: int) -> bool:
 
 def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding:
     start = None if cause is None else cause.steps[0]
-    usual = _usual(finding, start, run)
-    words = {} if usual is None else {"max_norm": f"{float(f'{_TIMES * usual:.2g}'):g}"}
+    usual, of_what = _usual(finding, start, run)
     more: dict[str, Any] = {}
-    if finding.code in _DIVERGED and usual is not None:
+    words: dict[str, Any] = {"replaces": run.threshold is not None}
+    if usual is not None:
+        words["max_norm"] = f"{upper_bound(usual):g}"
+        words["max_norm_from"] = told(usual, of_what)
+        more["max_norm_from"] = words["max_norm_from"]
+    if finding.code in DIVERGED and usual is not None:
         more["usual_norm"] = usual
     if finding.code in _EXPLAINED and not finding.evidence.get("all_skipped"):
         more |= _jump(run, finding.steps[0], start)
@@ -65,18 +68,22 @@ def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding
     )
 
 
-def _usual(finding: Finding, start: int | None, run: Signals) -> float | None:
-    """The norm of usual steps, which the advice for a finding has three times."""
+def _usual(
+    finding: Finding, start: int | None, run: Signals
+) -> tuple[float | None, str]:
+    """The norm of usual steps, three times of which the advice has; and its name."""
+    line, what, before = run.norm, "the usual norm", finding.steps[0]
     if finding.code == "warmup-spike":
-        return float(finding.evidence["later_norms"])
-    if finding.code in _DIVERGED and start is not None:
-        return _median_before(run.norm, start)
-    if finding.code == "update-before-loss":
-        return _median_before(run.update_norm, finding.steps[0])
-    if finding.code == "rises-with-schedule" and run.norm is not None:
-        early = finding.steps[0] + (finding.steps[-1] - finding.steps[0]) / 4
-        return _median_before(run.norm, early)
-    return None
+        return float(finding.evidence["later_norms"]), "the median of the later norms"
+    if finding.code in DIVERGED and start is not None:
+        before = start
+    elif finding.code == "update-before-loss":
+        line, what = run.update_norm, "the median norm of the updates"
+    elif finding.code == "rises-with-schedule":
+        before += (finding.steps[-1] - finding.steps[0]) // 4
+    else:
+        return None, ""
+    return usual_norm(line, before), f"{what} before step {before:,}"
 
 
 def _line(
@@ -97,15 +104,6 @@ def _line(
     if cause is not None and cause.steps[0] <= finding.steps[0]:
         return {"line": texts.AFTER_DIVERGENCE.format(code=cause.code)}
     return {"line": texts.FROM_LOSS} if finding.evidence["in_loss"] else {}
-
-
-def _median_before(line: Line | None, start: float | int) -> float | None:
-    """The median before a step; None if too few numbers are known."""
-    if line is None:
-        return None
-    values = line.logs().before(start).values
-    few = len(values) < criteria.LEAST_IN_WINDOW
-    return None if few else float(np.exp(np.median(values)))
 
 
 def _jump(run: Signals, own: int, start: int | None) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .advice import ADVICE, JUMP
+from .advice import ADVICE, JUMP, REPLACES, REPLACING, put
 from .causes import likely_cause, remedy
 from .escaping import printable
 from .naming import counted
 
 SEVERITIES = ("error", "warning", "info")
 _SHOWN = 5  # steps in a line
-_PUT = "in place of 1.0, put three times the median norm of steps that went well"
 _STRETCHES = {  # codes whose two steps are the first and the last of a stretch
     "growing-norms",
     "lock-out",
@@ -80,7 +79,11 @@ class Finding(NamedTuple):
     def remedy(self) -> str:
         """What to do first, in words. ``advice`` has the line of code for it."""
         said = self._told(remedy(self.code, self.evidence))
-        return f"{said} {_PUT[:1].upper()}{_PUT[1:]}." if _PUT in self.advice else said
+        if "follows" in self.evidence:
+            return said
+        notes = (REPLACES, self.evidence.get("max_norm_from"), put(self.code))
+        told = [f"{x[:1].upper()}{x[1:]}." for x in notes if x and x in self.advice]
+        return " ".join([said, *told])
 
     def _told(self, said: str) -> str:
         steps = self.steps or (0,)
@@ -107,12 +110,20 @@ def advice(
     run: str = "history",
     line: str | None = None,
     steps: str = "steps",
+    max_norm_from: str = "",
+    replaces: bool = False,
 ) -> str:
-    """The line to type for a fault, and the entry of Troubleshooting."""
+    """The line to type for a fault, and the entry of Troubleshooting.
+
+    ``replaces`` says that the run has a clipper, which the line takes the place of.
+    """
     _, usual, entry = ADVICE[code]
+    notes = [REPLACES] if replaces and code in REPLACING and line is None else []
     line = line or usual
-    if max_norm is None and "{max_norm}" in line:
-        line += f"{';' if '#' in line else '  #'} {_PUT}"
+    if "{max_norm}" in line:
+        notes.append(max_norm_from if max_norm else put(code))
+    for note in notes:
+        line += f"{';' if '#' in line else '  #'} {note}"
     typed = line.format(max_norm=max_norm or "1.0", run=run, steps=steps)
     return f'{typed}  (Troubleshooting: "{entry}")'
 

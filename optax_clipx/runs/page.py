@@ -8,7 +8,7 @@ import numpy as np
 from .drawing import THEMES, Norms, bins, envelope, means, norms_of
 from .escaping import for_page
 from .marks import with_outermost
-from .suggesting import suggest_threshold
+from .suggesting import Recorded, suggest_threshold
 from .table import STEP, present
 
 _POINTS = 2000
@@ -356,7 +356,7 @@ def _table(runs: Any, limit: float | int | None) -> str:
         seen = norms_of(columns, name, limit)
         finite = seen.norms[np.isfinite(seen.norms)]
         try:
-            value = suggest_threshold(seen.norms, limit=seen.limits).value
+            value = suggest_threshold(Recorded(columns, name), limit=limit).value
         except ValueError:
             value = np.nan
         rows.append(

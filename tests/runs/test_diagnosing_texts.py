@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import FAULTS
 
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line
@@ -198,7 +199,8 @@ def test_the_remedy_has_three_times_the_usual_norm_of_the_run(code):
     assert diverged.evidence["usual_norm"] == pytest.approx(1.5, rel=0.02)
     assert diverged.advice == (
         "optax.chain(clipx.zclip(max_norm=4.5), optimizer)  # first lower the learning"
-        ' rate, for example to a third  (Troubleshooting: "The loss diverges")'
+        " rate, for example to a third; 4.5 is 3 times the usual norm before step 600,"
+        ' 1.5  (Troubleshooting: "The loss diverges")'
     )
 
 
@@ -318,4 +320,36 @@ def test_a_run_that_is_never_clipped_is_compared_step_by_step():
     run["norm"][:50], run["threshold"][:50] = 6.0, 8.0
     assert found(run, "never-clipped").sentence == (
         "No step is clipped: the largest norm is 80% of the threshold of its step."
+    )
+
+
+@pytest.mark.parametrize("code", ["growing-norms", "loss-diverged"])
+def test_the_clipper_of_a_run_is_told_to_be_replaced(code):
+    said = "use this clipper in place of yours"
+    clipped = clipx.diagnose(diverging(), threshold=5.0).findings
+    advice = next(x.advice for x in clipped if x.code == code)
+    assert f"to a third; {said}; 4.5 is 3 times the usual norm" in advice
+    assert said not in found(diverging(), code).advice
+
+
+def test_where_a_limit_comes_from_is_printed():
+    run = diverging() | {"learning_rate": np.full(900, 0.003)}
+    printed = str(clipx.diagnose(run, threshold=5.0))
+    assert (
+        " Also clip outliers. Use this clipper in place of yours. 4.5 is 3 times the"
+        " usual norm before step 600, 1.5.\n"
+        "  optax.chain(clipx.zclip(max_norm=4.5), optimizer)  (Trouble"
+    ) in printed
+    assert printed.count("4.5 is 3 times") == 1  # not where other advice is followed
+
+
+def test_a_limit_of_the_updates_is_not_in_place_of_the_clipper():
+    """The clipper of the gradients may stay."""
+    run, (step,) = FAULTS["update-before-loss"](np.random.default_rng(0))
+    advice = found(run, "update-before-loss").advice
+    usual = np.median(run["track/update_norm"][:step])
+    limit = float(f"{3 * usual:.2g}")
+    assert advice.startswith(
+        f"optax.chain(optimizer, clipx.clip_by_global_norm({limit:g}))  # {limit:g} is"
+        f" 3 times the median norm of the updates before step {step}, {usual:.2g}  ("
     )
