@@ -56,7 +56,7 @@ def quantile_clip(
         max_steps: keep the last ``max_steps`` norms instead of a histogram. In a run
             with at most this number of steps, these are all norms.
         tracker_rate: :math:`\eta`, the rate of the tracker.
-        max_norm: an upper limit of the threshold. ``None`` is no limit.
+        max_norm: an upper bound of the threshold. ``None`` is no bound.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

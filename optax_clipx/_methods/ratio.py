@@ -58,7 +58,7 @@ def adagc(
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper bound of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -134,7 +134,7 @@ def olmo_ratio_clip(
             ``"raw"`` the norm, or ``"skip"`` nothing; see :func:`thresholds.ema_ratio`.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper bound of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the default is each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -210,7 +210,7 @@ def norm_growth_clip(
             ``"raw"`` the norm, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th norm in a row that is above the
             threshold is not clipped, but accepted.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper bound of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`; the paper's code measures each leaf.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.

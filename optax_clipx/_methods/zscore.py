@@ -59,7 +59,7 @@ def zclip(
             ``"mean"`` for :math:`\mu`, or ``"threshold"`` for
             :math:`\mu + z^*\sigma` ("percentile" in the official code).
         clip_factor: the factor in the formula.
-        max_norm: an upper limit of the threshold. ``None`` is no limit. The official
+        max_norm: an upper bound of the threshold. ``None`` is no bound. The official
             code uses 1.0; if most norms are above 1, ZClip then acts like a fixed
             threshold of 1.
         stats: what updates the averages after a spike: ``"clipped"`` is the threshold,
@@ -139,7 +139,7 @@ def log_zscore_clip(
         z_threshold: :math:`z^*`, the number of standard deviations above which a norm
             is clipped.
         decay: the decay of the moving averages; the first steps are plain averages.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper bound of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
@@ -217,7 +217,7 @@ def historical_update_clip(
             threshold, or ``"skip"`` nothing.
         patience: with ``patience=n``, the ``n``-th spike in a row is not clipped, and
             its norm is accepted as the new level.
-        max_norm: an upper limit of the threshold, on the scale of the updates.
+        max_norm: an upper bound of the threshold, on the scale of the updates.
         scope: as in :func:`zclip`.
         nonfinite: as in :func:`clip_by`.
         axis_name: as in :func:`clip_by`.
