@@ -158,14 +158,16 @@ def _fitted(
     ceiling = np.inf if recorded is None else recorded
     value = min(_limit(steady, cutoff, clip_rate), ceiling)
     drift, drifting = _drift(steady, value, clip_rate)
+    late = _cut(steady, 3)[-1]
     if drifting and drift < 1:
         # A threshold for the high norms of the start would let pass what is a spike
         # later, and too low a threshold does less harm than too high a one.
-        value = min(_limit(_cut(steady, 3)[-1], cutoff, clip_rate), ceiling)
+        value = min(_limit(late, cutoff, clip_rate), ceiling)
     return {
         "value": value,
         "clip_rate": float(np.mean(steady > value)),
         "rates": tuple(float(np.mean(part > value)) for part in _cut(steady, 10)),
+        "late_rate": float(np.mean(late > value)),
         "drift": drift,
         "spikes": float(np.mean(steady > cutoff)),
         "recorded": recorded,

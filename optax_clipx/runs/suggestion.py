@@ -42,6 +42,8 @@ class Suggestion(NamedTuple):
             diverged.
         clipped: the fraction of steps that were clipped when the run was recorded.
         of_all: the fraction of steps whose norm was above ``value``, with the warm-up.
+        late_rate: the fraction of the last third of these steps whose norm was above
+            ``value``.
         diverged: the step at which the run diverged, if its loss shows that it did.
             The steps from there on are left out. Otherwise it is ``None``.
         seen: what shows that the run diverged.
@@ -69,6 +71,7 @@ class Suggestion(NamedTuple):
     first: str = ""
     clipped: float = 0.0
     of_all: float = 0.0
+    late_rate: float = 0.0
     diverged: int | None = None
     seen: str = ""
     doubt: str = ""
@@ -199,7 +202,7 @@ def _too_early(found: Suggestion, count: int) -> str:
 
 def _why(found: Suggestion, count: int) -> str:
     """Why the threshold does not clip the fraction of the steps that was asked for."""
-    if abs(found.clip_rate - found.asked) <= max(0.005, 1 / count):
+    if _is_near(found.clip_rate, found.asked, count):
         return ""
     if found.recorded is not None and found.recorded == found.value:
         return (
@@ -208,10 +211,17 @@ def _why(found: Suggestion, count: int) -> str:
         )
     if found.rule and found.drift < 1:
         steps = "these steps" if found._failed else "the run"
+        near = _is_near(found.late_rate, found.asked, count // 3)
+        late = _percent(found.asked if near else found.late_rate)
+        late += f" of the last third of {steps}"
+        if found.clip_rate > found.late_rate:
+            return (
+                f"the norms fall. The threshold clips {late}, and more of the steps"
+                " before, whose norms are higher"
+            )
         return (
-            "the norms fall. The threshold clips"
-            f" {_percent(found.asked)} of the last third of {steps}, and more of the"
-            " steps before, whose norms are higher"
+            "most norms fall, but the largest ones do not. The threshold clips"
+            f" {late}, and fewer of the steps before"
         )
     if found.spikes > found.asked:
         return (
@@ -222,6 +232,11 @@ def _why(found: Suggestion, count: int) -> str:
         f"norms that are equal to the threshold are not clipped, and the {count} norms"
         " have no value with this fraction above it"
     )
+
+
+def _is_near(rate: float, asked: float, count: int) -> bool:
+    """Whether a rate of so many steps is as near to another as it can be."""
+    return abs(rate - asked) <= max(0.005, 1 / count)
 
 
 def _high(found: Suggestion) -> str:

@@ -1,6 +1,7 @@
 """What was asked for, what is given, and why they differ."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +43,43 @@ def test_a_rate_that_was_not_asked_for_is_explained(name):
     assert "the goal is 10%" in text
     assert f"would have clipped {found.clip_rate:.1%} of the steps" in text
     assert f"why not 10%: {found.why}" in text
+
+
+def fell_then_exploded():
+    """Norms that fall, and of which the last twentieth is high."""
+    norms = lognormal() * np.geomspace(1, 0.1, 2000)
+    norms[1900:] *= 30
+    return norms
+
+
+def test_why_fewer_steps_are_clipped_agrees_with_the_rate():
+    norms = fell_then_exploded()
+    found = clipx.suggest_threshold(norms)
+    late = norms[found.warmup :][-len(norms[found.warmup :]) // 3 :]
+    assert found.drift < 1
+    assert found.late_rate == pytest.approx(np.mean(late > found.value), abs=1e-3)
+    assert found.clip_rate < 0.095 < found.late_rate
+    assert found.why == (
+        "most norms fall, but the largest ones do not. The threshold clips 10% of the"
+        " last third of the run, and fewer of the steps before"
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_reason_never_contradicts_the_rates(seed):
+    """Levels and tails that change at random places."""
+    rng = np.random.default_rng(seed)
+    norms = lognormal(900, seed) * np.geomspace(1, rng.uniform(0.05, 1), 900)
+    first, last = np.sort(rng.integers(0, 900, 2))
+    norms[first:last] *= rng.uniform(1, 30)
+    found = clipx.suggest_threshold(norms)
+    if "more of the steps before" in found.why:
+        assert found.clip_rate > max(found.asked, found.late_rate)
+    if "fewer of the steps before" in found.why:
+        assert found.clip_rate < min(found.asked, found.late_rate)
+    if "last third" in found.why:
+        said = float(re.search(r"clips ([\d.]+)% of the last third", found.why)[1])
+        assert said == pytest.approx(100 * found.late_rate, abs=0.51)
 
 
 def test_a_rate_that_was_asked_for_needs_no_reason():
