@@ -26,7 +26,7 @@ _RUNS = """
 RUN is a file with the metrics of a run, or a folder with one such file. The file can
 be JSONL or CSV that History wrote, metrics.csv of Lightning, a CSV log of Keras,
 trainer_state.json of Hugging Face, a CSV export of W&B, JSONL of MaxText or Levanter,
-or a TensorBoard event file. To read event files, install the extra `tensorboard`.
+or a TensorBoard event file. To read event files, run: pip install tensorboard
 
 Exit code 2 means that the input was wrong. Files are overwritten only with --force.
 """

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import naming, readers
 from .jsonl import ReadError
+from .missing import missing
 from .table import STEP, Columns, present
 
 DASHES = ("solid", "dashed", "dotted")  # where there are more runs than colours
@@ -72,9 +73,7 @@ def canvas(
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            'matplotlib is missing. Run: pip install "optax_clipx[plot]"'
-        ) from None
+        raise ImportError(missing("matplotlib")) from None
     colours = theme_of(theme)
     with mpl.rc_context(rc(theme)):
         if ax is None:

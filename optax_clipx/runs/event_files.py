@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .jsonl import ReadError
+from .missing import missing
 from .table import MISSING, STEP, Columns
 
 
@@ -15,10 +16,7 @@ def read(path: Path) -> Columns:
         from tensorboard.backend.event_processing import event_accumulator
         from tensorboard.util import tensor_util
     except ImportError:
-        raise ReadError(
-            f"{path}: TensorBoard's reader is missing. Run: pip install"
-            ' "optax_clipx[tensorboard]"'
-        ) from None
+        raise ReadError(f"{path}: {missing('tensorboard')}") from None
     everything = {event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
     events = event_accumulator.EventAccumulator(str(path), size_guidance=everything)
     series = {}

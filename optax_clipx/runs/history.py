@@ -15,6 +15,7 @@ import numpy as np
 from . import csv_files, jsonl, readers
 from .alarm import Listener
 from .findings import Finding
+from .missing import missing
 from .naming import counted
 from .overview import overview
 from .overwriting import may_write
@@ -317,7 +318,7 @@ class History:
         try:
             import pandas as pd
         except ImportError:
-            raise ImportError("pandas is missing. Run: pip install pandas") from None
+            raise ImportError(missing("pandas")) from None
         columns = self.columns
         steps = pd.Index(columns.pop(STEP), name=STEP)
         found = {}

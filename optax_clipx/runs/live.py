@@ -14,6 +14,7 @@ from .drawing import means, norms_of
 from .escaping import printable
 from .findings import Finding, places
 from .merging import NO_RESTARTS, one_row_a_step, restarts
+from .missing import missing
 from .signals import Names
 from .table import STEP, Columns, Table, present
 
@@ -91,9 +92,7 @@ def follow(
         from rich.console import Console, Group
         from rich.live import Live
     except ImportError:
-        raise ImportError(
-            'rich is missing. Run: pip install "optax_clipx[watch]"'
-        ) from None
+        raise ImportError(missing("rich")) from None
     followers = {label: Follower(path, step) for label, path in runs.items()}
     alarms = {label: Alarm(Names(norm=norm)) for label in runs}
 

@@ -8,6 +8,7 @@ import numpy as np
 from .drawing import THEMES, Norms, bins, envelope, means, norms_of
 from .escaping import for_page
 from .marks import with_outermost
+from .missing import missing
 from .suggesting import Recorded, suggest_threshold
 from .table import STEP, present
 
@@ -80,9 +81,7 @@ def page(
     try:
         import plotly.graph_objects as go
     except ImportError:
-        raise ImportError(
-            'plotly is missing. Run: pip install "optax_clipx[html]"'
-        ) from None
+        raise ImportError(missing("plotly")) from None
     runs = {for_page(label): run for label, run in runs.items()}
     charts = [
         _norms(go, runs, limit),

@@ -9,6 +9,7 @@ from typing import Any
 
 from .divergence import NONFINITE, SKIPPED, BadStretch, bad_stretch
 from .history import History
+from .missing import missing
 from .rewind_decisions import RewindDecision, batch_of, decide, target, told, what
 from .rewind_log import RewindLog
 
@@ -331,9 +332,7 @@ def _standard(fresh: Any) -> Any:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise ImportError(
-            'orbax-checkpoint is missing. Run: pip install "optax_clipx[checkpoints]"'
-        ) from None
+        raise ImportError(missing("orbax-checkpoint")) from None
     return ocp.args.StandardRestore(fresh)
 
 
@@ -341,8 +340,8 @@ def _check_manager(manager: Any) -> None:
     if not all(callable(getattr(manager, name, None)) for name in _NEEDED):
         raise TypeError(
             "Expected manager to be an orbax.checkpoint.CheckpointManager, got"
-            f" {type(manager).__name__}. Make one with CheckpointManager(folder); Orbax"
-            ' comes with: pip install "optax_clipx[checkpoints]".'
+            f" {type(manager).__name__}. Make one with CheckpointManager(folder)."
+            " If Orbax is missing, run: pip install orbax-checkpoint."
         )
 
 

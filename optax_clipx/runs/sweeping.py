@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .jsonl import ReadError
+from .missing import missing
 from .overwriting import may_write
 
 _FLAT = 0.01
@@ -300,8 +301,7 @@ def _bar(total: int, progress: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        said = "no progress bar: tqdm is missing. Run: pip install tqdm"
-        print(said, file=sys.stderr)
+        print(f"no progress bar: {missing('tqdm')}", file=sys.stderr)
         return None
 
     bar = tqdm(total=total, desc="thresholds", unit="run", delay=1e-9)
