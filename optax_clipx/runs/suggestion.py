@@ -48,7 +48,7 @@ class Suggestion(NamedTuple):
             The steps from there on are left out. Otherwise it is ``None``.
         seen: what shows that the run diverged.
         doubt: a sign of a divergence in a run whose loss was not recorded.
-        max_norm: an upper limit for the threshold of an adaptive method, as in
+        max_norm: an upper bound for the threshold of an adaptive method, as in
             ``zclip(max_norm=...)``: 3 times the median norm of the steps before
             training exploded or diverged, or of all steps. It is NaN if there are fewer
             than 5 such steps. :func:`diagnose` prints the same number.
