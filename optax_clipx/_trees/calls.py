@@ -66,7 +66,7 @@ def _misfit(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return ""
     others = ", ".join(f"{x}=" for x in known if x not in places)
     return (
-        f"{name} got {len(args)} positional arguments, but takes"
+        f"{name} got {len(args)} positional argument{'s' * (len(args) > 1)}, but takes"
         f" {' and '.join(places) or 'none'}. Pass others by name: {others}."
     )
 

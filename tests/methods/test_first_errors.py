@@ -59,7 +59,7 @@ WRONG = {
     ),
     "no position": (
         lambda: clipx.auto_clip(1.0),
-        "auto_clip got 1 positional arguments, but takes none. Pass others by name:"
+        "auto_clip got 1 positional argument, but takes none. Pass others by name:"
         " scope=, nonfinite=, axis_name=, specs=, metrics=.",
     ),
     "norm_type": (
