@@ -11,6 +11,7 @@ from .jsonl import ReadError
 from .naming import counted
 from .table import STEP, present
 
+_HATCH = "#8c959f"  # seen on a light page and on a dark one
 _LINE = 16  # points from one line of a legend to the next
 _BESIDE_LABEL = 40  # points for the handle of a label and the space around both
 
@@ -78,7 +79,7 @@ def limit_line(ax: Any, limits: np.ndarray, colours: Theme) -> None:
     low, middle, high = np.quantile(limits, [0.05, 0.5, 0.95])
     if high > 1.02 * low:
         style = {"color": colours.limit, "alpha": 0.15, "lw": 0, "zorder": 0.5}
-        ax.axvspan(low, high, label="threshold in 90% of the steps", **style)
+        ax.axvspan(low, high, label="the threshold lay here in 90% of steps", **style)
     style = {"color": colours.limit, "lw": 1.3, "ls": (0, (5, 2))}
     median = "median " if high > 1.02 * low else ""
     ax.axvline(middle, label=f"{median}threshold {middle:.3g}", **style)
@@ -142,10 +143,10 @@ def align_titles(ax: Any, other: Any) -> None:
         x.set_title(x.get_title(loc="left"), loc="left", pad=max(pads))
 
 
-def legend_above(ax: Any) -> None:
+def legend_above(ax: Any, below_title: bool = False) -> None:
     """A legend between the title and the axes, in as many columns as there is room for.
 
-    It stands beside the title if both fit on one line.
+    It stands beside the title if both fit on one line, unless it is to be below.
     """
     labels = ax.get_legend_handles_labels()[1]
     if not labels:
@@ -159,10 +160,11 @@ def legend_above(ax: Any) -> None:
     rows = -(-len(labels) // columns)
     title = ax.get_title(loc="left")
     beside = _text_width(title, 12, bold=True) + _width(labels, columns) < 0.95 * room
-    if not (rows == 1 and beside):
+    beside &= rows == 1 and not below_title
+    if not beside:
         ax.set_title(title, loc="left", pad=10 + _LINE * rows)
     place = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0.2}
-    if not (rows == 1 and beside):
+    if not beside:
         place |= {"loc": "lower left", "bbox_to_anchor": (0, 0.99)}
     style = {"columnspacing": 1.2, "handlelength": 1.6, "labelspacing": 0.3}
     ax.legend(ncols=columns, **style, **place)
@@ -190,6 +192,28 @@ def log_norm(values: np.ndarray) -> Any:
     if not len(positive) or positive.min() == positive.max():
         return None
     return LogNorm(float(positive.min()), float(positive.max()))
+
+
+def empty_cells(ax: Any, image: Any, table: np.ndarray, zero: str, page: Theme) -> None:
+    """Hatched cells for zeros, empty ones for what is no number, and their legend.
+
+    The colours have no place for zero: their scale is logarithmic. Grey alone would be
+    taken for a norm in the middle of the scale.
+    """
+    ax.patch.set(facecolor=page.grid, hatch="////", edgecolor=_HATCH)
+    lost = ~np.isfinite(table)
+    style = {"aspect": "auto", "interpolation": "nearest", "extent": image.get_extent()}
+    if lost.any():
+        from matplotlib.colors import ListedColormap
+
+        ax.imshow(np.where(lost, 0, np.nan), cmap=ListedColormap([page.page]), **style)
+    for label, some, looks in (
+        (zero, table == 0, {"fc": page.grid, "hatch": "////", "ec": _HATCH}),
+        ("not finite or not recorded", lost, {"fc": page.page, "ec": page.text}),
+    ):
+        if some.any():
+            ax.fill([], [], label=label, lw=0.8, **looks)
+    legend_above(ax, below_title=True)  # beside the colour bar there is less room
 
 
 def seed_band(seeds: Sequence[Any], column: str) -> tuple[Envelope, np.ndarray]:

@@ -319,7 +319,10 @@ def _layers(go: Any, label: str, columns: Mapping[str, np.ndarray]) -> Any:
     steps = columns[STEP][there]
     rows = [envelope(steps, columns[name][there], 500) for name in names]
     table = np.stack([row.middle for row in rows])
-    chart = _chart(go, f"Gradient norm of each layer: {label}", "step", "")
+    lacking = {"no gradient": table == 0, "not finite": ~np.isfinite(table)}
+    kinds = " or ".join(what for what, some in lacking.items() if some.any())
+    empty = f" (empty cells: {kinds})" if kinds else ""
+    chart = _chart(go, f"Gradient norm of each layer: {label}{empty}", "step", "")
     chart.add_heatmap(
         x=rows[0].steps,
         y=[for_page(name.removeprefix(start)) for name in names],

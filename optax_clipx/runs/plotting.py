@@ -229,6 +229,9 @@ def heatmap(
 ) -> Any:
     """Draws the norm of each layer over the steps: a colour shows the size of the norm.
 
+    Hatched cells have the norm 0: the layer has no gradient. Empty cells have a norm
+    that is not finite, or no norm was recorded.
+
     Args:
         run: as for :func:`norms`. It needs columns such as
             ``"track_norms/layers/0/kernel"``, which :func:`optax_clipx.track_norms`
@@ -273,7 +276,7 @@ def heatmap(
         )
     steps = columns[STEP][rows]
     size = (8.0, min(10.0, 1.4 + 0.27 * len(names)))
-    with canvas(theme, ax, size) as (figure, ax, _):
+    with canvas(theme, ax, size) as (figure, ax, colours):
         lines = [envelope(steps, columns[name][rows], 400) for name in names]
         table = np.stack([line.middle for line in lines])
         positive = table[np.isfinite(table) & (table > 0)]
@@ -289,12 +292,13 @@ def heatmap(
         every = max(1, -(-len(names) // 32))
         ax.set_yticks(range(0, len(names), every), shown[::every], fontsize=9)
         ax.grid(False)
-        what, label = "Gradient norm", "norm"
+        what, label, zero = "Gradient norm", "norm", "no gradient"
         if "ratio" in start:
-            what, label = "Update-to-parameter ratio", "ratio"
+            what, label, zero = "Update-to-parameter ratio", "ratio", "no update"
         elif "rms_t" in start:
             what, label = "Gradient to second moment (RMS)", "RMS"
         ax.set(title=f"{what} of each layer", xlabel="step")
+        marks.empty_cells(ax, image, table, zero, colours)
         figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05, label=label)
     return figure
 

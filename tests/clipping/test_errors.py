@@ -464,7 +464,7 @@ def test_pictures_of_runs_with_little_in_them(tmp_path):
     moving = {"step": np.arange(9), "norm": np.linspace(1, 9, 9)}
     figure = clipx.plotting.histogram(moving | {"threshold": np.linspace(1, 2, 9)})
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert "threshold in 90% of the steps" in labels
+    assert "the threshold lay here in 90% of steps" in labels
     failed = {"step": np.arange(9), "loss": np.full(9, np.nan)}
     assert clipx.plotting.compare({"failed": failed}) is not None
 

@@ -57,6 +57,9 @@ PICTURES = {
     "norms, infinite threshold": lambda: plotting.norms(infinite()),
     "clip_rate": lambda: plotting.clip_rate(run_with_everything()),
     "histogram": lambda: plotting.histogram(run_with_everything()),
+    "heatmap": lambda: plotting.heatmap(
+        {"track_norms/" + "long/" * n: [1.0, 2.0, 0.0, np.nan] for n in (1, 9)}
+    ),
     "compare": lambda: plotting.compare(seven_runs()),
     "sweep": lambda: plotting.sweep(swept()),
     "overview": lambda: plotting.overview(run_with_everything()),
