@@ -1,8 +1,10 @@
 """The command line: ``python -m optax_clipx plot|suggest|... RUN...``."""
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import sys
 import textwrap
 import warnings
@@ -20,7 +22,7 @@ from .runs.history import History
 from .runs.jsonl import ReadError
 from .runs.overwriting import FORCE, may_write
 from .runs.suggesting import Recorded, Suggestion, suggest_threshold
-from .runs.table import present
+from .runs.table import STEP, present
 
 _RUNS = """
 RUN is a file with the metrics of a run, or a folder with one such file. The file can
@@ -30,6 +32,7 @@ or a TensorBoard event file. To read event files, run: pip install tensorboard
 
 Exit code 2 means that the input was wrong. Files are overwritten only with --force.
 """
+_NORM = "gradient norm"  # as it is called in the picture of several runs
 _EXAMPLES = {
     "plot": """
 examples:
@@ -48,6 +51,7 @@ examples:
 examples:
   python -m optax_clipx compare without=a.jsonl with=b.jsonl -o loss.png
   python -m optax_clipx compare off=a1.jsonl off=a2.jsonl on=b1.jsonl on=b2.jsonl
+  python -m optax_clipx compare a.jsonl b.jsonl -o both.png  the losses and the norms
   python -m optax_clipx compare a.csv b.csv --column val_loss
 """,
     "watch": """
@@ -147,9 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     suggest.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = command("compare", _compare, "compare the loss of several runs")
+    compare = command(
+        "compare", _compare, "draw several runs in one picture, and compare their loss"
+    )
     compare.add_argument(
-        "--column", default="loss", help="the column to compare (default: loss)"
+        "--column",
+        metavar="NAME",
+        help="the column to draw and to compare (default: the loss, and the gradient"
+        " norm if all runs have it)",
     )
     _picture_options(compare)
 
@@ -255,23 +264,43 @@ def _compare(given: argparse.Namespace) -> None:
         label, equals, source = run.partition("=")
         if not equals or Path(run).exists():
             label, source = _labels([run])[0], run
-        history = History.load(source, step=given.step)
-        name = given.column
-        if name not in history.columns:
-            name = naming.pick(history.columns, given.column, None, source)
-        columns = {given.column: history[name], "step": history.steps}
-        groups.setdefault(label, []).append(columns)
-    figure = plotting.compare(groups, column=given.column, theme=given.theme)
+        columns = naming.with_whole_norm(History.load(source, step=given.step).columns)
+        groups.setdefault(label, []).append(_to_compare(columns, given.column, source))
+    column = given.column or "loss"
+    every = [set(columns) for seeds in groups.values() for columns in seeds]
+    shown = [column, *([_NORM] if all(_NORM in names for names in every) else [])]
+    figure = plotting.compare(groups, column=shown, theme=given.theme)
     for label, seeds in groups.items():
-        ends = [_end(columns[given.column]) for columns in seeds]
+        ends = [_end(columns[column]) for columns in seeds]
         middle, low, high = np.median(ends), np.min(ends), np.max(ends)
         seen = f"{low:.4g} to {high:.4g} in {len(ends)} runs"
         print(
-            f"{printable(label)}: {printable(given.column)} {middle:.4g}"
+            f"{printable(label)}: {printable(column)} {middle:.4g}"
             f" ({'1 run' if len(ends) == 1 else seen}), median of the last tenth of the"
             " steps"
         )
     _save(figure, path)
+
+
+def _to_compare(
+    columns: dict[str, np.ndarray], column: str | None, source: str
+) -> dict[str, np.ndarray]:
+    """The columns of a run that are drawn beside those of other runs."""
+    name = column or "loss"
+    found = columns[
+        name if name in columns else naming.pick(columns, name, None, source)
+    ]
+    kept = {name: found, STEP: columns[STEP]}
+    with contextlib.suppress(ReadError):  # without a norm, only the loss is drawn
+        norm = naming.pick(columns, "norm")
+        # What is called "value" may be the loss as well.
+        if column is None and not norm.endswith("value") and _any_finite(columns[norm]):
+            kept[_NORM] = columns[norm]
+    return kept
+
+
+def _any_finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(np.asarray(values, np.float64)).any())
 
 
 def _watch(given: argparse.Namespace) -> None:
@@ -344,8 +373,10 @@ def _outputs(given: argparse.Namespace) -> list[Path]:
         found = [given.output / path.name for path in beside]
     else:
         raise ValueError(
-            f"Expected -o to be a folder for {len(beside)} runs, got {given.output}."
-            " Make it, or leave -o out."
+            f"Expected -o to be a folder for {len(beside)} pictures, one for each run,"
+            f" got {given.output}. Make a folder of this name, or leave -o out. For one"
+            " picture of all runs, type: python -m optax_clipx compare"
+            f" {shlex.join(given.runs)} -o {shlex.quote(str(given.output))}"
         )
     if len(set(found)) < len(found):
         raise ValueError("Several runs would be drawn to one file. Draw them apart.")

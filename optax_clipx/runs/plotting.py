@@ -4,7 +4,7 @@ A run is a :class:`~optax_clipx.History`, the path of a recorded run, or a dict 
 columns. The colours can be told apart by colour-blind readers, on light and dark pages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -306,26 +306,29 @@ def heatmap(
 def compare(
     runs: Mapping[str, Any],
     *,
-    column: str = "loss",
+    column: str | Sequence[str] = "loss",
     theme: str = "light",
     ax: Any = None,
 ) -> Any:
-    """Draws one column of several runs, such as the loss with and without clipping.
+    """Draws a column of several runs, such as the loss with and without clipping.
 
     Args:
         runs: a dict from labels to runs. A run is as for :func:`norms`. For several
             seeds, pass a list of runs under one label: their median and range are
             drawn.
         column: the name of the column to draw. You can also pass only the last part of
-            the name, such as ``"loss"`` for ``"train/loss"``.
+            the name, such as ``"loss"`` for ``"train/loss"``. For several columns, pass
+            a list of names, such as ``["loss", "norm"]``. Each column has its own
+            panel.
         theme: as for :func:`norms`.
-        ax: as for :func:`norms`.
+        ax: as for :func:`norms`. It is used for one column only.
 
     Returns:
         The ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: if there are no runs, or a run has no such column.
+        ValueError: if there are no runs, a run has no such column, or you pass ``ax``
+            with several columns.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -341,6 +344,23 @@ def compare(
     """
     if not runs:
         raise ReadError("There are no runs to compare.")
+    columns = [column] if isinstance(column, str) else list(column)
+    if len(columns) == 1:
+        return _compare(runs, columns[0], theme, ax)
+    if ax is not None or not columns:
+        raise ReadError(
+            f"Expected one column to draw on ax, got {columns}. Leave ax= out, or draw"
+            " one column at a time."
+        )
+    with canvas(theme, size=(8.0, 3.6 * len(columns))) as (figure, first, _):
+        first.remove()
+        for name, panel in zip(columns, figure.subplots(len(columns)), strict=True):
+            _compare(runs, name, theme, panel)
+    return figure
+
+
+def _compare(runs: Mapping[str, Any], column: str, theme: str, ax: Any) -> Any:
+    """One column of several runs."""
     with canvas(theme, ax, (8.0, 4.0)) as (figure, ax, colours):
         everything = []
         for index, (label, given) in enumerate(runs.items()):

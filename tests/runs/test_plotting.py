@@ -346,7 +346,7 @@ def test_plot(run, capsys):
     assert call("plot", "run.jsonl", "--theme", "dark", "--force") == 0
     assert (run / "run.png").read_bytes() != before
     assert call("plot", "run.jsonl", "other.csv", "-o", "x.png") == 2
-    assert "folder for 2 runs" in capsys.readouterr().err
+    assert "folder for 2 pictures, one for each run" in capsys.readouterr().err
     (run / "out").mkdir()
     assert call("plot", "run.jsonl", "other.csv", "-o", "out") == 0
     assert sorted(os.listdir("out")) == ["other.png", "run.png"]
@@ -374,6 +374,65 @@ def test_compare(run, capsys):
     assert (run / "c.png").exists()
     assert call("compare", "run.jsonl", "--column", "accuracy") == 2
     assert "no column 'accuracy'" in capsys.readouterr().err
+
+
+def drawn_by_compare(monkeypatch, *arguments):
+    """The labels of the axes of what the command draws."""
+    seen = []
+    draw = command_line.plotting.compare
+
+    def compare(*given, **options):
+        seen.append(draw(*given, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(command_line.plotting, "compare", compare)
+    assert call("compare", *arguments, "-o", "both.png", "--force") == 0
+    (figure,) = seen
+    return [ax.get_ylabel() for ax in figure.axes]
+
+
+def saved(path, **columns):
+    history = clipx.History()
+    history.append(range(len(next(iter(columns.values())))), columns)
+    return history.save(path)
+
+
+def test_compare_draws_losses_and_norms_of_several_runs(run, monkeypatch):
+    both = ["loss", "gradient norm"]
+    assert drawn_by_compare(monkeypatch, "run.jsonl", "other.csv") == both
+    assert drawn_by_compare(monkeypatch, "run.jsonl", "--column", "loss") == ["loss"]
+    column = ["clip/norm"]
+    assert drawn_by_compare(monkeypatch, "run.jsonl", "--column", *column) == column
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"norm": np.full(9, np.nan)}, {"value": np.ones(9)}]
+)
+def test_compare_draws_losses_alone_if_a_run_has_no_norm(run, monkeypatch, columns):
+    saved("no_norm.jsonl", loss=np.linspace(2, 1, 9), **columns)
+    assert drawn_by_compare(monkeypatch, "run.jsonl", "no_norm.jsonl") == ["loss"]
+
+
+def test_one_file_for_several_runs_names_the_command_that_draws_it(run, capsys):
+    assert call("plot", "run.jsonl", "other.csv", "-o", "both.png") == 2
+    said = capsys.readouterr().err
+    line = "optax_clipx compare run.jsonl other.csv -o both.png"
+    assert f"For one picture of all runs, type: python -m {line}" in said
+    assert call(*line.split()[1:]) == 0
+    assert (run / "both.png").exists()
+
+
+def test_columns_to_compare_have_a_panel_each():
+    runs = {name: {"train/loss": [2.0, 1.0], "norm": [3.0, 4.0]} for name in "ab"}
+    figure = plotting.compare(runs, column=["loss", "norm"])
+    assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "norm"]
+    for ax, values in zip(figure.axes, ([2.0, 1.0], [3.0, 4.0]), strict=True):
+        lines = ax.get_lines()
+        assert [line.get_label() for line in lines] == ["a", "b"]
+        assert all(line.get_ydata().tolist() == values for line in lines)
+    (ax,) = plotting.compare(runs, column=["norm"]).axes
+    with pytest.raises(ValueError, match="one column to draw on ax"):
+        plotting.compare(runs, column=["loss", "norm"], ax=ax)
 
 
 def test_watch(run, capsys):
