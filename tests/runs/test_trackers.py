@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import optax_clipx as clipx
+
 PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 BEFORE = """
 import json
@@ -77,6 +79,15 @@ found = {n: [int(row["step"]), float(x)] for n, x in row.items() if n != "step"}
 }
 
 
+HISTORY = """
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator("runs/tensorboard_history")
+events.Reload()
+print({tag: [(x.step, x.value) for x in events.Scalars(tag)]
+       for tag in sorted(events.Tags()["scalars"])})
+"""
+
+
 def recipe(name):
     (code,) = re.findall(rf"```python {name}\n(.*?)```", PAGE.read_text(), re.DOTALL)
     lines = [line for line in code.splitlines() if line and "import" not in line]
@@ -121,3 +132,18 @@ def test_a_recipe_writes_what_is_read_back(name, store, tmp_path):
     assert found["clip/norm"] == [7, 5.0]
     assert found["clip/num_clipped"] == [7, 1]
     assert len(found) == 10
+
+
+def test_a_whole_history_is_read_back_without_what_is_missing(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboardX")
+    monkeypatch.chdir(tmp_path)
+    history = clipx.History()
+    for step, loss in ((3, 0.5), (5, 0.25)):
+        history.append(step, loss=loss)
+    history.append(5, val_loss=2.0)
+    exec(recipe("history") + HISTORY, {"history": history})
+    found = eval(capsys.readouterr().out)
+    assert found == {"loss": [(3, 0.5), (5, 0.25)], "val_loss": [(5, 2.0)]}
