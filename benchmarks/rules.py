@@ -1,9 +1,9 @@
 """When do the newer rules help, and when do they not? Small trials, three seeds each.
 
-Every trial trains a small network on scikit-learn's digits in two situations: one that
-its method is made for, and one that it is not made for. Each cell (a trial, a
+Every trial trains a small network on scikit-learn's digits in situations that its
+method is made for, and in others that it is not made for. Each cell (a trial, a
 situation, a method) is written as soon as it is known, so that an interrupted run goes
-on where it stopped. All take about two minutes on one core.
+on where it stopped. All take about ten minutes on one core.
 
     python benchmarks/rules.py --output docs/results --images docs/images
 """
@@ -44,8 +44,10 @@ class Situation(NamedTuple):
     normalized: bool = False
     faults: Callable[[Any, Tree], Tree] = lambda key, grads: grads
     noise: float = 0.0  # the fraction of labels that are wrong
+    bad: float = 0.0  # the fraction of batches of which all labels are drawn anew
     hidden: float = 0.0  # the fraction of pixels that are not seen: sparse gradients
     threshold: float = 1.0  # a little above the norms at the peak of the learning rate
+    before: int = 0  # the batch size that the threshold was chosen for
 
 
 class Trial(NamedTuple):
@@ -55,6 +57,8 @@ class Trial(NamedTuple):
     situations: tuple[Situation, ...]
     methods: dict[str, Callable[[Situation], optax.GradientTransformation]]
     shows: str = "loss"  # what the picture shows: "loss" or "norm"
+    norm_of: str = ""  # the method in whose run the norms are shown
+    train: Callable[..., list[dict[str, Any]]] | None = None  # if not the usual way
 
 
 @functools.cache
@@ -87,10 +91,23 @@ def logits(params: Tree, x: Any, normalized: bool) -> Any:
     return x * 3 if normalized else x
 
 
+def batch_of(situation: Situation, key: Any) -> tuple[Any, Any, Any]:
+    """A key for faults of the gradient, and the images and labels of a step."""
+    x, y, _, _ = map(jnp.asarray, digits())
+    draw, fault, wrong = jax.random.split(key, 3)
+    chosen = jax.random.randint(draw, (situation.batch,), 0, len(x))
+    other = jax.random.randint(wrong, (situation.batch,), 0, 10)
+    is_wrong = jax.random.uniform(fault, (situation.batch,)) < situation.noise
+    is_wrong |= jax.random.uniform(jax.random.fold_in(key, 7)) < situation.bad
+    seen_pixels = jax.random.uniform(wrong, (1, 64)) >= situation.hidden
+    images = jnp.where(seen_pixels, x[chosen], 0)
+    return fault, images, jnp.where(is_wrong, other, y[chosen])
+
+
 def train(situation: Situation, make: Callable[[Any], Any]) -> list[dict[str, Any]]:
     """What happened in the run of each seed; all seeds train side by side."""
     tx = make(situation)
-    x, y, x_test, y_test = map(jnp.asarray, digits())
+    _, _, x_test, y_test = map(jnp.asarray, digits())
 
     def loss_of(params: Tree, x: Any, y: Any) -> Any:
         found = logits(params, x, situation.normalized)
@@ -98,13 +115,7 @@ def train(situation: Situation, make: Callable[[Any], Any]) -> list[dict[str, An
 
     def step(order: Any, carry: Any, number: Any) -> Any:
         params, state = carry
-        draw, fault, wrong = jax.random.split(jax.random.fold_in(order, number), 3)
-        chosen = jax.random.randint(draw, (situation.batch,), 0, len(x))
-        other = jax.random.randint(wrong, (situation.batch,), 0, 10)
-        is_wrong = jax.random.uniform(fault, (situation.batch,)) < situation.noise
-        labels = jnp.where(is_wrong, other, y[chosen])
-        seen_pixels = jax.random.uniform(wrong, (1, 64)) >= situation.hidden
-        images = jnp.where(seen_pixels, x[chosen], 0)
+        fault, images, labels = batch_of(situation, jax.random.fold_in(order, number))
         grads = jax.grad(loss_of)(params, images, labels)
         grads = situation.faults(fault, grads)
         updates, state = tx.update(grads, state, params)
@@ -188,17 +199,22 @@ def rank_one(key: Any, grads: Tree) -> Tree:
     return treedef.unflatten([spiked(i, g) for i, g in enumerate(leaves)])
 
 
-def entries(key: Any, grads: Tree) -> Tree:
-    """One entry of a thousand is 300 times the root mean square of its leaf."""
+def spikes(rate: float, signed: bool, key: Any, grads: Tree) -> Tree:
+    """Some entries are 300 times the root mean square of their leaf."""
 
     def spiked(number: int, g: Any) -> Any:
         one, other = jax.random.split(jax.random.fold_in(key, number))
-        here = jax.random.uniform(one, g.shape) < 1e-3
+        here = jax.random.uniform(one, g.shape) < rate
         size = 300 * jnp.sqrt(jnp.mean(jnp.square(g)))
-        return jnp.where(here, size * jnp.sign(jax.random.normal(other, g.shape)), g)
+        sign = jnp.sign(jax.random.normal(other, g.shape)) if signed else 1.0
+        return jnp.where(here, size * sign, g)
 
     leaves, treedef = jax.tree.flatten(grads)
     return treedef.unflatten([spiked(i, g) for i, g in enumerate(leaves)])
+
+
+entries = functools.partial(spikes, 1e-3, True)  # one of a thousand
+upward = functools.partial(spikes, 0.02, False)  # one of fifty, all positive
 
 
 COSINE = optax.warmup_cosine_decay_schedule(0.0, 1.0, 40, STEPS, 0.01)
@@ -221,6 +237,70 @@ def before_adam(clipper: Any, **options: Any) -> optax.GradientTransformation:
     """Adam at a rate that decays."""
     schedule = optax.cosine_decay_schedule(3e-3, STEPS)
     return optax.chain(clipper, optax.adam(schedule, **options))
+
+
+@functools.cache
+def recorded(situation: Situation) -> tuple[float, float]:
+    """A threshold and the noise scale, from a run of one seed without clipping.
+
+    The threshold clips a tenth of the steps. The noise scale is that of the whole run.
+    """
+
+    def loss_of(params: Tree, x: Any, y: Any) -> Any:
+        found = logits(params, x, situation.normalized)
+        return optax.softmax_cross_entropy_with_integer_labels(found, y)
+
+    grad_fn = clipx.per_example.clipped_grad(
+        loss_of, jnp.inf, batch_argnums=(1, 2), reduction="mean", noise_scale=True
+    )
+    tx = before_sgd(optax.identity())
+
+    def step(carry: Any, number: Any) -> Any:
+        params, state = carry
+        _, x, y = batch_of(situation, jax.random.fold_in(jax.random.key(99), number))
+        grads, found = grad_fn(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        read = clipx.per_example.metrics(found)
+        seen = (
+            optax.tree.norm(grads),
+            read["examples/noise"],
+            read["examples/signal"],
+        )
+        return (optax.apply_updates(params, updates), state), seen
+
+    params = init(jax.random.key(99))
+    run = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(STEPS))[1])
+    norms, noise, signal = run((params, tx.init(params)))
+    return float(jnp.quantile(norms, 0.9)), float(noise.mean() / signal.mean())
+
+
+def rescaled(situation: Situation, **options: Any) -> optax.GradientTransformation:
+    """The threshold of a smaller batch, rescaled for this one."""
+    threshold, noise_scale = recorded(situation._replace(batch=situation.before))
+    if options.pop("measured", False):
+        options["noise_scale"] = noise_scale
+    rule = clipx.thresholds.rescaled_for_batch(
+        threshold, situation.before, situation.batch, **options
+    )
+    return before_sgd(clipx.clip_by_global_norm(rule))
+
+
+def tukey(stats: str) -> optax.GradientTransformation:
+    """Entries above 4.685 times their usual size become zero."""
+    return clipx.clip_by_second_moment(
+        4.685**2,
+        debias=True,
+        warmup_steps=1,
+        stats=stats,
+        response=clipx.responses.biweight,
+    )
+
+
+def above_median(factor: float, response: Any) -> Callable[..., Any]:
+    """SGD, before which norms far above their median are clipped."""
+    median = clipx.thresholds.quantile(0.5, window=100)
+    rule = clipx.thresholds.scaled(median, factor)
+    return lambda s: before_sgd(clipx.clip_by(TREE, rule, response))
 
 
 def adopt() -> optax.GradientTransformation:
@@ -262,6 +342,38 @@ TRIALS = {
             "auto_clip": lambda s: decayed(clipx.auto_clip(), s),
         },
         shows="norm",
+        norm_of="follow_schedule",
+    ),
+    "batch_size": Trial(
+        "A threshold for another batch size",
+        (
+            Situation(
+                "from 8 to 64 examples in a batch",
+                faults=bad_batches,
+                noise=0.2,
+                before=8,
+            ),
+            Situation(
+                "from 64 to 512 examples in a batch",
+                batch=512,
+                faults=bad_batches,
+                noise=0.2,
+                before=64,
+            ),
+        ),
+        {
+            "no clipping": lambda s: before_sgd(clipx.clip_by_global_norm(jnp.inf)),
+            "old threshold": lambda s: before_sgd(
+                clipx.clip_by_global_norm(recorded(s._replace(batch=s.before))[0])
+            ),
+            "rescaled": rescaled,
+            "rescaled, noise_scale": lambda s: rescaled(s, measured=True),
+            "recorded again": lambda s: before_sgd(
+                clipx.clip_by_global_norm(recorded(s)[0])
+            ),
+        },
+        shows="norm",
+        norm_of="recorded again",
     ),
     "cautious": Trial(
         "Cautious Adam",
@@ -294,6 +406,19 @@ TRIALS = {
             ),
         },
     ),
+    "biweight_norm": Trial(
+        "Norms that are outliers set to zero, or to their threshold",
+        (
+            Situation("one batch of ten has random labels", batch=16, bad=0.1),
+            Situation("all labels are right, batches of 8", batch=8),
+        ),
+        {
+            "no clipping": lambda s: before_sgd(clipx.clip_by_global_norm(jnp.inf)),
+            "rescale, 3": above_median(3.0, clipx.responses.rescale),
+            "drop, 3": above_median(3.0, clipx.responses.drop),
+            "biweight, 4.685": above_median(4.685, clipx.responses.biweight),
+        },
+    ),
     "second_moment": Trial(
         "Entries against their second moment",
         (
@@ -318,24 +443,41 @@ TRIALS = {
             ),
         },
     ),
+    "biweight": Trial(
+        "Outliers set to zero, or to their threshold",
+        (
+            Situation("one entry of a thousand spikes", faults=entries),
+            Situation("no spikes, batches of 8", batch=8),
+            Situation("one entry of fifty spikes upwards", faults=upward),
+        ),
+        {
+            "adam": lambda s: before_adam(clipx.clip_by_global_norm(jnp.inf)),
+            "rescale, 3": lambda s: before_adam(
+                clipx.clip_by_second_moment(9.0, debias=True, warmup_steps=1)
+            ),
+            "biweight, 4.685": lambda s: before_adam(tukey("raw")),
+            "biweight, stats=clipped": lambda s: before_adam(tukey("clipped")),
+        },
+    ),
 }
 
 
-def fill(known: Path, names: list[str]) -> dict[str, Any]:
+def fill(known: Path, trials: dict[str, Trial]) -> dict[str, Any]:
     """The cells that are known, and those that are missing, one after the other."""
     cells: dict[str, Any] = {}
     if known.exists():
         lines = known.read_text().splitlines()
         cells = {cell["key"]: cell for cell in map(json.loads, lines)}
     wanted = [
-        (f"{name} | {situation.title} | {method}", situation, make)
-        for name in names
-        for situation in TRIALS[name].situations
-        for method, make in TRIALS[name].methods.items()
+        (f"{name} | {situation.title} | {method}", trial, situation, make)
+        for name, trial in trials.items()
+        for situation in trial.situations
+        for method, make in trial.methods.items()
     ]
-    for key, situation, make in tqdm(wanted, unit="cell"):
+    for key, trial, situation, make in tqdm(wanted, unit="cell"):
         if key not in cells:
-            cells[key] = {"key": key, "runs": train(situation, make)}
+            runs = (trial.train or train)(situation, make)
+            cells[key] = {"key": key, "runs": runs}
             with known.open("a") as file:
                 file.write(json.dumps(cells[key]) + "\n")
     return cells
@@ -346,15 +488,15 @@ def of_seeds(cells: dict[str, Any], *key: str) -> list[dict[str, Any]]:
     return cells[" | ".join(key)]["runs"]
 
 
-def table(name: str, cells: dict[str, Any]) -> str:
+def table(name: str, trial: Trial, cells: dict[str, Any]) -> str:
     """Mean and standard deviation over the seeds.
 
     The clip rate is the fraction of steps in which anything was clipped.
     """
     found = {
         (situation.title, method): of_seeds(cells, name, situation.title, method)
-        for situation in TRIALS[name].situations
-        for method in TRIALS[name].methods
+        for situation in trial.situations
+        for method in trial.methods
     }
     clips = any(
         run["first"] + run["last"] > 0 for runs in found.values() for run in runs
@@ -378,20 +520,21 @@ def table(name: str, cells: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(name: str, cells: dict[str, Any], theme: str) -> Any:
+def draw(name: str, trial: Trial, cells: dict[str, Any], theme: str) -> Any:
     """Both situations side by side: the middle seed, and from the least to the most."""
-    trial, colours = TRIALS[name], theme_of(theme)
+    colours = theme_of(theme)
     figure, axes = plt.subplots(
         1, len(trial.situations), figsize=(8, 3.2), layout="constrained"
     )
     for ax, situation in zip(axes, trial.situations, strict=True):
         for number, method in enumerate(trial.methods):
             runs = of_seeds(cells, name, situation.title, method)
-            if trial.shows == "norm" and method == "no clipping":
+            thresholds = runs[0]["series"]["threshold"]
+            if trial.shows == "norm" and not np.isfinite(thresholds).any():
                 continue
             colour = colours.lines[number % len(colours.lines)]
             dashed = number >= 3  # of the later colours some are much alike
-            line(ax, trial.shows, runs, method, colour, colours, dashed)
+            line(ax, trial, runs, method, colour, colours, dashed)
         title = textwrap.fill(situation.title, 72 // len(trial.situations))
         ax.set_title(title, fontsize=9.5, fontweight="normal")
         ax.set(yscale="log", xlabel="step")
@@ -407,7 +550,7 @@ def draw(name: str, cells: dict[str, Any], theme: str) -> Any:
 
 def line(
     ax: Any,
-    shows: str,
+    trial: Trial,
     runs: list[Any],
     method: str,
     colour: str,
@@ -416,14 +559,12 @@ def line(
 ) -> None:
     """One method in one panel."""
     style: dict[str, Any] = {"color": colour, "ls": "--" if dashed else "-"}
-    if shows == "norm":
+    if trial.shows == "norm":
         norms = np.array(runs[0]["series"]["norm"])
         steps = np.arange(len(norms)) * (EVERY // 5)
-        if method == "follow_schedule":
-            grey = colours.lines[4]
-            ax.plot(
-                steps, norms, color=grey, lw=0.8, label="norm, with follow_schedule"
-            )
+        if method == trial.norm_of:
+            label = f"norm, with {method}"
+            ax.plot(steps, norms, color=colours.lines[4], lw=0.8, label=label)
         threshold = np.array(runs[0]["series"]["threshold"])
         ax.plot(steps, threshold, lw=1.6, label=method, **style)
         return
@@ -434,28 +575,30 @@ def line(
     ax.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
 
 
-def main() -> None:
+def main(trials: dict[str, Trial], description: str | None) -> None:
     """Runs what is missing, writes the tables and draws."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
+    parser.add_argument("--only", nargs="+", choices=trials, default=list(trials))
     parser.add_argument("--known", type=Path, default=Path("rules.jsonl"))
     parser.add_argument("--output", type=Path, help="where to write the tables")
     parser.add_argument("--images", type=Path, help="where to write the pictures")
     options = parser.parse_args()
-    cells = fill(options.known, options.only)
-    for name in options.only:
-        print(f"{TRIALS[name].title}\n\n{table(name, cells)}")
+    chosen = {name: trials[name] for name in options.only}
+    cells = fill(options.known, chosen)
+    for name, trial in chosen.items():
+        text = table(name, trial, cells)
+        print(f"{trial.title}\n\n{text}")
         if options.output:
             path = options.output / f"rules_{name}.md"
-            path.write_text(table(name, cells))
+            path.write_text(text)
         for theme in ("light", "dark") if options.images else ():
             with plt.rc_context(rc(theme)):
-                figure = draw(name, cells, theme)
+                figure = draw(name, trial, cells, theme)
                 figure.savefig(options.images / f"rules_{name}_{theme}.png", dpi=150)
                 plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    main(TRIALS, __doc__)
