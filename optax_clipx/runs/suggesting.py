@@ -1,5 +1,6 @@
 """`suggest_threshold`: a threshold from the norms of a run."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,7 +127,8 @@ def suggest_threshold(
         "max_norm_from": "" if usual is None else told(usual, from_where),
     }
     if len(kept) < len(used):
-        said["first"] = _first(signals.schedule, int(steps[len(kept)]))
+        near = (int(steps[len(kept)]), found.rises)
+        said["first"] = _first(signals.schedule, [x for x in near if x is not None])
         if len(kept) < FEWEST:
             return explained(_none(said), len(kept))
     skipped = _warmup(kept)
@@ -192,19 +194,20 @@ def _none(said: dict[str, Any]) -> Suggestion:
     )
 
 
-def _first(rate: Line | None, near: int) -> str:
-    """What to change about the learning rate of a run that exploded at some step."""
+def _first(rate: Line | None, near: Sequence[int]) -> str:
+    """What to change about the learning rate of a run that failed near some steps."""
     unknown = "use a lower learning rate, for example a third of the present one"
     if rate is None:
         return unknown
-    jumped = jump(rate.steps, rate.values, near)
+    found = (jump(rate.steps, rate.values, step) for step in near)
+    jumped = next((x for x in found if x is not None), None)
     if jumped is not None:
         return (
             f"go back to a learning rate of {jumped.before:.4g}: at step"
             f" {jumped.step:,} the learning rate rose to {jumped.after:.4g}, and then"
-            " training exploded"
+            " training failed"
         )
-    high = float(rate.values[rate.steps <= near].max(initial=0.0))
+    high = float(rate.values[rate.steps <= near[0]].max(initial=0.0))
     if not (np.isfinite(high) and high > 0):
         return unknown
     return (

@@ -44,9 +44,10 @@ class Suggestion(NamedTuple):
         of_all: the fraction of steps whose norm was above ``value``, with the warm-up.
         late_rate: the fraction of the last third of these steps whose norm was above
             ``value``.
-        diverged: the step at which the run diverged, if its loss shows that it did.
-            The steps from there on are left out. Otherwise it is ``None``.
-        seen: what shows that the run diverged.
+        diverged: the first step of the divergence, if the loss shows that the run
+            diverged. If the norms grew before, it is the first step of this growth. The
+            steps from there on are left out. Otherwise it is ``None``.
+        seen: a sentence that says where the run diverged, and what shows this.
         doubt: a sign of a divergence in a run whose loss was not recorded.
         max_norm: an upper bound for the threshold of an adaptive method, as in
             ``zclip(max_norm=...)``: 3 times the median norm of the steps before
@@ -110,11 +111,8 @@ class Suggestion(NamedTuple):
         """What to do about a run that exploded or diverged."""
         lines = [f"first {self.first}"]
         if self.diverged is not None:
-            lines.insert(
-                0,
-                f"this run diverged at step {self.diverged:,}: {self.seen}. A threshold"
-                " alone does not prevent this",
-            )
+            alone = "A threshold alone does not prevent this"
+            lines.insert(0, f"{self.seen}. {alone}")
         if np.isnan(self.value):
             return [*lines, "then record the norms again with optax_clipx.auto_clip()"]
         return [*lines, f"then {clipper} as a second protection"]

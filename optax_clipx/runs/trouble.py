@@ -22,14 +22,16 @@ class Trouble(NamedTuple):
     Attributes:
         begins: the first step of growing norms or of a divergence, from which on norms
             are not usual; ``None`` if there is none.
+        rises: the first step whose loss is high or not finite; ``None`` if none is.
         diverged: the step from which on the run diverged; ``None`` if the loss does not
             show that it did.
-        said: what shows that it did.
+        said: a sentence with what shows that it did.
         doubt: a sign of a divergence in a run without a loss. It is empty if there is
             none.
     """
 
     begins: int | None = None
+    rises: int | None = None
     diverged: int | None = None
     said: str = ""
     doubt: str = ""
@@ -60,8 +62,10 @@ def trouble(run: Signals) -> Trouble:
             return Trouble(begins)
         at, said = ends, "the loss is not finite"
     if begins is None or begins >= at:
-        return Trouble(at, at, said)
-    return Trouble(begins, begins, f"the norms grow, and from step {at:,} on {said}")
+        return Trouble(at, at, at, f"this run diverged at step {at:,}: {said}")
+    grow = f"the norms grow from step {begins:,} on"
+    said = f"this run diverged: {grow}, and from step {at:,} on {said}"
+    return Trouble(begins, at, begins, said)
 
 
 def _doubt(run: Signals) -> str:

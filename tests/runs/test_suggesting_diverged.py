@@ -118,6 +118,17 @@ def test_the_learning_rate_to_go_back_to_is_named(tmp_path):
     assert found.first.startswith("go back to a learning rate of 0.05: at step 508 ")
 
 
+def test_a_jump_is_named_that_comes_between_the_growth_and_the_loss(tmp_path):
+    run = diverging(0.3)
+    run["clip/norm"][400:START] *= np.geomspace(1, 30, START - 400)
+    rates = np.r_[np.full(START - 2, 0.05), np.full(392, 1.0)]
+    path = saved(run, tmp_path, learning_rate=rates)
+    first = clipx.suggest_threshold(path).first
+    assert first.startswith("go back to a learning rate of 0.05: at step 508 ")
+    advice = [x.advice for x in clipx.diagnose(path).findings]
+    assert any("learning_rate = 0.05" in line for line in advice)
+
+
 def test_norms_that_grow_before_the_loss_rises_are_left_out(tmp_path):
     run = diverging(0.3)
     run["clip/norm"][400:START] *= np.geomspace(1, 30, START - 400)
@@ -125,7 +136,10 @@ def test_norms_that_grow_before_the_loss_rises_are_left_out(tmp_path):
     growth = next(x for x in clipx.diagnose(path).findings if "growing" in x.code)
     found = clipx.suggest_threshold(path)
     assert found.diverged == growth.steps[0] < START
-    assert "the norms grow, and from step 5" in str(found).splitlines()[0]
+    assert str(found).startswith(
+        f"this run diverged: the norms grow from step {growth.steps[0]} on, and from"
+        " step 51"
+    )
 
 
 def test_a_loss_that_is_nan_ends_the_run_as_well(tmp_path):

@@ -133,7 +133,7 @@ def test_the_rate_before_a_jump_is_named(tmp_path, capsys):
     run = with_rates(rates, tmp_path)
     said = (
         "go back to a learning rate of 0.02: at step 650 the learning rate rose to"
-        " 0.24, and then training exploded"
+        " 0.24, and then training failed"
     )
     assert clipx.suggest_threshold(run).first == said
     assert command_line.main(["suggest", str(run)]) == 0
