@@ -25,4 +25,4 @@ def upper_bound(usual: float) -> float:
 
 def told(usual: float, of_what: str) -> str:
     """Where an upper bound comes from."""
-    return f"{upper_bound(usual):g} is 3 times {of_what}, {usual:.2g}"
+    return f"{upper_bound(usual):g} is 3 times {of_what}, {usual:.3g}"

@@ -351,5 +351,5 @@ def test_a_limit_of_the_updates_is_not_in_place_of_the_clipper():
     limit = float(f"{3 * usual:.2g}")
     assert advice.startswith(
         f"optax.chain(optimizer, clipx.clip_by_global_norm({limit:g}))  # {limit:g} is"
-        f" 3 times the median norm of the updates before step {step}, {usual:.2g}  ("
+        f" 3 times the median norm of the updates before step {step}, {usual:.3g}  ("
     )

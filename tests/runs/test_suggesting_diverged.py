@@ -1,6 +1,8 @@
 """What is suggested from a run whose loss diverged: the steps before that count."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import planted
@@ -102,7 +104,7 @@ def test_the_upper_limit_is_the_one_that_diagnose_prints(name, tmp_path):
     assert found.max_norm_from in advice
     assert found.max_norm_from == (
         f"{found.max_norm:g} is 3 times the usual norm before step {found.diverged},"
-        f" {usual:.2g}"
+        f" {usual:.3g}"
     )
     assert str(found).endswith(
         "if you prefer an adaptive method, use optax_clipx.zclip(max_norm=1.5) instead:"
@@ -209,3 +211,12 @@ def test_of_a_healthy_run_all_steps_are_used(name, seed):
     assert found == alone
     assert (found.diverged, found.exploded, found.doubt) == (None, False, "")
     assert "diverged" not in str(found)
+
+
+def test_the_page_shows_what_is_printed(monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "choosing.md").read_text()
+    (shown,) = re.findall(r"suggest docs/runs/rate.csv\n(.*?)```", page, re.S)
+    assert command_line.main(["suggest", "docs/runs/rate.csv"]) == 0
+    assert capsys.readouterr().out == shown
