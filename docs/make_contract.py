@@ -33,23 +33,37 @@ def run_columns(known: dict[str, dict[str, str]]) -> None:
         missing = [row for row in EVERY if row not in before]
         if not missing:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            tests = ROOT / "tests" / "project" / "test_contract_matrix.py"
-            cells = [f"{tests}::test_cell[{row}|{column}]" for row in missing]
-            pytest = [sys.executable, "-m", "pytest", "-q", "-m", ""]
-            # The only family of reports that keeps what a test records.
-            command = [*pytest, "-o", "junit_family=xunit1", *cells]
-            subprocess.run(
-                [*command, f"--junitxml={report}"],
-                cwd=ROOT,
-                env={**os.environ, "OPTAX_CLIPX_WHOLE": "1"},
-                check=False,
-            )
-            cases = ElementTree.parse(report).getroot().iter("testcase")
-            found = before | {row_of(case): outcome(case) for case in cases}
+        found = before | {row: x for (row, _), x in run(missing, [column]).items()}
         known[column] = {row: found[row] for row in EVERY if row in found}
         KNOWN.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def run_rows(known: dict[str, dict[str, str]], rows: list[str]) -> None:
+    """Runs all cells of some rows again, and writes the tables after each row."""
+    columns = [x for part in PARTS.values() for x in part]
+    for row in rows:
+        for (_, column), cell in run([row], columns).items():
+            known.setdefault(column, {})[row] = cell
+        write(known)
+
+
+def run(rows: list[str], columns: list[str]) -> dict[tuple[str, str], str]:
+    """What stands in some cells, by row and column; pytest runs once."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        tests = ROOT / "tests" / "project" / "test_contract_matrix.py"
+        cells = [f"{tests}::test_cell[{x}|{y}]" for x in rows for y in columns]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-m", ""]
+        # The only family of reports that keeps what a test records.
+        command = [*pytest, "-o", "junit_family=xunit1", *cells]
+        subprocess.run(
+            [*command, f"--junitxml={report}"],
+            cwd=ROOT,
+            env={**os.environ, "OPTAX_CLIPX_WHOLE": "1"},
+            check=False,
+        )
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        return {place_of(case): outcome(case) for case in cases}
 
 
 def of_table() -> dict[str, dict[str, str]]:
@@ -66,9 +80,10 @@ def of_table() -> dict[str, dict[str, str]]:
     return known
 
 
-def row_of(case: ElementTree.Element) -> str:
-    """The transformation, from the name of the test."""
-    return case.attrib["name"].split("[", 1)[1].split("|")[0]
+def place_of(case: ElementTree.Element) -> tuple[str, str]:
+    """The transformation and the context, from the name of the test."""
+    row, column = case.attrib["name"].removesuffix("]").split("[", 1)[1].split("|")
+    return row, column
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -90,23 +105,8 @@ def table(columns: list[str], known: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Runs, writes, and fails if a cell does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="keep known cells")
-    parser.add_argument(
-        "--rows", nargs="+", choices=EVERY, help="run these, and keep the others' cells"
-    )
-    options = parser.parse_args()
-    known = {}
-    if options.resume and KNOWN.exists():
-        known = json.loads(KNOWN.read_text())
-    elif options.rows:
-        known = of_table()
-        for cells in known.values():
-            for row in options.rows:
-                cells.pop(row, None)
-    run_columns(known)
+def write(known: dict[str, dict[str, str]]) -> bool:
+    """Writes the tables, and says whether every cell holds."""
     parts = [f"## {name}\n\n{table(list(p), known)}" for name, p in PARTS.items()]
     number = len(EVERY) * sum(map(len, PARTS.values()))
     held = sum(cell == "✓" for column in known.values() for cell in column.values())
@@ -121,8 +121,26 @@ def main() -> None:
         ]
     )
     TABLE.write_text(text + "\n")
-    print(f"{held} of {number} cells hold. Wrote {TABLE}")
-    raise SystemExit(held != number)
+    print(f"{held} of {number} cells hold. Wrote {TABLE}", flush=True)
+    return held == number
+
+
+def main() -> None:
+    """Runs, writes, and fails if a cell does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resume", action="store_true", help="keep known cells")
+    parser.add_argument(
+        "--rows", nargs="+", choices=EVERY, help="run these, and keep the others' cells"
+    )
+    options = parser.parse_args()
+    if options.rows:
+        known = of_table()
+        run_rows(known, options.rows)
+    else:
+        resume = options.resume and KNOWN.exists()
+        known = json.loads(KNOWN.read_text()) if resume else {}
+        run_columns(known)
+    raise SystemExit(not write(known))
 
 
 if __name__ == "__main__":
