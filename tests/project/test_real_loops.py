@@ -723,11 +723,16 @@ def dreamerv3(lib):
     return losses
 
 
+@functools.cache
+def our_losses(name):
+    return LOOPS[name](OURS)
+
+
 @pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_the_losses_are_those_of_optax(name):
-    theirs, ours = LOOPS[name](optax), LOOPS[name](OURS)
+    theirs, ours = LOOPS[name](optax), our_losses(name)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -736,5 +741,5 @@ def test_the_losses_are_those_of_optax(name):
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_clipping_changes_the_losses(name):
     """Else the comparison with optax would show nothing."""
-    clipped, free = LOOPS[name](OURS), LOOPS[name](NONE)
+    clipped, free = our_losses(name), LOOPS[name](NONE)
     assert not np.allclose(clipped, free, rtol=1e-2, atol=0)
