@@ -22,6 +22,7 @@ from .._trees.arithmetic import accumulator, either, finite, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
+from .entries import any_of
 from .known_norm import announced, find_norm
 from .measures import Measure
 from .responses import rescale
@@ -270,18 +271,21 @@ def decide(
             norm, rule, memory, extra, params_norms, groups, leaves, measure
         )
         scales = scaling.scales(norm, limits, response)
-        summary = _summary.summarize(plan, arrays, norm, limits, scales)
-        if sanitized:
-            bad = [jnp.any(n > 0) for n in jax.tree.leaves(found[1].value)]
-            summary = summary._replace(nonfinite=jnp.any(jnp.stack(bad)))
+        folded = _summary.fold(plan, arrays, norm, limits, scales)
+        flags = found[1].value if sanitized else ()
 
-        def end(summary: Summary, memory: Memory, rule: Any, norm: Norms) -> Any:
+        def end(
+            folded: Any, flags: Packed, memory: Memory, rule: Any, norm: Norms
+        ) -> Any:
+            summary = _summary.summary_of(folded, plan.ord)
+            if sanitized:
+                summary = summary._replace(nonfinite=any_of(flags))
             summary, lost, zero = by_policy(leaves, summary, options)
             return lost, zero, ending(memory, summary, rule, norm)
 
-        lost, zero, ended = as_one(end, summary, memory, new_rule, norm)
+        lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        value = where(lost, np.nan, full_like(summary.norm, 0))
+        value = where(lost, np.nan, np.zeros((), jax.tree.leaves(scales)[0].dtype)[()])
         scales = replaced_if(either(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 

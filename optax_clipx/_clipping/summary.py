@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.numbers import as_one
 from .._devices.programs import entries
 from .._devices.sums import stacked
 from .._reductions.groups import Packed, UnitGroups
@@ -68,25 +67,34 @@ class _Row(NamedTuple):
     minus_scale: Any
 
 
-def summarize(
-    plan: Plan, arrays: Sequence[Any], norms: Norms, limits: Packed, scales: Packed
-) -> Summary:
-    """One step seen as a whole, from the groups' norms and no other pass.
+class Folded(NamedTuple):
+    """A step of several groups as one row; how many groups and entries there are."""
 
-    Scalar groups are the same on every device. Units that stay sharded are summed up
-    on each device, and the devices' rows gathered in one all-reduce.
+    row: jax.Array
+    count: Any
+    size: Any
+
+
+def fold(
+    plan: Plan, arrays: Sequence[Any], norms: Norms, limits: Packed, scales: Packed
+) -> Any:
+    """What the summary of a step is made of, from the groups' norms and no other pass.
+
+    Of one group it is what is given. Scalar groups are the same on every device. Units
+    that stay sharded are summed up on each device, and the devices' rows gathered in
+    one all-reduce.
     """
     groups, ord = plan.groups, plan.ord
-    if not isinstance(groups, UnitGroups) and groups.count is None:
-        return _of_tree(norms, limits, scales)
+    if groups.is_one:
+        return norms, limits, scales
     clipped = scaling.clipped_norms(norms, limits, scales)
     sizes = plan.sizes(arrays)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
-        return _from_row(row, ord, _extent(norms.value, sizes, [1.0]))
+        return Folded(row, *_extent(norms.value, sizes, [1.0]))
 
-    def local(shards: Any, places: list[Placement], extras: Any) -> Summary:
+    def local(shards: Any, places: list[Placement], extras: Any) -> Folded:
         parts = [shards[i : i + each] for i in range(0, len(shards), each)]
         kept = tuple(sorted({name for place in places for name in place.axes}))
         # A unit that several rows have counts once.
@@ -101,15 +109,33 @@ def summarize(
         row = rows[0] if each == 1 else _folded(_Row(*stacked(rows).T), ord)
         count, size = _extent(parts[0], sizes, weights)
         table = _gathered(row, kept)
-        if table is None:
-            return _from_row(row, ord, (count, size))
-        extent = count * len(table), size * len(table)
-        return _from_row(_folded(_Row(*table.T), ord), ord, extent)
+        if table is not None:
+            row = _folded(_Row(*table.T), ord)
+            count, size = count * len(table), size * len(table)
+        return Folded(row, *(jnp.asarray(x, row.dtype) for x in (count, size)))
 
     flat = [x for field in fields for x in field]
     kept, each = groups.kept(plan.places), len(norms.value)
     return mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
+    )
+
+
+def summary_of(folded: Any, ord: Ord) -> Summary:
+    """One step seen as a whole, of what `fold` gives."""
+    if not isinstance(folded, Folded):
+        return _of_tree(*folded)
+    row = _Row(*entries(folded.row))
+    norm = as_norm(row.peak, row.total, folded.size, ord)
+    return Summary(
+        norm=norm,
+        clipped_norm=as_norm(row.peak_after, row.total_after, folded.size, ord),
+        scale=lax.neg(row.minus_scale),
+        threshold=row.threshold,
+        clipped=row.over / folded.count,
+        any_clipped=more(row.over, 0),
+        nonfinite=negated(finite(norm)),
+        unusable=more(row.unusable, 0),
     )
 
 
@@ -217,7 +243,9 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
     rounding depends on the mesh.
     """
     top = _of_each(rows[:4], lax.max, -np.inf)
-    peak, peak_after, ratio, _ = entries(top)
+    peak, peak_after, ratio = (
+        lax.index_in_dim(top, i, keepdims=False) for i in range(3)
+    )
     totals = _of_each(
         (
             product(powers(rows.peak, peak, ord), rows.total),
@@ -243,26 +271,6 @@ def _of_each(
     rows = lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
     start = rows.dtype.type(start)
     return lax.reduce(rows, start, fold, tuple(range(1, rows.ndim)))
-
-
-def _from_row(vector: jax.Array, ord: Ord, extent: tuple[Any, Any]) -> Summary:
-    """The summary of all groups, so many groups and entries."""
-
-    def summary(vector: jax.Array, extent: tuple[Any, Any]) -> Summary:
-        row, (count, size) = _Row(*entries(vector)), extent
-        norm = as_norm(row.peak, row.total, size, ord)
-        return Summary(
-            norm=norm,
-            clipped_norm=as_norm(row.peak_after, row.total_after, size, ord),
-            scale=lax.neg(row.minus_scale),
-            threshold=row.threshold,
-            clipped=row.over / count,
-            any_clipped=more(row.over, 0),
-            nonfinite=negated(finite(norm)),
-            unusable=more(row.unusable, 0),
-        )
-
-    return as_one(summary, vector, extent)
 
 
 def nothing() -> Summary:

@@ -42,68 +42,52 @@ def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
 class Passes(NamedTuple):
     """What a first pass over arrays finds, or a second one if it is needed.
 
-    `once(state, given)` is the state after a pass, and what the pass found. A state is
-    the number of the pass, which is `END` if no other is needed, and what the pass goes
-    by: at first None. `side_by_side(given)` computes all in one read.
+    `first(given)` is what it found, what a second pass goes by, and whether that is
+    needed; `again(by, given)` is what the second one finds. `side_by_side(given)` is
+    the right one of both and what it went by, from one read.
     """
 
-    once: Callable[[Any, Any], Any]
-    side_by_side: Callable[[Any], Any]
+    first: Callable[[Any], tuple[Any, Any, jax.Array]]
+    again: Callable[[Any, Any], Any]
+    side_by_side: Callable[[Any], tuple[Any, Any]]
 
 
-END = np.int32(2)  # no pass is left
-_SMALL = 2**16  # entries; above, the time of a step counts more than that of compiling
+_FEW = 2**16  # entries; above, the time of a step counts more than that of compiling
 
 
 def if_needed(
-    passes: Passes,
-    joined: Passes,
-    given: Any,
-    like: Any = None,
-    start: Callable[[], Any] | None = None,
-) -> Any:
-    """What a first pass finds, or a second one if the first says that it is needed.
+    passes: Passes, joined: Passes, given: Any, like: Any = None, *, plain: bool = False
+) -> tuple[Any, Any]:
+    """What a first pass finds, or a second one if it is needed; and what it goes by.
 
     On CPU each sum over a leaf is a pass of its own, and the second one runs only if it
     is needed. Accelerators compute all side by side, without a branch. `joined` does
     the same with small leaves put together, of which a TPU would store the copy in HBM.
-    `like` says what the results are like, if it is known.
-
-    On CPU, passes over small arrays are one loop, which is compiled once; a first pass
-    goes by `start()` then. In a loop a sum of squares takes 1.7 times as long.
+    `like` says what the results are like, if it is known. If they are `plain` sums over
+    few entries, all platforms compute them side by side.
 
     `python benchmarks/steps.py`: a second pass on CPU is 0.2 of a step of Adam.
     `python benchmarks/pod.py`: a branch on TPU costs 16% of the bytes.
     `python benchmarks/everyday.py`: leaf by leaf a step of Adam on 50 leaves compiles
-    1.7 times as long as with optax's clipping, with joined leaves 1.1 times. Without
-    the loop `clip` on 16 leaves compiles 16 kernels instead of 14.
+    1.7 times as long as with optax's clipping, with joined leaves 1.1 times. With a
+    branch a step on 4 leaves takes 1.2 times as long to trace and to compile.
     """
-    first = np.int32(0)
+    arrays = jax.tree.leaves(given)
+    if plain and _are_few(arrays):
+        return joined.side_by_side(given)
 
-    def on_cpu(given: Any) -> Any:
-        if start is None or not _is_small(jax.tree.leaves(given)):
-            state, found = joined.once((first, None), given)
-            left = lax.lt(state[0], END)
-            return lax.cond(left, lambda: joined.once(state, given)[1], lambda: found)
-
-        def once(carry: Any) -> Any:
-            # XLA would compute outside, and store, what is derived of the arrays alone.
-            return joined.once(*unknown((carry[0], given)))
-
-        begin = ((first, start()), jax.tree.map(_zeros, like))
-        return lax.while_loop(lambda carry: lax.lt(carry[0][0], END), once, begin)[1]
+    def on_cpu(given: Any) -> tuple[Any, Any]:
+        found, by, needed = joined.first(given)
+        found = lax.cond(needed, lambda: joined.again(by, given), lambda: found)
+        return found, by
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
     return by_platform(ways, given, like)
 
 
-def _is_small(arrays: Sequence[Any]) -> bool:
+def _are_few(arrays: Sequence[Any]) -> bool:
     size = sum(x.size for x in arrays)
-    return is_known(size) and size <= _SMALL and not is_on_mesh(arrays)
-
-
-def _zeros(like: Any) -> np.ndarray:
-    return np.zeros(like.shape, like.dtype)
+    return is_known(size) and size <= _FEW and not is_on_mesh(arrays)
 
 
 def _replaced(given: Any) -> Any:

@@ -19,16 +19,15 @@ from jax import lax
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
-from .._devices.programs import END, Passes, if_needed, traced_once, unknown
+from .._devices.programs import Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
     abs_squared,
     accumulator,
-    equal,
+    full_like,
     is_concrete,
     less,
     more,
-    negated,
     power,
     quotient,
     smaller,
@@ -309,9 +308,9 @@ def _units(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
     return [jax.tree.map(_unit_of if risk else _one, x) for x, risk in each]
 
 
-def _inverse(units: Sequence[Packed]) -> list[Packed]:
+def _inverse(units: Packed) -> Packed:
     """Of powers of two: exact."""
-    return jax.tree.map(lambda unit: lax.div(_one(unit), unit), list(units))
+    return jax.tree.map(lambda unit: lax.div(_one(unit), unit), units)
 
 
 def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
@@ -328,7 +327,15 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     risks = measured.at_risk(given)
     if not any(risks):
         (plain,) = measured.totals(measured.sums(given, "plain"), given)
-        return list(map(_norms_of, plain, _units(plain, risks)))
+        return _norms_of_each(plain, _units(plain, risks))
+    return _norms_of_each(*_in_range(measured, risks, given))
+
+
+Squares = tuple[list[Packed], list[Packed]]  # of each tree, and in which units
+
+
+def _in_range(measured: _Measured, risks: list[bool], given: Any) -> Squares:
+    """The squares of each tree's groups, in units in which they are in range."""
     passes = _passes(measured, risks)
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
@@ -338,48 +345,49 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     joined = _joined(measured, risks) if measured.lots else passes
     if any(place.axes for place in places):
         return if_needed(passes, joined, given)
-    one = groups.like(given[0][0], measured.dtype)
-    like = [Norms(one, one, one)] * len(risks)
-
-    def start() -> Any:
-        return [jax.tree.map(lambda x: np.ones(x.shape, x.dtype), one)] * len(risks)
-
-    return if_needed(passes, joined, given, like, start)
+    one = [groups.like(given[0][0], measured.dtype)] * len(risks)
+    plain = measured.derive is as_they_are and groups.is_one
+    return if_needed(passes, joined, given, (one, one), plain=plain)
 
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
-    """A pass over plain squares, one over those in the right unit, and both at once."""
+    """A pass over plain squares, one over those in the right units, and both in one."""
     in_one = as_one if measured.where.groups.is_one else _called
 
-    def once(state: Any, given: Any) -> Any:
-        def found(sums: list[Any], number: Any, factors: Any) -> Any:
-            (squares,) = measured.totals(sums, given)
-            right = _units(squares, risks)
-            units = right if factors is None else _inverse(factors)
-            at_risk = [x for x, risk in zip(right, risks, strict=True) if risk]
-            again = lax.bitwise_and(equal(number, 0), _is_other_than_one(at_risk))
-            number = where(again, np.int32(1), END)
-            return (number, _inverse(right)), list(map(_norms_of, squares, units))
+    def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
+        units = _units(squares, risks)
+        return units, _is_other_than_one(units)
 
-        number, factors = state
+    def first(given: Any) -> tuple[list[Packed], list[Packed], jax.Array]:
+        (squares,) = measured.totals(measured.sums(given, "each"), given)
+        return squares, *in_one(judged, squares)
+
+    def again(units: list[Packed], given: Any) -> list[Packed]:
+        leaves = len(given[0][0])
         # Unknown: XLA would write out a factor that leaves of one shape share.
-        each = factors and [
-            unknown(measured.spread(x)) if risk else [None] * len(given[0][0])
-            for x, risk in zip(factors, risks, strict=True)
+        factors = [
+            unknown(measured.spread(_inverse(unit))) if risk else [None] * leaves
+            for unit, risk in zip(units, risks, strict=True)
         ]
-        return in_one(found, measured.sums(given, "each", each), number, factors)
+        (squares,) = measured.totals(measured.sums(given, "each", factors), given)
+        return squares
 
-    def side_by_side(given: Any) -> list[Norms]:
-        plain, small, large = measured.totals(measured.sums(given, "at_three"), given)
-        picked = [
-            jax.tree.map(lambda x, small, large: _by_range(x, small, large, x), *each)
-            if risk
-            else each[0]
-            for risk, *each in zip(risks, plain, small, large, strict=True)
+    def picked(plain: list[Packed], *scaled: list[Packed]) -> Squares:
+        squares = [
+            jax.tree.map(_pick, *each) if risk else each[0]
+            for risk, *each in zip(risks, plain, *scaled, strict=True)
         ]
-        return list(map(_norms_of, picked, _units(plain, risks)))
+        return squares, _units(plain, risks)
 
-    return Passes(once, side_by_side)
+    def side_by_side(given: Any) -> Squares:
+        return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
+
+    return Passes(first, again, side_by_side)
+
+
+def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
+    """The squares that are in range."""
+    return _by_range(plain, small, large, plain)
 
 
 def _called(fun: Callable[..., Any], *given: Any) -> Any:
@@ -400,7 +408,8 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
         ), [extras[lot[0]] for lot in lots] if extras else extras
 
     return Passes(
-        lambda state, given: passes.once(state, put_together(given)),
+        lambda given: passes.first(put_together(given)),
+        lambda by, given: passes.again(by, put_together(given)),
         lambda given: passes.side_by_side(put_together(given)),
     )
 
@@ -459,18 +468,14 @@ def _one(x: jax.Array) -> jax.Array:
 
 def _is_other_than_one(units: list[Packed]) -> jax.Array:
     """Whether any unit is not 1."""
-
-    def flag(*units: jax.Array) -> jax.Array:
-        each = [equal(x, 1) for x in units]
-        return negated(functools.reduce(lax.bitwise_and, each))
-
-    flags = jax.tree.leaves(jax.tree.map(flag, *units))
-    each = [jnp.any(x) if x.ndim else x for x in flags]
-    return functools.reduce(lax.bitwise_or, each)
+    found = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(units)]
+    flags = [jnp.any(x) if x.ndim else x for x in found]
+    return functools.reduce(lax.bitwise_or, flags)
 
 
-def _norms_of(squares: Packed, unit: Packed) -> Norms:
-    return _of_roots(jax.tree.map(lax.sqrt, squares), unit)
+def _norms_of_each(squares: list[Packed], units: list[Packed]) -> list[Norms]:
+    roots = jax.tree.map(lax.sqrt, squares)
+    return list(map(_of_roots, roots, units))
 
 
 def _of_roots(root: Packed, unit: Packed) -> Norms:
