@@ -185,8 +185,7 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
 
 def count(number: Any, happened: Any) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
-    largest = jnp.iinfo(jnp.int32).max
-    most = full_like(number, largest)
+    most = full_like(number, jnp.iinfo(jnp.int32).max)
     after = lax.select(lax.lt(number, most), lax.add(number, np.int32(1)), most)
     return after if happened is True else lax.select(happened, after, number)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from .._devices.mesh import mesh_of
 from .._thresholds.base import Threshold
@@ -221,8 +222,9 @@ def by_policy(
 
 
 def where_like(condition: jax.Array, this: Any, that: Any) -> jax.Array:
-    """One of two, in the dtype of the first."""
-    return jnp.where(condition, this, jnp.asarray(that).astype(this.dtype))
+    """One of two like arrays, in the dtype of the first; the condition is one flag."""
+    that = lax.convert_element_type(that, this.dtype)
+    return lax.select(condition, this, that)
 
 
 def arrays_in(rule_state: Any) -> list[Any]:

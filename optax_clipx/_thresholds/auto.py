@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._trees.arithmetic import where
-from .base import Context, Threshold, memory, numbered, per_norm
+from .._trees.arithmetic import larger, smaller, where
+from .base import Context, Threshold, memory, numbered, one_more, per_norm
 
 _FIRST = 10  # norms; the threshold is in units of their median
 _FRACTION = 0.8  # of their median, or of the usual norm times _ABOVE, is the threshold
@@ -86,18 +86,18 @@ def auto() -> Threshold:
     def update(norm: jax.Array, state: AutoState, context: Context) -> Any:
         anew = state.far >= _IN_A_ROW
         before = where(anew, 0, state.seen)
-        seen = jnp.minimum(before, 2**20) + 1
+        seen = one_more(smaller(before, 2**20))
         first = _with_one_more(state.ordered, before, norm)
         median = _lower_median(first, seen)
         usual = where(before > 0, state.usual, norm)
-        far = where(norm > _FAR * median, where(anew, 0, state.far) + 1, 0)
+        far = where(norm > _FAR * median, one_more(where(anew, 0, state.far)), 0)
         count = seen.astype(jnp.float32)
-        grown = _START + (1 - _START) * jnp.minimum(count / _STEPS, 1)
-        least = jnp.minimum(grown * median, _ABOVE * usual)
-        pace = 0.5 * jnp.maximum(_PACE, 1 / (count + 1))
-        usual = usual * jnp.exp(where(norm > usual, pace, -pace))
+        grown = _START + (1 - _START) * smaller(count / _STEPS, 1)
+        least = smaller(grown * median, _ABOVE * usual)
+        pace = 0.5 * larger(_PACE, 1 / (count + 1))
+        usual = usual * lax.exp(where(norm > usual, pace, -pace))
         info = jnp.finfo(jnp.float32)
-        usual = jnp.clip(usual, info.tiny, info.max / _ABOVE)
+        usual = larger(smaller(usual, float(info.max) / _ABOVE), float(info.tiny))
         return _FRACTION * least, AutoState(first, usual, seen, far)
 
     def init(norms: jax.Array) -> AutoState:
@@ -125,6 +125,6 @@ def _with_one_more(first: jax.Array, count: jax.Array, norm: jax.Array) -> jax.A
 
 def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
     """Of the norms that are there; of an even number, the lower one of the middle."""
-    place = (jnp.minimum(seen, _FIRST) - 1) // 2
+    place = lax.div(smaller(seen, _FIRST) - 1, 2)
     here = numbered(_FIRST, seen) == place[..., None]
     return jnp.sum(where(here, first, 0), axis=-1)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from .._trees.arguments import check_choice, check_count
-from .._trees.arithmetic import Number, at_least, full_like, negated, where
+from .._trees.arithmetic import Number, at_least, full_like, less, negated, where
 from .._trees.leaves import Path
 
 
@@ -189,7 +189,7 @@ class Refusals(NamedTuple):
 
     def in_a_row(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
         """How many in a row now, and whether the rule gives in."""
-        refused = where(over, refused + 1, 0)
+        refused = where(over, lax.add(refused, full_like(refused, 1)), 0)
         if self.patience is None:
             return lax.min(refused, np.int32(1)), full_like(over, False)
         give_in = at_least(refused, int32(self.patience))
@@ -244,7 +244,8 @@ def int32(value: Any) -> jax.Array | np.int32:
 
 def one_more(count: jax.Array) -> jax.Array:
     """A count of steps after one more; it stays at int32's largest number."""
-    return count + (count < jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+    largest = jnp.iinfo(jnp.int32).max
+    return where(less(count, largest), lax.add(count, full_like(count, 1)), count)
 
 
 def numbered(size: int, like: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .._trees.arguments import (
     check_between,
@@ -251,7 +252,7 @@ class _ZScore(NamedTuple):
         return (
             count,
             mean,
-            larger(sd, floor if self.log else floor * jnp.abs(mean)),
+            larger(sd, floor if self.log else floor * lax.abs(mean)),
         )
 
     def entered(self, state: Any, value: jax.Array) -> Any:
@@ -272,12 +273,13 @@ class _ZScore(NamedTuple):
         warmup = int32(self.warmup_steps)
         takes_over = where(plain <= decay, plain, decay)
         decay = where(warmup > 0, where(count <= warmup, plain, decay), takes_over)
-        off = jnp.abs(value - state.mean)
+        off = lax.abs(value - state.mean)
         mean = decay * state.mean + (1 - decay) * value
         # The deviation is kept, and not its square, which could overflow.
         exact = self.log | (count <= warmup) | (warmup == 0)
-        share = jnp.sqrt((1 - decay) * decay) * where(exact, 1, jnp.sqrt(decay))
-        sd = hypotenuse(jnp.sqrt(decay) * state.sd, share * off)
+        root = lax.sqrt(decay)
+        share = lax.sqrt((1 - decay) * decay) * where(exact, 1, root)
+        sd = hypotenuse(root * state.sd, share * off)
         return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:

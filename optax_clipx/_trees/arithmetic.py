@@ -190,7 +190,8 @@ def hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
     """The root of the sum of two squares, of what is not negative."""
     largest = lax.max(x, y)
     ratio = lax.div(lax.min(x, y), where(equal(largest, full_like(x, 0)), 1, largest))
-    return lax.mul(largest, lax.sqrt(1 + lax.mul(ratio, ratio)))
+    one = full_like(ratio, 1)
+    return lax.mul(largest, lax.sqrt(lax.add(one, lax.mul(ratio, ratio))))
 
 
 def saturated_quotient(root: jax.Array, factor: jax.Array) -> jax.Array:
