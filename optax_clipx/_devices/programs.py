@@ -15,10 +15,9 @@ import numpy as np
 from jax import lax
 
 from .._trees.arithmetic import where
-from .._trees.sizes import is_known
 from .mesh import knows_shards
 from .numbers import is_inside
-from .platforms import Ways, by_platform, is_on_mesh
+from .platforms import Ways, by_platform
 
 
 def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
@@ -43,51 +42,38 @@ class Passes(NamedTuple):
     """What a first pass over arrays finds, or a second one if it is needed.
 
     `first(given)` is what it found, what a second pass goes by, and whether that is
-    needed; `again(by, given)` is what the second one finds. `side_by_side(given)` is
-    the right one of both and what it went by, from one read.
+    needed; `again(found, by, given)` is what the second one finds.
+    `side_by_side(given)` is the right one of both and what it went by, from one read.
     """
 
     first: Callable[[Any], tuple[Any, Any, jax.Array]]
-    again: Callable[[Any, Any], Any]
+    again: Callable[[Any, Any, Any], Any]
     side_by_side: Callable[[Any], tuple[Any, Any]]
 
 
-_FEW = 2**16  # entries; above, the time of a step counts more than that of compiling
-
-
 def if_needed(
-    passes: Passes, joined: Passes, given: Any, like: Any = None, *, plain: bool = False
+    passes: Passes, joined: Passes, given: Any, like: Any = None
 ) -> tuple[Any, Any]:
     """What a first pass finds, or a second one if it is needed; and what it goes by.
 
     On CPU each sum over a leaf is a pass of its own, and the second one runs only if it
     is needed. Accelerators compute all side by side, without a branch. `joined` does
     the same with small leaves put together, of which a TPU would store the copy in HBM.
-    `like` says what the results are like, if it is known. If they are `plain` sums over
-    few entries, all platforms compute them side by side.
+    `like` says what the results are like, if it is known.
 
     `python benchmarks/steps.py`: a second pass on CPU is 0.2 of a step of Adam.
     `python benchmarks/pod.py`: a branch on TPU costs 16% of the bytes.
     `python benchmarks/everyday.py`: leaf by leaf a step of Adam on 50 leaves compiles
-    1.7 times as long as with optax's clipping, with joined leaves 1.1 times. With a
-    branch a step on 4 leaves takes 1.2 times as long to trace and to compile.
+    1.7 times as long as with optax's clipping, with joined leaves 1.1 times.
     """
-    arrays = jax.tree.leaves(given)
-    if plain and _are_few(arrays):
-        return joined.side_by_side(given)
 
     def on_cpu(given: Any) -> tuple[Any, Any]:
         found, by, needed = joined.first(given)
-        found = lax.cond(needed, lambda: joined.again(by, given), lambda: found)
+        found = lax.cond(needed, lambda: joined.again(found, by, given), lambda: found)
         return found, by
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
     return by_platform(ways, given, like)
-
-
-def _are_few(arrays: Sequence[Any]) -> bool:
-    size = sum(x.size for x in arrays)
-    return is_known(size) and size <= _FEW and not is_on_mesh(arrays)
 
 
 def _replaced(given: Any) -> Any:

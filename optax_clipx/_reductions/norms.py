@@ -296,21 +296,16 @@ def _mean(total: jax.Array, size: Any) -> jax.Array:
     return total / jnp.asarray(size, total.dtype)
 
 
-def _unit_of(squares: jax.Array) -> jax.Array:
-    """The unit in which squares are taken: 1 where the plain ones are in range."""
+def _factor_of(squares: jax.Array) -> jax.Array:
+    """One over the unit in which squares are in range: 1 where plain ones are."""
     limits = _RANGES[squares.dtype]
-    return _by_range(squares, limits.small, limits.large, 1)
+    return _by_range(squares, 1 / limits.small, 1 / limits.large, 1)
 
 
-def _units(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
+def _factors(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
     """Those of squares that do not leave the range are 1."""
     each = zip(plain, risks, strict=True)
-    return [jax.tree.map(_unit_of if risk else _one, x) for x, risk in each]
-
-
-def _inverse(units: Packed) -> Packed:
-    """Of powers of two: exact."""
-    return jax.tree.map(lambda unit: lax.div(_one(unit), unit), units)
+    return [jax.tree.map(_factor_of if risk else _one, x) for x, risk in each]
 
 
 def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
@@ -327,15 +322,15 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
     risks = measured.at_risk(given)
     if not any(risks):
         (plain,) = measured.totals(measured.sums(given, "plain"), given)
-        return _norms_of_each(plain, _units(plain, risks))
+        return _norms_of_each(plain, _factors(plain, risks))
     return _norms_of_each(*_in_range(measured, risks, given))
 
 
-Squares = tuple[list[Packed], list[Packed]]  # of each tree, and in which units
+Squares = tuple[list[Packed], list[Packed]]  # of each tree's numbers times factors
 
 
 def _in_range(measured: _Measured, risks: list[bool], given: Any) -> Squares:
-    """The squares of each tree's groups, in units in which they are in range."""
+    """The squares of each tree's groups, with factors with which they are in range."""
     passes = _passes(measured, risks)
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
@@ -346,38 +341,38 @@ def _in_range(measured: _Measured, risks: list[bool], given: Any) -> Squares:
     if any(place.axes for place in places):
         return if_needed(passes, joined, given)
     one = [groups.like(given[0][0], measured.dtype)] * len(risks)
-    plain = measured.derive is as_they_are and groups.is_one
-    return if_needed(passes, joined, given, (one, one), plain=plain)
+    return if_needed(passes, joined, given, (one, one))
 
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
-    """A pass over plain squares, one over those in the right units, and both in one."""
+    """A pass over plain squares, one with the right factors, and both in one."""
     in_one = as_one if measured.where.groups.is_one else _called
 
     def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
-        units = _units(squares, risks)
-        return units, _is_other_than_one(units)
+        factors = _factors(squares, risks)
+        return factors, _is_other_than_one(factors)
 
     def first(given: Any) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
         return squares, *in_one(judged, squares)
 
-    def again(units: list[Packed], given: Any) -> list[Packed]:
+    def again(squares: list[Packed], factors: list[Packed], given: Any) -> list[Packed]:
         leaves = len(given[0][0])
         # Unknown: XLA would write out a factor that leaves of one shape share.
-        factors = [
-            unknown(measured.spread(_inverse(unit))) if risk else [None] * leaves
-            for unit, risk in zip(units, risks, strict=True)
+        each = [
+            unknown(measured.spread(factor)) if risk else [None] * leaves
+            for factor, risk in zip(factors, risks, strict=True)
         ]
-        (squares,) = measured.totals(measured.sums(given, "each", factors), given)
-        return squares
+        (scaled,) = measured.totals(measured.sums(given, "each", each), given)
+        rows = zip(risks, scaled, squares, strict=True)
+        return [new if risk else old for risk, new, old in rows]
 
     def picked(plain: list[Packed], *scaled: list[Packed]) -> Squares:
         squares = [
             jax.tree.map(_pick, *each) if risk else each[0]
             for risk, *each in zip(risks, plain, *scaled, strict=True)
         ]
-        return squares, _units(plain, risks)
+        return squares, _factors(plain, risks)
 
     def side_by_side(given: Any) -> Squares:
         return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
@@ -409,7 +404,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
 
     return Passes(
         lambda given: passes.first(put_together(given)),
-        lambda by, given: passes.again(by, put_together(given)),
+        lambda found, by, given: passes.again(found, by, put_together(given)),
         lambda given: passes.side_by_side(put_together(given)),
     )
 
@@ -466,15 +461,16 @@ def _one(x: jax.Array) -> jax.Array:
     return lax.full_like(x, 1)
 
 
-def _is_other_than_one(units: list[Packed]) -> jax.Array:
-    """Whether any unit is not 1."""
-    found = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(units)]
+def _is_other_than_one(factors: list[Packed]) -> jax.Array:
+    """Whether any factor is not 1."""
+    found = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(factors)]
     flags = [jnp.any(x) if x.ndim else x for x in found]
     return functools.reduce(lax.bitwise_or, flags)
 
 
-def _norms_of_each(squares: list[Packed], units: list[Packed]) -> list[Norms]:
+def _norms_of_each(squares: list[Packed], factors: list[Packed]) -> list[Norms]:
     roots = jax.tree.map(lax.sqrt, squares)
+    units = jax.tree.map(lambda x: lax.div(_one(x), x), factors)  # of powers of two
     return list(map(_of_roots, roots, units))
 
 
