@@ -47,6 +47,7 @@ class Situation(NamedTuple):
     bad: float = 0.0  # the fraction of batches of which all labels are drawn anew
     hidden: float = 0.0  # the fraction of pixels that are not seen: sparse gradients
     threshold: float = 1.0  # a little above the norms at the peak of the learning rate
+    rate: float = 3e-3  # of Adam, at its peak
     before: int = 0  # the batch size that the threshold was chosen for
 
 
@@ -310,6 +311,23 @@ def adopt() -> optax.GradientTransformation:
     )
 
 
+def spectra(clip: float) -> Callable[..., Any]:
+    """Adam, whose updates are clipped by their singular values."""
+
+    def make(situation: Situation) -> optax.GradientTransformation:
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, situation.rate, STEPS // 10, STEPS
+        )
+        during = clipx.thresholds.follow_schedule(clip, rate, power=-1, floor=1e-3)
+        rule = clipx.thresholds.warmup(during, then=clip, steps=STEPS // 10)
+        clipper = clipx.clip_by_spectral_norm(rule, form="soft", shape_factor=True)
+        return optax.chain(
+            optax.scale_by_adam(), clipper, optax.scale_by_learning_rate(rate)
+        )
+
+    return make
+
+
 def cautious(**options: Any) -> optax.GradientTransformation:
     """Adam, of which only entries that descend are applied."""
     return clipx.cautious(before_adam(optax.identity()), **options)
@@ -417,6 +435,23 @@ TRIALS = {
             "rescale, 3": above_median(3.0, clipx.responses.rescale),
             "drop, 3": above_median(3.0, clipx.responses.drop),
             "biweight, 4.685": above_median(4.685, clipx.responses.biweight),
+        },
+    ),
+    "spectra": Trial(
+        "SPECTRA: updates of Adam, clipped by their singular values",
+        (
+            Situation("learning rate 0.003, one label of five wrong", noise=0.2),
+            Situation(
+                "learning rate 0.05, one label of five wrong", noise=0.2, rate=0.05
+            ),
+            Situation(
+                "learning rate 0.3, one label of five wrong", noise=0.2, rate=0.3
+            ),
+        ),
+        {
+            "adam": spectra(float("inf")),
+            "SPECTRA, 10": spectra(10.0),
+            "SPECTRA, 1": spectra(1.0),
         },
     ),
     "second_moment": Trial(
