@@ -53,12 +53,11 @@ def cases(draw, structures):
         info = jnp.finfo(dtype)
         low, high = np.log2(float(info.smallest_normal)), np.log2(float(info.max))
         center = draw(st.floats(low, high))
-        spread = draw(st.sampled_from([0.0, 3.0, 300.0, 3000.0]))
+        # What need not shrink comes from NumPy, which is quicker than hypothesis.
+        spread = rng.choice([0.0, 3.0, 300.0, 3000.0])
         exponents = np.clip(rng.normal(center, spread, shape), low + 0.001, high - 0.01)
         values = np.exp2(exponents) * rng.choice([-1, 1], shape)
-        values = np.where(
-            rng.random(shape) < draw(st.sampled_from([0, 0.3])), 0, values
-        )
+        values = np.where(rng.random(shape) < rng.choice([0, 0.3]), 0, values)
         tree.append(np.asarray(values).astype(jnp.dtype(dtype)))
     return tree, draw(st.floats(-0.1, 30.0))
 
