@@ -111,10 +111,8 @@ from .runs.diagnosis import Diagnosis as Diagnosis
 from .runs.findings import Finding as Finding
 from .runs.history import History as History
 from .runs.rewinding import Rewind as Rewind
-from .runs.suggesting import (
-    Suggestion as Suggestion,
-    suggest_threshold as suggest_threshold,
-)
+from .runs.suggesting import suggest_threshold as suggest_threshold
+from .runs.suggestion import Suggestion as Suggestion
 from .runs.sweeping import (
     Sweep as Sweep,
     find_threshold as find_threshold,

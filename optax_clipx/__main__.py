@@ -21,7 +21,8 @@ from .runs.escaping import printable, printable_lines
 from .runs.history import History
 from .runs.jsonl import ReadError
 from .runs.overwriting import FORCE, may_write
-from .runs.suggesting import Recorded, Suggestion, suggest_threshold
+from .runs.suggesting import Recorded, suggest_threshold
+from .runs.suggestion import Suggestion
 from .runs.table import STEP, present
 
 _RUNS = """

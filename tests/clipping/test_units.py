@@ -358,9 +358,9 @@ def test_excluding():
 @pytest.mark.parametrize("kind", [tuple, list, frozenset])
 def test_each_of_several_names_must_fit_a_leaf(kind):
     grads = {"body": {"kernel": jnp.ones(2), "bias": jnp.ones(1)}, "head": jnp.ones(1)}
-    clipper = clipx.excluding(clipx.clip(1.0), kind(("head", "bais")))
+    clipper = clipx.excluding(clipx.clip(1.0), kind(("head", "biass")))
     message = (
-        r"where=.*'bais' fits none of: body/bias, body/kernel, head\. Did you mean"
+        r"where=.*'biass' fits none of: body/bias, body/kernel, head\. Did you mean"
         r" 'bias'\? Correct the name"
     )
     with pytest.raises(ValueError, match=message):
