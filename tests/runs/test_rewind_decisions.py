@@ -368,9 +368,7 @@ def test_arguments_are_checked(options, words, tmp_path):
 
 def test_what_is_no_manager_is_refused(tmp_path):
     history = clipx.History(tmp_path / "run.jsonl", resume=True)
-    with pytest.raises(
-        TypeError, match=r"got str.*pip install orbax"
-    ):
+    with pytest.raises(TypeError, match=r"got str.*pip install orbax"):
         clipx.Rewind("runs/states", history)
 
 
