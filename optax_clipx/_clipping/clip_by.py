@@ -285,7 +285,7 @@ def decide(
 
         lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        value = where(lost, np.nan, np.zeros((), jax.tree.leaves(scales)[0].dtype)[()])
+        value = where(lost, np.nan, jax.tree.leaves(scales)[0].dtype.type(0))
         scales = replaced_if(either(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 

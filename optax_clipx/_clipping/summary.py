@@ -75,9 +75,12 @@ class Folded(NamedTuple):
     size: Any
 
 
+OfTree = tuple[Norms, Packed, Packed]  # norm, threshold and scale of the tree
+
+
 def fold(
     plan: Plan, arrays: Sequence[Any], norms: Norms, limits: Packed, scales: Packed
-) -> Any:
+) -> Folded | OfTree:
     """What the summary of a step is made of, from the groups' norms and no other pass.
 
     Of one group it is what is given. Scalar groups are the same on every device. Units
@@ -121,7 +124,7 @@ def fold(
     )
 
 
-def summary_of(folded: Any, ord: Ord) -> Summary:
+def summary_of(folded: Folded | OfTree, ord: Ord) -> Summary:
     """One step seen as a whole, of what `fold` gives."""
     if not isinstance(folded, Folded):
         return _of_tree(*folded)

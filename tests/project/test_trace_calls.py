@@ -38,6 +38,6 @@ def test_few_more_calls_than_with_optax():
         command, cwd=BENCHMARKS, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert found["tree"] < 1.5 * found["optax tree"]  # 1.40
-    assert found["zclip"] < 2.2 * found["optax tree"]
-    assert found["clip"] < 2.1 * found["optax clip"]
+    assert found["tree"] < 1.5 * found["optax tree"]  # 1.38
+    assert found["zclip"] < 2.1 * found["optax tree"]  # 1.96
+    assert found["clip"] < 1.9 * found["optax clip"]  # 1.79
