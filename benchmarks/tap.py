@@ -2,8 +2,7 @@
 
 The networks of training.py learn scikit-learn's digits in three kinds of loops. Blocks
 of steps alternate, each contender once a round and in another order every round, and
-each block ends when its last step is done. Beside tap stands an empty callback of JAX,
-in a branch that is never taken: what it costs, no report can cost less.
+each block ends when its last step is done.
 
     python benchmarks/tap.py --output docs/results/tap
 """
@@ -52,18 +51,6 @@ LOOPS = {
 }
 
 
-def with_empty_callback(inner: Any) -> Any:
-    """The same optimizer with a callback in its program that is never called."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = inner.update(updates, state, params)
-        never = jax.tree.leaves(updates)[0].ravel()[0] > 1e30
-        jax.lax.cond(never, lambda: jax.debug.callback(lambda: None), lambda: None)
-        return updates, state
-
-    return optax.GradientTransformation(inner.init, update)
-
-
 def contender(name: str, batch: int, loop: str, tx: Any) -> harness.Contender:
     """A block of training steps of a network."""
     digits = load_digits()
@@ -103,9 +90,6 @@ def measure(name: str, steps: int, batch: int, every: int) -> dict[str, Any]:
     for loop, history in histories.items():
         tx = optax.chain(clipx.clip_by_global_norm(1.0), optax.adam(1e-3))
         contenders[f"{loop}, without"] = contender(name, batch, loop, tx)
-        contenders[f"{loop}, empty"] = contender(
-            name, batch, loop, with_empty_callback(tx)
-        )
         tapped = clipx.tap(tx, history, every=every)
         contenders[f"{loop}, with"] = contender(name, batch, loop, tapped)
     rounds = steps // BLOCK
@@ -113,16 +97,14 @@ def measure(name: str, steps: int, batch: int, every: int) -> dict[str, Any]:
     counts = clipx.flush_taps()
     wanted = np.arange(0, BLOCK * (rounds + 2), every)  # two rounds of warm-up
 
-    def ratio(loop: str, kind: str) -> float:
-        return float(np.median(times[f"{loop}, {kind}"] / times[f"{loop}, without"]))
-
     rows = [
         {
             "loop": loop,
             "without": float(np.median(times[f"{loop}, without"]) / BLOCK),
             "with": float(np.median(times[f"{loop}, with"]) / BLOCK),
-            "ratio": ratio(loop, "with"),
-            "empty": ratio(loop, "empty"),
+            "ratio": float(
+                np.median(times[f"{loop}, with"] / times[f"{loop}, without"])
+            ),
             "reports": len(history),
             "in_order": bool(np.array_equal(history.steps, wanted)),
         }
@@ -148,15 +130,13 @@ def markdown(report: dict[str, Any]) -> str:
             f" alternated blocks of {BLOCK} steps.",
             "",
         ]
-        head = ["loop", "ms a step without tap", "with", "ratio"]
-        head += ["an empty callback", "reports"]
+        head = ["loop", "ms a step without tap", "with", "ratio", "reports"]
         rows = [
             [
                 row["loop"],
                 f"{row['without']:.3f}",
                 f"{row['with']:.3f}",
                 f"{row['ratio']:.3f}",
-                f"{row['empty']:.3f}",
                 f"{row['reports']:,}" + ("" if row["in_order"] else ", not in order"),
             ]
             for row in found["rows"]
