@@ -23,7 +23,7 @@ import numpy as np
 from .escaping import printable_lines
 from .table import MISSING, STEP, Columns, present
 
-_BLOCK = 1 << 23  # bytes at a time: a few tens of MB as Python objects
+_BLOCK = 1 << 20  # bytes at a time: what is made of them stays in a processor's cache
 _SPARSE = 256  # places in the table for each number in the file
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EMPTY = frozenset(("", "NA", "N/A", "null", "None"))  # Keras writes NA
@@ -189,11 +189,30 @@ def columns_of_records(
         where, records = _of_levanter(where, records)
         if not records:
             return found
+    table = _of_numbers(records)
+    if table is not None:
+        return table
     for name, column in _by_name(path, where, records).items():
         numbers = to_numbers(path, name, list(column), where)
         if numbers is not None:
             found[name] = numbers
     return found
+
+
+def _of_numbers(records: list[dict[str, Any]]) -> Columns | None:
+    """The columns of records with the same names in the same order, and numbers alone.
+
+    This is the usual case; it takes half of the time of one list a column.
+    """
+    names = list(records[0])
+    if not names or any(list(record) != names for record in records):
+        return None
+    cells = list(itertools.chain.from_iterable(map(dict.values, records)))
+    try:
+        rows = np.frombuffer(array("d", cells)).reshape(-1, len(names))
+    except (TypeError, OverflowError):
+        return None
+    return dict(zip(names, np.ascontiguousarray(rows.T), strict=True))
 
 
 def _by_name(
