@@ -298,7 +298,10 @@ def second_spike(run: Run) -> str:
 
 
 def new_level(run: Run) -> str:
-    """Steps until half of a norm remains, if all norms become 30 times as high."""
+    """From one step on, all norms are 30 times as high.
+
+    This is the number of steps until half of such a norm remains after clipping.
+    """
     out = run(with_tail(30 * usual(LONG, 1)))[150:]
     passed = np.nonzero(out > 15)[0]
     return f"{passed[0]}" if len(passed) else f"**> {LONG:,}**"
