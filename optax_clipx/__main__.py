@@ -31,8 +31,9 @@ be JSONL or CSV that History wrote, metrics.csv of Lightning, a CSV log of Keras
 trainer_state.json of Hugging Face, a CSV export of W&B, JSONL of MaxText or Levanter,
 or a TensorBoard event file. To read event files, run: pip install tensorboard
 
-Exit code 2 means that the input was wrong. Files are overwritten only with --force.
+Exit code 2 means that the input was wrong.
 """
+_OVERWRITES = "Files are overwritten only with --force.\n"
 _NORM = "gradient norm"  # as it is called in the picture of several runs
 _EXAMPLES = {
     "plot": """
@@ -106,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m optax_clipx",
         description="Shows what clipping does in a run, and suggests a threshold.",
-        epilog=_RUNS + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
+        epilog=_RUNS
+        + _OVERWRITES
+        + "".join(_EXAMPLES.values()).replace("\nexamples:", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"optax_clipx {__version__}"
@@ -114,10 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        more = "" if name in ("suggest", "watch") else _OVERWRITES
         sub = commands.add_parser(
             name,
             help=what,
-            description=what[0].upper() + what[1:] + ".\n" + _RUNS,
+            description=what[0].upper() + what[1:] + ".\n" + _RUNS + more,
             epilog=_EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -405,8 +405,10 @@ def _nothing_to_read(opt_state: Any, silent: bool) -> str:
         more = ", ..." if len(names) > 5 else ""
         kinds = f"a dict with {', '.join(map(repr, names[:5])) or 'nothing'}{more}"
         advice = (
-            " Without their types states are found by names such as"
-            " 'opt/0/metrics/norm', or {'0': {'metrics': {'norm': ...}}}."
+            " A dict is read only if it is an optimizer state that was converted to a"
+            " dict. Then it has keys such as 'opt/0/metrics/norm', or nested keys such"
+            " as {'0': {'metrics': {'norm': ...}}}. A dict of parameters or gradients"
+            " has no metrics."
         )
     else:
         states = opt_state if type(opt_state) is tuple else [opt_state]

@@ -10,8 +10,9 @@ class Advice(NamedTuple):
 
     The sentence has the names of the evidence in braces, or is a function that returns
     such a sentence for some evidence. The line of code may name ``{max_norm}``, a few
-    times the usual norm, or 1.0 and a comment if that is not known, and ``{run}``. The
-    entry is a title of Troubleshooting.
+    times the usual norm, or 1.0 and a comment if that is not known, and ``{run}``. A
+    clipper between ``{chain}`` and ``{end}`` is in a chain unless it replaces another.
+    The entry is a title of Troubleshooting.
     """
 
     sentence: str | Callable[[Mapping[str, Any]], str]
@@ -47,12 +48,21 @@ def _nonfinite(evidence: Mapping[str, Any]) -> str:
 
 
 def _divergence(evidence: Mapping[str, Any]) -> str:
-    said = "The loss rises from its best level, {best},"
+    best = _of_steps("best_steps", evidence)
+    said = f"The loss rises from its best level, {{best}} ({best}),"
     if math.isfinite(evidence["end"]):
-        return f"{said} to {{end}} at the end."
+        return f"{said} to {{end}} at the end ({_of_steps('end_steps', evidence)})."
     if "highest" in evidence:
         said += " to {highest} at step {highest_step:,},"
     return f"{said} and is not finite at the end."
+
+
+def _of_steps(name: str, evidence: Mapping[str, Any]) -> str:
+    """Of which steps a level is."""
+    first, last = evidence[name]
+    if first == last:
+        return f"step {first:,}"
+    return f"median of steps {first:,} to {last:,}"
 
 
 def _updates(evidence: Mapping[str, Any]) -> str:
@@ -112,7 +122,7 @@ def _always(evidence: Mapping[str, Any]) -> str:
 
 
 _LOWER = (
-    "optax.chain(clipx.zclip(max_norm={max_norm}), optimizer)"
+    "{chain}clipx.zclip(max_norm={max_norm}){end}"
     "  # first lower the learning rate, for example to a third"
 )
 # What to type in place of the usual line.
@@ -127,7 +137,11 @@ FROM_LOSS = (
 )
 CLIPPED = "# nothing to change: the clipping does its work"
 NOTHING = "# nothing to change while few steps are skipped"
-REPLACES = "use this clipper in place of yours"
+REPLACES = "use this clipper in place of yours in optax.chain"
+REMOVES = "if your optimizer contains a clipper already, remove that clipper"
+# Around a clipper, if nothing is known of one that the run has.
+CHAINED = ("optax.chain(", ", optimizer)")
+DIVERGED = ("growing-norms", "loss-diverged")
 REPLACING = {  # codes whose line has a clipper that takes the place of one
     "loss-diverged",
     "growing-norms",
@@ -169,7 +183,7 @@ ADVICE = {
     ),
     "spikes": Advice(
         _spikes,
-        "optax.chain(clipx.zclip(), optimizer)",
+        "{chain}clipx.zclip(){end}",
         "Gradient norm spikes",
     ),
     "periodic-spikes": Advice(
@@ -180,7 +194,7 @@ ADVICE = {
     ),
     "level-shift": Advice(
         _shifts,
-        "optax.chain(clipx.zclip(patience=20), optimizer)",
+        "{chain}clipx.zclip(patience=20){end}",
         "The gradient norm changes at one step",
     ),
     "rises-with-schedule": Advice(

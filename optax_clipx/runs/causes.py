@@ -13,6 +13,28 @@ CHAIN = {
     "nonfinite": "a number was not finite",
 }
 
+# What a run is checked for, in words.
+CHECKS = {
+    "update-before-loss": "whether the updates grow before the loss",
+    "loss-diverged": "whether the loss diverges",
+    "growing-norms": "whether the gradient norms grow",
+    "nonfinite": "whether a number is not finite",
+    "lock-out": "whether many steps in a row are skipped",
+    "spikes": "whether the norm has single spikes",
+    "periodic-spikes": "whether the norm has spikes at equal distances",
+    "level-shift": "whether the norms change their level at one step",
+    "rises-with-schedule": "whether the norms rise while the learning rate falls",
+    "warmup-spike": "whether an early spike raises the threshold",
+    "always-clipped": "whether nearly all steps are clipped",
+    "never-clipped": "whether no step is clipped",
+    "dominant-leaf": "whether one leaf has nearly the whole gradient norm",
+    "starved-leaves": "whether one leaf makes the updates of the others small",
+    "dead-leaf": "whether a leaf has no gradient",
+    "vanishing-by-depth": "whether gradients vanish with depth",
+    "exploding-by-depth": "whether gradients explode with depth",
+    "restarts": "whether the steps go back",
+}
+
 
 class Words(NamedTuple):
     """The likely cause of a fault, and what to do first.
@@ -116,8 +138,8 @@ _SLOWER = (
 WORDS = {
     "update-before-loss": Words(
         "the updates of the optimizer are too large",
-        "Load a checkpoint from before step {step}, and clip the updates at three times"
-        " their median norm.",
+        "Load a checkpoint from before step {step}, and add a clipper after the"
+        " optimizer, which clips the updates at three times their median norm.",
     ),
     "loss-diverged": Words(_unstable, _SLOWER),
     "growing-norms": Words(_unstable, _SLOWER),

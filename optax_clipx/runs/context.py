@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from . import advice as texts, criteria
+from .advice import DIVERGED
 from .causes import CHAIN
 from .findings import Finding, advice
 from .rate_jumps import jump
 from .signals import Signals
-from .trouble import DIVERGED, first_of
-from .upper_bound import told, upper_bound, usual_norm
+from .trouble import first_of
+from .upper_bound import Usual, told, upper_bound, usual_norm
 
 _EXPLAINED = ("update-before-loss", *DIVERGED, "nonfinite")  # by a jump of the rate
 
@@ -45,15 +46,15 @@ def _is_after(finding: Finding, start: int) -> bool:
 
 def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding:
     start = None if cause is None else cause.steps[0]
-    usual, of_what = _usual(finding, start, run)
+    usual = _usual(finding, start, run)
     more: dict[str, Any] = {}
     words: dict[str, Any] = {"replaces": run.threshold is not None}
     if usual is not None:
-        words["max_norm"] = f"{upper_bound(usual):g}"
-        words["max_norm_from"] = told(usual, of_what)
+        words["max_norm"] = f"{upper_bound(usual.norm):g}"
+        words["max_norm_from"] = told(usual)
         more["max_norm_from"] = words["max_norm_from"]
     if finding.code in DIVERGED and usual is not None:
-        more["usual_norm"] = usual
+        more["usual_norm"] = usual.norm
     if finding.code in _EXPLAINED and not finding.evidence.get("all_skipped"):
         more |= _jump(run, finding.steps[0], start)
     if finding.code == "growing-norms" and "rate_jump" not in more:
@@ -68,13 +69,12 @@ def _completed(finding: Finding, cause: Finding | None, run: Signals) -> Finding
     )
 
 
-def _usual(
-    finding: Finding, start: int | None, run: Signals
-) -> tuple[float | None, str]:
+def _usual(finding: Finding, start: int | None, run: Signals) -> Usual | None:
     """The norm of usual steps, three times of which the advice has; and its name."""
     line, what, before = run.norm, "the usual norm", finding.steps[0]
     if finding.code == "warmup-spike":
-        return float(finding.evidence["later_norms"]), "the median of the later norms"
+        later = float(finding.evidence["later_norms"])
+        return Usual(later, "the median of the later norms")
     if finding.code in DIVERGED and start is not None:
         before = start
     elif finding.code == "update-before-loss":
@@ -82,8 +82,8 @@ def _usual(
     elif finding.code == "rises-with-schedule":
         before += (finding.steps[-1] - finding.steps[0]) // 4
     else:
-        return None, ""
-    return usual_norm(line, before), f"{what} before step {before:,}"
+        return None
+    return usual_norm(line, what, before)
 
 
 def _line(

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .causes import CHAIN
+from .advice import DIVERGED, REPLACING
+from .causes import CHAIN, CHECKS
 from .diagnosis_page import fragment
 from .drawing import Envelope
 from .escaping import printable
@@ -80,14 +81,31 @@ class Diagnosis:
         return f"{', '.join(said)} in {counted(self.steps, 'step')}"
 
     def __str__(self) -> str:
-        lines = [self.summary, *self._notices(), *self._order()]
+        lines = [self.summary, *self._told()]
         for finding, texts in told_once(self.findings):
             lines.append(printable(headline(finding)))
             lines += [f"  {printable(line)}" for line in texts.lines()]
-        return "\n".join([*lines, *self.unjudged()])
+        return "\n".join([*lines, *self._clippers(), *self.unjudged()])
+
+    def _told(self) -> list[str]:
+        """What is said of the run as a whole."""
+        return [*self._notices(), *self._order()]
 
     def _notices(self) -> list[str]:
         return [printable(self.notice)] if self.notice else []
+
+    def _clippers(self) -> list[str]:
+        """A line that says why another clipper may be suggested than is advised."""
+        advised = [x for x in self.findings if x.code in REPLACING]
+        if any(x.code in DIVERGED and x.severity == "error" for x in advised):
+            return []  # both name the same
+        if all(x.severity == "info" for x in advised):
+            return []
+        return [
+            "The clippers in this output are for the faults of this run."
+            " suggest_threshold may name another clipper: it is for a run without"
+            " faults."
+        ]
 
     def _order(self) -> list[str]:
         """A line with where a divergence began, if it shows in several findings."""
@@ -103,7 +121,7 @@ class Diagnosis:
         for code, column in self.not_judged.items():
             lacking.setdefault(column, []).append(code)
         return [
-            f"Not checked: {', '.join(codes)} ({_needed(column)})"
+            f"Not checked: {_faults(codes)}. This {_needed(column)}."
             for column, codes in lacking.items()
         ]
 
@@ -118,8 +136,16 @@ class Diagnosis:
         }
 
     def _repr_html_(self) -> str:
-        summary = ". ".join([self.summary, *self._notices(), *self._order()])
-        return fragment(summary, self.findings, self.pictures, self.unjudged())
+        summary = ". ".join([self.summary, *self._told()])
+        notes = [*self._clippers(), *self.unjudged()]
+        return fragment(summary, self.findings, self.pictures, notes)
+
+
+def _faults(codes: list[str]) -> str:
+    """What was not checked, in words, with the code of each fault."""
+    if len(codes) == len(CHECKS) - 1:
+        return "all other faults"
+    return ", ".join(f"{CHECKS[code]} ({code})" for code in codes)
 
 
 def _needed(column: str) -> str:

@@ -57,12 +57,14 @@ def _finding(finding: Finding, texts: Texts, picture: Envelope | None) -> str:
 # What evidence is called on a page; the rest by its name, with spaces.
 _WORDS = {
     "best": "best level of the loss",
+    "best_steps": "first and last step of the best level",
     "blind_steps": "steps with a threshold that is too high",
     "closest": "largest norm divided by the threshold of its step",
     "column": "column in the picture",
     "count": "number of such steps",
     "diverged": "step of the divergence",
     "end": "loss at the end",
+    "end_steps": "first and last step of the loss at the end",
     "factor": "factor above the level",
     "factors": "factors",
     "first_in": "first in column",

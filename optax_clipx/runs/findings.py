@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .advice import ADVICE, JUMP, REPLACES, REPLACING, put
+from .advice import ADVICE, CHAINED, JUMP, REMOVES, REPLACES, REPLACING, put
 from .causes import likely_cause, remedy
 from .escaping import printable
 from .naming import counted
@@ -81,7 +81,7 @@ class Finding(NamedTuple):
         said = self._told(remedy(self.code, self.evidence))
         if "follows" in self.evidence:
             return said
-        notes = (REPLACES, self.evidence.get("max_norm_from"), put(self.code))
+        notes = (REPLACES, REMOVES, self.evidence.get("max_norm_from"), put(self.code))
         told = [f"{x[:1].upper()}{x[1:]}." for x in notes if x and x in self.advice]
         return " ".join([said, *told])
 
@@ -118,13 +118,16 @@ def advice(
     ``replaces`` says that the run has a clipper, which the line takes the place of.
     """
     _, usual, entry = ADVICE[code]
-    notes = [REPLACES] if replaces and code in REPLACING and line is None else []
+    notes = [REPLACES if replaces else REMOVES] if line is None else []
+    notes = notes if code in REPLACING else []
     line = line or usual
     if "{max_norm}" in line:
         notes.append(max_norm_from if max_norm else put(code))
     for note in notes:
         line += f"{';' if '#' in line else '  #'} {note}"
-    typed = line.format(max_norm=max_norm or "1.0", run=run, steps=steps)
+    chain, end = ("", "") if replaces else CHAINED
+    names = {"run": run, "steps": steps, "chain": chain, "end": end}
+    typed = line.format(max_norm=max_norm or "1.0", **names)
     return f'{typed}  (Troubleshooting: "{entry}")'
 
 

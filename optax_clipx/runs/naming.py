@@ -1,6 +1,7 @@
 """Which column is the step, the norm, the loss: by the names that loggers use."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ STEP_NAMES = (
     "epoch",
 )
 WHOLE = "track/norm"  # computed from the norms of all leaves
+UPDATE = "track/update_norm"  # of the whole update
 _OWN_LEAVES = "track_norms/"  # what comes before the names of leaves
 # What the norm and the loss are called; the more telling names come first. MaxText's
 # grad_norm is that after clipping.
@@ -141,6 +143,15 @@ def with_whole_norm(columns: Columns) -> Columns:
     whole = np.sqrt(np.sum(np.square(norms), axis=0))
     there = np.all([present(x) for x in norms], axis=0)
     return {**columns, WHOLE: np.where(there, whole, MISSING)}
+
+
+def with_update_norm(columns: Mapping[str, np.ndarray]) -> Columns:
+    """With ``track/update_norm``, if the norm of the updates has another name."""
+    found = dict(columns)
+    if UPDATE not in found:
+        with contextlib.suppress(ReadError):
+            found[UPDATE] = found[pick(found, "update_norm")]
+    return found
 
 
 # What comes before the names of leaves: ours, Levanter's, Lightning's, and others'.

@@ -9,6 +9,7 @@ from .drawing import THEMES, Norms, bins, envelope, means, norms_of
 from .escaping import for_page
 from .marks import with_outermost
 from .missing import missing
+from .naming import UPDATE, with_update_norm
 from .suggesting import Recorded, suggest_threshold
 from .table import STEP, present
 
@@ -82,7 +83,10 @@ def page(
         import plotly.graph_objects as go
     except ImportError:
         raise ImportError(missing("plotly")) from None
-    runs = {for_page(label): run for label, run in runs.items()}
+    runs = {
+        for_page(label): (with_update_norm(columns), norm)
+        for label, (columns, norm) in runs.items()
+    }
     charts = [
         _norms(go, runs, limit),
         _rates(go, runs, limit),
@@ -279,7 +283,7 @@ def _histograms(go: Any, runs: Any, limit: float | int | None) -> Any:
 
 
 _TRACKED = {
-    "track/update_norm": "Norm of the whole update",
+    UPDATE: "Norm of the whole update",
     "track/dominant_share": "Share of the largest leaf in the squared norm",
     "track/starved": "Share of the other leaves that it starves",
     "track/spike_score": "Spike score: share of spikes among the last 1,000 norms",

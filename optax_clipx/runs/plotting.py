@@ -362,7 +362,7 @@ def compare(
 def _compare(runs: Mapping[str, Any], column: str, theme: str, ax: Any) -> Any:
     """One column of several runs."""
     with canvas(theme, ax, (8.0, 4.0)) as (figure, ax, colours):
-        everything = []
+        drawn: dict[str, Envelope] = {}
         for index, (label, given) in enumerate(runs.items()):
             seeds = list(given) if isinstance(given, list | tuple) else [given]
             colour = colours.lines[index % len(colours.lines)]
@@ -370,11 +370,15 @@ def _compare(runs: Mapping[str, Any], column: str, theme: str, ax: Any) -> Any:
             band, lost = marks.seed_band(seeds, column)
             shown = for_picture(label)
             shown += f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
+            hidden = [name for name, other in drawn.items() if _coincide(band, other)]
+            drawn[shown] = band
+            if hidden:  # seen between the dashes
+                shown, dash = f"{shown} (same curve as {hidden[0]})", "dashed"
             marks.line(ax, band, colour, shown, lw=1.8, ls=dash)
-            everything.append(band.middle)
             if len(lost):
                 ax.plot(lost, [0.97] * len(lost), "x", color=colour, mew=2, clip_on=0,
                         transform=ax.get_xaxis_transform())  # fmt: skip
+        everything = [band.middle for band in drawn.values()]
         marks.log_scale(ax, np.concatenate(everything))
         # A run that explodes must not press the others flat.
         marks.leave_out_explosions(ax, everything)
@@ -383,6 +387,13 @@ def _compare(runs: Mapping[str, Any], column: str, theme: str, ax: Any) -> Any:
         ax.set(title=f"{name} of each run{better}", xlabel="step", ylabel=name)
         marks.legend_above(ax)
     return figure
+
+
+def _coincide(one: Envelope, other: Envelope) -> bool:
+    """Whether one line would hide the other."""
+    if not np.array_equal(one.steps, other.steps):
+        return False
+    return np.allclose(one.middle, other.middle, rtol=1e-3, atol=0.0, equal_nan=True)
 
 
 def sweep(found: Sweep, *, theme: str = "light", ax: Any = None) -> Any:
@@ -524,7 +535,8 @@ def overview(
     - the norm of the update, the share of the squared norm that comes from the largest
       leaf, the fraction of starved leaves, and the fraction of spikes
 
-    :func:`optax_clipx.track_norms` records the columns for the last two.
+    :func:`optax_clipx.track_norms` records the columns for the last two. The norm
+    of the update may also be in a column ``update_norm``.
 
     Args:
         run: as for :func:`norms`.
@@ -548,7 +560,7 @@ def overview(
     References:
         Pascanu et al., 2013, arXiv 1211.5063.
     """
-    columns = columns_of(run)
+    columns = naming.with_update_norm(columns_of(run))
     seen = norms_of(columns, norm, limit)
     limited = seen.clipped is not None or seen.skipped is not None
     layers = [name for name in columns if name.startswith("track_norms/")]
@@ -605,7 +617,7 @@ def _draw_beside(columns: Any, names: Mapping[str, str], part: Any, theme: str) 
 
 
 _TRACKED = {
-    "track/update_norm": "norm",
+    naming.UPDATE: "norm",
     "track/dominant_share": "largest leaf's share",
     "track/starved": "starved leaves",
     "track/spike_score": "spike score",
@@ -614,7 +626,7 @@ _TRACKED = {
 
 def _draw_tracked(columns: Any, names: list[str], part: Any, theme: str) -> None:
     """The norm of the update, and beside it what is a share."""
-    shares = [name for name in names if name != "track/update_norm"]
+    shares = [name for name in names if name != naming.UPDATE]
     kinds = [[name for name in names if name not in shares], shares]
     kinds = [kind for kind in kinds if kind]
     axes = part.subplots(1, len(kinds), squeeze=False)[0]

@@ -21,7 +21,7 @@ from .merging import Restarts, one_row_a_step, restarts
 from .table import MISSING, STEP, Columns, Table, present
 
 _HUGE = 1e100
-_OWN = {"update_norm": "track/update_norm", "target": "clip/target"}
+_OWN = {"update_norm": naming.UPDATE, "target": "clip/target"}
 
 
 class Line(NamedTuple):
@@ -48,6 +48,16 @@ class Line(NamedTuple):
         """The logarithms of positive numbers; a zero says nothing of the level."""
         positive = self.chosen(np.isfinite(self.values) & (self.values > 0))
         return positive._replace(values=np.log(positive.values))
+
+    def best(self) -> tuple[float, list[int]]:
+        """The lowest median of nearly equal pieces; the piece's first and last step."""
+        levels, starts = pieces(self.values), piece_starts(len(self.values))
+        at = int(levels.argmin())
+        end = [*starts, len(self.values)][at + 1]
+        return float(levels[at]), [
+            int(self.steps[starts[at]]),
+            int(self.steps[end - 1]),
+        ]
 
 
 class Names(NamedTuple):

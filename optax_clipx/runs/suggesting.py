@@ -112,10 +112,8 @@ def suggest_threshold(
     before = found.begins
     if before is None and len(kept) < len(used):
         before = int(steps[len(kept)])
-    usual = usual_norm(signals.norm, np.inf if before is None else before)
-    from_where = "the usual norm"
-    if before is not None:
-        from_where += f" before step {before:,}"
+    end = np.inf if before is None else before
+    usual = usual_norm(signals.norm, "the usual norm", end)
     said: dict[str, Any] = {
         "nonfinite": nonfinite,
         "asked": float(clip_rate),
@@ -123,8 +121,8 @@ def suggest_threshold(
         "diverged": found.diverged,
         "seen": found.said,
         "doubt": found.doubt,
-        "max_norm": np.nan if usual is None else upper_bound(usual),
-        "max_norm_from": "" if usual is None else told(usual, from_where),
+        "max_norm": np.nan if usual is None else upper_bound(usual.norm),
+        "max_norm_from": "" if usual is None else told(usual),
     }
     if len(kept) < len(used):
         near = (int(steps[len(kept)]), found.rises)

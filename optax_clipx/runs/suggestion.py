@@ -9,6 +9,10 @@ from . import naming
 FEWEST = 20  # norms before an explosion; with fewer no threshold is suggested
 _FEW = 100
 _TRACKER_RATE = 0.02  # the default learning_rate of thresholds.quantile_tracker
+_FAULTS = (
+    "this threshold is for a run without faults. If optax_clipx.diagnose finds a fault"
+    " and names another clipper, use that clipper"
+)
 _MOST = 0.5  # of the steps clipped: their threshold was chosen on purpose
 
 
@@ -115,7 +119,14 @@ class Suggestion(NamedTuple):
             lines.insert(0, f"{self.seen}. {alone}")
         if np.isnan(self.value):
             return [*lines, "then record the norms again with optax_clipx.auto_clip()"]
-        return [*lines, f"then {clipper} as a second protection"]
+        if np.isnan(self.max_norm):
+            return [*lines, f"then {clipper} as a second protection"]
+        return [
+            *lines,
+            f"then use optax_clipx.zclip(max_norm={self.max_norm:g}) as a second"
+            f" protection: {self.max_norm_from}",
+            f"if you prefer a fixed threshold, {clipper} instead",
+        ]
 
     @property
     def _failed(self) -> bool:
@@ -148,7 +159,9 @@ class Suggestion(NamedTuple):
         if self._failed:
             which, these = f"{which} {self._before}", "these steps"
             of_all += f" {self._before}" if of_all else ""
-        it = f"a fixed threshold instead, {self._fixed()}," if self._rises() else "it"
+        it = "this fixed threshold" if self._failed else "it"
+        if self._rises():
+            it = f"a fixed threshold instead, {self._fixed()},"
         return [
             f"{it} would have clipped {self.clip_rate:.1%} of {which}{of_all}; the"
             f" goal is {_percent(self.asked)}",
@@ -158,17 +171,14 @@ class Suggestion(NamedTuple):
 
     def _alternatives(self) -> list[str]:
         """What else to use where training failed, or where the norms change."""
-        if self._failed and not np.isnan(self.value + self.max_norm):
-            return [
-                "if you prefer an adaptive method, use"
-                f" optax_clipx.zclip(max_norm={self.max_norm:g}) instead:"
-                f" {self.max_norm_from}"
-            ]
-        if not self.rule or self._failed:
+        if self._failed:
             return []
+        faults = [_FAULTS] if self.recorded != self.value else []
+        if not self.rule:
+            return faults
         sweep = "to compare thresholds by their loss, use optax_clipx.find_threshold"
         if self._rises():
-            return [sweep]
+            return [*faults, sweep]
         tracker = (
             f"if you train longer and the norms keep falling, use {self.rule}: its"
             f" threshold is at most {self.value:.4g} and falls by at most"
@@ -177,7 +187,8 @@ class Suggestion(NamedTuple):
         without = (
             "if you do not want to choose a threshold, use optax_clipx.auto_clip()"
         )
-        return [tracker, *([without] if self.clipped <= _MOST else []), sweep]
+        without_choice = [without] if self.clipped <= _MOST else []
+        return [tracker, *without_choice, *faults, sweep]
 
 
 def explained(found: Suggestion, count: int) -> Suggestion:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .advice import DIVERGED
 from .detectors import divergence, leaves, shifts
 from .findings import Finding
 from .signals import Signals, breaks_at
 
-DIVERGED = ("growing-norms", "loss-diverged")
 _MOST = 0.5  # of the leaves, whose gradients become zero at once
 
 

@@ -79,6 +79,7 @@ def test_check_of_a_flat_state():
 def test_a_flat_state_without_a_clipper_names_what_was_found():
     state = flat(optax.adam(0.1).init(GRADS))
     with pytest.raises(
-        ValueError, match=r"a dict with 'opt/state/0/count', .*by names"
+        ValueError,
+        match=r"a dict with 'opt/state/0/count', .*A dict of parameters or",
     ):
         clipx.metrics(state)

@@ -69,7 +69,7 @@ def test_a_short_run_that_explodes_without_a_nan_is_named():
     loss = 5 * 10 ** np.linspace(0, 27, 35)
     diverged = found({"loss": loss}, "loss-diverged")
     assert diverged.sentence == (
-        "The loss rises from its best level, 5, to 5e+27 at the end."
+        "The loss rises from its best level, 5 (step 0), to 5e+27 at the end (step 34)."
     )
     assert diverged.steps == (1,)
     assert LOWER in diverged.advice
@@ -91,8 +91,11 @@ def test_a_loss_that_has_nearly_vanished_does_not_explode():
 def test_a_short_run_says_what_few_steps_cannot_tell():
     run = {"loss": np.linspace(3, 2, 35), "norm": np.linspace(2, 1, 35)}
     assert (
-        "Not checked: loss-diverged, growing-norms, spikes, periodic-spikes,"
-        " level-shift (needs 40 finite steps; 35 were recorded)"
+        "Not checked: whether the loss diverges (loss-diverged), whether the gradient"
+        " norms grow (growing-norms), whether the norm has single spikes (spikes),"
+        " whether the norm has spikes at equal distances (periodic-spikes), whether the"
+        " norms change their level at one step (level-shift). This needs 40 finite"
+        " steps; 35 were recorded."
     ) in str(clipx.diagnose(run))
 
 

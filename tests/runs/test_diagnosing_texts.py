@@ -10,7 +10,7 @@ from planted import FAULTS
 import optax_clipx as clipx
 from optax_clipx import __main__ as command_line
 from optax_clipx.runs.advice import ADVICE
-from optax_clipx.runs.causes import CHAIN, WORDS
+from optax_clipx.runs.causes import CHAIN, CHECKS, WORDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +24,12 @@ def test_a_diverged_loss_never_ends_below_its_best_level():
     """The last loss alone, 8.993, is below the best level by chance."""
     loss = np.r_[np.full(100, 18.0), np.full(149, 60.0), 8.993]
     diverged = found({"loss": loss}, "loss-diverged")
-    assert (
-        diverged.sentence == "The loss rises from its best level, 18, to 60 at the end."
+    assert diverged.sentence == (
+        "The loss rises from its best level, 18 (median of steps 0 to 6), to 60 at the"
+        " end (median of steps 225 to 249)."
     )
+    assert diverged.evidence["best_steps"] == [0, 6]
+    assert diverged.evidence["end_steps"] == [225, 249]
     assert diverged.evidence["end"] > diverged.evidence["best"]
 
 
@@ -34,7 +37,8 @@ def test_a_diverged_loss_that_ends_as_nan_says_so():
     loss = np.r_[np.full(100, 1.0), np.full(149, 60.0), np.nan]
     diverged = found({"loss": loss}, "loss-diverged")
     assert diverged.sentence == (
-        "The loss rises from its best level, 1, and is not finite at the end."
+        "The loss rises from its best level, 1 (median of steps 0 to 6), and is not"
+        " finite at the end."
     )
 
 
@@ -199,7 +203,8 @@ def test_the_remedy_has_three_times_the_usual_norm_of_the_run(code):
     assert diverged.evidence["usual_norm"] == pytest.approx(1.5, rel=0.02)
     assert diverged.advice == (
         "optax.chain(clipx.zclip(max_norm=4.5), optimizer)  # first lower the learning"
-        " rate, for example to a third; 4.5 is 3 times the usual norm before step 600,"
+        " rate, for example to a third; if your optimizer contains a clipper already,"
+        " remove that clipper; 4.5 is 3 times the usual norm before step 600,"
         ' 1.5  (Troubleshooting: "The loss diverges")'
     )
 
@@ -212,7 +217,8 @@ def test_without_norms_the_remedy_says_what_to_put():
     )
     assert diverged.advice == (
         "optax.chain(clipx.zclip(max_norm=1.0), optimizer)  # first lower the learning"
-        " rate, for example to a third; in place of 1.0, put three times the median"
+        " rate, for example to a third; if your optimizer contains a clipper already,"
+        " remove that clipper; in place of 1.0, put three times the median"
         ' norm of steps that went well  (Troubleshooting: "The loss diverges")'
     )
 
@@ -276,9 +282,40 @@ def test_a_target_that_is_not_known_is_not_mentioned():
 def test_what_was_not_checked_names_a_column_to_record():
     diagnosis = clipx.diagnose({"norm": np.ones(100), "loss": np.ones(100)})
     assert (
-        "Not checked: update-before-loss (needs a column with the norm of the updates,"
-        " for example update_norm)"
+        "Not checked: whether the updates grow before the loss (update-before-loss)."
+        " This needs a column with the norm of the updates, for example update_norm."
     ) in str(diagnosis)
+
+
+def test_every_fault_is_said_in_words_if_it_was_not_checked():
+    assert list(CHECKS) == list(ADVICE)
+    mixed = {"step": [0, 1, 2, 0, 1, 2] * 20, "norm": np.ones(120)}
+    unjudged = clipx.diagnose(mixed).unjudged()
+    assert unjudged == ["Not checked: all other faults. This needs a log of one run."]
+
+
+def test_norms_that_fall_before_a_divergence_are_usual_where_they_end():
+    run = diverging()
+    run["grad_norm"] = run["grad_norm"] * np.r_[np.geomspace(10, 1, 600), np.ones(300)]
+    growth = found(run, "growing-norms")
+    start, advice = growth.steps[0], growth.advice
+    recent = float(np.median(run["grad_norm"][start - start // 3 : start]))
+    assert recent < 0.5 * np.median(run["grad_norm"][:start])
+    where = f"before step {start} (last third of these steps), {recent:.3g}"
+    assert f"the usual norm {where}" in advice
+    assert f"max_norm={3 * recent:.2g})" in advice
+
+
+def test_why_another_clipper_may_be_suggested_is_told_where_it_may():
+    norms = np.exp(0.05 * np.random.default_rng(0).normal(size=400))
+    norms[200] = 30.0
+    said = "suggest_threshold may name another clipper"
+    assert said in str(clipx.diagnose({"norm": norms}))
+    assert said in clipx.diagnose({"norm": norms})._repr_html_()
+    assert said not in str(clipx.diagnose({"norm": np.delete(norms, 200)}))
+    assert said not in str(clipx.diagnose(diverging()))
+    other = "If optax_clipx.diagnose finds a fault and names another clipper"
+    assert other in str(clipx.suggest_threshold(norms))
 
 
 def test_advice_from_a_file_names_the_file(tmp_path):
@@ -325,10 +362,11 @@ def test_a_run_that_is_never_clipped_is_compared_step_by_step():
 
 @pytest.mark.parametrize("code", ["growing-norms", "loss-diverged"])
 def test_the_clipper_of_a_run_is_told_to_be_replaced(code):
-    said = "use this clipper in place of yours"
+    said = "use this clipper in place of yours in optax.chain"
     clipped = clipx.diagnose(diverging(), threshold=5.0).findings
     advice = next(x.advice for x in clipped if x.code == code)
     assert f"to a third; {said}; 4.5 is 3 times the usual norm" in advice
+    assert advice.startswith("clipx.zclip(max_norm=4.5)  # ")
     assert said not in found(diverging(), code).advice
 
 
@@ -336,9 +374,9 @@ def test_where_a_limit_comes_from_is_printed():
     run = diverging() | {"learning_rate": np.full(900, 0.003)}
     printed = str(clipx.diagnose(run, threshold=5.0))
     assert (
-        " Also clip outliers. Use this clipper in place of yours. 4.5 is 3 times the"
-        " usual norm before step 600, 1.5.\n"
-        "  optax.chain(clipx.zclip(max_norm=4.5), optimizer)  (Trouble"
+        " Also clip outliers. Use this clipper in place of yours in optax.chain. 4.5 is"
+        " 3 times the usual norm before step 600, 1.5.\n"
+        "  clipx.zclip(max_norm=4.5)  (Trouble"
     ) in printed
     assert printed.count("4.5 is 3 times") == 1  # not where other advice is followed
 

@@ -164,6 +164,27 @@ def test_the_overview_shows_the_update_and_the_shares():
     }
 
 
+def test_any_column_with_the_norm_of_the_update_is_drawn_alike():
+    run = tracked_run()
+    run["update_norm"] = run.pop("track/update_norm")
+    (one, other) = (
+        titled(plotting.overview(x), "Update norm") for x in (run, tracked_run())
+    )
+    np.testing.assert_array_equal(*(x.get_lines()[0].get_ydata() for x in (one, other)))
+    pytest.importorskip("plotly")
+    from optax_clipx.runs import page
+
+    drawn = page.page({"run": (drawing.columns_of(run), "clip/norm")})
+    assert "<h2>Norm of the whole update</h2>" in drawn
+
+
+def test_runs_with_the_same_curve_do_not_hide_each_other():
+    same, other = {"loss": np.geomspace(3, 1, 50)}, {"loss": np.geomspace(3, 2, 50)}
+    (ax,) = plotting.compare({"a": same, "b": other, "c": same}).axes
+    lines = {line.get_label(): line.get_linestyle() for line in ax.get_lines()}
+    assert lines == {"a": "-", "b": "-", "c (same curve as a)": "--"}
+
+
 def test_the_overview_shows_the_shares_alone():
     columns = run_of() | {"track/dominant_share": np.full(300, 0.9)}
     figure = plotting.overview(columns)
@@ -428,7 +449,7 @@ def test_columns_to_compare_have_a_panel_each():
     assert [ax.get_ylabel() for ax in figure.axes] == ["loss", "norm"]
     for ax, values in zip(figure.axes, ([2.0, 1.0], [3.0, 4.0]), strict=True):
         lines = ax.get_lines()
-        assert [line.get_label() for line in lines] == ["a", "b"]
+        assert [line.get_label() for line in lines] == ["a", "b (same curve as a)"]
         assert all(line.get_ydata().tolist() == values for line in lines)
     (ax,) = plotting.compare(runs, column=["norm"]).axes
     with pytest.raises(ValueError, match="one column to draw on ax"):

@@ -50,7 +50,7 @@ def test_a_recording_that_stops_at_the_explosion_is_told_as_well(count):
 def test_slow_growth_from_the_start_gives_a_threshold_near_the_start():
     found = clipx.suggest_threshold(2.0 * 1.05 ** np.append(range(600), [np.nan] * 99))
     assert 2 < found.value < 8
-    then = "then use optax_clipx.clip_by_global_norm("
+    then = "then use optax_clipx.zclip(max_norm="
     assert str(found).startswith(f"{FIRST}\n{then}")
 
 
@@ -58,10 +58,12 @@ def test_the_threshold_is_that_of_the_steps_before_the_growth():
     before = float(np.quantile(late()[:600], 0.9))
     found = clipx.suggest_threshold(late())
     assert before < found.value < 1.2 * before
-    assert lines(late())[:2] == [
+    assert lines(late())[:3] == [
         FIRST,
-        f"then use optax_clipx.clip_by_global_norm({found.value:.4g}) as a second"
-        " protection",
+        "then use optax_clipx.zclip(max_norm=4.5) as a second protection: 4.5 is 3"
+        " times the usual norm before step 600, 1.5",
+        "if you prefer a fixed threshold, use"
+        f" optax_clipx.clip_by_global_norm({found.value:.4g}) instead",
     ]
     assert "of the steps before the norms grew;" in str(found)
     assert "exploded. The threshold comes from the 66" in found.warning

@@ -25,24 +25,31 @@ def loss(run: Signals) -> list[Finding]:
     place = _departure(line)
     if place is None:
         return explosions.loss(run)
+    best, best_steps = line.best()
+    end, end_steps = _last_level(run.loss)
     return [
         finding(
             "loss-diverged",
             "error",
             [line.steps[place]],
-            best=float(pieces(line.values).min()),
-            end=_last_level(run.loss),
+            best=best,
+            best_steps=best_steps,
+            end=end,
+            end_steps=end_steps,
             column=line.name,
         )
     ]
 
 
-def _last_level(loss: Line) -> float:
-    """The median of the last losses, as the best level is one; NaN if they end so."""
+def _last_level(loss: Line) -> tuple[float, list[int]]:
+    """The median of the last losses, and their steps; NaN if they end so."""
     last = float(loss.values[-1])
     if not np.isfinite(last):
-        return last
-    return float(np.median(loss.finite().values[-criteria.WINDOW :]))
+        return last, [int(loss.steps[-1])] * 2
+    line = loss.finite()
+    first = line.steps[-criteria.WINDOW :][0]
+    level = float(np.median(line.values[-criteria.WINDOW :]))
+    return level, [int(first), int(line.steps[-1])]
 
 
 def diverged_at(run: Signals) -> int | None:

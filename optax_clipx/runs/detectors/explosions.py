@@ -6,7 +6,6 @@ import numpy as np
 
 from .. import criteria
 from ..findings import Finding, finding
-from ..levels import pieces
 from ..signals import Line, Signals
 
 
@@ -27,14 +26,19 @@ def loss(run: Signals) -> list[Finding]:
     found = _explosion(line.logs(), _breaks(run))
     if found is None:
         return []
-    highest = int(line.values.argmax())
+    highest, lowest = int(line.values.argmax()), int(line.values.argmin())
+    best, best_steps = float(line.values[lowest]), [int(line.steps[lowest])] * 2
+    if found.late:
+        best, best_steps = line.best()
     return [
         finding(
             "loss-diverged",
             "error",
             [line.steps[found.begin + 1]],
-            best=float(pieces(line.values).min() if found.late else line.values.min()),
+            best=best,
+            best_steps=best_steps,
             end=float(run.loss.values[-1]),
+            end_steps=[int(run.loss.steps[-1])] * 2,
             highest=float(line.values[highest]),
             highest_step=int(line.steps[highest]),
             column=line.name,
