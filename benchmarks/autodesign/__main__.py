@@ -6,6 +6,11 @@ The learning rate of a task and an optimizer is tuned together with a fixed thre
 as in clipbench; every rule then has the best of this rate, a third of it and three
 times it. Results are added to OUTPUT.jsonl as they come: an interrupted run goes on
 where it was.
+
+    python benchmarks/autodesign --list second
+
+runs the second list of designs, and says which of them the rule of decision chooses.
+With --tasks, they run on tasks of clipbench too.
 """
 
 import argparse
@@ -16,13 +21,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipbench import tasks as clipbench
 from clipbench.rows import add, kept
 
-from autodesign.designs import all_designs
-from autodesign.report import write_report
+from autodesign.deciding import decision
+from autodesign.designs import all_designs, second_list
+from autodesign.report import by_cell, write_report
 from autodesign.tasks import MAKERS
-from autodesign.training import SCALES, compared, fixed, tuned
+from autodesign.training import SCALES, Design, compared, fixed, tuned
 
+LISTS = {"first": all_designs, "second": second_list}
+NAMES = {"first": "autodesign", "second": "autodesign_second"}
 ROOT = Path(__file__).resolve().parent.parent.parent
 Record = dict[str, Any]
 
@@ -32,32 +41,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=MAKERS, default=list(MAKERS))
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs" / "results" / "autodesign"
-    )
+    known = [*MAKERS, *clipbench.MAKERS]
+    parser.add_argument("--tasks", nargs="+", choices=known, default=list(MAKERS))
+    parser.add_argument("--list", choices=LISTS, default="first")
+    parser.add_argument("--designs", nargs="+", help="of the list; all by default")
+    parser.add_argument("--output", type=Path, help="without its suffix")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
-    path = options.output.with_suffix(".jsonl")
+    designs = LISTS[options.list]()
+    if options.designs:
+        designs = {name: designs[name] for name in options.designs}
+    output = options.output or ROOT / "docs" / "results" / NAMES[options.list]
+    path = output.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     records = kept(path)
     if not options.report:
         for name in options.tasks:
-            add(path, records, missing(name, records))
-    write_report(records, options.output.with_suffix(".md"))
+            add(path, records, missing(name, designs, records))
+    own = [r for r in records if r["task"] in options.tasks]
+    write_report(own, output.with_suffix(".md"), designs)
+    if options.list == "second":
+        print(f"The rule of decision chooses: {decision(list(by_cell(own).values()))}")
 
 
-def missing(name: str, records: list[Record]) -> Iterator[Record]:
+def missing(
+    name: str, designs: dict[str, Design], records: list[Record]
+) -> Iterator[Record]:
     """The rates of a task and its results, less those that are there."""
     own = [r for r in records if r["task"] == name]
     rates = {r["optimizer"]: r for r in own if "rate" in r}
-    what = MAKERS[name]()
+    what = (MAKERS | clipbench.MAKERS)[name]()
     if not rates:
         found = tuned(what)
         rates = {o: {"task": name, "optimizer": o, **found[o]} for o in SCALES}
         yield from rates.values()
     done = {r["design"] for r in own if "design" in r}
-    wanted = fixed(rates["sgd"]["typical"]) | all_designs()
+    wanted = fixed(rates["sgd"]["typical"]) | designs
     wanted = {k: d for k, d in wanted.items() if k not in done}
     if wanted:
         yield from compared(what, rates, wanted)

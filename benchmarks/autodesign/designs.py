@@ -83,10 +83,13 @@ def rule(
     share: float = 0.5,
     size: int = FIRST,
     place: float = 0.5,
+    pace: float = PACE,
+    steady: bool = False,
 ) -> Threshold:
     """A rule from what it makes of the levels; `share` is below the tracked one.
 
-    The anchor is at this place of so many first norms in their order.
+    The anchor is at this place of so many first norms in their order. A steady level is
+    the anchor until all of these are there, and only then follows the norms.
     """
 
     def update(norm: jax.Array, state: Any, context: Context) -> Any:
@@ -106,8 +109,10 @@ def rule(
                 context.step,
             )
         )  # fmt: skip
-        rate = jnp.maximum(PACE, 1 / (memory.seen + 1))
+        rate = jnp.maximum(pace, 1 / (memory.seen + 1))
         level = level * jnp.exp(rate * jnp.where(norm > level, share, share - 1))
+        if steady:
+            level = jnp.where(memory.seen <= size, anchor, level)
         lowest = jnp.where(memory.seen <= FIRST, level, jnp.minimum(lowest, level))
         off = jnp.clip(log - mean, -3, 3)
         mean = mean + rate * off
@@ -356,7 +361,65 @@ def fourth_round() -> dict[str, Design]:
     return designs
 
 
+def starts(c: float, start: float, steps: int = 100) -> str:
+    """How a slow start is called."""
+    return f"{c:g}, from {start:g} in {steps}"
+
+
+def later_designs() -> dict[str, Design]:
+    """The second list: units that are, or contain, a running median of the norms.
+
+    All responses are logarithmic, to eight thresholds. The running median is the lower
+    median of the first ten norms until these are there.
+    """
+    response = functools.partial(logarithmic, most=8.0)
+    designs: dict[str, Design] = {}
+
+    def add(
+        name: str, unit: Callable[[Levels], Any], *slow: Any, **options: Any
+    ) -> None:
+        c, rest = slow[0], slow[1:]
+        designs[f"{name} {starts(*slow)}"] = simple(
+            lambda s: c * grown(s, *rest) * unit(s),
+            response=response,
+            place=0.49,
+            steady=True,
+            **options,
+        )
+
+    for c in (0.05, 0.07, 0.1, 0.15):
+        for start in (0.1, 0.3):
+            add("median", lambda s: s.level, c, start)
+    add("median", lambda s: s.level, 0.1, 0.1, 30)
+    add("median", lambda s: s.level, 0.1, 0.1, 300)
+    add("median", lambda s: s.level, 0.1, 0.03)
+    for c in (0.05, 0.07, 0.1):
+        for start in (0.1, 0.3):
+            add("anchor and median", lambda s: jnp.sqrt(s.anchor * s.level), c, start)
+    for c in (0.07, 0.1):
+        add("anchor or median", lambda s: jnp.minimum(s.anchor, s.level), c, 0.1)
+    add("anchor or median", lambda s: jnp.minimum(s.anchor, s.level), 0.1, 0.3)
+    for c in (0.1, 0.15):
+        add("25th percentile", lambda s: s.level, c, 0.1, share=0.25)
+    for start in (0.1, 0.3):
+        add("slow median", lambda s: s.level, 0.1, start, pace=0.005)
+    add("fast median", lambda s: s.level, 0.1, 0.1, pace=0.05)
+    return designs
+
+
+FIRST_CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
+MOST_CELLS = "logarithmic slow start 0.1, of the median"
+
+
 @functools.cache
 def all_designs() -> dict[str, Design]:
-    """Baselines and designs by name, in the order in which they were tried."""
+    """Baselines and the first list, in the order in which they were tried."""
     return BASELINES | families()
+
+
+@functools.cache
+def second_list() -> dict[str, Design]:
+    """Baselines, the best two of the first list, and the second list."""
+    first = families()
+    best = {name: first[name] for name in (FIRST_CHOSEN, MOST_CELLS)}
+    return BASELINES | best | later_designs()

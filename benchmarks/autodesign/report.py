@@ -9,7 +9,7 @@ import numpy as np
 from clipbench.methods import FIXED, RELATIVE_LIMITS
 from clipbench.report import best_fixed, chosen_elsewhere, judged, losses, ratio
 
-from autodesign.designs import all_designs
+from autodesign.deciding import mean
 
 Record = dict[str, Any]
 Row = dict[str, Record]
@@ -35,23 +35,24 @@ def fixed_ratio(row: Row, number: int) -> float:
     return float(losses(row[FIXED])[:, number].min() / best_fixed(row))
 
 
-def write_report(records: list[Record], path: Path) -> None:
-    """Writes and prints the table of all designs, and of the parts by optimizer."""
+def write_report(records: list[Record], path: Path, names: Iterable[str]) -> None:
+    """Writes and prints the table of these designs, and of the parts by optimizer."""
     found = by_cell(records)
     rows = list(found.values())
-    lines = [line("design", *HEAD, "sgd", "momentum", "adam", "lion")]
-    lines.append("|---|" + "---:|" * (len(HEAD) + 4))
+    lines = [line("design", *HEAD, "mean", "sgd", "momentum", "adam", "lion")]
+    lines.append("|---|" + "---:|" * (len(HEAD) + 5))
     entries = {LUCK: {c: chosen_elsewhere(row) for c, row in found.items()}}
     for number, c in enumerate(RELATIVE_LIMITS):
         entries[f"fixed, {c:g} of the first gradients"] = {
             cell: fixed_ratio(row, number) for cell, row in found.items()
         }
-    for name in all_designs():
+    for name in names:
         if all(name in row for row in rows):
             entries[name] = {c: ratio(row, name) for c, row in found.items()}
     for name, ratios in entries.items():
         cells = judged(list(ratios.values()), rows)
-        lines.append(line(name, *cells, *shares(ratios)))
+        middle = f"{mean(np.array(list(ratios.values()))):.3f}"
+        lines.append(line(name, *cells, middle, *shares(ratios)))
     hours = sum(r.get("seconds", 0) for r in records) / 3600
     text = "\n".join([*lines, "", f"{len(rows)} cells, {hours:.2g} hours."]) + "\n"
     print(text)
