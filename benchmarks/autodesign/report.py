@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 from clipbench.methods import FIXED, RELATIVE_LIMITS
-from clipbench.report import best_fixed, chosen_elsewhere, judged, losses, ratio
+from clipbench.report import (
+    NEAR,
+    best_fixed,
+    chosen_elsewhere,
+    judged,
+    losses,
+    ratio,
+)
 
 from autodesign.deciding import mean
+from autodesign.designs import FIRST_CHOSEN
 
 Record = dict[str, Any]
 Row = dict[str, Record]
+Ratios = dict[tuple[str, str], float]  # of each task and optimizer
+DRAWS = 20_000
 LUCK = "best fixed threshold, chosen by other seeds"
 HEAD = ["within 3%", "within 10%", "median", "90%", "diverged", "worse than none"]
 
@@ -39,8 +49,9 @@ def write_report(records: list[Record], path: Path, names: Iterable[str]) -> Non
     """Writes and prints the table of these designs, and of the parts by optimizer."""
     found = by_cell(records)
     rows = list(found.values())
-    lines = [line("design", *HEAD, "mean", "sgd", "momentum", "adam", "lion")]
-    lines.append("|---|" + "---:|" * (len(HEAD) + 5))
+    more = ["mean", "of fixed", "behind", "sgd", "momentum", "adam", "lion"]
+    lines = [line("design", *HEAD, *more)]
+    lines.append("|---|" + "---:|" * (len(HEAD) + len(more)))
     entries = {LUCK: {c: chosen_elsewhere(row) for c, row in found.items()}}
     for number, c in enumerate(RELATIVE_LIMITS):
         entries[f"fixed, {c:g} of the first gradients"] = {
@@ -52,14 +63,40 @@ def write_report(records: list[Record], path: Path, names: Iterable[str]) -> Non
     for name, ratios in entries.items():
         cells = judged(list(ratios.values()), rows)
         middle = f"{mean(np.array(list(ratios.values()))):.3f}"
-        lines.append(line(name, *cells, middle, *shares(ratios)))
+        more = [middle, relative(ratios, entries[LUCK])]
+        more += [behind(ratios, entries.get(FIRST_CHOSEN, ratios))]
+        lines.append(line(name, *cells, *more, *shares(ratios)))
     hours = sum(r.get("seconds", 0) for r in records) / 3600
     text = "\n".join([*lines, "", f"{len(rows)} cells, {hours:.2g} hours."]) + "\n"
     print(text)
     path.write_text(text)
 
 
-def shares(ratios: dict[tuple[str, str], float]) -> Iterable[str]:
+def near(ratios: Ratios) -> np.ndarray:
+    """The cells of each task that are within 3%: these tasks, then draws of them."""
+    tasks = sorted({task for task, _ in ratios})
+    own = [
+        sum(x <= NEAR for (t, _), x in ratios.items() if t == task) for task in tasks
+    ]
+    drawn = np.random.default_rng(0).integers(0, len(tasks), (DRAWS, len(tasks)))
+    return np.array(own)[np.vstack([np.arange(len(tasks)), drawn])].sum(axis=1)
+
+
+def relative(ratios: Ratios, fixed: Ratios) -> str:
+    """The cells within 3%, over those of other ratios; 95% bootstrap over tasks."""
+    found = near(ratios) / np.maximum(near(fixed), 1)
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return f"{found[0]:.0%} ({low:.0%} to {high:.0%})"
+
+
+def behind(ratios: Ratios, chosen: Ratios) -> str:
+    """How many cells fewer than the chosen rule; 95% bootstrap over tasks."""
+    found = near(chosen) - near(ratios)
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return f"{found[0]} ({low:.0f} to {high:.0f})"
+
+
+def shares(ratios: Ratios) -> Iterable[str]:
     """For each optimizer the share of its cells within 3%."""
     for optimizer in ("sgd", "momentum", "adam", "lion"):
         own = [r for (_, o), r in ratios.items() if o == optimizer]

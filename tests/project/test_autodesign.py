@@ -12,7 +12,7 @@ import optax_clipx as clipx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from autodesign import designs, report, tasks, training
+from autodesign import deciding, designs, report, tasks, training
 from clipbench.tasks import MAKERS
 
 CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
@@ -25,6 +25,24 @@ def test_no_task_is_one_of_clipbench():
 
 def test_all_designs_are_different_rules():
     assert len(designs.families()) == 98
+    assert len(designs.later_designs()) == 25
+    assert not set(designs.families()) & set(designs.later_designs())
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("median 0.1, from 0.1 in 100", 3.0), ("25th percentile 0.1, from 0.1 in 100", 3)],
+)
+def test_a_steady_level_is_the_lower_median_of_the_first_norms(name, want):
+    norms = [100.0, 1.0, 2.0, 3.0, 4.0, 2.0, 5.0, 1.0, 6.0, 7.0, 3.0]
+    rule = designs.later_designs()[name].rule
+    state = rule.init(jnp.float32(0))
+    context = clipx.thresholds.Context(step=0, extra={"value": jnp.float32(1)})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for norm in norms:
+            limit, state = rule.update(jnp.float32(norm), state, context)
+    ramp = 0.1 + 0.9 * len(norms) / 100
+    np.testing.assert_allclose(limit, 0.1 * ramp * want, rtol=1e-5)
 
 
 def test_the_chosen_design_is_the_rule_of_the_package():
@@ -73,3 +91,29 @@ def test_ratios_are_to_the_best_fixed_threshold():
     assert report.fixed_ratio(row, 0) == 2
     assert report.fixed_ratio(row, 3) == 1
     np.testing.assert_allclose(report.ratio(row, "a"), 1.5)
+
+
+def cells_of(ratios):
+    """Cells in which the fixed thresholds reach 1 and each design its ratio."""
+    fixed = {"final": np.ones((3, 8, 6))}
+    for at in zip(*ratios.values(), strict=True):
+        row = {
+            n: {"final": np.full((3, 1, 6), x)} for n, x in zip(ratios, at, strict=True)
+        }
+        yield {report.FIXED: fixed, "none": {"final": np.full((3, 1, 6), 2.0)}} | row
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "want"),
+    [
+        ([1.0] * 10, [np.nan] + [0.5] * 9, "a"),  # one diverges
+        ([1.0] * 9 + [1.5], [0.9] * 8 + [1.5] * 2, "a"),  # one is below the goal
+        ([1.0] * 9 + [1.5], [0.9] * 9 + [1.5], "b"),  # lower mean
+        ([1.0] * 10, [0.995] * 9 + [1.04], "a"),  # equal means, more cells
+        ([3.0] * 9 + [1.0], [1.5] * 9 + [2.0], "b"),  # none reaches the goal
+    ],
+)
+def test_the_rule_of_decision(a, b, want):
+    first, second, *_ = designs.later_designs()
+    rows = list(cells_of({first: a, second: b}))
+    assert deciding.decision(rows) == {"a": first, "b": second}[want]
