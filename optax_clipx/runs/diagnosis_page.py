@@ -38,18 +38,19 @@ def fragment(
 
 def _finding(finding: Finding, texts: Texts, picture: Envelope | None) -> str:
     numbers = "".join(
-        f"<tr><td>{escaped(_words(name))}</td><td>{escaped(_value(value))}</td></tr>"
+        f"<tr><td>{escaped(_words(name))}</td>"
+        f'<td style="white-space: normal">{escaped(_value(value))}</td></tr>'
         for name, value in finding.evidence.items()
         if value not in ([], "")
     )
-    colour = _COLOURS[finding.severity]
+    colour, column = _COLOURS[finding.severity], finding.evidence["column"]
     return (
         f'<h3><span style="color: {colour}">{finding.severity}</span>:'
         f" {escaped(finding.code)} at {escaped(places(finding))}:"
         f" {escaped(finding.likely_cause)}</h3>\n"
         f"<p>{escaped(texts.sentence)}</p>\n"
-        + (sketch(picture, finding.steps, colour) if picture else "")
-        + f"<table>{numbers}</table>\n<p>{escaped(texts.remedy)}</p>"
+        + (sketch(column, picture, finding.steps, colour) if picture else "")
+        + f'<table tabindex="0">{numbers}</table>\n<p>{escaped(texts.remedy)}</p>'
         + (f"\n<p><code>{escaped(texts.code)}</code></p>" if texts.code else "")
     )
 
@@ -99,7 +100,7 @@ def _value(value: object) -> str:
     return shown(value)
 
 
-def sketch(line: Envelope, steps: tuple[int, ...], colour: str) -> str:
+def sketch(name: str, line: Envelope, steps: tuple[int, ...], colour: str) -> str:
     """A line over the steps as SVG, with some steps marked."""
     values = np.stack([line.low, line.middle, line.high])
     finite = values[np.isfinite(values)]
@@ -129,7 +130,8 @@ def sketch(line: Envelope, steps: tuple[int, ...], colour: str) -> str:
     )
     return (
         f'<svg viewBox="-70 -2 {_WIDTH + 72} {_HEIGHT + 22}" width="{_WIDTH + 72}"'
-        f' height="{_HEIGHT + 22}" role="img" aria-label="the evidence">'
+        f' height="{_HEIGHT + 22}" style="max-width: 100%; height: auto"'
+        f' role="img" aria-label="{escaped(name)} over the steps">'
         f'<g stroke="{colour}" stroke-opacity="0.6">{marks}</g>'
         f'<g fill="none" stroke="#2F8FD8">{drawn}</g>'
         f'<g fill="currentColor" font-size="12">{texts}</g></svg>\n'

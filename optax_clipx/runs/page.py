@@ -234,6 +234,7 @@ def _marked(chart: Any, seen: Norms, label: str) -> None:
 
 def _rates(go: Any, runs: Any, limit: float | int | None) -> Any:
     chart = _chart(go, "Clipped and skipped steps", "step", "fraction of steps")
+    chart.update_layout(showlegend=True)  # it says which of the two a line is
     chart.update_yaxes(tickformat=".2~%", rangemode="tozero")
     for index, (label, (columns, name)) in enumerate(runs.items()):
         seen = norms_of(columns, name, limit)
