@@ -47,14 +47,14 @@ def test_equal_to_optax_in_float32(limit):
     assert int(ours[1]) == int(theirs[1])
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_broken_example_adds_zero_and_is_counted(dtype, bad):
+def test_a_broken_example_adds_zero_and_is_counted(dtype):
     grads = batch(dtype)
-    grads["w"] = grads["w"].at[2, 0, 0].set(bad)
     clip = jax.jit(lambda g: clipx.per_example_global_norm_clip(g, 0.01))
-    total, num_clipped = clip(grads)
+    found = [
+        clip({**grads, "w": grads["w"].at[2, 0, 0].set(bad)})
+        for bad in (jnp.nan, jnp.inf)
+    ]
     expected = dict.fromkeys(grads, 0.0)
     for i in range(6):
         if i == 2:
@@ -62,14 +62,17 @@ def test_a_broken_example_adds_zero_and_is_counted(dtype, bad):
         example = reference.rescale([x[i] for x in grads.values()], 0.01)
         for name, g in zip(grads, example, strict=True):
             expected[name] = expected[name] + g
-    assert int(num_clipped) == 6
     eps = float(jnp.finfo(dtype).eps)
-    for name, want in expected.items():
-        assert total[name].dtype == dtype
-        found = total[name].astype(np.float32)
-        np.testing.assert_allclose(
-            found, want.astype(float), rtol=2 * eps, atol=eps / 100
-        )
+    for total, num_clipped in found:
+        assert int(num_clipped) == 6
+        for name, want in expected.items():
+            assert total[name].dtype == dtype
+            np.testing.assert_allclose(
+                total[name].astype(np.float32),
+                want.astype(float),
+                rtol=2 * eps,
+                atol=eps / 100,
+            )
 
 
 def test_integer_leaves():

@@ -28,13 +28,14 @@ GRADS = {"a": jnp.array([3.0]), "b": jnp.array([1.0]), "c": jnp.array([2.0, 1.0,
 SGD = optax.sgd(0.1)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_the_share_of_the_largest_leaf(scale):
-    read, state = step(clipx.track_norms(SGD), jax.tree.map(lambda g: g * scale, GRADS))
-    np.testing.assert_allclose(read["track/dominant_share"], 9 / 16, rtol=1e-5)
-    name, share = clipx.dominant_leaf(state)
-    assert name == "a"
-    assert share == pytest.approx(9 / 16, rel=1e-5)
+def test_the_share_of_the_largest_leaf():
+    tx = clipx.track_norms(SGD)
+    for scale in (1e-30, 1.0, 1e30):
+        read, state = step(tx, {k: g * scale for k, g in GRADS.items()})
+        np.testing.assert_allclose(read["track/dominant_share"], 9 / 16, rtol=1e-5)
+        name, share = clipx.dominant_leaf(state)
+        assert name == "a"
+        assert share == pytest.approx(9 / 16, rel=1e-5)
 
 
 def test_the_share_of_a_label():
@@ -50,13 +51,14 @@ def test_gradients_of_zero_have_no_dominant_leaf():
     assert clipx.dominant_leaf(state)[1] == 0
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_leaf_that_is_not_finite_is_named(bad):
-    read, state = step(clipx.track_norms(SGD), {**GRADS, "b": jnp.array([bad])})
-    assert np.isnan(read["track/dominant_share"])
-    name, share = clipx.dominant_leaf(state)
-    assert name == "b"
-    assert np.isnan(share)
+def test_a_leaf_that_is_not_finite_is_named():
+    tx = clipx.track_norms(SGD)
+    for bad in (jnp.nan, jnp.inf):
+        read, state = step(tx, {**GRADS, "b": jnp.array([bad])})
+        assert np.isnan(read["track/dominant_share"])
+        name, share = clipx.dominant_leaf(state)
+        assert name == "b"
+        assert np.isnan(share)
 
 
 def starved(clipper, grads=GRADS, optimizer=SGD):

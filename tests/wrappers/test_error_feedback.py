@@ -40,16 +40,16 @@ def test_updates_and_error_add_up_to_the_gradients(name, dtype):
     np.testing.assert_allclose(total + np.float64(state.error["a"]), given, atol=1e-5)
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("policy", ["zero", "propagate"])
-def test_a_step_that_is_not_finite_leaves_no_trace(bad, policy):
+def test_a_step_that_is_not_finite_leaves_no_trace(policy):
     tx = clipx.error_feedback(clipx.clip_by_global_norm(0.1, nonfinite=policy))
-    _, state = tx.update(grads(0), tx.init(grads(0)))
-    spoiled = grads(1)
-    spoiled["b"] = spoiled["b"].at[0].set(bad)
-    _, after = tx.update(spoiled, state)
-    chex.assert_trees_all_equal(after.error, state.error)
+    update = jax.jit(tx.update)
+    _, state = update(grads(0), tx.init(grads(0)))
+    for bad in (np.nan, np.inf):
+        spoiled = grads(1)
+        spoiled["b"] = spoiled["b"].at[0].set(bad)
+        _, after = update(spoiled, state)
+        chex.assert_trees_all_equal(after.error, state.error)
 
 
 # Where updates go on after a step that is not finite.

@@ -127,16 +127,16 @@ def test_the_raw_norm_is_judged_and_not_the_clipped_one():
     assert state.reason == 2
 
 
-@pytest.mark.parametrize("factor", [30.0, 1e4])
-def test_a_new_level_is_accepted_after_patience(factor):
+def test_a_new_level_is_accepted_after_patience():
     """axlearn refuses it for ever."""
     tx = clipx.skip_spikes(optax.sgd(0.1), threshold=QUICK)
-    state = usual(tx)
-    skipped = []
-    for i in range(20):
-        _, state = jax.jit(tx.update)(grads(factor, i), state, PARAMS)
-        skipped.append(bool(state.skipped))
-    assert skipped == [True] * 4 + [False] * 16
+    before = usual(tx)
+    for factor in (30.0, 1e4):
+        state, skipped = before, []
+        for i in range(20):
+            _, state = jax.jit(tx.update)(grads(factor, i), state, PARAMS)
+            skipped.append(bool(state.skipped))
+        assert skipped == [True] * 4 + [False] * 16
 
 
 def test_two_equal_spikes_are_both_skipped():
@@ -193,10 +193,8 @@ def test_trace_of_the_reference(name):
     assert list(np.nonzero(want)[0]) == [40]
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("bad", [np.nan, 1e4])
 @pytest.mark.parametrize("way", ["explicit", "shard_map"])
-def test_all_devices_skip_or_none(bad, way):
+def test_all_devices_skip_or_none(way):
     """Decided by each shard: one device skips, seven step."""
     kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
@@ -222,9 +220,10 @@ def test_all_devices_skip_or_none(bad, way):
         for i in range(8):
             updates, state = update(placed(1.0, i), state)
         assert np.all(np.asarray(updates) != 0)
-        updates, state = update(placed(bad, 9), state)
-    assert not np.any(np.asarray(updates))
-    assert state.skipped
+        for bad in (np.nan, 1e4):
+            updates, after = update(placed(bad, 9), state)
+            assert not np.any(np.asarray(updates))
+            assert after.skipped
 
 
 def test_losses_of_shards_decide_together():

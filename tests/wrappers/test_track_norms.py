@@ -1,5 +1,6 @@
 """`watch`: norms of leaves and groups, ratios, and what they cost."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -116,18 +117,17 @@ def test_vanishing_and_exploding_leaves_are_counted():
     assert counts(leaf2=jnp.full((30,), jnp.inf), leaf3=jnp.zeros(40)) == (1, 1)
 
 
-@pytest.mark.one_in(10)
-@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e15, 3e36])
-@pytest.mark.parametrize("other", [1e-30, 1.0, 1e30])
-def test_the_clipper_inside_gets_the_whole_norm_at_any_magnitude(scale, other):
-    grads = {"a": jnp.full(40, scale), "b": jnp.full(7, other), "z": jnp.zeros(3)}
+def test_the_clipper_inside_gets_the_whole_norm_at_any_magnitude():
     tx = clipx.track_norms(clipx.clip_by_global_norm(1e-20))
-    clipped, state = jax.jit(tx.update)(grads, tx.init(grads))
-    want = np.sqrt(40 * np.float64(np.float32(scale)) ** 2
-                   + 7 * np.float64(np.float32(other)) ** 2)  # fmt: skip
-    np.testing.assert_allclose(clipx.metrics(state)["clip/norm"], want, rtol=1e-5)
-    norm = clipx.functional.global_norm(clipped)
-    np.testing.assert_allclose(norm, min(1e-20, want), rtol=1e-5)
+    update = jax.jit(tx.update)
+    sizes = np.float32([1e-30, 1e-15, 1.0, 1e15, 3e36]), np.float32([1e-30, 1.0, 1e30])
+    for one, other in itertools.product(*sizes):
+        grads = {"a": jnp.full(40, one), "b": jnp.full(7, other), "z": jnp.zeros(3)}
+        clipped, state = update(grads, tx.init(grads))
+        want = np.sqrt(40 * np.float64(one) ** 2 + 7 * np.float64(other) ** 2)
+        np.testing.assert_allclose(clipx.metrics(state)["clip/norm"], want, rtol=1e-5)
+        norm = clipx.functional.global_norm(clipped)
+        np.testing.assert_allclose(norm, min(1e-20, want), rtol=1e-5)
 
 
 def test_nonfinite_gradients_reach_the_policy_inside():
