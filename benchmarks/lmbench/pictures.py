@@ -52,7 +52,7 @@ def draw_table(found: Table, colours: Any, plt: Any) -> Any:
     image = ax.imshow(finite, **scale)
     ax.grid(False)
     names = [f"{s}\n{FACTORS[p]} x rate" for s, p in columns]
-    names = [name.replace(", corrupt", ",\ncorrupt") for name in names]
+    names = [n.replace(", ", ",\n").replace("corrupt ", "corrupt\n") for n in names]
     ax.set_xticks(range(len(columns)), names, fontsize=8)
     ax.set_yticks(range(len(labels)), labels)
     hatched = {"facecolor": colours.page, "edgecolor": colours.text, "hatch": "////"}
