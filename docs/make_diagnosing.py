@@ -5,6 +5,7 @@ python benchmarks/diagnosis --halves design && python docs/make_diagnosing.py
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def draw(name: str) -> None:
     from matplotlib.figure import Figure
 
     theme = THEMES[name]
-    figure = Figure(figsize=(11, 10), layout="constrained", facecolor=theme.page)
+    figure = Figure(figsize=(8.8, 10.5), layout="constrained", facecolor=theme.page)
     for axes, (run, (_, _, title)) in zip(
         figure.subplots(5, 2), RUNS.items(), strict=True
     ):
@@ -74,14 +75,14 @@ def draw(name: str) -> None:
         steps = {s for f in findings if f.code in MARKED for s in f.steps[:1]}
         for ax, column in zip(axes, ("clip/norm", "loss"), strict=True):
             panel(ax, history.steps, history[column], steps, theme)
-        codes = ", ".join(finding.code for finding in findings)
+        codes = textwrap.fill(", ".join(finding.code for finding in findings), 46)
         axes[0].plot(
             history.steps, history["clip/threshold"], "--", color=theme.limit, lw=1
         )
         axes[0].set_title(title, loc="left", fontsize=10, color=theme.text)
         axes[1].set_title(codes, loc="left", fontsize=9, color=theme.clipped)
         axes[0].set_ylabel("gradient norm", fontsize=9, color=theme.text)
-        axes[1].set_ylabel("loss", fontsize=9, color=theme.text)
+        axes[1].set_ylabel("loss\n(lower is better)", fontsize=9, color=theme.text)
     for ax in figure.axes[-2:]:
         ax.set_xlabel("step", fontsize=9, color=theme.text)
     figure.savefig(ROOT / "docs" / "images" / f"diagnosing_runs_{name}.png", dpi=100)

@@ -241,7 +241,7 @@ def draw_sensitivity(
     """How much worse a method is at another number than its default."""
     tried = {method for row in found.values() for method in row} - {FIXED}
     asked = [m for m in METHODS if METHODS[m].asks_for and m in tried]
-    figure, ax = plt.subplots(figsize=(11, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
     for place, method in enumerate(asked):
         rows = [row for row in found.values() if method in row]
         for number in range(3):
@@ -258,7 +258,7 @@ def draw_sensitivity(
     labels = []
     for method in asked:
         name = re.sub(r"(?<=_)(?=clip|update)|(?<=, )", "\n", method)
-        numbers = ", ".join(f"{n:g}" for n in METHODS[method].numbers)
+        numbers = "\n".join(f"{n:g}" for n in METHODS[method].numbers)
         labels.append(f"{name}\n{METHODS[method].asks_for}\n{numbers}")
     ax.set_xticks(range(len(asked)), labels, fontsize=9)
     ax.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10 or diverged"])

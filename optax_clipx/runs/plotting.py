@@ -614,6 +614,8 @@ def _draw_beside(columns: Any, names: Mapping[str, str], part: Any, theme: str) 
             marks.line(ax, points, colours.lines[0], title)
             marks.log_scale(ax, values)
             ax.set(xlabel="step", title=title)
+            if title == "Loss":
+                ax.set_ylabel("lower is better")
 
 
 _TRACKED = {
