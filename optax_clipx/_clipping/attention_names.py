@@ -4,9 +4,8 @@ Flax's own layer is known by its names alone. Elsewhere a kernel of rank 3 may a
 be layers in a stack, so that its shape has to agree: heads times head is the width.
 """
 
-from typing import Any
-
 from .._trees.leaves import Path
+from .._trees.types import Shaped
 
 _INPUTS = ("q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv")
 _FUSED = ("qkv", "qkv_proj", "kv", "kv_proj", "query_key_value", "wqkv")
@@ -21,7 +20,7 @@ _EINSUMS = {
 }
 
 
-def axes_in_attention(path: Path, leaf: Any) -> tuple[int, ...] | None:
+def axes_in_attention(path: Path, leaf: Shaped) -> tuple[int, ...] | None:
     """The axes of one unit of a kernel below an attention; None if nothing tells."""
     if len(path) < 2 or not any(map(_is_attention, path[:-1])):
         return None

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
+from .._reductions.plan import Ord
 from .._thresholds.constant import constant
 from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from . import policies
@@ -23,7 +25,7 @@ from .transformation import Options
 
 
 def clip_value(
-    x: Any,
+    x: PyTree,
     min_value: Limit,
     max_value: Limit,
     *,
@@ -74,7 +76,7 @@ def clip_value(
     options = Options(nonfinite, axis_name, specs, metrics=False)
     clamp_once((), min_value, max_value, options)  # refuses bad bounds now
 
-    def clip(cotangent: Any, bounds: Any) -> Any:
+    def clip(cotangent: PyTree, bounds: PyTree) -> Any:
         low, high = bounds
         return clamp_once(cotangent, low, high, options)
 
@@ -82,10 +84,10 @@ def clip_value(
 
 
 def clip_norm(
-    x: Any,
+    x: PyTree,
     max_norm: Limit,
     *,
-    ord: Any = None,
+    ord: Ord | None = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
@@ -144,14 +146,14 @@ def clip_norm(
     measure = leaf_norms(ord, batch_axes=batch_axes)
     options = Options(nonfinite, axis_name, specs)
 
-    def clip(cotangent: Any, limit: Any) -> Any:
+    def clip(cotangent: PyTree, limit: PyTree) -> Any:
         rule = constant(limit, "max_norm")
         return clip_once(cotangent, measure, rule, rescale, options)[0]
 
     return _identity(x, jax.tree.map(as_float, max_norm), clip)
 
 
-def zero_nonfinite(x: Any) -> Any:
+def zero_nonfinite(x: PyTree) -> Any:
     r"""Returns its argument; puts 0 for what is not finite in its cotangent.
 
     .. math:: y = x, \qquad
@@ -183,24 +185,26 @@ def zero_nonfinite(x: Any) -> Any:
         As in :func:`optax.zero_nans`, within the backward pass.
     """
 
-    def clip(cotangent: Any, nothing: Any) -> Any:
+    def clip(cotangent: PyTree, nothing: PyTree) -> Any:
         return jax.tree.map(_finite_or_zero, cotangent)
 
     return _identity(x, (), clip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _identity(x: Any, limits: Any, clip: Callable[[Any, Any], Any]) -> Any:
+def _identity(x: PyTree, limits: PyTree, clip: Callable[[Any, Any], Any]) -> Any:
     """`x`, whose cotangent becomes `clip(cotangent, limits)`."""
     return x
 
 
-def _forward(x: Any, limits: Any, clip: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+def _forward(
+    x: PyTree, limits: PyTree, clip: Callable[[Any, Any], Any]
+) -> tuple[Any, Any]:
     return x, limits
 
 
 def _backward(
-    clip: Callable[[Any, Any], Any], limits: Any, cotangent: Any
+    clip: Callable[[Any, Any], Any], limits: PyTree, cotangent: PyTree
 ) -> tuple[Any, None]:
     # JAX 0.8 hands over arrays that a program holds as a type of its own.
     limits = jax.tree.map(lambda x: x if is_limit(x) else jnp.asarray(x), limits)
@@ -216,7 +220,7 @@ def _finite_or_zero(x: Any) -> Any:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def _refuse_schedules(limit: Any, name: str) -> None:
+def _refuse_schedules(limit: object, name: str) -> None:
     """Refuses functions in the forward pass, where their line is seen."""
     if any(map(callable, jax.tree.leaves(limit))):
         raise TypeError(

@@ -1,29 +1,29 @@
 """Bounds of single entries: arrays that broadcast against a leaf."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._thresholds.constant import at
-from .._trees.arguments import check_limit, is_limit
+from .._trees.arguments import Limit, check_limit, is_limit
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import Leaves, Path, from_prefix, show
+from .._trees.types import Scalar
 
 
-def has_entries(*bounds: Any) -> bool:
+def has_entries(*bounds: Limit) -> bool:
     """Whether any bound is an array with axes, alone or within a pytree prefix."""
     return any(getattr(x, "ndim", 0) for x in jax.tree.leaves(bounds))
 
 
-def has_schedule(*bounds: Any) -> bool:
+def has_schedule(*bounds: Limit) -> bool:
     """Whether any bound depends on the step."""
     return any(map(callable, jax.tree.leaves(bounds)))
 
 
-def check_bounds(bounds: Any, name: str, *, signed: bool = False) -> None:
+def check_bounds(bounds: Limit, name: str, *, signed: bool = False) -> None:
     """Refuses at construction what cannot be a bound, entry by entry."""
     for keys, value in jax.tree_util.tree_leaves_with_path(bounds):
         smallest = value
@@ -33,7 +33,7 @@ def check_bounds(bounds: Any, name: str, *, signed: bool = False) -> None:
         check_limit(smallest, name + jax.tree_util.keystr(keys), signed=signed)
 
 
-def check_order(low: Any, high: Any) -> None:
+def check_order(low: Limit, high: Limit) -> None:
     """Refuses a pair of bounds of which one entry leaves no interval."""
     pair = (low, high)
     if not all(is_limit(x) and not callable(x) and not _is_traced(x) for x in pair):
@@ -45,7 +45,9 @@ def check_order(low: Any, high: Any) -> None:
         )
 
 
-def of_leaves(bounds: Any, name: str, leaves: Leaves, step: Any) -> list[jax.Array]:
+def of_leaves(
+    bounds: Limit, name: str, leaves: Leaves, step: Scalar
+) -> list[jax.Array]:
     """For each leaf an array of bounds, of its shape and cut over the mesh as it is."""
     paths = leaves.paths
     whole = is_limit(bounds)
@@ -57,7 +59,7 @@ def of_leaves(bounds: Any, name: str, leaves: Leaves, step: Any) -> list[jax.Arr
     ]
 
 
-def _of_leaf(bound: jax.Array, leaf: Any, path: Path, name: str) -> jax.Array:
+def _of_leaf(bound: jax.Array, leaf: PyTree, path: Path, name: str) -> jax.Array:
     if not _broadcasts(bound.shape, leaf.shape):
         manual = jax.sharding.get_abstract_mesh().manual_axes
         hint = " In shard_map pass the part of this device, by in_specs." * bool(manual)
@@ -77,5 +79,5 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(n in (1, m) for n, m in pairs)
 
 
-def _is_traced(value: Any) -> bool:
+def _is_traced(value: PyTree) -> bool:
     return isinstance(value, jax.core.Tracer)

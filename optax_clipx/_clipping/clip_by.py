@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from .._devices.mesh import mesh_of
 from .._devices.numbers import as_one
@@ -20,6 +21,7 @@ from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from .._trees.arithmetic import accumulator, either, finite, full_like, where
 from .._trees.leaves import Leaves, flatten, from_prefix, show
+from .._trees.types import Dtype, Scalar, Shaped, Trees
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
 from .entries import any_of
@@ -138,7 +140,7 @@ def clip_by(
     parts = Parts(measure, rule, response, options)
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         return clip_norms(parts, leaves, params, memory, extra)
 
@@ -155,13 +157,13 @@ def clip_by(
 
 
 def clip_once(
-    updates: Any,
+    updates: PyTree,
     measure: Measure,
     rule: Threshold,
     response: Response,
     options: Options,
-    params: Any = None,
-    norm: Any = None,
+    params: PyTree = None,
+    norm: Scalar | None = None,
 ) -> tuple[Any, Any]:
     """One step without state: the clipped pytree and its norms before."""
     policies.check_policy(options.nonfinite)
@@ -171,7 +173,9 @@ def clip_once(
     extra = {} if norm is None else {options.norm_arg: norm}
     parts = Parts(measure, rule, response, options)
 
-    def norms_before(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Any:
+    def norms_before(
+        memory: Memory, summary: Summary, rule: PyTree, norm: Norms
+    ) -> Any:
         return norm.value
 
     with mesh_of(leaves.arrays):
@@ -191,7 +195,7 @@ class Parts(NamedTuple):
     options: Options
 
 
-def remembered(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Memory:
+def remembered(memory: Memory, summary: Summary, rule: PyTree, norm: Norms) -> Memory:
     """What is left of a step that only clips."""
     return memory.after(summary, rule)
 
@@ -202,9 +206,9 @@ Ending = Callable[[Memory, Summary, Any, Norms], Any]
 def clip_norms(
     parts: Parts,
     leaves: Leaves,
-    params: Any,
+    params: PyTree,
     memory: Memory,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, PyTree],
     ending: Ending = remembered,
 ) -> tuple[list[Any], Any]:
     """One step of the four parts: the clipped arrays, and what the ending gives."""
@@ -230,9 +234,9 @@ class Decided(NamedTuple):
 def decide(
     parts: Parts,
     leaves: Leaves,
-    params: Any,
+    params: PyTree,
     memory: Memory,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, PyTree],
     ending: Ending,
     *,
     by_leaf: bool = False,
@@ -275,7 +279,7 @@ def decide(
         flags = found[1].value if sanitized else ()
 
         def end(
-            folded: Any, flags: Packed, memory: Memory, rule: Any, norm: Norms
+            folded: PyTree, flags: Packed, memory: Memory, rule: PyTree, norm: Norms
         ) -> Any:
             summary = _summary.summary_of(folded, plan.ord)
             if sanitized:
@@ -298,7 +302,7 @@ def decide(
 
 
 def _planned(
-    measure: Measure, leaves: Leaves, trees: Any, options: Options, in_buckets: bool
+    measure: Measure, leaves: Leaves, trees: Trees, options: Options, in_buckets: bool
 ) -> Plan:
     """The plan for what is measured; a norm that is given needs no mesh."""
     if not trees:
@@ -314,7 +318,7 @@ class _Sanitized(NamedTuple):
 
     counted: tuple[bool, ...]
 
-    def __call__(self, trees: Any, extras: Any) -> Any:
+    def __call__(self, trees: Trees, extras: PyTree) -> Any:
         raw, *others = trees
         return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
 
@@ -323,7 +327,7 @@ def _limits(
     norm: Norms,
     rule: Threshold,
     memory: Memory,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, PyTree],
     params_norms: Packed,
     groups: Groups,
     leaves: Leaves,
@@ -361,7 +365,7 @@ def _limits(
 
 
 def _refuse_state_of_others(
-    rule: Threshold, state: Any, groups: Groups, leaves: Leaves, measure: Measure
+    rule: Threshold, state: PyTree, groups: Groups, leaves: Leaves, measure: Measure
 ) -> None:
     """Refuses a state of other leaves, which might broadcast without an error."""
     usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
@@ -384,7 +388,7 @@ def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def _given(
-    leaves: Leaves, extra: Mapping[str, Any], measure: Measure, options: Options
+    leaves: Leaves, extra: Mapping[str, PyTree], measure: Measure, options: Options
 ) -> Norms | None:
     """The norm of the tree, if somebody has computed it already."""
     if measure.scope != "tree":
@@ -394,7 +398,7 @@ def _given(
     return find_norm(leaves.arrays) if measure.ord == 2 else None
 
 
-def _checked_norm(norm: Any, dtype: Any) -> Norms:
+def _checked_norm(norm: Scalar, dtype: Dtype) -> Norms:
     norm = jnp.asarray(as_float(norm))
     if norm.ndim or jnp.iscomplexobj(norm):
         raise ValueError(f"Expected norm to be a real scalar, got {norm!r}.")
@@ -405,7 +409,7 @@ def _checked_norm(norm: Any, dtype: Any) -> Norms:
     return Norms(norm, norm, jnp.ones_like(norm))
 
 
-def params_like(leaves: Leaves, params: Any) -> list[Any]:
+def params_like(leaves: Leaves, params: PyTree) -> list[Any]:
     """The parameters of the measured leaves, found by path."""
     if params is None:
         raise ValueError(
@@ -437,7 +441,7 @@ def _no_norms(groups: Groups, leaves: Leaves, measure: Measure) -> Packed:
     )
 
 
-def _without_units(state: Any) -> Any:
+def _without_units(state: PyTree) -> Any:
     """What a rule remembers where there are no leaves, an array for each empty tuple.
 
     optax.tree.map_params calls `init` without leaves, to see where the parameters are
@@ -450,7 +454,7 @@ def _without_units(state: Any) -> Any:
     )
 
 
-def _no_unit_norms(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+def _no_unit_norms(leaf: Shaped, axes: tuple[int, ...]) -> jax.Array:
     if not isinstance(leaf, jax.Array):  # a shape alone
         shape = tuple(1 if i in axes else n for i, n in enumerate(leaf.shape))
         return jnp.zeros(shape, jnp.float32)

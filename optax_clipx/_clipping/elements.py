@@ -1,6 +1,6 @@
 """Clipping entry by entry: the clamp, and other responses to single magnitudes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.numbers import as_one
@@ -18,7 +19,7 @@ from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan, make_plan, of_leaves, of_tree
 from .._thresholds.base import Context, Threshold, no_memory, stateless
 from .._thresholds.constant import constant
-from .._trees.arguments import is_limit
+from .._trees.arguments import Limit, is_limit
 from .._trees.arithmetic import (
     Number,
     accumulator,
@@ -31,15 +32,18 @@ from .._trees.arithmetic import (
     widened,
 )
 from .._trees.leaves import Leaves
+from .._trees.types import Trees
 from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, times_scale
 from .summary import Summary, of_entries
 from .transformation import Memory, Options, by_policy, transformation
 
+Interval = tuple[Number, Number]  # from the lower to the upper bound
+
 
 def clip_by_interval(
-    min_value: Any, max_value: Any, options: Options
+    min_value: Limit, max_value: Limit, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """Clamps each entry to an interval."""
     if bounds.has_entries(min_value, max_value):
@@ -58,7 +62,7 @@ def clip_by_interval(
     one = is_limit(min_value) and is_limit(max_value)
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         low = _limits(lower, leaves, memory, extra, one)
         high = _limits(upper, leaves, memory, extra, one)
@@ -68,7 +72,7 @@ def clip_by_interval(
 
 
 def clip_by_entry(
-    max_delta: Any, options: Options
+    max_delta: Limit, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the magnitude of each entry to a bound of its own."""
     bounds.check_bounds(max_delta, "max_delta")
@@ -76,7 +80,7 @@ def clip_by_entry(
 
 
 def _clip_between(
-    min_value: Any, max_value: Any, options: Options
+    min_value: Limit, max_value: Limit, options: Options
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to bounds of single entries; without a lower one to magnitudes."""
     rule = stateless(
@@ -87,7 +91,7 @@ def _clip_between(
     name = "max_delta" if one else "max_value"
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         high = bounds.of_leaves(max_value, name, leaves, memory.steps)
         if one:
@@ -101,11 +105,13 @@ def _clip_between(
     return transformation(None, step, rule, options)
 
 
-def _shrink(array: Any, low: Number, high: Number) -> jax.Array:
+def _shrink(array: jax.Array, low: Number, high: Number) -> jax.Array:
     return _respond(array, high, rescale)
 
 
-def clamp_once(tree: Any, min_value: Any, max_value: Any, options: Options) -> Any:
+def clamp_once(
+    tree: PyTree, min_value: Limit, max_value: Limit, options: Options
+) -> Any:
     """One clamp without state."""
     clipper = clip_by_interval(min_value, max_value, options)
     return clipper.update(tree, None)[0]
@@ -122,11 +128,11 @@ def clip_by_magnitude(
             " leaf_norms() or unit_norms()."
         )
 
-    def respond(array: Any, low: Number, high: Number) -> jax.Array:
+    def respond(array: jax.Array, low: Number, high: Number) -> jax.Array:
         return _respond(array, high, response)
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         high = _limits(rule, leaves, memory, extra, one)
         clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
@@ -143,7 +149,11 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
 
 
 def _limits(
-    rule: Threshold, leaves: Leaves, memory: Memory, extra: Mapping[str, Any], one: bool
+    rule: Threshold,
+    leaves: Leaves,
+    memory: Memory,
+    extra: Mapping[str, PyTree],
+    one: bool,
 ) -> jax.Array | np.ndarray:
     """One threshold for all leaves, or a vector of one for each."""
     dtype = accumulator(leaves.arrays)
@@ -158,7 +168,7 @@ def _limits(
     return jnp.broadcast_to(jnp.asarray(limits), norms.shape)
 
 
-def _clamp_once(array: Any, low: Number, high: Number) -> jax.Array:
+def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
     if jnp.iscomplexobj(array):
         raise TypeError(
             "Expected real updates for an interval, got complex ones: clip their"
@@ -173,7 +183,7 @@ def _clamp_once(array: Any, low: Number, high: Number) -> jax.Array:
 _clamp = traced_once(_clamp_once)
 
 
-def _respond(array: Any, limit: Number, response: Response) -> jax.Array:
+def _respond(array: jax.Array, limit: Number, response: Response) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
     root = magnitude = jnp.abs(wide)
     unit = jnp.ones_like(magnitude)
@@ -209,7 +219,9 @@ def _finish(
     )
     found = _measured(plan, leaves, bounds, act, options)
 
-    def ending(found: Any, unusable: Any, pairs: Any, memory: Memory) -> Any:
+    def ending(
+        found: list[jax.Array], unusable: Any, pairs: list[Interval], memory: Memory
+    ) -> Any:
         summary = _summary_of(plan, found, pairs, leaves, options)
         summary = summary._replace(unusable=unusable)
         lost = zero = None
@@ -227,7 +239,10 @@ def _finish(
 
 
 def _usable(
-    low: Any, high: Any, leaves: Leaves, options: Options
+    low: Any,
+    high: Any,
+    leaves: Leaves,
+    options: Options,
 ) -> tuple[list[tuple[Number, Number]], jax.Array | np.bool_]:
     """The bounds of each leaf, all of them NaN if any leaves no interval."""
 
@@ -250,7 +265,7 @@ def _usable(
 def _measured(
     plan: Plan,
     leaves: Leaves,
-    bounds: list[Any],
+    bounds: list[Interval],
     act: Callable[..., jax.Array],
     options: Options,
 ) -> list[jax.Array]:
@@ -274,7 +289,7 @@ def _axis_name(options: Options) -> Any:
 def _summary_of(
     plan: Plan,
     found: list[jax.Array],
-    bounds: list[Any],
+    bounds: list[Interval],
     leaves: Leaves,
     options: Options,
 ) -> Summary:
@@ -289,7 +304,7 @@ def _summary_of(
 
 def _on_all_devices(
     total: Callable[..., jax.Array],
-    values: list[Any],
+    values: Sequence[Any],
     leaves: Leaves,
     options: Options,
 ) -> Any:
@@ -319,7 +334,7 @@ class _Derived:
         """Which of what is measured are zeros and ones."""
         return (False, False, True) + (True,) * self.sanitized
 
-    def __call__(self, trees: Any, scalars: Any) -> Any:
+    def __call__(self, trees: Trees, scalars: PyTree) -> Any:
         leaves, *entries = trees
         raw = policies.sanitize(leaves) if self.sanitized else leaves
         act = clamped if self.act is _clamp else self.act
@@ -338,7 +353,7 @@ class _Derived:
 
 
 def _changed_once(
-    array: Any, here: Any, there: Any, act: Callable[..., jax.Array]
+    array: jax.Array, here: Any, there: Any, act: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """A leaf after clipping, and 1 for each entry that was outside of its bounds."""
     return act(array, *here), outside(array, *there)
@@ -347,6 +362,6 @@ def _changed_once(
 _changed = traced_once(_changed_once, (3,))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     traced = isinstance(value, jax.core.Tracer)
     return is_limit(value) and not callable(value) and not traced

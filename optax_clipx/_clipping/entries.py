@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._devices.numbers import as_one
 from .._devices.programs import unknown
@@ -15,8 +16,9 @@ from .._reductions.groups import Packed
 from .._reductions.norms import marks_counts, norms
 from .._reductions.plan import make_plan, of_tree
 from .._thresholds.base import stateless
-from .._trees.arithmetic import accumulator, at_least_float32, safe_sqrt
+from .._trees.arithmetic import Number, accumulator, at_least_float32, safe_sqrt
 from .._trees.leaves import Leaves, flatten, show
+from .._trees.types import Arrays, Dtype, Scalar, Trees
 from . import policies
 from .metrics import count as advanced
 from .summary import Summary, of_entries
@@ -34,7 +36,7 @@ class EntryRule(Protocol):
     """
 
     def advance(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: PyTree
     ) -> list[jax.Array]:
         """The new moments."""
 
@@ -43,12 +45,12 @@ class EntryRule(Protocol):
         x: jax.Array,
         before: Sequence[jax.Array],
         after: Sequence[jax.Array],
-        numbers: Any,
+        numbers: PyTree,
     ) -> jax.Array:
         """The update; of the new moments alone, which can then be written in place."""
 
     def change(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         """What the metrics call before and after, from the old moments."""
 
@@ -59,7 +61,7 @@ def elementwise(
     fresh: Callable[[Leaves], NamedTuple],
     numbers_at: Callable[[Any, Any], Any],
     options: Options,
-    unusable: Any = False,
+    unusable: Number | bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose entries know of themselves only.
 
@@ -71,7 +73,7 @@ def elementwise(
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
     def step(
-        leaves: Leaves, params: Any, before: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, before: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
         state = before.rule
@@ -116,7 +118,7 @@ class _Derived:
         """Which of what is measured are zeros and ones."""
         return (False, False, True) + (True,) * self.sanitized
 
-    def __call__(self, trees: Any, numbers: Any) -> Any:
+    def __call__(self, trees: Trees, numbers: PyTree) -> Any:
         raw, *moments = trees
         arrays = policies.sanitize(raw) if self.sanitized else raw
         before, after, different = [], [], []
@@ -131,7 +133,7 @@ class _Derived:
 
 
 def finish(
-    leaves: Leaves, out: list[Any], summary: Summary, memory: Memory, options: Options
+    leaves: Leaves, out: Arrays, summary: Summary, memory: Memory, options: Options
 ) -> tuple[list[Any], Memory]:
     """The step by its policy, in the dtypes of the updates, and its metrics."""
 
@@ -155,14 +157,14 @@ def zeros_like(leaves: Leaves) -> Any:
     return jax.tree.unflatten(leaves.treedef, map(_zeros, leaves.everything))
 
 
-def _zeros(leaf: Any) -> jax.Array:
+def _zeros(leaf: PyTree) -> jax.Array:
     dtype = jnp.result_type(leaf)
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
     return jnp.zeros_like(leaf, dtype=at_least_float32(leaf) if inexact else dtype)
 
 
-def moments_in(tree: Any, leaves: Leaves) -> list[jax.Array]:
+def moments_in(tree: PyTree, leaves: Leaves) -> list[jax.Array]:
     """What is remembered of each of these leaves; they must be those that init saw."""
     moments = flatten(tree, updates=False).arrays
     want, got = ([x.shape for x in some] for some in (moments, leaves.arrays))
@@ -175,7 +177,7 @@ def moments_in(tree: Any, leaves: Leaves) -> list[jax.Array]:
     return moments
 
 
-def rebuild(tree: Any, moments: Sequence[Any]) -> Any:
+def rebuild(tree: PyTree, moments: Arrays) -> Any:
     """The tree with other moments in it."""
     return flatten(tree, updates=False).rebuild(list(moments))
 
@@ -183,7 +185,7 @@ def rebuild(tree: Any, moments: Sequence[Any]) -> Any:
 Shares = tuple[jax.Array, jax.Array]  # of an average: a decay, and 1 - decay
 
 
-def mean_of(mean: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
+def mean_of(mean: jax.Array, x: jax.Array, decay: Scalar) -> jax.Array:
     """The exponential moving average after one more value; of a decay, or of shares."""
     # Unknown: for b = 1/2 the compiler would halve the sum, which may overflow.
     b, rest = unknown(shares_of(decay, mean.dtype))
@@ -191,7 +193,7 @@ def mean_of(mean: jax.Array, x: jax.Array, decay: Any) -> jax.Array:
 
 
 def root_of_mean(
-    root: jax.Array, magnitude: jax.Array, decay: Any, power: float
+    root: jax.Array, magnitude: jax.Array, decay: Scalar, power: float
 ) -> jax.Array:
     """The root of the average power of magnitudes, after one more.
 
@@ -209,14 +211,14 @@ def root_of_mean(
     return largest * jnp.where(positive, jnp.where(positive, mean, 1) ** (1 / power), 0)
 
 
-def shares_of(decay: Any, dtype: Any) -> Shares:
+def shares_of(decay: Scalar | Shares, dtype: Dtype) -> Shares:
     """Decay and 1 - decay, which in float32 would be off by 1e-5 for b = .999."""
     if isinstance(decay, tuple):
         return decay
     return jnp.asarray(decay, dtype), jnp.asarray(1 - decay, dtype)
 
 
-def weight_of(decay: Any, counts: jax.Array) -> jax.Array:
+def weight_of(decay: Scalar, counts: jax.Array) -> jax.Array:
     """By what an average of so many values is divided to debias it: 1 - b^t."""
     is_array = isinstance(decay, jax.Array)
     log = jnp.log(decay) if is_array else math.log(decay) if decay else -math.inf
@@ -235,7 +237,7 @@ def refuse_complex(leaves: Leaves) -> None:
 
 
 def _changed(
-    leaves: Leaves, trees: list[Any], numbers: Any, derive: _Derived, options: Options
+    leaves: Leaves, trees: Trees, numbers: PyTree, derive: _Derived, options: Options
 ) -> Summary:
     """Both norms and the share of entries that changed, in one reduction."""
     every = of_tree(len(leaves.arrays))
@@ -249,7 +251,7 @@ def _changed(
 
 
 @marks_counts(False, True)
-def with_flags(trees: Any, extras: Any) -> Any:
+def with_flags(trees: Trees, extras: PyTree) -> Any:
     """The first tree, and which entries of the second are not finite."""
     first, raw = trees
     return [first, policies.where_nonfinite(raw)]

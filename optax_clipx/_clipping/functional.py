@@ -7,14 +7,17 @@ measure the norms again. They work under jit, under vmap and on any mesh.
 import functools
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
+from .._reductions.plan import Ord
 from .._thresholds.constant import constant
 from .._thresholds.relative import relative_to_params
 from .._trees.arguments import AxisNames, Limit, Specs, check_eps, check_limit
+from .._trees.types import Scalar
 from .clip_by import clip_once
 from .elements import clamp_once
 from .measures import (
+    Labels,
     LeafAxis,
     group_norms as _group_norms,
     leaf_norms as _leaf_norms,
@@ -26,7 +29,11 @@ from .transformation import Options
 
 
 def global_norm(
-    tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
+    tree: PyTree,
+    ord: Ord | None = 2,
+    *,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Float[Array, "..."]:
     r"""Computes the norm of all leaves together, without overflow of the squares.
 
@@ -63,7 +70,11 @@ def global_norm(
 
 
 def leaf_norms(
-    tree: Any, ord: Any = 2, *, axis_name: AxisNames = None, specs: Specs = None
+    tree: PyTree,
+    ord: Ord | None = 2,
+    *,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Any:
     r"""Computes the norm of each leaf.
 
@@ -93,7 +104,7 @@ def leaf_norms(
 
 
 def unit_norms(
-    tree: Any,
+    tree: PyTree,
     axis: LeafAxis = None,
     *,
     axis_name: AxisNames = None,
@@ -132,7 +143,7 @@ def unit_norms(
 
 
 def group_norms(
-    tree: Any, labels: Any, *, axis_name: AxisNames = None, specs: Specs = None
+    tree: PyTree, labels: Labels, *, axis_name: AxisNames = None, specs: Specs = None
 ) -> dict[Any, Float[Array, "..."]]:
     r"""Computes the 2-norm of each group of leaves with the same label.
 
@@ -166,7 +177,7 @@ def group_norms(
 
 
 def clip_by_value(
-    tree: Any,
+    tree: PyTree,
     min_value: Limit,
     max_value: Limit,
     *,
@@ -207,10 +218,10 @@ def clip_by_value(
 
 
 def clip_by_leaf_norm(
-    tree: Any,
+    tree: PyTree,
     max_norm: Limit,
     *,
-    ord: Any = None,
+    ord: Ord | None = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -249,12 +260,12 @@ def clip_by_leaf_norm(
 
 
 def clip_by_global_norm(
-    tree: Any,
+    tree: PyTree,
     max_norm: Limit,
     *,
-    norm: Any = None,
-    ord: Any = None,
-    eps: Any = 0.0,
+    norm: Scalar | None = None,
+    ord: Ord | None = None,
+    eps: Scalar = 0.0,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -300,10 +311,10 @@ def clip_by_global_norm(
 
 
 def adaptive_grad_clip(
-    tree: Any,
-    params: Any,
+    tree: PyTree,
+    params: PyTree,
     clipping: Limit,
-    eps: Any = 1e-3,
+    eps: Scalar = 1e-3,
     axis: LeafAxis = None,
     *,
     nonfinite: str = "propagate",

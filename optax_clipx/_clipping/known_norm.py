@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import jax
 import optax
+from jaxtyping import PyTree
 
 from .._reductions.norms import Norms
 
@@ -22,7 +24,7 @@ _KNOWN: ContextVar[_Known | None] = ContextVar("optax_clipx_known_norm", default
 
 
 @contextlib.contextmanager
-def known_norm(arrays: list[Any], norms: Norms | None) -> Iterator[None]:
+def known_norm(arrays: list[jax.Array], norms: Norms | None) -> Iterator[None]:
     """While it lasts, the 2-norm of these very arrays need not be measured again."""
     token = _KNOWN.set(None if norms is None else _Known(arrays, norms))
     try:
@@ -31,7 +33,7 @@ def known_norm(arrays: list[Any], norms: Norms | None) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def find_norm(arrays: list[Any]) -> Norms | None:
+def find_norm(arrays: list[jax.Array]) -> Norms | None:
     """Their 2-norm, if it is known: the same objects, so nothing stands in between."""
     known = _KNOWN.get()
     if known is None or len(known.arrays) != len(arrays):
@@ -64,7 +66,7 @@ def announced(
 ) -> optax.GradientTransformationExtraArgs:
     """A clipper of the whole tree whose states are known as such."""
 
-    def init_fn(params: Any) -> Any:
+    def init_fn(params: PyTree) -> Any:
         state = clipper.init(params)
         states = _STATES.get()
         if states is not None:

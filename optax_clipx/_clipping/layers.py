@@ -1,6 +1,7 @@
 """What the layers of NNX and Equinox say of their own leaves: rank, and units."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ Axes = tuple[int, ...]
 Known = dict[Any, tuple[int, Axes]]  # the rank in the layer, and what a unit spans
 
 
-def of_nnx(model: Any) -> Known:
+def of_nnx(model: object) -> Known:
     """The leaves of the layers of an NNX model."""
     from flax import nnx
 
@@ -25,7 +26,7 @@ def of_nnx(model: Any) -> Known:
     return found
 
 
-def of_equinox(model: Any) -> Known:
+def of_equinox(model: object) -> Known:
     """The leaves of the layers of an Equinox model."""
     import equinox as eqx
 
@@ -44,7 +45,7 @@ def of_equinox(model: Any) -> Known:
     return found
 
 
-def _nnx_layers(nnx: Any) -> list[tuple[Any, Callable[[Any], Known]]]:
+def _nnx_layers(nnx: ModuleType) -> list[tuple[Any, Callable[[Any], Known]]]:
     return [
         (nnx.LinearGeneral, _linear_general),
         (nnx.Linear, lambda _: {"kernel": (2, (0,)), "bias": (1, (0,))}),
@@ -89,7 +90,7 @@ def _convolution(layer: Any, out: int) -> Any:
     return {"kernel": (rank, axes), "bias": (1, (0,))}
 
 
-def _equinox_layers(nn: Any) -> list[tuple[Any, Callable[[Any], Any]]]:
+def _equinox_layers(nn: ModuleType) -> list[tuple[Any, Callable[[Any], Any]]]:
     def convolution(layer: Any) -> Any:
         spatial = layer.num_spatial_dims
         return {
@@ -97,7 +98,7 @@ def _equinox_layers(nn: Any) -> list[tuple[Any, Callable[[Any], Any]]]:
             "bias": (spatial + 1, _range(0, spatial + 1)),
         }
 
-    def recurrent(layer: Any) -> Any:
+    def recurrent(layer: object) -> Any:
         matrices = dict.fromkeys(("weight_ih", "weight_hh"), (2, (1,)))
         return {**matrices, **dict.fromkeys(("bias", "bias_n"), (1, (0,)))}
 
@@ -111,7 +112,7 @@ def _equinox_layers(nn: Any) -> list[tuple[Any, Callable[[Any], Any]]]:
     ]
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
+def _tuple(value: int | Sequence[int]) -> tuple[Any, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import norms
 from .._reductions.plan import Ord, Plan, of_leaves, of_tree
-from .._trees.arguments import whole_numbers
+from .._trees.arguments import AxisNames, Specs, whole_numbers
 from .._trees.leaves import Leaves, Path, flatten, from_prefix, show
+from .._trees.types import Shaped
 
 Axis = int | np.integer | np.ndarray | tuple[int | np.integer, ...] | None
 LeafAxis = Axis | Callable[[Path, Any], Axis] | Mapping[Any, Any] | list[Any]
+Labels: TypeAlias = PyTree  # for each leaf a name, or a function of path and leaf
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Measure:
     batch_axes: Any = None
 
     def __call__(
-        self, updates: Any, *, axis_name: Any = None, specs: Any = None
+        self, updates: PyTree, *, axis_name: AxisNames = None, specs: Specs = None
     ) -> Any:
         """The norms, as a pytree prefix of the updates; for groups a dict."""
         leaves = flatten(updates)
@@ -60,13 +63,17 @@ class Measure:
         zeros = [jnp.zeros((), jnp.float32) for _ in leaves.everything]
         return leaves._replace(everything=zeros).rebuild(spread)
 
-    def plan(self, leaves: Leaves, axis_name: Any = None, specs: Any = None) -> Plan:
+    def plan(
+        self, leaves: Leaves, axis_name: AxisNames = None, specs: Specs = None
+    ) -> Plan:
         """What is settled before a step: the groups, and how leaves lie on the mesh."""
         places = mesh.placements(leaves.arrays, leaves.paths, axis_name, specs)
         groups = self.groups(leaves, places)
         return Plan(tuple(leaves.paths), tuple(places), groups, self.ord)
 
-    def groups_at_init(self, leaves: Leaves, axis_name: Any, specs: Any) -> Groups:
+    def groups_at_init(
+        self, leaves: Leaves, axis_name: AxisNames, specs: Specs
+    ) -> Groups:
         """The groups of parameters, which need not say how they lie on the mesh."""
         if specs is None or not any(isinstance(x, jax.Array) for x in leaves.arrays):
             return self.groups(leaves)
@@ -110,7 +117,7 @@ class Measure:
         return sorted(set(self.label_leaves(leaves)), key=str)
 
     def _unit_axes(
-        self, path: Path, leaf: Any, shape: tuple[int, ...], given: Any
+        self, path: Path, leaf: Shaped, shape: tuple[int, ...], given: LeafAxis
     ) -> tuple[int, ...]:
         every = tuple(range(leaf.ndim))
         if self.scope == "leaf":
@@ -130,7 +137,7 @@ class Measure:
         return (0,) if leaf.ndim <= 3 else every[:-1]
 
 
-def tree_norm(ord: Any = None) -> Measure:
+def tree_norm(ord: Ord | None = None) -> Measure:
     r"""Measures the whole pytree as one vector: the global norm.
 
     .. math:: n = \Big(\sum_{i} |g_i|^p\Big)^{1/p}
@@ -160,7 +167,7 @@ def tree_norm(ord: Any = None) -> Measure:
     return Measure("tree", checked_ord(ord))
 
 
-def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
+def leaf_norms(ord: Ord | None = None, *, batch_axes: LeafAxis = None) -> Measure:
     r"""Measures each leaf by itself.
 
     Args:
@@ -194,7 +201,7 @@ def leaf_norms(ord: Any = None, *, batch_axes: LeafAxis = None) -> Measure:
     return Measure("leaf", checked_ord(ord), batch_axes=batch_axes)
 
 
-def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
+def unit_norms(ord: Ord | None = None, *, axis: LeafAxis = None) -> Measure:
     r"""Measures the units of each leaf: the rows, columns or filters of a layer.
 
     Args:
@@ -227,7 +234,7 @@ def unit_norms(ord: Any = None, *, axis: LeafAxis = None) -> Measure:
     return Measure("unit", checked_ord(ord), axis=axis)
 
 
-def group_norms(labels: Any, ord: Any = None) -> Measure:
+def group_norms(labels: Labels, ord: Ord | None = None) -> Measure:
     r"""Measures together the leaves that have the same label.
 
     Args:
@@ -295,7 +302,7 @@ def checked_ord(ord: Any) -> Ord:
     )
 
 
-def _refuse_traced(value: Any, name: str) -> None:
+def _refuse_traced(value: object, name: str) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f"Expected a static {name}, got the array {value}. Under"
@@ -303,7 +310,7 @@ def _refuse_traced(value: Any, name: str) -> None:
         )
 
 
-def _by_leaf(given: Any, leaves: Leaves, what: str) -> list[Any]:
+def _by_leaf(given: LeafAxis, leaves: Leaves, what: str) -> list[Any]:
     """What is given for each leaf: the same for all, or by a pytree prefix."""
     if given is None or callable(given) or _is_axes(given):
         return [given] * len(leaves.arrays)
@@ -313,7 +320,7 @@ def _by_leaf(given: Any, leaves: Leaves, what: str) -> list[Any]:
         return from_prefix(given, leaves.paths, what, is_leaf=_is_listed)
 
 
-def _is_axes(given: Any) -> bool:
+def _is_axes(given: object) -> bool:
     if isinstance(given, int | np.integer | np.ndarray):
         return True
     return isinstance(given, tuple) and all(
@@ -321,12 +328,14 @@ def _is_axes(given: Any) -> bool:
     )
 
 
-def _is_listed(given: Any) -> bool:
+def _is_listed(given: object) -> bool:
     listed = isinstance(given, list) and all(map(_is_axes, given))
     return listed or _is_axes(given)
 
 
-def _axes_of(given: Any, path: Path, leaf: Any, what: str) -> tuple[int, ...] | None:
+def _axes_of(
+    given: LeafAxis, path: Path, leaf: Shaped, what: str
+) -> tuple[int, ...] | None:
     if callable(given):
         given = given(path, leaf)
     if given is None:

@@ -1,6 +1,7 @@
 """What a clipper did: the numbers that it keeps in its state, and their reader."""
 
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._trees.arithmetic import full_like
 from .._trees.leaves import Path, path_of
+from .._trees.types import Dtype
 from .summary import Summary
 
 
@@ -148,7 +150,7 @@ class QKClipState(NamedTuple):
 def fresh(enabled: bool) -> ClipMetrics:
     """Metrics before the first step; each field an array of its own."""
 
-    def zero(dtype: Any = jnp.float32) -> Any:
+    def zero(dtype: Dtype = jnp.float32) -> Any:
         return jnp.zeros((), dtype) if enabled else None
 
     return ClipMetrics(
@@ -183,7 +185,7 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
     )
 
 
-def count(number: Any, happened: Any) -> jax.Array:
+def count(number: Any, happened: jax.Array | bool) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
     most = full_like(number, jnp.iinfo(jnp.int32).max)
     after = lax.select(lax.lt(number, most), lax.add(number, np.int32(1)), most)
@@ -199,7 +201,7 @@ def to_float32(x: jax.Array) -> jax.Array:
     return clamped.astype(jnp.float32)
 
 
-def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
+def metrics(opt_state: PyTree, prefix: str = "clip") -> dict[str, jax.Array]:
     """Reads what the clippers in an optimizer state did in the last step.
 
     You can call it inside and outside of ``jax.jit``. It finds the clippers inside any
@@ -279,7 +281,7 @@ def metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     )
 
 
-def check(opt_state: Any) -> None:
+def check(opt_state: PyTree) -> None:
     """Raises on the host if the last step met non-finite gradients.
 
     Args:
@@ -328,7 +330,7 @@ def check(opt_state: Any) -> None:
         )
 
 
-def zeroed(opt_state: Any) -> jax.Array:
+def zeroed(opt_state: PyTree) -> jax.Array:
     """Whether any clipper in a state made zeros of updates that were not finite."""
     seen = [s.metrics for _, s in _find(opt_state, ClipState | SkipState)]
     kept = [m for m in seen if m.norm is not None]
@@ -339,7 +341,10 @@ def zeroed(opt_state: Any) -> jax.Array:
 _KINDS = (ClipState, SkipState, TrackState, CautiousState, QKClipState)
 
 
-def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
+Kinds = type | UnionType | tuple[type, ...]  # what isinstance takes
+
+
+def _find(opt_state: PyTree, kind: Kinds) -> list[tuple[Any, Any]]:
     """The states of a kind, outer ones first, and the way to each."""
     leaves = jax.tree_util.tree_leaves_with_path(
         opt_state, is_leaf=lambda node: isinstance(node, _KINDS)
@@ -355,7 +360,7 @@ def _find(opt_state: Any, kind: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _by_names(tree: Any) -> Any:
+def _by_names(tree: PyTree) -> Any:
     """A tree of dicts, nested or flat, with the states that their names tell."""
     if isinstance(tree, Mapping):
         parts = {key: _by_names(part) for key, part in _nested(tree).items()}
@@ -365,7 +370,7 @@ def _by_names(tree: Any) -> Any:
     return tree
 
 
-def _nested(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+def _nested(tree: PyTree) -> dict[Any, Any]:
     """One level of a dict; `a/b` and the tuple `(a, b)` name a `b` within an `a`."""
     parts: dict[Any, Any] = {}
     deeper: dict[Any, Any] = {}
@@ -399,7 +404,7 @@ def _state_of(parts: dict[Any, Any]) -> Any:
     return kind(**{field: parts.get(field) for field in kind._fields})
 
 
-def _nothing_to_read(opt_state: Any, silent: bool) -> str:
+def _nothing_to_read(opt_state: PyTree, silent: bool) -> str:
     if isinstance(opt_state, Mapping):
         names = [str(key) for key in opt_state]
         more = ", ..." if len(names) > 5 else ""
@@ -485,7 +490,7 @@ def _by_layer(state: TrackState, kind: str) -> dict[str, Any]:
     return found
 
 
-def tracked_norms(opt_state: Any) -> dict[str, jax.Array]:
+def tracked_norms(opt_state: PyTree) -> dict[str, jax.Array]:
     """The norms by name that the outermost :func:`track_norms` in a state measured."""
     typed = opt_state if _find(opt_state, TrackState) else _by_names(opt_state)
     for _, state in _find(typed, TrackState):
@@ -497,7 +502,7 @@ def tracked_norms(opt_state: Any) -> dict[str, jax.Array]:
     )
 
 
-def first_clipper(opt_state: Any) -> ClipState | None:
+def first_clipper(opt_state: PyTree) -> ClipState | None:
     """The first clipper in a state that keeps metrics."""
     kept = (state for _, state in _find(opt_state, ClipState))
     return next((x for x in kept if x.metrics.norm is not None), None)
@@ -526,7 +531,7 @@ def _plain(fields: dict[str, Any]) -> dict[str, jax.Array]:
     return arrays
 
 
-def _is_replicated(array: Any) -> bool:
+def _is_replicated(array: object) -> bool:
     """Whether each device has one entry and all are the same; an ensemble's differ."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
         return False

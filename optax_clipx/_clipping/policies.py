@@ -9,7 +9,9 @@ import numpy as np
 
 from .._devices.host import call_from_each_device
 from .._devices.mesh import axes_to_sum, max_over, placements
+from .._trees.arguments import AxisNames, Specs
 from .._trees.leaves import Leaves, Path, show
+from .._trees.types import AnyArray
 
 POLICIES = ("propagate", "zero", "raise", "sanitize")
 
@@ -24,7 +26,7 @@ class Options(NamedTuple):
     norm_arg: str = "norm"
 
 
-def check_policy(nonfinite: Any) -> None:
+def check_policy(nonfinite: object) -> None:
     """Refuses unknown policies at construction."""
     if nonfinite not in POLICIES:
         raise ValueError(
@@ -32,25 +34,25 @@ def check_policy(nonfinite: Any) -> None:
         )
 
 
-def sanitize(arrays: Sequence[Any]) -> list[jax.Array]:
+def sanitize(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """NaN becomes 0, an infinity the largest finite number of its dtype."""
     return [jnp.nan_to_num(x) for x in arrays]
 
 
-def as_given(arrays: Sequence[Any], options: Options) -> list[jax.Array]:
+def as_given(arrays: Sequence[jax.Array], options: Options) -> list[jax.Array]:
     """The updates, sanitized if the policy says so."""
     if options.nonfinite == "sanitize":
         return sanitize(arrays)
     return list(map(jnp.asarray, arrays))
 
 
-def where_nonfinite(arrays: Sequence[Any]) -> list[jax.Array]:
+def where_nonfinite(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """1 where an entry is not finite; the norm of these is 0 if none is."""
     return [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
 
 
 def raise_if_nonfinite(
-    leaves: Leaves, nonfinite: jax.Array, axis_name: Any, specs: Any
+    leaves: Leaves, nonfinite: jax.Array, axis_name: AxisNames, specs: Specs
 ) -> None:
     """An error on the host if the flag is set.
 
@@ -64,7 +66,7 @@ def raise_if_nonfinite(
             _raise(paths, list(map(bool, flags)))
         return
 
-    def on_host(nonfinite: Any, flags: Any) -> None:
+    def on_host(nonfinite: AnyArray, flags: AnyArray) -> None:
         if np.any(nonfinite):
             _raise(paths, np.asarray(flags, bool).tolist())
 

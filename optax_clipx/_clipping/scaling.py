@@ -8,7 +8,7 @@ limit a response falls as `limit / norm`: `response(norm * low, limit * high)` i
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,9 @@ _EXTREMES = {
 def scales(norms: Norms, limits: Packed, response: Response) -> Packed:
     """What each group is multiplied by, whatever the magnitudes: packed, as above."""
 
-    def one(value: Any, root: Any, unit: Any, limit: Any) -> jax.Array:
+    def one(
+        value: jax.Array, root: jax.Array, unit: Number, limit: Number
+    ) -> jax.Array:
         return _scale(value, root, unit, limit, response)
 
     return jax.tree.map(one, *norms, limits)
@@ -126,7 +128,7 @@ def _clipped_norm(
 
 
 def apply(
-    arrays: Sequence[Any], groups: Groups, scales: Packed, zero: jax.Array | None
+    arrays: Sequence[jax.Array], groups: Groups, scales: Packed, zero: jax.Array | None
 ) -> list[jax.Array]:
     """Multiplies each leaf in the accumulator's dtype and casts it once."""
     pairs = zip(arrays, groups.spread(scales), strict=True)
@@ -134,7 +136,7 @@ def apply(
 
 
 def _times_scale_once(
-    array: Any, scale: jax.Array, zero: jax.Array | None = None
+    array: jax.Array, scale: jax.Array, zero: jax.Array | None = None
 ) -> jax.Array:
     """A leaf times its scale, or scales; zeros where the flag is set."""
     if zero is not None:

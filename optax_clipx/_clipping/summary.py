@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import Placement
@@ -18,6 +20,7 @@ from .._reductions.norms import Norms
 from .._reductions.plan import Ord, Plan
 from .._reductions.whole_norm import as_norm, powers
 from .._trees.arithmetic import (
+    Number,
     at_least,
     both,
     either,
@@ -31,6 +34,7 @@ from .._trees.arithmetic import (
     where,
 )
 from .._trees.sizes import as_number, is_known
+from .._trees.types import Arrays
 from . import scaling
 
 
@@ -40,7 +44,7 @@ class Summary(NamedTuple):
     norm: jax.Array
     clipped_norm: jax.Array
     scale: jax.Array
-    threshold: jax.Array | np.ndarray
+    threshold: Number
     clipped: jax.Array
     any_clipped: jax.Array
     nonfinite: jax.Array
@@ -79,7 +83,11 @@ OfTree = tuple[Norms, Packed, Packed]  # norm, threshold and scale of the tree
 
 
 def fold(
-    plan: Plan, arrays: Sequence[Any], norms: Norms, limits: Packed, scales: Packed
+    plan: Plan,
+    arrays: Sequence[jax.Array],
+    norms: Norms,
+    limits: Packed,
+    scales: Packed,
 ) -> Folded | OfTree:
     """What the summary of a step is made of, from the groups' norms and no other pass.
 
@@ -97,7 +105,7 @@ def fold(
         row = _row_of(fields, sizes, 1.0, ord)
         return Folded(row, *_extent(norms.value, sizes, [1.0]))
 
-    def local(shards: Any, places: list[Placement], extras: Any) -> Folded:
+    def local(shards: Arrays, places: list[Placement], extras: PyTree) -> Folded:
         parts = [shards[i : i + each] for i in range(0, len(shards), each)]
         kept = tuple(sorted({name for place in places for name in place.axes}))
         # A unit that several rows have counts once.
@@ -190,7 +198,7 @@ def of_entries(
     size: jax.Array,
     bad: jax.Array | None = None,
     *,
-    threshold: Any,
+    threshold: Number,
 ) -> Summary:
     """A step of single entries, `outside**2` of which were clipped.
 
@@ -211,7 +219,7 @@ def of_entries(
     )
 
 
-def _row_of(fields: Sequence[Any], size: Any, weight: float, ord: Ord) -> jax.Array:
+def _row_of(fields: Arrays, size: ArrayLike, weight: float, ord: Ord) -> jax.Array:
     """Of one array of groups."""
     norms, limits, scales, clipped_norms = fields
     dtype, zero = norms.dtype, full_like(norms, 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jaxtyping import PyTree
 
 from .._devices.mesh import mesh_of
 from .._thresholds.base import Threshold
@@ -20,6 +21,7 @@ from .._trees.arithmetic import (
     where,
 )
 from .._trees.leaves import Leaves, flatten
+from .._trees.types import AnyArray
 from . import metrics as _metrics, policies, summary as _summary
 from .known_norm import find_norm, known_norm
 from .metrics import ClipState
@@ -34,12 +36,12 @@ class Memory(NamedTuple):
     steps: Any = 0
     metrics: Any = None
 
-    def after(self, summary: Summary, rule: Any) -> "Memory":
+    def after(self, summary: Summary, rule: PyTree) -> "Memory":
         """What it has after one more step."""
         memory = self.with_rule(summary.nonfinite, rule)
         return memory._replace(metrics=self.metrics_after(summary))
 
-    def with_rule(self, nonfinite: jax.Array, rule: Any) -> "Memory":
+    def with_rule(self, nonfinite: jax.Array, rule: PyTree) -> "Memory":
         """A step that is not finite teaches no rule."""
         kept = jax.tree.map(
             lambda new, old: where_like(nonfinite, old, new), rule, self.rule
@@ -72,7 +74,11 @@ def transformation(
     clipper = _Clipper(init_rule, rule, options)
 
     def one_step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Any, known: Any
+        leaves: Leaves,
+        params: PyTree,
+        memory: Memory,
+        extra: Mapping[str, PyTree],
+        known: PyTree,
     ) -> tuple[list[jax.Array], Memory]:
         with known_norm(leaves.arrays, known):
             return step(leaves, params, memory, extra)
@@ -81,7 +87,7 @@ def transformation(
     used: list[bool] = []
 
     def update(
-        updates: Any, state: Any = None, params: Any = None, **extra: Any
+        updates: PyTree, state: PyTree = None, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, Any]:
         leaves, state = flatten(updates), clipper.started(state, updates)
         memory = clipper.memory(state)
@@ -110,7 +116,7 @@ class _Clipper(NamedTuple):
     rule: Threshold
     options: Options
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: PyTree) -> Any:
         with mesh_of(jax.tree.leaves(params), auto=True):
             rule_state: Any = ()
             if self.init_rule is not None:
@@ -119,7 +125,7 @@ class _Clipper(NamedTuple):
                 return optax.EmptyState()
             return ClipState(_metrics.fresh(self.options.metrics), rule_state)
 
-    def started(self, state: Any, updates: Any) -> Any:
+    def started(self, state: PyTree, updates: PyTree) -> Any:
         """The state, or a new one where there is none and none is needed."""
         if state is not None:
             return state
@@ -131,7 +137,7 @@ class _Clipper(NamedTuple):
             )
         return state
 
-    def memory(self, state: Any) -> Memory:
+    def memory(self, state: PyTree) -> Memory:
         """What a state remembers; a state of another clipper is refused."""
         kept = isinstance(state, ClipState)
         needed = self.init_rule is not None or self.rule.uses_step
@@ -148,7 +154,7 @@ class _Clipper(NamedTuple):
         return self.options.metrics or self.rule.uses_step
 
 
-def _after_nothing(state: Any) -> Any:
+def _after_nothing(state: PyTree) -> Any:
     """The state after updates without any leaf."""
     if not isinstance(state, ClipState):
         return state
@@ -156,7 +162,7 @@ def _after_nothing(state: Any) -> Any:
     return ClipState(metrics, state.rule)
 
 
-def check_state(state: Any, kind: Any) -> None:
+def check_state(state: object, kind: type) -> None:
     """Refuses a state that is not of the kind that `init` makes."""
     if isinstance(state, kind):
         return
@@ -168,13 +174,13 @@ def check_state(state: Any, kind: Any) -> None:
     )
 
 
-def check_memory(memory: Any, kind: Any) -> None:
+def check_memory(memory: object, kind: type) -> None:
     """Refuses what another clipper remembers, or an older version of this one."""
     if not isinstance(memory, kind):
         raise TypeError(of_another_rule(kind.__name__, memory))
 
 
-def of_another_rule(usual: str, memory: Any) -> str:
+def of_another_rule(usual: str, memory: object) -> str:
     """The message for what another clipper remembers."""
     return (
         f"Expected a state whose rule remembers {usual}, as init of this"
@@ -184,7 +190,7 @@ def of_another_rule(usual: str, memory: Any) -> str:
     )
 
 
-def kind_of(state: Any) -> str:
+def kind_of(state: PyTree) -> str:
     """The type of a state for an error message; of a chain's the types of its parts."""
     if type(state) not in (tuple, list):
         return type(state).__name__
@@ -221,12 +227,12 @@ def by_policy(
     return summary, lost, zero
 
 
-def where_like(condition: jax.Array, this: Any, that: Any) -> jax.Array:
+def where_like(condition: jax.Array, this: AnyArray, that: AnyArray) -> jax.Array:
     """One of two like arrays, in the dtype of the first; the condition is one flag."""
     that = lax.convert_element_type(that, this.dtype)
     return lax.select(condition, this, that)
 
 
-def arrays_in(rule_state: Any) -> list[Any]:
+def arrays_in(rule_state: PyTree) -> list[Any]:
     """What a rule remembers."""
     return jax.tree.leaves(rule_state)

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 
-def check_transformation(value: Any, name: str) -> None:
+def check_transformation(value: object, name: str) -> None:
     """Refuses at construction what is no transformation."""
     if inspect.isroutine(value):
         raise TypeError(
@@ -32,7 +32,7 @@ def explain_missing_calls(values: Iterable[Any]) -> None:
 
 
 def _refusal(name: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+    def refuse(*args: object, **kwargs: object) -> Any:
         raise TypeError(
             f"Expected an optax transformation, got the function {name}. Call it first:"
             f" {name}(...)."

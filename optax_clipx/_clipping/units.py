@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
 import jax
+from jaxtyping import PyTree
 
 from .._trees.arguments import whole_numbers
-from .._trees.leaves import Path, chooser, flatten, show as show_path
+from .._trees.leaves import Path, Where, chooser, flatten, show as show_path
+from .._trees.types import Shaped
 from .attention_names import axes_in_attention, has_heads
 from .measures import LeafAxis, unit_norms
 
@@ -30,7 +32,7 @@ _EMBEDDINGS = (
 )
 
 
-def flax(path: Path, leaf: Any) -> Axes:
+def flax(path: Path, leaf: Shaped) -> Axes:
     r"""Finds the axes of one unit by the parameter names of Flax Linen and NNX.
 
     ==========================================  ====================  ================
@@ -97,7 +99,7 @@ def flax(path: Path, leaf: Any) -> Axes:
     return _of_high_rank(path, leaf, layer)
 
 
-def _of_high_rank(path: Path, leaf: Any, layer: str) -> Axes:
+def _of_high_rank(path: Path, leaf: Shaped, layer: str) -> Axes:
     """The same of what has three axes or more, and is no query, key or value."""
     if _is_vector(leaf):
         return tuple(range(leaf.ndim))
@@ -113,7 +115,7 @@ def _of_high_rank(path: Path, leaf: Any, layer: str) -> Axes:
     raise ValueError(_unclear(path, leaf, "flax"))
 
 
-def equinox(path: Path, leaf: Any) -> Axes:
+def equinox(path: Path, leaf: Shaped) -> Axes:
     r"""Finds the axes of one unit by the parameter names of Equinox.
 
     In Equinox, the shape of ``weight`` is (out, in, ...). The units are:
@@ -162,7 +164,7 @@ def equinox(path: Path, leaf: Any) -> Axes:
     raise ValueError(_unclear(path, leaf, "equinox"))
 
 
-def haiku(path: Path, leaf: Any) -> Axes:
+def haiku(path: Path, leaf: Shaped) -> Axes:
     r"""Finds the axes of one unit by the parameter names of Haiku.
 
     In Haiku, the shape of ``w`` is (..., in, out). The units are:
@@ -219,7 +221,7 @@ def haiku(path: Path, leaf: Any) -> Axes:
     raise ValueError(_unclear(path, leaf, "haiku"))
 
 
-def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
+def stacked(rule: Rule, where: Where, *, axis: SupportsIndex = 0) -> Rule:
     r"""Makes a rule for models in which some leaves stack several layers.
 
     Args:
@@ -250,7 +252,7 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
     (axis,) = whole_numbers(axis)
     chosen = chooser(where)
 
-    def axis_of(path: Path, leaf: Any) -> int:
+    def axis_of(path: Path, leaf: Shaped) -> int:
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
                 f"Expected axis={axis} within the rank of shape {leaf.shape} at"
@@ -258,11 +260,11 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
             )
         return axis % leaf.ndim
 
-    def one_layer(leaf: Any, at: int) -> Any:
+    def one_layer(leaf: Shaped, at: int) -> Any:
         shape = leaf.shape[:at] + leaf.shape[at + 1 :]
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    def of_stack(path: Path, leaf: Any) -> Axes | None:
+    def of_stack(path: Path, leaf: Shaped) -> Axes | None:
         if not chosen(path, leaf):
             return rule(path, leaf)
         at = axis_of(path, leaf)
@@ -273,7 +275,7 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
         positive = [a % len(layer.shape) for a in whole_numbers(axes)]
         return tuple(a + (a >= at) for a in positive)
 
-    def layers(path: Path, leaf: Any) -> Axes:
+    def layers(path: Path, leaf: Shaped) -> Axes:
         inner = getattr(rule, "batch_axes", lambda path, leaf: ())
         if not chosen(path, leaf):
             return tuple(inner(path, leaf))
@@ -286,7 +288,7 @@ def stacked(rule: Rule, where: Any, *, axis: SupportsIndex = 0) -> Rule:
     return of_stack
 
 
-def of_model(model: Any) -> Rule:
+def of_model(model: object) -> Rule:
     r"""Makes a rule from the layers of an NNX or Equinox model, whatever their names.
 
     For a layer whose class is unknown, the rule is :func:`flax` or :func:`equinox`. If
@@ -332,7 +334,7 @@ def of_model(model: Any) -> Rule:
     )
 
 
-def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
+def show(params: PyTree, axis: LeafAxis | Mapping[str, Any] = None) -> None:
     r"""Prints the units of each leaf, which a clipper measures and clips together.
 
     Args:
@@ -377,7 +379,7 @@ def show(params: Any, axis: LeafAxis | Mapping[str, Any] = None) -> None:
 def _by_path(known: Mapping[Path, tuple[int, Axes]], fallback: Rule) -> Rule:
     """A rule from the rank of each known leaf in its layer, and its units there."""
 
-    def rule(path: Path, leaf: Any) -> Axes | None:
+    def rule(path: Path, leaf: Shaped) -> Axes | None:
         if path not in known:
             return fallback(path, leaf)
         core, axes = known[path]
@@ -386,7 +388,7 @@ def _by_path(known: Mapping[Path, tuple[int, Axes]], fallback: Rule) -> Rule:
     return rule
 
 
-def _of_core(path: Path, leaf: Any, core: int, axes: Axes) -> Axes:
+def _of_core(path: Path, leaf: Shaped, core: int, axes: Axes) -> Axes:
     """The axes in a leaf whose layer has `core` dimensions, stacked along the rest."""
     more = leaf.ndim - core
     if more < 0:
@@ -397,7 +399,7 @@ def _of_core(path: Path, leaf: Any, core: int, axes: Axes) -> Axes:
     return tuple(a + more for a in axes)
 
 
-def _is_vector(leaf: Any) -> bool:
+def _is_vector(leaf: Shaped) -> bool:
     return sum(n != 1 for n in leaf.shape) <= 1
 
 
@@ -405,20 +407,20 @@ def _is_convolution(layer: str) -> bool:
     return "conv" in layer.lower()
 
 
-def _filters(path: Path, leaf: Any, rule: str) -> Axes:
+def _filters(path: Path, leaf: Shaped, rule: str) -> Axes:
     if not 3 <= leaf.ndim <= 5:
         raise ValueError(_unclear(path, leaf, rule))
     return _inputs(leaf, rule)
 
 
-def _inputs(leaf: Any, rule: str) -> Axes:
+def _inputs(leaf: Shaped, rule: str) -> Axes:
     """All axes but that of the outputs, as the library orders them."""
     axes = tuple(range(leaf.ndim))
     return axes[1:] if rule == "equinox" else axes[:-1]
 
 
 def _refuse_names_of_others(
-    path: Path, leaf: Any, rule: str, names: tuple[str, ...]
+    path: Path, leaf: Shaped, rule: str, names: tuple[str, ...]
 ) -> None:
     """A matrix of another library may be the other way round."""
     if path and path[-1] in names:
@@ -430,7 +432,7 @@ def _refuse_names_of_others(
         )
 
 
-def _unclear(path: Path, leaf: Any, rule: str) -> str:
+def _unclear(path: Path, leaf: Shaped, rule: str) -> str:
     axes, end = _inputs(leaf, rule), path[-2:]
     outputs = "first" if rule == "equinox" else "last"
     return (

@@ -1,7 +1,5 @@
 """The switches of a whole program."""
 
-from typing import Any
-
 CHOICES = {"blind_axes": ("error", "replicated")}  # the first is the default
 
 
@@ -54,7 +52,7 @@ class Config:
         """What updates are taken for where types cannot tell how they lie."""
         return self._values["blind_axes"]
 
-    def update(self, name: Any, value: Any) -> None:
+    def update(self, name: object, value: object) -> None:
         """Sets a switch."""
         if name not in CHOICES:
             raise ValueError(

@@ -5,19 +5,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from .._trees.arithmetic import times
+from .._trees.types import Arrays
 from . import mesh
 
 
-def in_rows(arrays: list[Any]) -> list[Any]:
+def in_rows(arrays: Arrays) -> list[Any]:
     """The arrays, computed once; on CPU an example lies in memory as a row."""
     # XLA would give one consumer of a bfloat16 array digits that another does not see,
     # and on CPU compute an array in two layouts and copy it twice (2.5 times as long).
     if any(map(mesh.is_cut, arrays)):
         return lax.optimization_barrier(arrays)
 
-    def flattened(arrays: list[Any]) -> list[jax.Array]:
+    def flattened(arrays: Arrays) -> list[jax.Array]:
         rows = [x.reshape(x.shape[0], x[:1].size) for x in arrays]
         rows = lax.optimization_barrier(rows)
         return [row.reshape(x.shape) for row, x in zip(rows, arrays, strict=True)]
@@ -28,7 +30,11 @@ def in_rows(arrays: list[Any]) -> list[Any]:
 
 
 def weighted_sums(
-    arrays: list[Any], keeps: list[Any], coarse: list[Any], fine: list[Any], usual: Any
+    arrays: Arrays,
+    keeps: Arrays,
+    coarse: Arrays,
+    fine: Arrays,
+    usual: jax.Array,
 ) -> list[jax.Array]:
     """The sums over the examples of what is kept, times two factors.
 
@@ -36,7 +42,7 @@ def weighted_sums(
     """
     parts = (arrays, keeps, coarse, fine)
 
-    def sums(*parts: Any) -> list[jax.Array]:
+    def sums(*parts: Arrays) -> list[jax.Array]:
         each = zip(*parts, strict=True)
         return [
             jnp.sum(jnp.where(k, times(times(x, c), f), 0), axis=0)
@@ -45,7 +51,12 @@ def weighted_sums(
 
     # On CPU a sum along the first axis takes up to 80 times as long as a product of a
     # vector and a matrix, but there 0 times NaN is NaN.
-    def products(arrays: Any, keeps: Any, coarse: Any, fine: Any) -> list[jax.Array]:
+    def products(
+        arrays: Arrays,
+        keeps: Arrays,
+        coarse: Arrays,
+        fine: Arrays,
+    ) -> list[jax.Array]:
         weights = [jnp.where(k, f, 0) for k, f in zip(keeps, fine, strict=True)]
         arrays = _cleaned(arrays, usual, keeps, coarse)
         return list(map(_product, weights, arrays))
@@ -56,25 +67,30 @@ def weighted_sums(
 
 
 @jax.custom_jvp
-def _cleaned(arrays: Any, usual: jax.Array, keeps: Any, coarse: Any) -> Any:
+def _cleaned(
+    arrays: Arrays,
+    usual: jax.Array,
+    keeps: Arrays,
+    coarse: Arrays,
+) -> Any:
     """The arrays, and if they are not usual, scaled coarsely and rid of the rest."""
 
     # A loop of no or one turn changes what it carries where it lies. A cond keeps room
     # for a second copy: 154 MB beside gradients of 77 MB.
-    def turn(state: Any) -> Any:
+    def turn(state: PyTree) -> Any:
         return state[0] | True, _clean(state[1], keeps, coarse)
 
     return lax.while_loop(lambda state: ~state[0], turn, (usual, arrays))[1]
 
 
 @_cleaned.defjvp
-def _cleaned_jvp(primals: Any, tangents: Any) -> Any:
+def _cleaned_jvp(primals: PyTree, tangents: PyTree) -> Any:
     # Loops cannot be differentiated backward. The factors are constants.
     _, _, keeps, coarse = primals
     return _cleaned(*primals), _clean(tangents[0], keeps, coarse)
 
 
-def _clean(arrays: Any, keeps: Any, coarse: Any) -> list[jax.Array]:
+def _clean(arrays: Arrays, keeps: Arrays, coarse: Arrays) -> list[jax.Array]:
     each = zip(arrays, keeps, coarse, strict=True)
     return [jnp.where(k, times(x, c), 0) for x, k, c in each]
 

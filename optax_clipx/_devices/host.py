@@ -17,7 +17,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
+from .._trees.types import Arrays
 from .mesh import index_in, manual_axes
 
 OnHost = Callable[[Any], None]
@@ -28,7 +30,7 @@ def report(
     every: int,
     step: jax.Array,
     values: jax.Array,
-    carried: Sequence[jax.Array],
+    carried: Arrays,
 ) -> list[jax.Array]:
     """Calls `on_host(values)` if the step is a multiple of `every`.
 
@@ -43,7 +45,12 @@ def report(
 
 
 def _at_once(
-    step: Any, values: Any, first: Any, *carried: Any, on_host: OnHost, every: int
+    step: jax.Array,
+    values: jax.Array,
+    first: jax.Array,
+    *carried: jax.Array,
+    on_host: OnHost,
+    every: int,
 ) -> list[Any]:
     if int(step) % every == 0 and _is_first_process(values):
         on_host(values)
@@ -51,15 +58,20 @@ def _at_once(
 
 
 def _types(
-    step: Any, values: Any, first: Any, *carried: Any, **params: Any
+    step: object, values: object, first: object, *carried: object, **params: object
 ) -> list[Any]:
     return list(carried)
 
 
 def _in_program(
-    step: Any, values: Any, first: Any, *carried: Any, on_host: OnHost, every: int
+    step: jax.Array,
+    values: jax.Array,
+    first: jax.Array,
+    *carried: jax.Array,
+    on_host: OnHost,
+    every: int,
 ) -> list[Any]:
-    def call(values: Any) -> None:
+    def call(values: jax.Array) -> None:
         _call_host(on_host, values)
 
     if every == 1 and not manual_axes():
@@ -69,7 +81,9 @@ def _in_program(
     return list(carried)
 
 
-def _of_all(args: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
+def _of_all(
+    args: Arrays, dims: Sequence[int | None], **params: object
+) -> tuple[Any, Any]:
     """One report for all that vmap maps over, and a condition that stays one."""
     (step, values, first, *carried), (at, values_at, first_at, *carried_at) = args, dims
     # What has stopped, as in a mapped while loop, keeps its last step.
@@ -79,7 +93,7 @@ def _of_all(args: Any, dims: Any, **params: Any) -> tuple[Any, Any]:
     return _report.bind(step, values, first, *carried, **params), carried_at
 
 
-def _derivative(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+def _derivative(primals: PyTree, tangents: PyTree, **params: object) -> tuple[Any, Any]:
     """That of the identity, which reports nothing."""
     return _report.bind(*primals, **params), list(tangents[3:])
 
@@ -159,7 +173,9 @@ def _axes_left() -> tuple[str, ...]:
     return tuple(name for name in axes if name not in manual) if manual else ()
 
 
-def _over(axes: tuple[str, ...], fun: Callable[..., Any], *values: jax.Array) -> None:
+def _over(
+    axes: tuple[str, ...], fun: Callable[..., PyTree], *values: jax.Array
+) -> None:
     """Makes the other axes manual, too: JAX 0.10 does it itself, but for one alone."""
     if jax.__version_info__ < (0, 10):  # XLA may abort the process
         raise ValueError(

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
+from .._trees.arguments import AxisNames, Specs
 from .._trees.leaves import Path, from_prefix, show
+from .._trees.types import Shaped
 from .config import config
 
 Axes = tuple[Any, ...]  # names, or what JAX 0.7 puts in the place of one of pmap
@@ -49,7 +53,7 @@ class Placement(NamedTuple):
 
 
 def placements(
-    arrays: Sequence[Any], paths: list[Path], axis_name: Any, specs: Any
+    arrays: Sequence[Shaped], paths: list[Path], axis_name: AxisNames, specs: Specs
 ) -> list[Placement]:
     """Where each leaf of manual code is sharded; `()` outside of manual code."""
     manual = manual_axes()
@@ -90,7 +94,7 @@ def whole_shape(shape: tuple[int, ...], place: Placement) -> tuple[int, ...]:
     return tuple(n * size_of(axes) for n, axes in zip(shape, place.dims, strict=True))
 
 
-def is_unknown(axis_name: Any, specs: Any) -> bool:
+def is_unknown(axis_name: AxisNames, specs: Specs) -> bool:
     """Whether nobody says over which axes the updates are sharded."""
     told = axis_name is not None or specs is not None
     return not told and config.blind_axes == "error" and bool(blind_axes())
@@ -104,7 +108,7 @@ def blind_axes() -> Axes:
     return tuple(name for name in manual if lax.axis_size(name) > 1)
 
 
-def axes_to_sum(arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
+def axes_to_sum(arrays: Sequence[ArrayLike], places: Sequence[Placement]) -> Axes:
     """The axes of one sum over all leaves: where any is sharded, or varies by type."""
     axes = {name for place in places for name in place.axes}
     for array in arrays:
@@ -128,7 +132,7 @@ def _pmax(value: jax.Array, axes: Axes) -> jax.Array:
 
 
 @_pmax.defjvp
-def _pmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _pmax_jvp(axes: Axes, primals: PyTree, tangents: PyTree) -> tuple[Any, Any]:
     # JAX has none. As that of `jnp.max`: the mean over all that are the largest.
     (value,), (tangent,) = primals, tangents
     top = lax.pmax(value, axes)
@@ -137,7 +141,7 @@ def _pmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return top, total / lax.psum(largest.astype(tangent.dtype), axes)
 
 
-def mean_over_devices(value: jax.Array, axis_name: Any) -> jax.Array:
+def mean_over_devices(value: jax.Array, axis_name: AxisNames) -> jax.Array:
     """The mean over the manual axes over which a value varies, or may vary."""
     axes = set(varying(value))
     if axis_name is not None:
@@ -164,11 +168,11 @@ def index_in(axes: Axes) -> jax.Array:
 
 
 def map_local(
-    fun: Callable[..., Any],
-    arrays: Sequence[Any],
+    fun: Callable[..., PyTree],
+    arrays: Sequence[ArrayLike],
     places: Sequence[Placement],
-    extras: Any,
-    out_specs: Callable[..., Any],
+    extras: PyTree,
+    out_specs: Callable[..., PyTree],
 ) -> Any:
     """Calls `fun(shards, placements, extras)` with the shards of Explicit axes.
 
@@ -189,7 +193,7 @@ def map_local(
     )(list(arrays), extras)
 
 
-def explicit_dims(array: Any) -> tuple[Axes, ...]:
+def explicit_dims(array: ArrayLike) -> tuple[Axes, ...]:
     """The Explicit mesh axes that cut each dimension of an array."""
     kind = jax.typeof(array)
     sharding = kind.sharding
@@ -201,7 +205,7 @@ def explicit_dims(array: Any) -> tuple[Axes, ...]:
     return (*dims, *[()] * (kind.ndim - len(dims)))
 
 
-def cut_sizes(array: Any) -> tuple[int, ...]:
+def cut_sizes(array: ArrayLike) -> tuple[int, ...]:
     """Into how many parts the Explicit mesh axes cut each dimension of an array."""
     mesh = jax.typeof(array).sharding.mesh
     return tuple(
@@ -209,7 +213,7 @@ def cut_sizes(array: Any) -> tuple[int, ...]:
     )
 
 
-def knows_shards(array: Any) -> bool:
+def knows_shards(array: ArrayLike) -> bool:
     """Whether all is known of how an array is sharded: no mesh axis is Auto."""
     meshes = (jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh())
     return not any(
@@ -219,7 +223,7 @@ def knows_shards(array: Any) -> bool:
     )
 
 
-def can_be_joined(arrays: Sequence[Any]) -> bool:
+def can_be_joined(arrays: Sequence[ArrayLike]) -> bool:
     """Whether arrays can become one, or be cut up: nothing hides how they lie.
 
     Under vmap an Explicit axis may cut them where their types do not show it.
@@ -233,18 +237,18 @@ def can_be_joined(arrays: Sequence[Any]) -> bool:
     return not hidden and len(memories) == 1 and all(map(knows_shards, arrays))
 
 
-def is_cut(array: Any) -> bool:
+def is_cut(array: ArrayLike) -> bool:
     """Whether an array is cut along Explicit mesh axes."""
     return any(name for names in explicit_dims(array) for name in names)
 
 
-def lies_whole(array: Any) -> bool:
+def lies_whole(array: ArrayLike) -> bool:
     """Whether each device holds all of an array, as far as types say."""
     return knows_shards(array) and not is_cut(array) and not varying(array)
 
 
 @contextlib.contextmanager
-def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
+def mesh_of(arrays: Sequence[PyTree], auto: bool = False) -> Iterator[None]:
     """Sets the mesh on which the arrays lie, where the caller has set none.
 
     Without it, new arrays would lie on no mesh: they would not go together with
@@ -268,7 +272,7 @@ def mesh_of(arrays: Sequence[Any], auto: bool = False) -> Iterator[None]:
         yield
 
 
-def _abstract_mesh(mesh: Any) -> Any:
+def _abstract_mesh(mesh: AbstractMesh) -> Any:
     """The context in which traced values lie on a mesh."""
     if not hasattr(jax.sharding, "use_abstract_mesh"):  # JAX 0.7
         raise ValueError(
@@ -279,7 +283,7 @@ def _abstract_mesh(mesh: Any) -> Any:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def _has_mesh(array: Any, auto: bool) -> bool:
+def _has_mesh(array: PyTree, auto: bool) -> bool:
     if isinstance(array, jax.core.Tracer):
         sharding = jax.typeof(array).sharding
     else:
@@ -291,7 +295,7 @@ def _has_mesh(array: Any, auto: bool) -> bool:
     return explicit or (auto and not isinstance(array, jax.core.Tracer))
 
 
-def refuse_unreduced(arrays: Sequence[Any], paths: Sequence[Path]) -> None:
+def refuse_unreduced(arrays: Sequence[ArrayLike], paths: Sequence[Path]) -> None:
     """A norm of partial sums has no meaning: ask for the reduction first."""
     for array, path in zip(arrays, paths, strict=True):
         unreduced = getattr(jax.typeof(array).sharding.spec, "unreduced", ())
@@ -321,7 +325,7 @@ def _has_types(manual: Axes) -> bool:
     return manual[0] in varying(lax.axis_index(manual[0]))
 
 
-def varying(value: Any) -> frozenset[str]:
+def varying(value: PyTree) -> frozenset[str]:
     """The manual mesh axes over which a value varies, by its type."""
     kind = jax.typeof(value)
     if hasattr(kind, "vma"):  # until JAX 0.9
@@ -341,12 +345,12 @@ def vary(value: jax.Array, axes: Axes) -> jax.Array:
     return lax.pcast(value, missing, to="varying")
 
 
-def _from_type(array: Any, path: Path, manual: Axes) -> Placement:
+def _from_type(array: Shaped, path: Path, manual: Axes) -> Placement:
     axes = tuple(name for name in manual if name in varying(array))
     return Placement(axes, None if axes else ())
 
 
-def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
+def _from_spec(spec: object, array: Shaped, path: Path) -> Placement:
     if not isinstance(spec, PartitionSpec):
         raise TypeError(
             f"Expected a jax.sharding.PartitionSpec in specs= for {show(path)}, got"
@@ -363,7 +367,7 @@ def _from_spec(spec: Any, array: Any, path: Path) -> Placement:
     return Placement(tuple(name for d in dims for name in d), tuple(dims))
 
 
-def _names(entry: Any) -> Axes:
+def _names(entry: PyTree) -> Axes:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)

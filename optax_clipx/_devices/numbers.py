@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 from jax.interpreters import mlir
+from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as hlo
+from jaxtyping import PyTree
 
 from .._trees.arithmetic import is_concrete
 from .._trees.sizes import is_known
@@ -20,7 +22,7 @@ from .mesh import can_be_joined, lies_whole
 from .primitives import primitive_of
 
 
-def as_one(fun: Callable[..., Any], *given: Any) -> Any:
+def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     """`fun(*given)`: a few numbers from a few numbers, compiled as one kernel.
 
     XLA for CPU compiles a kernel for each number that comes out, and computes anew in
@@ -86,19 +88,19 @@ def _has_small_steps(program: Any) -> bool:
     return True
 
 
-def _is_known(name: Any, known: dict[Any, Any]) -> bool:
+def _is_known(name: Var | Literal, known: dict[Var, ArrayLike]) -> bool:
     return isinstance(name, Literal) or name in known
 
 
-def _value(name: Any, known: dict[Any, Any]) -> Any:
+def _value(name: Var | Literal, known: dict[Var, ArrayLike]) -> Any:
     return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
 
 
-def _run(*arrays: Any, program: Any) -> list[Any]:
+def _run(*arrays: jax.Array, program: ClosedJaxpr) -> list[Any]:
     return jaxpr_as_fun(program)(*arrays)
 
 
-def _types(*arrays: Any, program: Any) -> list[Any]:
+def _types(*arrays: object, program: ClosedJaxpr) -> list[Any]:
     return program.out_avals
 
 
@@ -108,11 +110,15 @@ _computed = primitive_of("as_one", _run, _types)
 _program = primitive_of("program", _run, _types)
 
 
-def _lowered(context: Any, *arrays: Any, program: Any) -> Any:
+def _lowered(
+    context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr
+) -> Any:
     return mlir.core_call_lowering(context, *arrays, name="as_one", call_jaxpr=program)
 
 
-def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
+def _lowered_on_cpu(
+    context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr
+) -> Any:
     """A loop that runs once, written as XLA's own operations: quicker than tracing it.
 
     What comes out takes the places of what went in: XLA would move out of the loop
@@ -152,7 +158,9 @@ def _lowered_on_cpu(context: Any, *arrays: Any, program: Any) -> Any:
     return [loop.results[1 + place] for place in places]
 
 
-def _lowered_on_gpu(context: Any, *arrays: Any, program: Any) -> Any:
+def _lowered_on_gpu(
+    context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr
+) -> Any:
     run = functools.partial(_from_one_vector, _plain(program))
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
@@ -173,7 +181,7 @@ def _first(numbers: Any, shape: tuple[int, ...]) -> Any:
     return hlo.reshape(scalar, hlo.slice(numbers, start, end, end))
 
 
-def _plain(program: Any) -> Callable[..., list[Any]]:
+def _plain(program: ClosedJaxpr) -> Callable[..., list[Any]]:
     return functools.partial(_program.bind, program=program)
 
 
@@ -183,7 +191,7 @@ for _gpu in ("cuda", "rocm"):
     mlir.register_lowering(_computed, _lowered_on_gpu, platform=_gpu)
 
 
-def _from_one_vector(fun: Callable[..., Any], *arrays: Any) -> Any:
+def _from_one_vector(fun: Callable[..., PyTree], *arrays: jax.Array) -> Any:
     """The same, from numbers that lie in one vector.
 
     XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.

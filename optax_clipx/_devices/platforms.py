@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax.interpreters import mlir
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._trees.arithmetic import is_concrete
+from .._trees.types import Arrays
 from .mesh import varying
 from .primitives import primitive_of
 
@@ -21,7 +24,7 @@ class Ways(NamedTuple):
     others: Callable[..., Any]
 
 
-def by_platform(ways: Ways, given: Any, like: Any = None) -> Any:
+def by_platform(ways: Ways, given: PyTree, like: PyTree = None) -> Any:
     """What the function for the platform makes of what is given.
 
     `jax.lax.platform_dependent` traces every function. Where it is said what the
@@ -42,7 +45,7 @@ def by_platform(ways: Ways, given: Any, like: Any = None) -> Any:
     return jax.tree.unflatten(outcome, _chosen.bind(*arrays, call=call))
 
 
-def is_on_mesh(arrays: Sequence[Any]) -> bool:
+def is_on_mesh(arrays: Sequence[ArrayLike]) -> bool:
     """Whether there is a mesh in whose context, or on whose axes, arrays are."""
     # In JAX 0.7 types name the mesh of arrays that were put on Auto axes, too.
     return not jax.sharding.get_abstract_mesh().empty or any(
@@ -57,7 +60,7 @@ def _way(ways: Ways, platform: str) -> Callable[..., Any]:
     return {"cpu": ways.cpu, "tpu": ways.tpu}.get(platform, ways.others)
 
 
-def _all_traced(ways: Ways, given: Any) -> Any:
+def _all_traced(ways: Ways, given: PyTree) -> Any:
     if ways.tpu is ways.others:
         return lax.platform_dependent(given, cpu=ways.cpu, default=ways.others)
     return lax.platform_dependent(
@@ -72,12 +75,12 @@ class _Call(NamedTuple):
     structure: Any
     kinds: tuple[Any, ...]
 
-    def given(self, arrays: Any) -> Any:
+    def given(self, arrays: Arrays) -> Any:
         """The argument."""
         return jax.tree.unflatten(self.structure, arrays)
 
 
-def _run(*arrays: Any, call: _Call) -> list[Any]:
+def _run(*arrays: jax.Array, call: _Call) -> list[Any]:
     return jax.tree.leaves(_all_traced(call.ways, call.given(arrays)))
 
 
@@ -86,8 +89,8 @@ _chosen = primitive_of("by_platform", _run, lambda *arrays, call: list(call.kind
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
-    def lower(context: Any, *arrays: Any, call: _Call) -> Any:
-        def run(*arrays: Any) -> list[Any]:
+    def lower(context: mlir.LoweringRuleContext, *arrays: Any, call: _Call) -> Any:
+        def run(*arrays: jax.Array) -> list[Any]:
             token = _platform.set(platform)
             try:
                 return jax.tree.leaves(_way(call.ways, platform)(call.given(arrays)))
@@ -104,11 +107,11 @@ for _name in ("cpu", "tpu"):
     mlir.register_lowering(_chosen, _lowered(_name), platform=_name)
 
 
-def stored_on_cpu(x: Any) -> Any:
+def stored_on_cpu(x: PyTree) -> Any:
     """The same array, which XLA for CPU writes to memory before it is read."""
     ways = Ways(lax.optimization_barrier, _unchanged, _unchanged)
     return by_platform(ways, x, like=x)
 
 
-def _unchanged(x: Any) -> Any:
+def _unchanged(x: PyTree) -> Any:
     return x

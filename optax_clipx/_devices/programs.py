@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-from .._trees.arithmetic import where
+from .._trees.arithmetic import Number, where
+from .._trees.types import Arrays
 from .mesh import knows_shards
 from .numbers import is_inside
 from .platforms import Ways, by_platform
 
 
-def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
+def traced_once(fun: Callable[..., PyTree], static: tuple[int, ...] = ()) -> Any:
     """A function of one leaf, traced and lowered once for all leaves of a shape.
 
     With Auto axes a call would hide from XLA how best to lay out what is computed.
@@ -32,7 +35,7 @@ def traced_once(fun: Callable[..., Any], static: tuple[int, ...] = ()) -> Any:
     inlined = jax.jit(fun, static_argnums=static, inline=True)
 
     @functools.wraps(fun)
-    def run(first: Any, *others: Any) -> Any:
+    def run(first: PyTree, *others: PyTree) -> Any:
         return (called if knows_shards(first) else inlined)(first, *others)
 
     return run
@@ -52,7 +55,7 @@ class Passes(NamedTuple):
 
 
 def if_needed(
-    passes: Passes, joined: Passes, given: Any, like: Any = None
+    passes: Passes, joined: Passes, given: PyTree, like: PyTree = None
 ) -> tuple[Any, Any]:
     """What a first pass finds, or a second one if it is needed; and what it goes by.
 
@@ -67,7 +70,7 @@ def if_needed(
     1.7 times as long as with optax's clipping, with joined leaves 1.1 times.
     """
 
-    def on_cpu(given: Any) -> tuple[Any, Any]:
+    def on_cpu(given: PyTree) -> tuple[Any, Any]:
         found, by, needed = joined.first(given)
         found = lax.cond(needed, lambda: joined.again(found, by, given), lambda: found)
         return found, by
@@ -76,13 +79,13 @@ def if_needed(
     return by_platform(ways, given, like)
 
 
-def _replaced(given: Any) -> Any:
+def _replaced(given: PyTree) -> Any:
     flag, value, arrays = given
     return jax.tree.map(lambda x: where(flag, value, x), arrays)
 
 
-def _replaced_in_a_branch(given: Any) -> Any:
-    def replaced(value: jax.Array, arrays: Any) -> Any:
+def _replaced_in_a_branch(given: PyTree) -> Any:
+    def replaced(value: jax.Array, arrays: PyTree) -> Any:
         # Made from the arrays, so that it lies on the mesh as they do.
         return jax.tree.map(lambda x: jnp.where(x == x, value, value), arrays)
 
@@ -90,7 +93,7 @@ def _replaced_in_a_branch(given: Any) -> Any:
     return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
 
 
-def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
+def replaced_if(flag: Number, value: Number, arrays: PyTree) -> Any:
     """Arrays full of a value if the flag is set, else as they are, computed once.
 
     XLA for CPU would compute anew in the loop of every leaf what led to its scale, but
@@ -104,7 +107,9 @@ def replaced_if(flag: Any, value: Any, arrays: Any) -> Any:
     return by_platform(ways, (flag, value, arrays), like=arrays)
 
 
-def _at(places: Any, sizes: tuple[int, ...], vector: jax.Array) -> list[jax.Array]:
+def _at(
+    places: Sequence[ArrayLike], sizes: tuple[int, ...], vector: jax.Array
+) -> list[jax.Array]:
     each = zip(places, sizes, strict=True)
     return [lax.dynamic_slice(vector, (place,), (size,)) for place, size in each]
 
@@ -122,7 +127,7 @@ def _cut(sizes: tuple[int, ...], vector: jax.Array) -> Any:
     return lax.split(vector, sizes)
 
 
-def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Sequence[jax.Array]:
+def cut(vector: jax.Array, sizes: tuple[int, ...]) -> Arrays:
     """The parts of a vector, one after the other.
 
     XLA for CPU compiles a kernel of its own for each part whose place it knows, and for
@@ -145,7 +150,7 @@ def entries(vector: jax.Array) -> list[jax.Array]:
     return [lax.squeeze(x, (0,)) for x in cut(vector, (1,) * vector.shape[0])]
 
 
-def unknown(values: Any) -> Any:
+def unknown(values: PyTree) -> Any:
     """The same values, of which the compiler knows nothing.
 
     So it neither computes them anew for each that uses them, nor puts what it knows of

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from .._trees.arithmetic import total
 from .._trees.sizes import is_known
+from .._trees.types import Arrays, Dtype
 from .mesh import knows_shards, vary, varying
 from .numbers import is_inside
 from .platforms import stored_on_cpu
@@ -33,19 +35,19 @@ def together(arrays: Sequence[jax.Array | np.ndarray]) -> Any:
     )
 
 
-def vector_of(scalars: Sequence[jax.Array]) -> jax.Array:
+def vector_of(scalars: Arrays) -> jax.Array:
     """Scalars as a vector."""
     return lax.concatenate([lax.reshape(x, (1,)) for x in scalars], 0)
 
 
-def total_of(scalars: Sequence[jax.Array]) -> jax.Array:
+def total_of(scalars: Arrays) -> jax.Array:
     """The sum of scalars, or of arrays of one shape."""
     if len(scalars) <= 32:
         return functools.reduce(lax.add, scalars)
     return jnp.sum(stacked(scalars), axis=0)
 
 
-def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+def stacked(arrays: Arrays) -> jax.Array:
     """Arrays of one shape as one.
 
     Of what is then summed XLA for CPU would make one loop over all arrays, and to put
@@ -63,7 +65,7 @@ def sum_of(
     values: Callable[[jax.Array], jax.Array],
     leaf: jax.Array,
     axes: tuple[int, ...] | None,
-    sums: Any,
+    sums: Dtype,
 ) -> jax.Array:
     """The sum of the values of a leaf's entries, over some axes that are kept, or all.
 
@@ -112,7 +114,7 @@ def _added_by_rows(
 
 
 def sums_by_parts(
-    values: Callable[..., list[jax.Array]], arrays: Sequence[jax.Array], others: Any
+    values: Callable[..., list[jax.Array]], arrays: Arrays, others: PyTree
 ) -> list[jax.Array]:
     """The sums of `values(*arrays, others)`, all of them in one read; on CPU alone.
 
@@ -125,7 +127,7 @@ def sums_by_parts(
     size, part = arrays[0].size, 2**16
     flat = [lax.reshape(x, (size,)) for x in arrays]
 
-    def add(i: Any, sums: list[jax.Array]) -> list[jax.Array]:
+    def add(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         start = jnp.minimum(i * part, size - part)
         found = values(*[lax.dynamic_slice(x, (start,), (part,)) for x in flat], others)
         if size % part:  # the last part begins within the one before
@@ -139,7 +141,7 @@ def sums_by_parts(
     return list(map(jnp.sum, sums))
 
 
-def outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+def outside(array: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """1 for each entry outside of its bounds, else 0.
 
     On CPU the sum of a comparison takes three times as long as that of this sign.
@@ -153,7 +155,7 @@ def outside(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
     return lax.sign(lax.abs(lax.sub(wide, inside)))
 
 
-def clamped(array: Any, low: jax.Array, high: jax.Array) -> jax.Array:
+def clamped(array: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The clamp in a form that XLA does not turn into its clamp operation.
 
     Inside of a reduction on CPU that one takes eight times as long.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.entries import (
     elementwise,
@@ -26,6 +27,7 @@ from .._trees.arguments import (
 )
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
+from .._trees.types import Dtype, Scalar
 
 
 class ACClipMemory(NamedTuple):
@@ -37,11 +39,11 @@ class ACClipMemory(NamedTuple):
 
 @explains_calls
 def scale_by_acclip(
-    b1: Any = 0.9,
-    b2: Any = 0.99,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     *,
     alpha: float | None = None,
-    eps: Any = 1e-5,
+    eps: Scalar = 1e-5,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -98,7 +100,7 @@ def scale_by_acclip(
     def fresh(leaves: Leaves) -> ACClipMemory:
         return ACClipMemory(zeros_like(leaves), zeros_like(leaves))
 
-    def numbers_at(dtype: Any, memory: ACClipMemory) -> Any:
+    def numbers_at(dtype: Dtype, memory: ACClipMemory) -> Any:
         return shares_of(b1, dtype), shares_of(b2, dtype), jnp.asarray(eps, dtype)
 
     options = Options(nonfinite, axis_name, specs, metrics)
@@ -114,7 +116,7 @@ class _ACClip:
     alpha: float
 
     def advance(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: PyTree
     ) -> list[jax.Array]:
         of_mean, of_tau, _ = numbers
         mean, tau = moments
@@ -127,7 +129,7 @@ class _ACClip:
         x: jax.Array,
         before: Sequence[jax.Array],
         after: Sequence[jax.Array],
-        numbers: Any,
+        numbers: PyTree,
     ) -> jax.Array:
         _, _, eps = numbers
         mean, tau = after
@@ -136,7 +138,7 @@ class _ACClip:
         return jnp.where(size > tau, scaled, mean)
 
     def change(
-        self, x: jax.Array, moments: Sequence[jax.Array], numbers: Any
+        self, x: jax.Array, moments: Sequence[jax.Array], numbers: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         new = self.advance(x, moments, numbers)
         return new[0], self.respond(x, moments, new, numbers)

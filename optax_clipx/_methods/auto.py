@@ -1,7 +1,5 @@
 """The clipper without a number to choose."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -9,7 +7,7 @@ from jaxtyping import Array, Float
 from .._thresholds.auto import auto
 from .._trees.arguments import AxisNames, Specs
 from .._trees.calls import explains_calls
-from .common import method
+from .common import Scope, method
 
 _UNITS = 8.0  # in a threshold; norms below one of them stay as they are
 
@@ -17,7 +15,7 @@ _UNITS = 8.0  # in a threshold; norms below one of them stay as they are
 @explains_calls
 def auto_clip(
     *,
-    scope: Any = "tree",
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,

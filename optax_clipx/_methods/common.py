@@ -1,7 +1,5 @@
 """What all methods with a scope share."""
 
-from typing import Any
-
 import optax
 
 from .._clipping.clip_by import clip_by
@@ -10,15 +8,18 @@ from .._clipping.scaling import Response
 from .._thresholds.base import Threshold
 from .._thresholds.combine import minimum
 from .._thresholds.constant import constant
+from .._trees.arguments import AxisNames, Limit, Specs
+
+Scope = str | Measure  # "tree", "leaf" or what is measured together
 
 
 def method(
-    scope: Any,
-    rule: Any,
+    scope: Scope,
+    rule: Threshold | Limit,
     response: Response,
     nonfinite: str,
-    axis_name: Any,
-    specs: Any,
+    axis_name: AxisNames,
+    specs: Specs,
     metrics: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """`clip_by` with what the scope measures."""
@@ -33,7 +34,7 @@ def method(
     )
 
 
-def measure_of(scope: Any) -> Measure:
+def measure_of(scope: Scope) -> Measure:
     """The measure that a scope names."""
     if isinstance(scope, Measure):
         return scope
@@ -45,6 +46,6 @@ def measure_of(scope: Any) -> Measure:
     )
 
 
-def capped(rule: Threshold, max_norm: Any) -> Threshold:
+def capped(rule: Threshold, max_norm: Limit | None) -> Threshold:
     """The rule, and an absolute threshold that does not enter its statistics."""
     return rule if max_norm is None else minimum(rule, constant(max_norm, "max_norm"))

@@ -1,7 +1,7 @@
 """Fixed thresholds: for entries, leaves, blocks, trees, groups, and units."""
 
 import functools
-from typing import Any
+from collections.abc import Hashable
 
 import optax
 
@@ -13,6 +13,7 @@ from .._clipping.elements import (
     clip_by_magnitude,
 )
 from .._clipping.measures import (
+    Labels,
     LeafAxis,
     group_norms,
     leaf_norms,
@@ -21,6 +22,7 @@ from .._clipping.measures import (
 )
 from .._clipping.responses import rescale
 from .._clipping.transformation import Options
+from .._reductions.plan import Ord
 from .._thresholds.constant import constant
 from .._thresholds.relative import relative_to_params
 from .._trees.arguments import (
@@ -32,6 +34,7 @@ from .._trees.arguments import (
     is_limit,
 )
 from .._trees.calls import explains_calls
+from .._trees.types import Scalar
 
 
 @explains_calls
@@ -136,7 +139,7 @@ def clip_by_value(
 def clip_by_leaf_norm(
     max_norm: Limit,
     *,
-    ord: Any = None,
+    ord: Ord | None = None,
     batch_axes: LeafAxis = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
@@ -245,8 +248,8 @@ def clip_by_block_rms(
 def clip_by_global_norm(
     max_norm: Limit,
     *,
-    ord: Any = None,
-    eps: Any = 0.0,
+    ord: Ord | None = None,
+    eps: Scalar = 0.0,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -307,10 +310,10 @@ def clip_by_global_norm(
 
 @explains_calls
 def clip_by_group_norm(
-    max_norms: dict[Any, Any],
-    labels: Any,
+    max_norms: dict[Hashable, Limit],
+    labels: Labels,
     *,
-    ord: Any = None,
+    ord: Ord | None = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -372,7 +375,7 @@ def clip_by_group_norm(
 @explains_calls
 def adaptive_grad_clip(
     clipping: Limit,
-    eps: Any = 1e-3,
+    eps: Scalar = 1e-3,
     axis: LeafAxis = None,
     *,
     nonfinite: str = "propagate",

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping import policies
-from .._clipping.clip_by import Parts, clip_norms
+from .._clipping.clip_by import Ending, Parts, clip_norms
 from .._clipping.entries import (
     mean_of,
     moments_in,
@@ -34,6 +35,7 @@ from .._trees.arguments import AxisNames, Limit, Specs, check_decay, out_of_rang
 from .._trees.arithmetic import at_least_float32
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves, flatten
+from .._trees.types import Arrays, Scalar
 from .smooth import normalize_by_norm
 
 
@@ -47,8 +49,8 @@ class MixedMemory(NamedTuple):
 def mixed_clip(
     max_norm: Limit,
     *,
-    nu: Any = 0.7,
-    decay: Any = 0.999,
+    nu: Scalar = 0.7,
+    decay: Scalar = 0.999,
     response: Response | None = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
@@ -111,9 +113,9 @@ def mixed_clip(
     parts = Parts(tree_norm(), rule, respond, options)
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
-        def clip(arrays: list[Any], given: Mapping[str, Any], ending: Any) -> Any:
+        def clip(arrays: Arrays, given: Mapping[str, PyTree], ending: Ending) -> Any:
             these, nothing = leaves._replace(arrays=arrays), memory._replace(rule=())
             return clip_norms(parts, these, params, nothing, given, ending)
 
@@ -151,7 +153,7 @@ def mixed_clip(
     return transformation(init, step, rule, options)
 
 
-def _of_gradient(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> Any:
+def _of_gradient(memory: Memory, summary: Summary, rule: PyTree, norm: Norms) -> Any:
     """The gradient's metrics, whether it is not finite, and whether it is zeroed."""
     zero = summary.nonfinite & ~summary.unusable
     return memory.metrics_after(summary), summary.nonfinite, zero
@@ -159,10 +161,10 @@ def _of_gradient(memory: Memory, summary: Summary, rule: Any, norm: Norms) -> An
 
 @explains_calls
 def normalized_momentum(
-    decay: Any = 0.9,
+    decay: Scalar = 0.9,
     target: Limit = 1.0,
     *,
-    eps: Any = 0.0,
+    eps: Scalar = 0.0,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -213,11 +215,13 @@ def normalized_momentum(
         metrics=metrics,
     )
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> Any:
         zeros = zeros_like(flatten(params, updates=False))
         return average.init(zeros), clipper.init(zeros)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> Any:
         check_state(state[0] if type(state) is tuple else state, optax.EmaState)
         leaves = flatten(updates)
         before, clip_state = state
@@ -236,6 +240,6 @@ def normalized_momentum(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(arrays: list[Any]) -> list[Any]:
+def _wide(arrays: Arrays) -> list[Any]:
     """In float32 at least: a narrow average would stop where its steps round to 0."""
     return [jnp.asarray(x).astype(at_least_float32(x)) for x in arrays]

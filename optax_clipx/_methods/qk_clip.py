@@ -8,24 +8,27 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from .._clipping.metrics import QKClipState, count
 from .._clipping.transformation import check_state
 from .._devices import mesh
-from .._trees.arguments import check_between, check_limit
+from .._trees.arguments import AxisNames, check_between, check_limit
 from .._trees.arithmetic import accumulator
 from .._trees.calls import explains_calls
 from .._trees.leaves import Path
+from .._trees.types import Scalar
 from .qk_fitting import Fitted, Slot, fit, list_of, near
+from .qk_layouts import Layouts
 
 
 def qk_clip(
-    params: Any,
-    max_logits: Any,
-    layout: Any,
+    params: PyTree,
+    max_logits: PyTree,
+    layout: Layouts,
     *,
-    threshold: Any = 100.0,
-    alpha: Any = 0.5,
+    threshold: Scalar = 100.0,
+    alpha: Scalar = 0.5,
 ) -> Any:
     r"""Shrinks the weights of queries and keys of heads whose logits are too large.
 
@@ -88,11 +91,11 @@ def qk_clip(
 
 @explains_calls
 def qk_clip_updates(
-    layout: Any,
+    layout: Layouts,
     *,
-    threshold: Any = 100.0,
-    alpha: Any = 0.5,
-    axis_name: Any = None,
+    threshold: Scalar = 100.0,
+    alpha: Scalar = 0.5,
+    axis_name: AxisNames = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Changes updates such that the parameters after the step are those of QK-Clip.
 
@@ -159,18 +162,18 @@ def qk_clip_updates(
     _check_numbers(1.0 if callable(threshold) else threshold, alpha)
     layouts = list_of(layout)
 
-    def init_fn(params: Any) -> QKClipState:
+    def init_fn(params: PyTree) -> QKClipState:
         fit(layouts, params)
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             return _fresh()
 
     def update_fn(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
         *,
-        max_logits: Any = None,
-        **extra: Any,
+        max_logits: PyTree = None,
+        **extra: PyTree,
     ) -> tuple[Any, QKClipState]:
         check_state(state, QKClipState)
         if params is None:
@@ -199,7 +202,7 @@ def qk_clip_updates(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_numbers(threshold: Any, alpha: Any) -> None:
+def _check_numbers(threshold: Scalar, alpha: Scalar) -> None:
     check_limit(threshold, "threshold")
     if callable(threshold):
         raise TypeError(
@@ -211,7 +214,7 @@ def _check_numbers(threshold: Any, alpha: Any) -> None:
     check_between(alpha, "alpha", 0, 1)
 
 
-def _maxima(one: Fitted, max_logits: Any) -> jax.Array:
+def _maxima(one: Fitted, max_logits: PyTree) -> jax.Array:
     """The maxima of a layout's heads, in float32 or wider."""
     if not isinstance(max_logits, Mapping):
         raise (ValueError if max_logits is None else TypeError)(
@@ -241,7 +244,7 @@ def _maxima(one: Fitted, max_logits: Any) -> jax.Array:
     return maxima
 
 
-def _scales(maxima: jax.Array, threshold: Any, alpha: Any) -> jax.Array:
+def _scales(maxima: jax.Array, threshold: Scalar, alpha: Scalar) -> jax.Array:
     """The scale of each head: 1 where its maximum is no reason for another.
 
     NaN if a traced threshold or share is out of range.
@@ -254,7 +257,7 @@ def _scales(maxima: jax.Array, threshold: Any, alpha: Any) -> jax.Array:
     return jnp.where(usable, scale, jnp.nan)
 
 
-def _factors(one: Fitted, scales: jax.Array, alpha: Any) -> dict[str, jax.Array]:
+def _factors(one: Fitted, scales: jax.Array, alpha: Scalar) -> dict[str, jax.Array]:
     """What multiplies the weights of each head: queries, keys and rotary queries.
 
     A key k serves the heads h of a group, and each wants q_h k <= gamma_h, where the
@@ -283,7 +286,7 @@ def _factors(one: Fitted, scales: jax.Array, alpha: Any) -> dict[str, jax.Array]
     return {"query": query, "key": key, "rotary": scales, "one": jnp.ones_like(scales)}
 
 
-def _for_leaf(slot: Slot, factors: dict[str, jax.Array], leaf: Any) -> jax.Array:
+def _for_leaf(slot: Slot, factors: dict[str, jax.Array], leaf: PyTree) -> jax.Array:
     """The factors in the shape of a leaf, in which each head has its own."""
     part, axis = slot.part, slot.head_axis
     if part.factor == "fused":
@@ -328,7 +331,7 @@ def _scaled(leaf: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 1, leaf, product)
 
 
-def _led(update: Any, weight: jax.Array, scale: jax.Array) -> jax.Array:
+def _led(update: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The update after which the weight is the scaled one; its own at scale 1."""
     update = jnp.asarray(update)
     with jax.numpy_dtype_promotion("standard"):  # as optax adds them
@@ -352,7 +355,7 @@ def _fresh() -> QKClipState:
 
 
 def _advance(
-    last: QKClipState, heads: list[tuple[jax.Array, jax.Array]], axis_name: Any
+    last: QKClipState, heads: list[tuple[jax.Array, jax.Array]], axis_name: AxisNames
 ) -> QKClipState:
     """The state after one more step, from the maxima and scales of all layouts."""
     axes = _head_axes([maxima for maxima, _ in heads], axis_name)
@@ -380,7 +383,7 @@ def _advance(
     )
 
 
-def _head_axes(maxima: list[jax.Array], axis_name: Any) -> tuple[str, ...]:
+def _head_axes(maxima: list[jax.Array], axis_name: AxisNames) -> tuple[str, ...]:
     """The mesh axes of manual code over which the heads are sharded."""
     if axis_name is not None:
         paths: list[Path] = [("max_logits",)] * len(maxima)

@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .._trees.leaves import path_of
-from .qk_layouts import Layout, Part
+from .._trees.types import Shaped
+from .qk_layouts import Layout, Layouts, Part
 
 _BIASES = {"kernel": "bias", "weight": "bias", "w": "b"}
 
@@ -42,7 +43,7 @@ class Fitted:
     key_heads: int
 
 
-def fit(layout: Any, tree: Any) -> list[Fitted]:
+def fit(layout: Layouts, tree: PyTree) -> list[Fitted]:
     """Each layout with the leaves that it names.
 
     Raises an error that names the value where a path is missing, shapes do not agree,
@@ -59,7 +60,7 @@ def fit(layout: Any, tree: Any) -> list[Fitted]:
     return fitted
 
 
-def list_of(layout: Any) -> list[Layout]:
+def list_of(layout: Layouts) -> list[Layout]:
     """One layout, or several, as a list."""
     layouts = [layout] if isinstance(layout, Layout) else layout
     listed = isinstance(layouts, list | tuple)
@@ -93,7 +94,9 @@ def _refuse_twice(values: list[str], what: str, advice: str) -> None:
         )
 
 
-def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> Fitted:
+def _fit_one(
+    layout: Layout, leaves: dict[str, Shaped], places: dict[str, int]
+) -> Fitted:
     query = layout.parts[0]
     if query.factor == "fused":
         return _fit_fused(layout, leaves, places)
@@ -117,7 +120,7 @@ def _fit_one(layout: Layout, leaves: dict[str, Any], places: dict[str, int]) -> 
 
 
 def _fit_fused(
-    layout: Layout, leaves: dict[str, Any], places: dict[str, int]
+    layout: Layout, leaves: dict[str, Shaped], places: dict[str, int]
 ) -> Fitted:
     """A layout of one kernel for queries, keys and values."""
     (part,) = layout.parts
@@ -206,7 +209,7 @@ def _shapes(slots: Iterable[Slot]) -> str:
     return ", ".join(f"{slot.path!r} of shape {slot.shape}" for slot in slots)
 
 
-def _shape(path: str, leaves: dict[str, Any], layout: Layout) -> tuple[int, ...]:
+def _shape(path: str, leaves: dict[str, Shaped], layout: Layout) -> tuple[int, ...]:
     """The shape of the kernel at a path."""
     if path not in leaves:
         raise ValueError(
@@ -221,7 +224,7 @@ def _shape(path: str, leaves: dict[str, Any], layout: Layout) -> tuple[int, ...]
     return tuple(leaves[path].shape)
 
 
-def _size(part: Part, leaves: dict[str, Any], layout: Layout) -> int:
+def _size(part: Part, leaves: dict[str, Shaped], layout: Layout) -> int:
     """How many entries a kernel has on the axis of its heads."""
     shape = _shape(part.path, leaves, layout)
     return shape[_head_axis(layout, shape, part.path)]
@@ -241,7 +244,7 @@ def _axis(axis: int, shape: tuple[int, ...], path: str, name: str) -> int:
     return axis % len(shape)
 
 
-def _key_heads(layout: Layout, leaves: dict[str, Any], heads: int) -> int:
+def _key_heads(layout: Layout, leaves: dict[str, Shaped], heads: int) -> int:
     """The number of key heads, which divides that of query heads."""
     query, key = layout.parts
     sizes = [_size(part, leaves, layout) for part in (query, key)]
@@ -259,7 +262,7 @@ def _key_heads(layout: Layout, leaves: dict[str, Any], heads: int) -> int:
 
 def _slot(
     part: Part,
-    leaves: dict[str, Any],
+    leaves: dict[str, Shaped],
     places: dict[str, int],
     layout: Layout,
     heads: int,
@@ -320,7 +323,9 @@ def _check_split(slot: Slot) -> None:
         )
 
 
-def _bias(kernel: Slot, leaves: dict[str, Any], places: dict[str, int]) -> list[Slot]:
+def _bias(
+    kernel: Slot, leaves: dict[str, Shaped], places: dict[str, int]
+) -> list[Slot]:
     """The bias of a kernel, if it has one: its axes are those of what comes out."""
     parent, _, last = kernel.path.rpartition("/")
     beside = "/".join(filter(None, (parent, _BIASES.get(last, ""))))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from .._trees.leaves import path_of
 from .qk_layouts import Layout, attention_name, gqa, mha
@@ -11,7 +12,7 @@ _KERNELS = ("query", "key", "value", "out")
 _NORMS = ("query_ln", "key_ln")
 
 
-def flax(model_or_params: Any) -> list[Layout]:
+def flax(model_or_params: PyTree) -> list[Layout]:
     r"""The layouts of the attention layers of Flax, Linen or NNX, in a model.
 
     An attention is found by the kernels of ``query``, ``key``, ``value`` and ``out``
@@ -64,7 +65,7 @@ def flax(model_or_params: Any) -> list[Layout]:
     return [_layout(parent, shapes) for parent in found]
 
 
-def _params_of(model: Any) -> Any:
+def _params_of(model: PyTree) -> Any:
     """The parameters of an NNX model; anything else as it is."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
     if "flax.nnx.module.Module" in kinds:
@@ -79,17 +80,17 @@ def _params_of(model: Any) -> Any:
     return model
 
 
-def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
     with_keys = jax.tree_util.tree_leaves_with_path(tree)
     return {path_of(keys): tuple(getattr(x, "shape", ())) for keys, x in with_keys}
 
 
-def _is_attention(parent: tuple[str, ...], shapes: Any) -> bool:
+def _is_attention(parent: tuple[str, ...], shapes: PyTree) -> bool:
     ranks = {len(shapes.get((*parent, name, "kernel"), ())) for name in _KERNELS}
     return ranks in ({3}, {4})
 
 
-def _refuse_norm(parent: tuple[str, ...], shapes: Any) -> None:
+def _refuse_norm(parent: tuple[str, ...], shapes: PyTree) -> None:
     norms = [
         n for n in _NORMS if any(p[: len(parent) + 1] == (*parent, n) for p in shapes)
     ]
@@ -103,7 +104,7 @@ def _refuse_norm(parent: tuple[str, ...], shapes: Any) -> None:
         )
 
 
-def _layout(parent: tuple[str, ...], shapes: Any) -> Layout:
+def _layout(parent: tuple[str, ...], shapes: PyTree) -> Layout:
     query, key = ((*parent, name, "kernel") for name in ("query", "key"))
     stacked = len(shapes[query]) == 4
     make = mha if shapes[query][-2] == shapes[key][-2] else gqa

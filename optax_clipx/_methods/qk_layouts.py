@@ -4,7 +4,10 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxtyping import PyTree
+
 from .._trees.arguments import check_static_count
+from .._trees.types import Index, Name
 
 WITHOUT_NAME = "attention"  # of a layer that is the whole model
 
@@ -45,16 +48,19 @@ class Layout:
     part_axis: int | None = None
 
 
+Layouts = PyTree  # a Layout, or a list of several
+
+
 def mha(
-    query: Any,
-    key: Any,
+    query: Name,
+    key: Name,
     *,
-    head_axis: Any = None,
-    num_heads: Any = None,
-    layer_axis: Any = None,
-    query_bias: Any = None,
-    key_bias: Any = None,
-    name: Any = None,
+    head_axis: Index | None = None,
+    num_heads: Index | None = None,
+    layer_axis: Index | None = None,
+    query_bias: Name | None = None,
+    key_bias: Name | None = None,
+    name: Name | None = None,
 ) -> Layout:
     r"""The layout of multi-head attention: each head has its own query and key.
 
@@ -107,15 +113,15 @@ def mha(
 
 
 def gqa(
-    query: Any,
-    key: Any,
+    query: Name,
+    key: Name,
     *,
-    head_axis: Any = None,
-    num_heads: Any = None,
-    layer_axis: Any = None,
-    query_bias: Any = None,
-    key_bias: Any = None,
-    name: Any = None,
+    head_axis: Index | None = None,
+    num_heads: Index | None = None,
+    layer_axis: Index | None = None,
+    query_bias: Name | None = None,
+    key_bias: Name | None = None,
+    name: Name | None = None,
 ) -> Layout:
     r"""The layout of grouped-query attention: each key serves a group of queries.
 
@@ -161,15 +167,15 @@ def gqa(
 
 
 def mla(
-    query: Any,
-    key: Any,
+    query: Name,
+    key: Name,
     *,
-    rotary_query: Any = None,
-    nope_dim: Any = None,
-    head_axis: Any = None,
-    num_heads: Any = None,
-    layer_axis: Any = None,
-    name: Any = None,
+    rotary_query: Name | None = None,
+    nope_dim: Index | None = None,
+    head_axis: Index | None = None,
+    num_heads: Index | None = None,
+    layer_axis: Index | None = None,
+    name: Name | None = None,
 ) -> Layout:
     r"""The layout of multi-head latent attention, whose rotary key all heads share.
 
@@ -235,15 +241,15 @@ def mla(
 
 
 def fused(
-    kernel: Any,
+    kernel: Name,
     *,
-    num_heads: Any = None,
-    key_heads: Any = None,
-    part_axis: Any = None,
-    head_axis: Any = None,
-    layer_axis: Any = None,
-    bias: Any = None,
-    name: Any = None,
+    num_heads: Index | None = None,
+    key_heads: Index | None = None,
+    part_axis: Index | None = None,
+    head_axis: Index | None = None,
+    layer_axis: Index | None = None,
+    bias: Name | None = None,
+    name: Name | None = None,
 ) -> Layout:
     r"""The layout of an attention whose queries, keys and values are one kernel.
 
@@ -318,7 +324,7 @@ def fused(
         )
     if key_heads is not None:
         check_static_count(key_heads, "key_heads")
-        if part_axis is not None or int(num_heads) % key_heads:
+        if part_axis is not None or (num_heads and int(num_heads) % key_heads):
             raise ValueError(
                 "Expected key_heads without part_axis, and num_heads to be a multiple"
                 f" of it, got key_heads={key_heads}, part_axis={part_axis} and"
@@ -337,7 +343,11 @@ def fused(
 
 
 def _part(
-    path: Any, factor: str, bias: Any, split: int | None = None, after: str = "one"
+    path: Name,
+    factor: str,
+    bias: Name | None,
+    split: Index | None = None,
+    after: str = "one",
 ) -> Part:
     given = None if bias is None else _joined(bias, f"{factor}_bias")
     return Part(_joined(path, factor), factor, given, split, after)
@@ -357,11 +367,11 @@ def _joined(path: Any, what: str) -> str:
 
 
 def _layout(
-    name: Any,
+    name: Name | None,
     parts: tuple[Part, ...],
-    head_axis: Any,
-    num_heads: Any,
-    layer_axis: Any,
+    head_axis: Index | None,
+    num_heads: Index | None,
+    layer_axis: Index | None,
     *,
     grouped: bool,
 ) -> Layout:
@@ -378,7 +388,7 @@ def _layout(
     return Layout(name or _common(paths), parts, axis, num_heads, layers, grouped)
 
 
-def _axis(axis: Any, name: str) -> int:
+def _axis(axis: Index, name: str) -> int:
     try:
         return operator.index(axis)
     except TypeError:

@@ -2,19 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from .._devices import mesh
-from .._trees.arguments import check_static_count, check_static_number
+from .._trees.arguments import AxisNames, check_static_count, check_static_number
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import path_of
+from .._trees.types import AnyArray, Scalar
 from .qk_layouts import attention_name
 
 _FIELD = "max_logits"
@@ -27,9 +28,9 @@ def max_logits(
     mask: Shaped[Array | np.ndarray, "..."] | None = None,
     causal: bool = False,
     scale: float | int | None = None,
-    axis_name: Any = None,
+    axis_name: AxisNames = None,
     block_size: int = 128,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, " heads"]:
     r"""The largest logit of each head over batch and positions, without the logits.
 
@@ -109,7 +110,7 @@ def max_logits(
     return mesh.max_over(best * np.asarray(scale, best.dtype), axes)
 
 
-def _scale_of(scale: Any, query: Any) -> float:
+def _scale_of(scale: Scalar | None, query: AnyArray) -> float:
     if scale is None:
         return 1 / math.sqrt(query.shape[-1])
     check_static_number(scale, "scale")
@@ -118,7 +119,7 @@ def _scale_of(scale: Any, query: Any) -> float:
     return float(scale)
 
 
-def _checked_mask(query: Any, key: Any, mask: Any) -> Any:
+def _checked_mask(query: AnyArray, key: AnyArray, mask: AnyArray | None) -> Any:
     """The mask with the rank of the logits, if shapes agree."""
     *batch, queries, heads, dim = query.shape
     *key_batch, keys, key_heads, key_dim = key.shape
@@ -141,7 +142,7 @@ def _checked_mask(query: Any, key: Any, mask: Any) -> Any:
     return mask.reshape(padded)
 
 
-def _axes(axis_name: Any, arrays: list[Any]) -> tuple[str, ...]:
+def _axes(axis_name: AxisNames, arrays: Sequence[AnyArray]) -> tuple[str, ...]:
     """The mesh axes to take the largest over; in manual code they have to be said."""
     if axis_name is not None:
         places = mesh.placements(arrays[:1], [("query",)], axis_name, None)
@@ -159,14 +160,14 @@ def _axes(axis_name: Any, arrays: list[Any]) -> tuple[str, ...]:
     return ()
 
 
-def _stopped(query: Any, key: Any) -> tuple[Any, Any]:
+def _stopped(query: AnyArray, key: AnyArray) -> tuple[Any, Any]:
     """Without gradients, and in one dtype."""
     if query.dtype != key.dtype:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     return lax.stop_gradient(query), lax.stop_gradient(key)
 
 
-def _grouped_mask(mask: Any, groups: tuple[int, int]) -> Any:
+def _grouped_mask(mask: AnyArray, groups: tuple[int, int]) -> Any:
     """A mask with its axis of heads as groups and heads within one."""
     *batch, count, queries, keys = mask.shape
     split = groups if count > 1 else (1, 1)
@@ -191,13 +192,13 @@ def _pairs(queries: int, keys: int, sizes: list[int], causal: bool) -> Any:
 
 
 def _in_block(
-    query: Any,
-    key: Any,
-    mask: Any,
+    query: AnyArray,
+    key: AnyArray,
+    mask: AnyArray | None,
     pair: Any,
     sizes: list[int],
     causal: bool,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
 ) -> Any:
     """The largest products of one block: batch, key heads, heads of their groups.
 
@@ -228,7 +229,9 @@ def _in_block(
     return jnp.max(products, (-2, -1))
 
 
-def recording(attention_fn: Any, *, axis_name: Any = None) -> Callable[..., Any]:
+def recording(
+    attention_fn: Callable[..., jax.Array], *, axis_name: AxisNames = None
+) -> Callable[..., Any]:
     r"""Makes an ``attention_fn`` of Flax that records the largest logit of each head.
 
     .. math:: S_h = \max_{b, i, j} q_{b i h} \cdot k_{b j h} / \sqrt{d}
@@ -273,7 +276,12 @@ def recording(attention_fn: Any, *, axis_name: Any = None) -> Callable[..., Any]
 
     @functools.wraps(attention_fn)  # Linen asks for the names of its arguments
     def recorded_attention(
-        query: Any, key: Any, value: Any, *, module: Any = None, **options: Any
+        query: AnyArray,
+        key: AnyArray,
+        value: jax.Array,
+        *,
+        module: Any = None,
+        **options: PyTree,
     ) -> Any:
         if module is not None:
             largest = max_logits(
@@ -297,7 +305,7 @@ def _collection(module: Any) -> Any:
     return "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
 
 
-def recorded(intermediates: Any) -> dict[str, jax.Array]:
+def recorded(intermediates: PyTree) -> dict[str, jax.Array]:
     r"""The largest logits that were sown, as ``max_logits`` for QK-Clip.
 
     .. math:: \text{name of an attention} \to (S_1, \ldots, S_H)

@@ -8,19 +8,20 @@ from .._clipping.responses import rescale
 from .._thresholds.quantile import quantile as quantile_rule, quantile_tracker
 from .._trees.arguments import AxisNames, Limit, Specs, check_choice
 from .._trees.calls import explains_calls
-from .common import capped, method
+from .._trees.types import Scalar
+from .common import Scope, capped, method
 
 
 @explains_calls
 def quantile_clip(
-    quantile: Any = 0.1,
+    quantile: Scalar = 0.1,
     *,
     estimator: str = "histogram",
     window: Any = None,
     max_steps: Any = None,
-    tracker_rate: Any = 0.02,
+    tracker_rate: Scalar = 0.02,
     max_norm: Limit | None = None,
-    scope: Any = "tree",
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,

@@ -1,29 +1,28 @@
 """Thresholds in proportion to earlier norms: AdaGC, OLMo, Fira."""
 
-from typing import Any
-
 import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.ema_ratio import ema_ratio, norm_growth
 from .._trees.arguments import AxisNames, Limit, Specs
 from .._trees.calls import explains_calls
-from .common import capped, method
+from .._trees.types import Scalar
+from .common import Scope, capped, method
 
 
 @explains_calls
 def adagc(
-    ratio: Any = 1.04,
+    ratio: Limit = 1.04,
     *,
-    decay: Any = 0.99,
+    decay: Scalar = 0.99,
     warmup_max_norm: Limit = 1.0,
-    warmup_steps: Any = 100,
+    warmup_steps: Scalar = 100,
     init: str = "min",
-    floor: Any = 0.0,
+    floor: Limit = 0.0,
     stats: str = "clipped",
-    patience: Any = None,
+    patience: Scalar | None = None,
     max_norm: Limit | None = None,
-    scope: Any = "leaf",
+    scope: Scope = "leaf",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -102,14 +101,14 @@ def adagc(
 
 @explains_calls
 def olmo_ratio_clip(
-    ratio: Any,
+    ratio: Limit,
     *,
-    decay: Any = 0.99,
-    floor: Any = 0.0,
+    decay: Scalar = 0.99,
+    floor: Limit = 0.0,
     stats: str = "clipped",
-    patience: Any = None,
+    patience: Scalar | None = None,
     max_norm: Limit | None = None,
-    scope: Any = "leaf",
+    scope: Scope = "leaf",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -178,13 +177,13 @@ def olmo_ratio_clip(
 
 @explains_calls
 def norm_growth_clip(
-    ratio: Any = 1.01,
+    ratio: Limit = 1.01,
     *,
-    floor: Any = 0.0,
+    floor: Limit = 0.0,
     stats: str = "clipped",
-    patience: Any = None,
+    patience: Scalar | None = None,
     max_norm: Limit | None = None,
-    scope: Any = "tree",
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,

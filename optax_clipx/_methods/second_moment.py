@@ -29,6 +29,7 @@ from .._trees.arguments import (
 )
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
+from .._trees.types import Dtype, Scalar
 
 
 class SecondMomentMemory(NamedTuple):
@@ -40,14 +41,14 @@ class SecondMomentMemory(NamedTuple):
 
 @explains_calls
 def clip_by_second_moment(
-    theta: Any = 5000.0,
+    theta: Scalar = 5000.0,
     *,
-    decay: Any = 0.999,
-    warmup_steps: Any = 20,
+    decay: Scalar = 0.999,
+    warmup_steps: Scalar = 20,
     debias: bool = False,
     init: str = "zeros",
     stats: str = "clipped",
-    floor: Any = 0.0,
+    floor: Scalar = 0.0,
     response: Response | None = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
@@ -155,7 +156,7 @@ def clip_by_second_moment(
     def fresh(leaves: Leaves) -> SecondMomentMemory:
         return SecondMomentMemory(zeros_like(leaves), jnp.zeros((), jnp.int32))
 
-    def numbers_at(dtype: Any, memory: SecondMomentMemory) -> _Numbers:
+    def numbers_at(dtype: Dtype, memory: SecondMomentMemory) -> _Numbers:
         b, rest = shares_of(decay, dtype)
         if init == "first":
             start = memory.seen == 0
@@ -182,7 +183,7 @@ def clip_by_second_moment(
     return elementwise(rule, SecondMomentMemory, fresh, numbers_at, options, unusable)
 
 
-def _check_positive(theta: Any) -> None:
+def _check_positive(theta: Scalar) -> None:
     check_between(theta, "theta", 0, float("inf"))
     if not isinstance(theta, jax.core.Tracer) and theta == 0:
         raise ValueError(f"Expected theta > 0, got theta={theta!r}.")

@@ -190,7 +190,7 @@ def _polar(x: jax.Array, steps: int) -> jax.Array:
     Singular values go by s (15 - 10 s^2 + 3 s^4) / 8, which never exceeds 1.
     """
 
-    def refine(_: Any, x: jax.Array) -> jax.Array:
+    def refine(_: object, x: jax.Array) -> jax.Array:
         gram = _dot(jnp.swapaxes(x, -1, -2), x)
         return (15 * x + _dot(x, 3 * _dot(gram, gram) - 10 * gram)) / 8
 
@@ -209,7 +209,7 @@ def _power_iteration(x: jax.Array, steps: int = 16) -> jax.Array:
     row = jnp.take_along_axis(x, longest[..., None], axis=-2)
     v = v * 1e-3 + jnp.swapaxes(row, -1, -2)
 
-    def refine(_: Any, v: jax.Array) -> jax.Array:
+    def refine(_: object, v: jax.Array) -> jax.Array:
         v = _dot(jnp.swapaxes(x, -1, -2), _dot(x, v))
         length = jnp.linalg.norm(v, axis=-2, keepdims=True)
         return v / jnp.where(length > 0, length, 1)

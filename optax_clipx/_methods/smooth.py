@@ -1,22 +1,22 @@
 """Responses that change smoothly at the threshold, and normalization."""
 
 import functools
-from typing import Any
 
 import optax
 
 from .._clipping.responses import normalize, smooth
 from .._trees.arguments import AxisNames, Limit, Specs, check_between
 from .._trees.calls import explains_calls
-from .common import method
+from .._trees.types import Scalar
+from .common import Scope, method
 
 
 @explains_calls
 def smooth_clip(
     max_norm: Limit,
     *,
-    p: Any = 1.0,
-    scope: Any = "tree",
+    p: Scalar = 1.0,
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -64,8 +64,8 @@ def smooth_clip(
 def normalize_by_norm(
     target: Limit = 1.0,
     *,
-    eps: Any = 0.0,
-    scope: Any = "tree",
+    eps: Scalar = 0.0,
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._clipping import scaling
 from .._clipping.clip_by import _limits, _no_norms
@@ -18,6 +20,7 @@ from .._clipping.responses import normalize
 from .._clipping.summary import Summary
 from .._clipping.transformation import Memory, Options, transformation
 from .._devices import mesh
+from .._devices.mesh import Axes, Placement
 from .._reductions.groups import UnitGroups
 from .._reductions.norms import Norms, norms
 from .._reductions.plan import make_plan
@@ -27,6 +30,7 @@ from .._trees.arguments import AxisNames, Limit, Specs, check_static_count
 from .._trees.arithmetic import accumulator, widened
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves, show
+from .._trees.types import Arrays, Dtype
 from .singular_values import Ways, bent, clip_matrices
 
 
@@ -130,7 +134,7 @@ def clip_by_spectral_norm(
     measure = leaf_norms()
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         dtype = accumulator(leaves.arrays)
         groups = measure.groups(leaves)
@@ -172,7 +176,7 @@ class _Layout(NamedTuple):
     columns: tuple[int, ...]
 
 
-def _layouts(leaves: Leaves, axis: Any, batch_axes: Any) -> list[_Layout]:
+def _layouts(leaves: Leaves, axis: LeafAxis, batch_axes: LeafAxis) -> list[_Layout]:
     spans: Any = leaf_norms(batch_axes=batch_axes if batch_axes is not None else ())
     whole = spans.groups(leaves).axes
     units: Any = unit_norms(axis=axis)
@@ -199,7 +203,7 @@ def _layouts(leaves: Leaves, axis: Any, batch_axes: Any) -> list[_Layout]:
 
 
 def _matrices(
-    leaves: Leaves, layouts: list[_Layout], dtype: Any, ways: Ways, options: Options
+    leaves: Leaves, layouts: list[_Layout], dtype: Dtype, ways: Ways, options: Options
 ) -> tuple[list["_Matrices"], jax.Array]:
     """The matrices of each leaf, and whether any entry is not finite.
 
@@ -247,11 +251,11 @@ class _Matrices(NamedTuple):
         return max(1.0, columns / rows) ** 0.5
 
     def clipped(
-        self, limit: Any, dtype: Any, shape_factor: bool = False
+        self, limit: ArrayLike, dtype: Dtype, shape_factor: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The clipped leaf, and the largest singular value before and after."""
 
-        def out_specs(dims: Any) -> Any:
+        def out_specs(dims: Sequence[tuple[Axes, ...]]) -> Any:
             return PartitionSpec(*dims[0]), PartitionSpec(), PartitionSpec()
 
         kept = self.place.without(self.layout.rows + self.layout.columns)
@@ -266,7 +270,11 @@ class _Matrices(NamedTuple):
         )
 
     def _local(
-        self, shards: Sequence[Any], places: Any, limit: Any, shape_factor: bool
+        self,
+        shards: Arrays,
+        places: Sequence[Placement],
+        limit: ArrayLike,
+        shape_factor: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         array, unit, norm = shards
         layout, ways = self.layout, self.ways

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping import policies, scaling
 from .._clipping.entries import (
@@ -35,6 +36,7 @@ from .._trees.arguments import (
 from .._trees.arithmetic import at_least_float32
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
+from .._trees.types import Arrays, Scalar
 
 
 class StabilizerMemory(NamedTuple):
@@ -48,11 +50,11 @@ class StabilizerMemory(NamedTuple):
 
 @explains_calls
 def stabilize_norm(
-    b1: Any = 0.7,
-    b2: Any = 0.9,
-    b3: Any = 0.999,
+    b1: Scalar = 0.7,
+    b2: Scalar = 0.9,
+    b3: Scalar = 0.999,
     *,
-    eps: Any = 1e-8,
+    eps: Scalar = 1e-8,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -119,7 +121,7 @@ def stabilize_norm(
         return StabilizerMemory(*(jnp.zeros((count,), jnp.float32) for _ in range(4)))
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
         state = memory.rule
@@ -171,7 +173,7 @@ def stabilize_norm(
     return transformation(init, step, NO_RULE, options)
 
 
-def _check_state(state: Any, leaves: int) -> None:
+def _check_state(state: PyTree, leaves: int) -> None:
     check_memory(state, StabilizerMemory)
     if state.peak.shape != (leaves,):
         raise ValueError(
@@ -181,13 +183,13 @@ def _check_state(state: Any, leaves: int) -> None:
 
 
 @marks_counts(False, False, True)
-def _raw_and_cut(trees: Any, extras: Any) -> Any:
+def _raw_and_cut(trees: PyTree, extras: PyTree) -> Any:
     """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees
     return [arrays, _cut(arrays, extras), policies.where_nonfinite(raw)]
 
 
-def _cut(arrays: Any, extras: Any) -> list[jax.Array]:
+def _cut(arrays: Arrays, extras: PyTree) -> list[jax.Array]:
     """The leaves, with entries above their threshold reduced to it."""
     cut = []
     for x, (limit, ratio) in zip(arrays, extras, strict=True):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping import policies
 from .._clipping.entries import (
@@ -29,6 +30,8 @@ from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_leaves
 from .._trees.arguments import (
     AxisNames,
+    Limit,
+    Schedule,
     Specs,
     check_between,
     check_decay,
@@ -36,6 +39,7 @@ from .._trees.arguments import (
 )
 from .._trees.calls import explains_calls
 from .._trees.leaves import Leaves
+from .._trees.types import Scalar
 
 
 class StableAdamMemory(NamedTuple):
@@ -48,10 +52,10 @@ class StableAdamMemory(NamedTuple):
 
 @explains_calls
 def scale_by_stable_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.99,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     *,
-    eps: Any = 1e-6,
+    eps: Scalar = 1e-6,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -107,7 +111,7 @@ def scale_by_stable_adam(
     options = Options(nonfinite, axis_name, specs, metrics)
 
     def step(
-        leaves: Leaves, params: Any, memory: Memory, extra: Mapping[str, Any]
+        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
     ) -> tuple[list[Any], Memory]:
         refuse_complex(leaves)
         state = memory.rule
@@ -174,13 +178,13 @@ def scale_by_stable_adam(
 
 @explains_calls
 def stable_adamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
+    learning_rate: Limit,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     *,
-    eps: Any = 1e-6,
-    weight_decay: Any = 1e-2,
-    mask: Any = None,
+    eps: Scalar = 1e-6,
+    weight_decay: Scalar | Schedule = 1e-2,
+    mask: PyTree = None,
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -250,7 +254,7 @@ class _Ratios:
         """Which of what is measured are zeros and ones."""
         return (False,) + (True,) * self.sanitized
 
-    def __call__(self, trees: Any, extras: Any) -> Any:
+    def __call__(self, trees: PyTree, extras: PyTree) -> Any:
         raw, roots = trees
         arrays = policies.sanitize(raw) if self.sanitized else raw
         ratios = []
@@ -263,7 +267,7 @@ class _Ratios:
         return [ratios, policies.where_nonfinite(raw)] if self.sanitized else [ratios]
 
 
-def _decay_at(decay: Any, step: Any) -> Any:
+def _decay_at(decay: Scalar, step: jax.Array) -> Any:
     """The decay that keeps an average debiased: b (1 - b^(t-1)) / (1 - b^t)."""
     share = jnp.asarray(1 - decay, jnp.float32) / weight_of(decay, step)
     return 1 - jnp.minimum(share, 1)

@@ -8,21 +8,22 @@ from .._clipping.responses import rescale
 from .._thresholds.zscore import zscore
 from .._trees.arguments import AxisNames, Limit, Specs
 from .._trees.calls import explains_calls
-from .common import capped, method
+from .._trees.types import Scalar
+from .common import Scope, capped, method
 
 
 @explains_calls
 def zclip(
-    z_threshold: Any = 2.5,
+    z_threshold: Limit = 2.5,
     *,
-    decay: Any = 0.97,
-    warmup_steps: Any = 25,
+    decay: Scalar = 0.97,
+    warmup_steps: Scalar = 25,
     mode: str = "reciprocal",
-    clip_factor: Any = 1.0,
+    clip_factor: Scalar = 1.0,
     max_norm: Limit | None = None,
     stats: str = "clipped",
-    patience: Any = None,
-    scope: Any = "tree",
+    patience: Scalar | None = None,
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -111,11 +112,11 @@ def zclip(
 
 @explains_calls
 def log_zscore_clip(
-    z_threshold: Any = 2.0,
+    z_threshold: Limit = 2.0,
     *,
-    decay: Any = 0.95,
+    decay: Scalar = 0.95,
     max_norm: Limit | None = None,
-    scope: Any = "tree",
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,
@@ -182,14 +183,14 @@ def log_zscore_clip(
 
 @explains_calls
 def historical_update_clip(
-    z_threshold: Any = 3.0,
+    z_threshold: Limit = 3.0,
     *,
     window: Any = 128,
-    warmup_steps: Any = 64,
+    warmup_steps: Scalar = 64,
     stats: str = "raw",
-    patience: Any = None,
+    patience: Scalar | None = None,
     max_norm: Limit | None = None,
-    scope: Any = "tree",
+    scope: Scope = "tree",
     nonfinite: str = "propagate",
     axis_name: AxisNames = None,
     specs: Specs = None,

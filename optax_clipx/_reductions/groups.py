@@ -8,12 +8,14 @@ order); for units a tuple, of one keepdims array a leaf or of one vector a bucke
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._devices.mesh import (
     Axes,
@@ -28,8 +30,9 @@ from .._devices.programs import cut, entries
 from .._devices.sums import total_of
 from .._trees.leaves import Path, show
 from .._trees.sizes import as_number, is_known
+from .._trees.types import Arrays, Dtype, Shaped, Trees
 
-Packed = Any  # a jax.Array, or a tuple of them for units
+Packed: TypeAlias = PyTree[ArrayLike]  # one array, or for units a tuple of them
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class ScalarGroups:
 
     def combine(
         self,
-        found: Sequence[jax.Array],
-        arrays: Sequence[Any],
+        found: Arrays,
+        arrays: Arrays,
         places: Sequence[Placement],
         largest: bool,
     ) -> list[tuple[jax.Array, Axes]]:
@@ -71,15 +74,15 @@ class ScalarGroups:
         each = [_of_one(m, largest) if m else empty for m in members]
         return [(jnp.stack(each, axis=-1), axes)]
 
-    def mesh_axes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
+    def mesh_axes(self, arrays: Arrays, places: Sequence[Placement]) -> Axes:
         """The mesh axes of one sum over all leaves."""
         return axes_to_sum(arrays, places)
 
-    def packed(self, arrays: Sequence[jax.Array]) -> Packed:
+    def packed(self, arrays: Arrays) -> Packed:
         """The packed form from what `combine` gives."""
         return arrays[0]
 
-    def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
+    def sizes(self, arrays: Sequence[Shaped], places: Sequence[Placement]) -> Packed:
         """The number of entries of each group, on the whole mesh."""
         totals = [0] * (self.count or 1)
         for group, array, place in zip(self.ids, arrays, places, strict=True):
@@ -89,7 +92,7 @@ class ScalarGroups:
             return sizes[0]
         return np.array(sizes) if is_known(*totals) else jnp.stack(sizes)
 
-    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+    def like(self, arrays: Sequence[Shaped], dtype: Dtype) -> PyTree:
         """The shapes of what is packed, of leaves that lie whole on a device."""
         return jax.ShapeDtypeStruct(() if self.count is None else (self.count,), dtype)
 
@@ -100,7 +103,7 @@ class ScalarGroups:
         each = entries(packed) if self.count else []
         return [each[group] for group in self.ids]
 
-    def pack(self, values: Sequence[Any]) -> Packed:
+    def pack(self, values: Sequence[ArrayLike]) -> Packed:
         """One value for each group from one for each leaf; the first member's."""
         if self.count is None:
             return values[0]
@@ -120,7 +123,7 @@ class Bucket:
         """How many units each leaf has on one device."""
         return [math.prod(shape) for shape in self.shapes]
 
-    def fill(self, values: Sequence[Any]) -> np.ndarray:
+    def fill(self, values: Sequence[ArrayLike]) -> np.ndarray:
         """A vector from one static number for each leaf."""
         return np.repeat([values[i] for i in self.leaves], self.counts())
 
@@ -138,9 +141,7 @@ class UnitGroups:
     buckets: tuple[Bucket, ...] = ()
     is_one = False
 
-    def bucketed(
-        self, trees: Sequence[Sequence[Any]], places: Sequence[Placement]
-    ) -> "UnitGroups":
+    def bucketed(self, trees: Trees, places: Sequence[Placement]) -> "UnitGroups":
         """The same units in buckets, where each device has all that it needs of them.
 
         With mesh axes outside of manual code it has not: a vector of many leaves would
@@ -167,7 +168,7 @@ class UnitGroups:
         )
         return replace(self, buckets=buckets)
 
-    def _shape(self, leaf: int, array: Any) -> tuple[int, ...]:
+    def _shape(self, leaf: int, array: Shaped) -> tuple[int, ...]:
         units = enumerate(array.shape)
         return tuple(1 if i in self.axes[leaf] else n for i, n in units)
 
@@ -177,8 +178,8 @@ class UnitGroups:
 
     def combine(
         self,
-        found: Sequence[jax.Array],
-        arrays: Sequence[Any],
+        found: Arrays,
+        arrays: Arrays,
         places: Sequence[Placement],
         largest: bool,
     ) -> list[tuple[jax.Array, Axes]]:
@@ -191,7 +192,7 @@ class UnitGroups:
         each = zip(found, places, strict=True)
         return [(x, self._summed_axes(i, place)) for i, (x, place) in enumerate(each)]
 
-    def packed(self, arrays: Sequence[jax.Array]) -> Packed:
+    def packed(self, arrays: Arrays) -> Packed:
         """The packed form from what `combine` gives."""
         return tuple(arrays)
 
@@ -208,7 +209,7 @@ class UnitGroups:
         cut = {name for a in self.axes[leaf] for name in place.dims[a]}
         return tuple(sorted(cut))
 
-    def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
+    def sizes(self, arrays: Sequence[Shaped], places: Sequence[Placement]) -> Packed:
         """The number of entries of a unit, on the whole mesh."""
         sizes = tuple(
             as_number(
@@ -221,7 +222,7 @@ class UnitGroups:
         )
         return tuple(b.fill(sizes) for b in self.buckets) or sizes
 
-    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+    def like(self, arrays: Sequence[Shaped], dtype: Dtype) -> PyTree:
         """The shapes of what is packed, of leaves that lie whole on a device."""
         if self.buckets:
             shapes: Any = [(sum(bucket.counts()),) for bucket in self.buckets]
@@ -242,7 +243,7 @@ class UnitGroups:
                 spread[leaf] = lax.reshape(part, shape)
         return spread
 
-    def pack(self, values: Sequence[Any]) -> Packed:
+    def pack(self, values: Sequence[ArrayLike]) -> Packed:
         """The packed form from one scalar for each leaf."""
         if not self.buckets:
             return tuple(values)
@@ -267,11 +268,11 @@ class UnitGroups:
 Groups = ScalarGroups | UnitGroups
 
 
-def _vector(arrays: Sequence[jax.Array]) -> jax.Array:
+def _vector(arrays: Arrays) -> jax.Array:
     return lax.concatenate([lax.reshape(x, (x.size,)) for x in arrays], 0)
 
 
-def _of_one(values: Sequence[jax.Array], largest: bool) -> jax.Array:
+def _of_one(values: Arrays, largest: bool) -> jax.Array:
     """The total of one group."""
     return jnp.max(jnp.stack(values), axis=0) if largest else total_of(values)
 

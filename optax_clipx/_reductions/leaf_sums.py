@@ -1,6 +1,6 @@
 """Totals over leaves: what is added up on each device, and then over the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from .._devices.mesh import (
 )
 from .._trees.arithmetic import total
 from .._trees.sizes import is_known
+from .._trees.types import Arrays, Trees
 from .groups import Groups, Packed
 
 
@@ -28,8 +29,8 @@ class Where(NamedTuple):
 
     def totals(
         self,
-        rows: Sequence[Sequence[jax.Array]],
-        arrays: Sequence[Any],
+        rows: Trees,
+        arrays: Arrays,
         largest: bool = False,
     ) -> list[Packed]:
         """Of each row, with a value for each leaf, the totals of the groups.
@@ -43,7 +44,7 @@ class Where(NamedTuple):
         return [self.groups.packed([next(summed) for _ in part]) for part in parts]
 
     def local(
-        self, values: Callable[..., jax.Array], leaf: int, *arrays: Any
+        self, values: Callable[..., jax.Array], leaf: int, *arrays: jax.Array
     ) -> jax.Array:
         """The sum of the values of one leaf's entries, on this device."""
         return sum_over_axes(values(*arrays), self.groups.spans(leaf))
@@ -76,7 +77,7 @@ def _over_devices(
     return found
 
 
-def can_go_by_parts(arrays: Sequence[jax.Array]) -> bool:
+def can_go_by_parts(arrays: Arrays) -> bool:
     """Whether like arrays are large, may be cut up, and int32 counts their entries."""
     size = arrays[0].size
     return is_known(size) and 2**18 <= size < 2**31 and can_be_joined(arrays)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
@@ -22,6 +24,7 @@ from .._devices.numbers import as_one
 from .._devices.programs import Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
+    Operand,
     abs_squared,
     accumulator,
     full_like,
@@ -36,6 +39,7 @@ from .._trees.arithmetic import (
     widened,
 )
 from .._trees.sizes import is_known
+from .._trees.types import AnyArray, Arrays, Dtype, Trees
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
 from .leaf_sums import Where, can_go_by_parts, sum_over_axes
 from .plan import Ord, Plan, of_tree
@@ -67,6 +71,7 @@ _RANGES = {
 }
 
 
+Factors = Sequence[Sequence[jax.Array | None]]  # of each tree and leaf
 Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
 
 
@@ -84,20 +89,20 @@ def marks_counts(*counted: bool) -> Callable[[Any], Any]:
     return mark
 
 
-def _counted(derive: Any, trees: Any) -> tuple[bool, ...]:
+def _counted(derive: Derive, trees: Trees) -> tuple[bool, ...]:
     return getattr(derive, "counted", (False,) * len(trees))
 
 
-def as_they_are(trees: Any, extras: Any) -> Any:
+def as_they_are(trees: Trees, extras: PyTree) -> Any:
     """The trees themselves are measured."""
     return trees
 
 
 def norms(
     plan: Plan,
-    trees: Sequence[Sequence[Any]],
+    trees: Trees,
     derive: Derive = as_they_are,
-    extras: Any = (),
+    extras: PyTree = (),
 ) -> list[Norms]:
     """The norms of like trees, group by group, from one reduction and one collective.
 
@@ -110,12 +115,14 @@ def norms(
     mesh.refuse_unreduced(flat, plan.paths * len(trees))
     groups, each = plan.groups, len(plan.paths)
 
-    def local(shards: Sequence[Any], places: Any, extras: Any) -> list[Norms]:
+    def local(
+        shards: Arrays, places: Sequence[mesh.Placement], extras: PyTree
+    ) -> list[Norms]:
         split = tuple(tuple(shards[i : i + each]) for i in range(0, len(shards), each))
         here = replace(plan, places=tuple(places[:each]))
         return local_norms(here, split, derive, extras)
 
-    def out_specs(dims: Any) -> Any:
+    def out_specs(dims: Sequence[tuple[mesh.Axes, ...]]) -> Any:
         spec: Any = jax.sharding.PartitionSpec()
         if isinstance(groups, UnitGroups):
             spec = tuple(
@@ -130,7 +137,10 @@ def norms(
 
 
 def local_norms(
-    plan: Plan, trees: Any, derive: Derive = as_they_are, extras: Any = ()
+    plan: Plan,
+    trees: Trees,
+    derive: Derive = as_they_are,
+    extras: PyTree = (),
 ) -> list[Norms]:
     """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
@@ -146,8 +156,8 @@ def local_norms(
 
 
 def _lots(
-    trees: Sequence[Sequence[Any]],
-    extras: Any,
+    trees: Trees,
+    extras: PyTree,
     groups: Groups,
     places: Sequence[mesh.Placement],
 ) -> tuple[tuple[int, ...], ...]:
@@ -189,11 +199,11 @@ class _Measured:
     ord: Ord
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
 
-    def rows(self, given: Any) -> list[list[Any]]:
+    def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
         return [list(tree) for tree in self.derive(*given)]
 
-    def at_risk(self, given: Any) -> list[bool]:
+    def at_risk(self, given: PyTree) -> list[bool]:
         """For each derived tree whether squares of its numbers may leave the range."""
         trees, _ = given
         dtypes = {x.dtype for tree in trees for x in tree}
@@ -204,26 +214,30 @@ class _Measured:
         """For each leaf what its group has."""
         return self.where.groups.spread(packed)
 
-    def sizes(self, given: Any) -> Packed:
+    def sizes(self, given: PyTree) -> Packed:
         """The number of entries of each group."""
         return self.where.groups.sizes(given[0][0], self.where.places)
 
-    def sums(self, given: Any, how: str, factors: Any = None) -> list[Any]:
+    def sums(
+        self,
+        given: PyTree,
+        how: str,
+        factors: Factors | None = None,
+    ) -> list[Any]:
         """Of each derived tree and leaf the sums of squares on this device.
 
-        Factors are those of each tree and leaf, or None. `how` is "plain", "each",
-        or "at_three": plain, and in two other units.
+        `how` is "plain", "each", or "at_three": plain, and in two other units.
         """
         parts = self._sums_by_parts(given, factors) if how == "each" else None
         return parts or [
             [
-                self._sums(i, x, how, factors and factors[k][i])
+                self._sums(i, x, how, factors[k][i] if factors else None)
                 for i, x in enumerate(row)
             ]
             for k, row in enumerate(self.rows(given))
         ]
 
-    def totals(self, rows: list[Any], given: Any) -> list[list[Packed]]:
+    def totals(self, rows: Sequence[Trees], given: PyTree) -> list[list[Packed]]:
         """The squares of each derived tree's groups, for each choice of a unit.
 
         One collective for all.
@@ -237,15 +251,19 @@ class _Measured:
         choices = len(totals) // len(rows)
         return [totals[k::choices] for k in range(choices)]
 
-    def _sums(self, leaf: int, array: Any, how: str, factor: Any) -> list[jax.Array]:
+    def _sums(
+        self, leaf: int, array: jax.Array, how: str, factor: AnyArray | None
+    ) -> list[jax.Array]:
         return _sums_of_squares(
             array, factor, self.where.groups.spans(leaf), self.dtype, how
         )
 
-    def _squares(self, x: jax.Array, factor: Any) -> jax.Array:
+    def _squares(self, x: jax.Array, factor: AnyArray | None) -> jax.Array:
         return _squares(x, factor, self.dtype)
 
-    def _sums_by_parts(self, given: Any, factors: Any) -> list[Any] | None:
+    def _sums_by_parts(
+        self, given: PyTree, factors: Factors | None
+    ) -> list[Any] | None:
         """The sums of squares of each derived leaf in one read of what it is made of.
 
         None where leaves are small or nothing is derived.
@@ -263,20 +281,24 @@ class _Measured:
             columns.append(sums_by_parts(self._squares_of_parts, arrays, others))
         return [[[x] for x in row] for row in zip(*columns, strict=True)]
 
-    def _squares_of_parts(self, *given: Any) -> list[jax.Array]:
+    def _squares_of_parts(self, *given: PyTree) -> list[jax.Array]:
         *parts, (extras, factors) = given
         derived = jax.tree.leaves(self.derive([[x] for x in parts], [extras]))
         each = zip(derived, factors or [None] * len(derived), strict=True)
         return [self._squares(x, factor) for x, factor in each]
 
 
-def _squares(x: jax.Array, factor: Any, dtype: Any) -> jax.Array:
+def _squares(x: jax.Array, factor: AnyArray | None, dtype: Dtype) -> jax.Array:
     x = lax.convert_element_type(x, widened(x, dtype))
     return abs_squared(x if factor is None else times(x, factor))
 
 
 def _sums_once(
-    x: Any, factor: Any, axes: tuple[int, ...] | None, dtype: Any, how: str
+    x: jax.Array,
+    factor: AnyArray | None,
+    axes: tuple[int, ...] | None,
+    dtype: Dtype,
+    how: str,
 ) -> list[jax.Array]:
     if how == "each":
         return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
@@ -292,7 +314,7 @@ def _sums_once(
 _sums_of_squares = traced_once(_sums_once, (2, 3, 4))
 
 
-def _mean(total: jax.Array, size: Any) -> jax.Array:
+def _mean(total: jax.Array, size: ArrayLike) -> jax.Array:
     return total / jnp.asarray(size, total.dtype)
 
 
@@ -308,7 +330,9 @@ def _factors(plain: Sequence[Packed], risks: list[bool]) -> list[Packed]:
     return [jax.tree.map(_factor_of if risk else _one, x) for x, risk in each]
 
 
-def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Array:
+def _by_range(
+    squares: jax.Array, small: Operand, large: Operand, usual: Operand
+) -> jax.Array:
     """What belongs to the range in which the squares are."""
     limits = _RANGES[squares.dtype]
     above, below = more(squares, limits.high), less(squares, limits.low)
@@ -317,7 +341,7 @@ def _by_range(squares: jax.Array, small: Any, large: Any, usual: Any) -> jax.Arr
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
+def _two_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     """The norm of each derived tree's groups, whatever their magnitude."""
     risks = measured.at_risk(given)
     if not any(risks):
@@ -329,7 +353,7 @@ def _two_norms(measured: _Measured, given: Any) -> list[Norms]:
 Squares = tuple[list[Packed], list[Packed]]  # of each tree's numbers times factors
 
 
-def _in_range(measured: _Measured, risks: list[bool], given: Any) -> Squares:
+def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
     """The squares of each tree's groups, with factors with which they are in range."""
     passes = _passes(measured, risks)
     # Units that stay sharded differ by device: no device may go alone into a branch
@@ -352,11 +376,13 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         factors = _factors(squares, risks)
         return factors, _is_other_than_one(factors)
 
-    def first(given: Any) -> tuple[list[Packed], list[Packed], jax.Array]:
+    def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
         return squares, *in_one(judged, squares)
 
-    def again(squares: list[Packed], factors: list[Packed], given: Any) -> list[Packed]:
+    def again(
+        squares: list[Packed], factors: list[Packed], given: PyTree
+    ) -> list[Packed]:
         leaves = len(given[0][0])
         # Unknown: XLA would write out a factor that leaves of one shape share.
         each = [
@@ -374,7 +400,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         ]
         return squares, _factors(plain, risks)
 
-    def side_by_side(given: Any) -> Squares:
+    def side_by_side(given: PyTree) -> Squares:
         return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
 
     return Passes(first, again, side_by_side)
@@ -385,7 +411,7 @@ def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
     return _by_range(plain, small, large, plain)
 
 
-def _called(fun: Callable[..., Any], *given: Any) -> Any:
+def _called(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     return fun(*given)
 
 
@@ -396,7 +422,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     groups, places = of_tree(count), (mesh.Placement((), ()),) * count
     passes = _passes(replace(measured, where=Where(groups, places)), risks)
 
-    def put_together(given: Any) -> Any:
+    def put_together(given: PyTree) -> Any:
         trees, extras = given
         return tuple(
             tuple(together([tree[i] for i in lot]) for lot in lots) for tree in trees
@@ -411,7 +437,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
 
 @_two_norms.defjvp
 def _two_norms_jvp(
-    measured: _Measured, primals: Any, tangents: Any
+    measured: _Measured, primals: PyTree, tangents: PyTree
 ) -> tuple[list[Norms], list[Norms]]:
     """The slope of a norm: the sum of `x / norm` times the change of x; 0 at 0."""
     (given,), (changes,) = primals, tangents
@@ -420,14 +446,14 @@ def _two_norms_jvp(
     rows, moved = jax.jvp(lambda *given: measured.rows(given), given, changes)
     count = measured.sizes(given) if measured.ord == "rms" else None
 
-    def inverse(root: jax.Array, size: Any = 1) -> jax.Array:
+    def inverse(root: jax.Array, size: ArrayLike = 1) -> jax.Array:
         there = root > 0
         return jnp.where(there, 1 / (jnp.where(there, root, 1) * size), 0).astype(dtype)
 
     def slope(
-        leaf: int, x: Any, change: Any, unit: jax.Array, weight: jax.Array
+        leaf: int, x: jax.Array, change: jax.Array, unit: jax.Array, weight: jax.Array
     ) -> jax.Array:
-        def along(x: Any, change: Any) -> jax.Array:
+        def along(x: jax.Array, change: jax.Array) -> jax.Array:
             wide = widened(x, dtype)
             way = times(times(x.astype(wide), 1 / unit), weight)
             return (way.conj() * change.astype(wide)).real
@@ -453,7 +479,9 @@ def _two_norms_jvp(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(measure: Callable[..., Any], measured: _Measured, given: Any) -> Any:
+def _compiled(
+    measure: Callable[..., list[Norms]], measured: _Measured, given: PyTree
+) -> Any:
     return measure(measured, given)
 
 
@@ -484,7 +512,7 @@ def _saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
     return where(lax.is_finite(root), found, root)
 
 
-def _power_norms(measured: _Measured, given: Any) -> list[Norms]:
+def _power_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     """Norms of other orders, relative to the largest magnitude of each group."""
     here, dtype, ord = measured.where, measured.dtype, float(measured.ord)
     flat = [x for tree in given[0] for x in tree]
@@ -539,7 +567,7 @@ def _magnitude(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
 
 
-def _can_leave_range(dtype: Any, sums: Any) -> bool:
+def _can_leave_range(dtype: Dtype, sums: Dtype) -> bool:
     """Whether squares of numbers of a dtype may under- or overflow the sums'."""
     info, limits = jnp.finfo(dtype), _RANGES[jnp.dtype(sums)]
     return 2 * info.maxexp > log2(limits.high) or 2 * info.minexp < log2(limits.low)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .._devices.mesh import Placement, placements
+from .._trees.arguments import AxisNames, Specs
 from .._trees.leaves import Leaves, Path
+from .._trees.types import Shaped
 from .groups import Groups, Packed, ScalarGroups
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
@@ -23,7 +24,7 @@ class Plan:
     groups: Groups
     ord: Ord = 2.0
 
-    def sizes(self, arrays: Sequence[Any]) -> Packed:
+    def sizes(self, arrays: Sequence[Shaped]) -> Packed:
         """The number of entries of each group, on the whole mesh."""
         return self.groups.sizes(arrays, self.places)
 
@@ -32,8 +33,8 @@ def make_plan(
     leaves: Leaves,
     groups: Groups,
     ord: Ord = 2.0,
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> Plan:
     """A plan for leaves, from their types and what the caller says of the mesh."""
     places = placements(leaves.arrays, leaves.paths, axis_name, specs)

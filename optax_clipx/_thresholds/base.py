@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, PyTree
 
+from .._reductions.groups import Packed
 from .._trees.arguments import check_choice, check_count
 from .._trees.arithmetic import Number, at_least, full_like, less, negated, where
 from .._trees.leaves import Path
+from .._trees.types import Dtype, Scalar
 
 
 class Context(NamedTuple):
@@ -98,7 +101,9 @@ class Threshold(NamedTuple):
     uses_step: bool = True
 
 
-def stateless(limits: Callable[[Any, Context], Any], **options: Any) -> Threshold:
+def stateless(
+    limits: Callable[[Packed, Context], Packed], **options: bool
+) -> Threshold:
     """A rule that remembers nothing."""
     return Threshold(
         no_memory,
@@ -107,26 +112,26 @@ def stateless(limits: Callable[[Any, Context], Any], **options: Any) -> Threshol
     )
 
 
-def no_memory(norms: Any) -> tuple[()]:
+def no_memory(norms: Packed) -> tuple[()]:
     """The `init` of every rule that `stateless` makes; no other rule has it."""
     return ()
 
 
-def is_pair(value: Any) -> bool:
+def is_pair(value: object) -> bool:
     """Whether this is a rule, or a bare pair of its two functions."""
     return (
         isinstance(value, tuple) and len(value) >= 2 and all(map(callable, value[:2]))
     )
 
 
-def like(limit: Any, norms: Any) -> Any:
+def like(limit: Packed, norms: Packed) -> Any:
     """One threshold, or one of each array, in the form and dtype of the norms."""
     if not isinstance(limit, tuple):
         return jax.tree.map(lambda n: _like(limit, n), norms)
     return jax.tree.map(_like, limit, norms)
 
 
-def _like(limit: Any, norm: jax.Array) -> Any:
+def _like(limit: ArrayLike, norm: jax.Array) -> Any:
     if isinstance(limit, float | int):
         return full_like(norm, limit)
     if isinstance(limit, np.ndarray) and limit.shape == norm.shape:
@@ -135,8 +140,8 @@ def _like(limit: Any, norm: jax.Array) -> Any:
 
 
 def per_norm(
-    init: Callable[[jax.Array], Any],
-    update: Callable[[jax.Array, Any, Context], tuple[Any, Any]],
+    init: Callable[[jax.Array], PyTree],
+    update: Callable[[jax.Array, PyTree, Context], tuple[jax.Array, PyTree]],
 ) -> Threshold:
     """A rule with memory, from functions that treat each norm of one array alike.
 
@@ -145,7 +150,7 @@ def per_norm(
     can not bring a threshold down to zero.
     """
 
-    def one(norms: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+    def one(norms: jax.Array, state: PyTree, context: Context) -> tuple[jax.Array, Any]:
         limits, new = update(norms, state, context)
         # A threshold of infinity times a norm of zero would be NaN.
         there = lax.gt(norms, full_like(norms, 0))
@@ -156,10 +161,10 @@ def per_norm(
         limits = jnp.broadcast_to(where(there, limits, jnp.inf), norms.shape)
         return limits, jax.tree.map(kept, new, state)
 
-    def init_all(norms: Any) -> Any:
+    def init_all(norms: Packed) -> Any:
         return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)
 
-    def update_all(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+    def update_all(norms: Packed, state: PyTree, context: Context) -> tuple[Any, Any]:
         norms = jax.tree.map(jnp.asarray, norms)
         if not isinstance(norms, tuple):
             return one(norms, state, context)
@@ -209,7 +214,7 @@ STATS = ("raw", "clipped", "skip")
 
 
 def refusals(
-    stats: Any, patience: Any, locks_out: Sequence[str] = ("skip",)
+    stats: str, patience: Scalar | None, locks_out: Sequence[str] = ("skip",)
 ) -> Refusals:
     """Checks the two arguments; where a rule could lock out, patience is 50."""
     check_choice(stats, "stats", STATS)
@@ -220,12 +225,14 @@ def refusals(
     return Refusals(stats, patience)
 
 
-def unless(unusable: Any, limit: jax.Array) -> jax.Array:
+def unless(unusable: Number | bool, limit: jax.Array) -> jax.Array:
     """The threshold, or NaN if a number that it was made of is out of its range."""
-    return limit if unusable is False else where(unusable, jnp.nan, limit)
+    if isinstance(unusable, bool):
+        return limit
+    return where(unusable, jnp.nan, limit)
 
 
-def float32(value: Any) -> jax.Array | np.float32:
+def float32(value: Scalar) -> jax.Array | np.float32:
     """A number of a rule, which may be traced."""
     if isinstance(value, jax.Array):
         return jnp.asarray(value, jnp.float32)
@@ -233,7 +240,7 @@ def float32(value: Any) -> jax.Array | np.float32:
         return np.float32(value)
 
 
-def int32(value: Any) -> jax.Array | np.int32:
+def int32(value: Scalar) -> jax.Array | np.int32:
     """A count of a rule, which may be traced."""
     return (
         jnp.asarray(value, jnp.int32)
@@ -268,7 +275,7 @@ def ranked(values: jax.Array, *ranks: int | jax.Array) -> list[jax.Array]:
     return [jnp.sum(where(below == rank, values, 0), axis=-1) for rank in ranks]
 
 
-def memory(norms: jax.Array, dtype: Any = jnp.float32, size: int = 0) -> jax.Array:
+def memory(norms: jax.Array, dtype: Dtype = jnp.float32, size: int = 0) -> jax.Array:
     """Zeros to remember something of each norm; they lie on the mesh as it does."""
     zeros = jnp.zeros_like(norms, dtype=dtype)
     if not size:

@@ -1,17 +1,24 @@
 """Thresholds and the size of the batch: the gradient noise scale."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
 
-from .._trees.arguments import as_float, check_between, check_limit, is_limit
+from .._trees.arguments import Limit, as_float, check_between, check_limit, is_limit
+from .._trees.types import Scalar
+from .base import Threshold
 from .combine import scaled
 
 
-def rescaled_for_batch(limit: Any, old: Any, new: Any, noise_scale: Any = None) -> Any:
+def rescaled_for_batch(
+    limit: Limit | Threshold,
+    old: Scalar,
+    new: Scalar,
+    noise_scale: Scalar | None = None,
+) -> Any:
     r"""A threshold for another batch size, which clips about as many steps as before.
 
     .. math:: t_{\text{new}} = t_{\text{old}}
@@ -73,14 +80,14 @@ def rescaled_for_batch(limit: Any, old: Any, new: Any, noise_scale: Any = None) 
     return scaled(limit, factor)
 
 
-def _growth(old: Any, new: Any, noise_scale: Any) -> Any:
+def _growth(old: Scalar, new: Scalar, noise_scale: Scalar | None) -> Any:
     """The factor between the norms of two sizes, in Python's numbers where given."""
     if noise_scale is None or _is_infinite(noise_scale):
         return (old / new) ** 0.5
     return ((1 + noise_scale / new) / (1 + noise_scale / old)) ** 0.5
 
 
-def _is_infinite(value: Any) -> bool:
+def _is_infinite(value: Scalar) -> bool:
     return not isinstance(value, jax.core.Tracer) and bool(value == float("inf"))
 
 
@@ -111,10 +118,10 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(
-    small_norms: Float[Array, "..."] | Any,
-    large_norms: Float[Array, "..."] | Any,
-    small: Any,
-    large: Any,
+    small_norms: ArrayLike | Sequence[float],
+    large_norms: ArrayLike | Sequence[float],
+    small: Scalar,
+    large: Scalar,
 ) -> NoiseScale:
     r"""Estimates the gradient noise scale from norms at two batch sizes.
 
@@ -165,7 +172,7 @@ def noise_scale(
 
 
 def estimates(
-    small_norms: jax.Array, large_norms: jax.Array, small: Any, large: Any
+    small_norms: jax.Array, large_norms: jax.Array, small: Scalar, large: Scalar
 ) -> NoiseScale:
     """The estimates for sizes that may be traced; NaN where they are the same."""
     norms = small_norms, large_norms

@@ -1,18 +1,22 @@
 """Rules made of rules."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from .._trees.arguments import check_between, check_count
+from .._reductions.groups import Packed
+from .._trees.arguments import Limit, check_between, check_count
 from .._trees.arithmetic import where
+from .._trees.types import Scalar
 from .base import Context, Threshold, float32, like, memory, one_more
 from .constant import as_threshold, at
 
 
-def minimum(*rules: Any) -> Threshold:
+def minimum(*rules: Limit | Threshold) -> Threshold:
     r"""The smallest of several thresholds: :math:`t = \min_j t_j`.
 
     Each rule keeps its own statistics and receives its own threshold only: an
@@ -48,7 +52,7 @@ def minimum(*rules: Any) -> Threshold:
         raise ValueError("Expected one rule or more, got none.")
     parts = [as_threshold(rule) for rule in rules]
 
-    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+    def update(norms: Packed, state: PyTree, context: Context) -> tuple[Any, Any]:
         found = [
             rule.update(norms, s, context) for rule, s in zip(parts, state, strict=True)
         ]
@@ -67,7 +71,9 @@ class WarmupState(NamedTuple):
     then: Any
 
 
-def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
+def warmup(
+    rule: Limit | Threshold, *, then: Limit | Threshold, steps: Scalar
+) -> Threshold:
     r"""One rule for the first steps, then another.
 
     The second rule sees all norms from the first step on. A step whose norm is zero or
@@ -104,12 +110,12 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     check_count(steps, "steps", 0)
     parts = [as_threshold(rule), as_threshold(then)]
 
-    def init(norms: Any) -> WarmupState:
+    def init(norms: Packed) -> WarmupState:
         seen = jax.tree.map(lambda n: memory(n, jnp.int32), norms)
         return WarmupState(seen, *[part.init(norms) for part in parts])
 
     def update(
-        norms: Any, state: WarmupState, context: Context
+        norms: Packed, state: WarmupState, context: Context
     ) -> tuple[Any, WarmupState]:
         first, first_state = parts[0].update(norms, state.rule, context)
         second, second_state = parts[1].update(norms, state.then, context)
@@ -127,7 +133,7 @@ def warmup(rule: Any, *, then: Any, steps: Any) -> Threshold:
     return _combined(parts, init, update)
 
 
-def scaled(rule: Any, factor: Any) -> Threshold:
+def scaled(rule: Limit | Threshold, factor: Limit) -> Threshold:
     r"""The threshold of another rule, times a factor: :math:`t = \alpha\, t'`.
 
     The statistics of the rule see its own threshold and not the product.
@@ -161,7 +167,7 @@ def scaled(rule: Any, factor: Any) -> Threshold:
         check_between(factor, "factor", 0, float("inf"))
     inner = as_threshold(rule)
 
-    def update(norms: Any, state: Any, context: Context) -> tuple[Any, Any]:
+    def update(norms: Packed, state: PyTree, context: Context) -> tuple[Any, Any]:
         limits, state = inner.update(norms, state, context)
         now = float32(at(factor, context.step))
         return jax.tree.map(lambda t: scale(t, now), _in_form(limits, norms)), state
@@ -174,7 +180,9 @@ def scaled(rule: Any, factor: Any) -> Threshold:
     return combined._replace(uses_step=combined.uses_step or callable(factor))
 
 
-def _combined(parts: list[Threshold], init: Any, update: Any) -> Threshold:
+def _combined(
+    parts: list[Threshold], init: Callable[..., PyTree], update: Callable[..., PyTree]
+) -> Threshold:
     return Threshold(
         init,
         update,
@@ -183,14 +191,14 @@ def _combined(parts: list[Threshold], init: Any, update: Any) -> Threshold:
     )
 
 
-def _in_form(limits: Any, norms: Any) -> Any:
+def _in_form(limits: Packed, norms: Packed) -> Any:
     """The thresholds, one for each norm, where a rule returned a single one."""
     if jax.tree_util.all_leaves([limits]) and not _same_form(limits, norms):
         return like(limits, norms)
     return jax.tree.map(lambda t, n: jnp.asarray(t).astype(n.dtype), limits, norms)
 
 
-def _same_form(limits: Any, norms: Any) -> bool:
+def _same_form(limits: Packed, norms: Packed) -> bool:
     return not isinstance(norms, tuple) and jnp.shape(limits) == norms.shape
 
 

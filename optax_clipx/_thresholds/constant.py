@@ -1,17 +1,20 @@
 """Thresholds that do not depend on the norms: numbers, arrays, schedules."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._trees.arguments import as_float, check_limit, is_limit
+from .._reductions.groups import Packed
+from .._trees.arguments import Limit, as_float, check_limit, is_limit
 from .._trees.leaves import from_prefix
+from .._trees.types import Scalar
 from .base import Context, Threshold, is_pair, like, stateless
 
 
-def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Threshold:
+def constant(limit: Limit, name: str = "limit", *, signed: bool = False) -> Threshold:
     r"""A fixed threshold :math:`t`: a number, an array or a schedule.
 
     Args:
@@ -54,7 +57,7 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
             continue
         check_limit(value, name + jax.tree_util.keystr(keys), signed=signed)
 
-    def limits(norms: Any, context: Context) -> Any:
+    def limits(norms: Packed, context: Context) -> Any:
         if context.labels is not None:
             values = [
                 at(_of_label(limit, k, name), context.step) for k in context.labels
@@ -76,7 +79,7 @@ def constant(limit: Any, name: str = "limit", *, signed: bool = False) -> Thresh
     return stateless(limits, uses_step=uses_step)
 
 
-def as_threshold(value: Any, name: str = "threshold") -> Threshold:
+def as_threshold(value: Limit | Threshold, name: str = "threshold") -> Threshold:
     """A rule from whatever may stand for one."""
     if isinstance(value, Threshold):
         return value
@@ -90,12 +93,12 @@ def as_threshold(value: Any, name: str = "threshold") -> Threshold:
     return constant(value, name)
 
 
-def at(limit: Any, step: Any) -> Any:
+def at(limit: Limit, step: Scalar) -> Any:
     """The threshold at this step."""
     return as_float(limit(step) if callable(limit) else limit)
 
 
-def _of_label(limits: Any, label: Any, name: str) -> Any:
+def _of_label(limits: Limit, label: Hashable, name: str) -> Any:
     if not isinstance(limits, dict):
         raise TypeError(
             f"Expected {name} to be a dict from label to threshold, got {limits!r}."

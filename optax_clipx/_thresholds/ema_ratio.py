@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._reductions.groups import Packed
 from .._reductions.whole_norm import whole_norm
 from .._trees.arguments import (
+    Limit,
     check_between,
     check_choice,
     check_count,
@@ -14,6 +16,7 @@ from .._trees.arguments import (
     out_of_range,
 )
 from .._trees.arithmetic import where
+from .._trees.types import Scalar
 from .base import (
     Context,
     Threshold,
@@ -51,15 +54,15 @@ class BandState(NamedTuple):
 
 
 def ema_ratio(
-    ratio: Any,
+    ratio: Limit,
     *,
-    decay: Any = 0.99,
-    warmup_steps: Any = 0,
-    warmup_limit: Any = None,
+    decay: Scalar = 0.99,
+    warmup_steps: Scalar = 0,
+    warmup_limit: Limit = None,
     init: str = "first",
-    floor: Any = 0.0,
+    floor: Limit = 0.0,
     stats: str = "clipped",
-    patience: Any = None,
+    patience: Scalar | None = None,
 ) -> Threshold:
     r"""A threshold in proportion to a moving average of the norms.
 
@@ -174,7 +177,7 @@ def ema_ratio(
 
     rule = per_norm(start, update)
 
-    def init_all(norms: Any) -> Any:
+    def init_all(norms: Packed) -> Any:
         if warmup_limit is not None and isinstance(norms, tuple):
             raise ValueError(
                 "Expected tree, leaf or group norms for warmup_limit, which limits the"
@@ -186,11 +189,11 @@ def ema_ratio(
 
 
 def norm_growth(
-    ratio: Any = 1.01,
+    ratio: Limit = 1.01,
     *,
-    floor: Any = 0.0,
+    floor: Limit = 0.0,
     stats: str = "clipped",
-    patience: Any = None,
+    patience: Scalar | None = None,
 ) -> Threshold:
     r"""A threshold on the growth of the norm from one step to the next.
 
@@ -258,12 +261,12 @@ def norm_growth(
 
 
 def group_band(
-    low: Any,
-    high: Any,
+    low: Limit,
+    high: Limit,
     *,
-    decay: Any = 0.99,
-    floor: Any = 0.0,
-    patience: Any = None,
+    decay: Scalar = 0.99,
+    floor: Limit = 0.0,
+    patience: Scalar | None = None,
 ) -> Threshold:
     r"""A target within a band around a moving average of the norm.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .._trees.arguments import check_between, check_static_count
 from .._trees.arithmetic import where
+from .._trees.types import Scalar
 from .base import Context, Threshold, float32, memory, numbered, per_norm
 
 # The sketch: equal bins of the logarithm over 24 decades, 5.7% wide, so that the
@@ -36,7 +37,7 @@ class TrackerState(NamedTuple):
     quantile: jax.Array
 
 
-def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
+def quantile(q: Scalar, *, window: Any = None, max_steps: Any = None) -> Threshold:
     r"""A threshold that is a quantile of the norms so far, this one included.
 
     .. math:: t_k = \mathrm{quantile}_q(n_1, \ldots, n_k)
@@ -101,7 +102,7 @@ def quantile(q: Any, *, window: Any = None, max_steps: Any = None) -> Threshold:
     return per_norm(init, lambda n, s, c: _update_history(n, s, q))
 
 
-def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
+def quantile_tracker(q: Scalar, *, learning_rate: Scalar = 0.02) -> Threshold:
     r"""A threshold that moves by a factor towards a quantile of the norms.
 
     .. math:: t_{k+1} = t_k \exp\bigl(-\eta (\mathbb{1}[n_k \le t_k] - q)\bigr),
@@ -156,7 +157,7 @@ def quantile_tracker(q: Any, *, learning_rate: Any = 0.02) -> Threshold:
     return per_norm(lambda norms: TrackerState(memory(norms)), update)
 
 
-def _update_history(norm: jax.Array, state: HistoryState, q: Any) -> Any:
+def _update_history(norm: jax.Array, state: HistoryState, q: Scalar) -> Any:
     size = state.history.shape[-1]
     place = numbered(size, norm) == (state.seen % size)[..., None]
     history = where(place, norm[..., None], state.history)
@@ -184,7 +185,7 @@ def _init_sketch(norms: jax.Array) -> SketchState:
     return SketchState(memory(norms, jnp.int32, _BINS), memory(norms, jnp.int32))
 
 
-def _update_sketch(norm: jax.Array, state: SketchState, q: Any) -> Any:
+def _update_sketch(norm: jax.Array, state: SketchState, q: Scalar) -> Any:
     position = (jnp.log(where(norm > 0, norm, 1)) - _LOW) / _WIDTH
     index = jnp.clip(jnp.floor(position), 0, _BINS - 1).astype(jnp.int32)
     here = numbered(_BINS, norm) == index[..., None]

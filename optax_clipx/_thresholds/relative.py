@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._trees.arguments import check_limit
+from .._reductions.groups import Packed
+from .._trees.arguments import Limit, check_limit
+from .._trees.types import Scalar
 from .base import Context, Threshold, stateless
 from .constant import at
 
 
-def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
+def relative_to_params(ratio: Limit, eps: Scalar = 1e-3) -> Threshold:
     r"""A threshold in proportion to the norm of the parameters.
 
     .. math:: t = \lambda \max(\|w\|, \epsilon)
@@ -48,7 +50,7 @@ def relative_to_params(ratio: Any, eps: Any = 1e-3) -> Threshold:
     check_limit(ratio, "ratio")
     check_limit(eps, "eps")
 
-    def limits(norms: Any, context: Context) -> Any:
+    def limits(norms: Packed, context: Context) -> Any:
         def limit(norm: jax.Array, param_norm: jax.Array) -> jax.Array:
             dtype = norm.dtype
             floor = jnp.asarray(at(eps, context.step)).astype(dtype)

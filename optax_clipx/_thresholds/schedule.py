@@ -1,13 +1,13 @@
 """Thresholds that follow a schedule, such as that of the learning rate."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._trees.arguments import check_between, check_static_number
+from .._trees.arguments import Limit, Schedule, check_between, check_static_number
+from .._trees.types import Scalar
 from .base import Threshold, float32
 from .combine import scaled
 from .constant import at
@@ -16,12 +16,12 @@ _STEPS = 2**20  # of a schedule, among which its peak is looked for
 
 
 def follow_schedule(
-    rule: Any,
-    schedule: Any,
+    rule: Limit | Threshold,
+    schedule: Schedule,
     power: Any = -0.5,
     *,
-    peak: Any = None,
-    floor: Any = 0.01,
+    peak: Scalar | None = None,
+    floor: Scalar = 0.01,
 ) -> Threshold:
     r"""A threshold that follows a schedule, such as that of the learning rate.
 
@@ -94,7 +94,7 @@ def follow_schedule(
             _check_positive(value, name)
     peaks: list[Any] = [] if peak is None else [peak]
 
-    def factor(step: Any) -> jax.Array:
+    def factor(step: Scalar) -> jax.Array:
         if not peaks:
             peaks.append(_peak_of(schedule))
         ratio = float32(at(schedule, step)) / float32(peaks[0])
@@ -103,13 +103,13 @@ def follow_schedule(
     return scaled(rule, factor)
 
 
-def _check_positive(value: Any, name: str) -> None:
+def _check_positive(value: object, name: str) -> None:
     check_between(value, name, 0, float("inf"))
     if not isinstance(value, jax.core.Tracer) and value == 0:
         raise ValueError(f"Expected {name} > 0, got {name}={value!r}.")
 
 
-def _peak_of(schedule: Callable[[Any], Any]) -> float:
+def _peak_of(schedule: Schedule) -> float:
     """The largest value of a schedule, evaluated outside of any trace or mesh."""
 
     def largest() -> float:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._trees.arithmetic import hypotenuse, where
+from .._trees.types import Scalar
 from .base import (
     Context,
     Threshold,
@@ -40,7 +41,7 @@ class SpikeState(NamedTuple):
     far: jax.Array
 
 
-def spikes_of_norms(patience: Any) -> Threshold:
+def spikes_of_norms(patience: Scalar | None) -> Threshold:
     """Five deviations above the mean of the logarithms.
 
     More than 15 times the level only where three deviations are more. On noise of 10%
@@ -60,7 +61,7 @@ def spikes_of_norms(patience: Any) -> Threshold:
     return per_norm(rule.init, update)
 
 
-def spikes_of_losses(patience: Any) -> Threshold:
+def spikes_of_losses(patience: Scalar | None) -> Threshold:
     """Seven deviations above the mean, of values that may be zero or negative."""
     rule = _Spikes(lambda spread: 7 * spread, patience, of_logarithms=False)
     return Threshold(

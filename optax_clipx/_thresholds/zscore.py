@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from .._trees.arguments import (
+    Limit,
     check_between,
     check_choice,
     check_count,
@@ -15,7 +17,8 @@ from .._trees.arguments import (
     check_static_count,
     out_of_range,
 )
-from .._trees.arithmetic import hypotenuse, larger, smaller, where
+from .._trees.arithmetic import Number, hypotenuse, larger, smaller, where
+from .._trees.types import Scalar
 from .base import (
     Context,
     Refusals,
@@ -52,18 +55,18 @@ class WindowState(NamedTuple):
 
 
 def zscore(
-    z_threshold: Any = 2.5,
+    z_threshold: Limit = 2.5,
     *,
-    decay: Any = 0.97,
+    decay: Scalar = 0.97,
     window: Any = None,
-    warmup_steps: Any = 25,
+    warmup_steps: Scalar = 25,
     space: str = "linear",
     target: str = "threshold",
-    clip_factor: Any = 1.0,
+    clip_factor: Scalar = 1.0,
     include_current: bool = False,
     stats: str = "clipped",
-    patience: Any = None,
-    min_relative_sd: Any = 0.01,
+    patience: Scalar | None = None,
+    min_relative_sd: Scalar = 0.01,
 ) -> Threshold:
     r"""A threshold some standard deviations above the mean of the norms so far.
 
@@ -188,7 +191,7 @@ class _ZScore(NamedTuple):
             return ZScoreState(seen, memory(norms), memory(norms), refused)
         return WindowState(seen, memory(norms, size=self.window), refused)
 
-    def update(self, norm: jax.Array, state: Any, context: Context) -> Any:
+    def update(self, norm: jax.Array, state: PyTree, context: Context) -> Any:
         value = jnp.log(where(norm > 0, norm, 1)) if self.log else norm
         seen = self.entered(state, value) if self.include_current else state
         count, mean, sd = self.moments(seen)
@@ -220,7 +223,9 @@ class _ZScore(NamedTuple):
         limit = unless(out_of_range(self.decay, one=True), limit)
         return limit, seen._replace(refused=refused)
 
-    def above(self, value: Any, mean: Any, sd: Any, z_threshold: Any) -> jax.Array:
+    def above(
+        self, value: jax.Array, mean: jax.Array, sd: jax.Array, z_threshold: Number
+    ) -> jax.Array:
         """Where a spike goes."""
         if self.target == "mean":
             return mean
@@ -231,7 +236,7 @@ class _ZScore(NamedTuple):
         factor = float32(self.clip_factor)
         return raised + jnp.log(factor) if self.log else raised * factor
 
-    def moments(self, state: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def moments(self, state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
         """How many, their mean, and their standard deviation with its floor."""
         if self.window is None:
             count, mean, sd = state.seen, state.mean, state.sd
@@ -255,7 +260,7 @@ class _ZScore(NamedTuple):
             larger(sd, floor if self.log else floor * lax.abs(mean)),
         )
 
-    def entered(self, state: Any, value: jax.Array) -> Any:
+    def entered(self, state: PyTree, value: jax.Array) -> Any:
         """The state after one more value."""
         count = one_more(state.seen)
         if self.window is not None:
@@ -282,7 +287,7 @@ class _ZScore(NamedTuple):
         sd = hypotenuse(root * state.sd, share * off)
         return state._replace(seen=count, mean=mean, sd=sd)
 
-    def moved(self, state: Any, value: jax.Array, mean: jax.Array) -> Any:
+    def moved(self, state: PyTree, value: jax.Array, mean: jax.Array) -> Any:
         """The state at a new level; in linear space the deviation is in proportion."""
 
         def at_level(off: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:

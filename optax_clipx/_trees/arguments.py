@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
+from .types import Scalar
+
 Schedule = Callable[[Any], Any]  # from the number of updates to a threshold
 Limit = float | np.ndarray | jax.Array | Schedule | PyTree  # or a prefix of these
-AxisNames = str | Iterable[Any] | None
+AxisNames = str | Iterable[str] | None
 Specs = PartitionSpec | PyTree | None  # or a prefix of these
 
 LARGEST_COUNT = 2**31 - 1
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
     """Refuses what is none of some strings."""
     if isinstance(value, jax.Array):
         raise TypeError(static(name, value))
@@ -46,14 +48,14 @@ def check_count(value: Any, name: str, least: int = 1) -> None:
         )
 
 
-def whole_numbers(value: Any) -> tuple[int, ...]:
+def whole_numbers(value: object) -> tuple[int, ...]:
     """A number or several, of Python, NumPy or a list, as a tuple; else a TypeError."""
-    listed = value.tolist() if isinstance(value, np.ndarray) else value
+    listed: Any = value.tolist() if isinstance(value, np.ndarray) else value
     several = isinstance(listed, tuple | list)
     return tuple(map(operator.index, listed if several else (listed,)))
 
 
-def check_static_count(value: Any, name: str, least: int = 1) -> None:
+def check_static_count(value: object, name: str, least: int = 1) -> None:
     """Refuses what cannot be the size of an array."""
     if isinstance(value, jax.Array):
         raise TypeError(static(name, value))
@@ -62,7 +64,7 @@ def check_static_count(value: Any, name: str, least: int = 1) -> None:
         raise TypeError(f"Expected {name} to be an int, got {name}={value!r}.")
 
 
-def check_static_number(value: Any, name: str) -> None:
+def check_static_number(value: object, name: str) -> None:
     """Refuses what is no Python number."""
     if isinstance(value, jax.Array):
         raise TypeError(static(name, value))
@@ -70,7 +72,7 @@ def check_static_number(value: Any, name: str) -> None:
         raise TypeError(f"Expected {name} to be a number, got {name}={value!r}.")
 
 
-def check_decay(value: Any, name: str, *, one: bool = False) -> None:
+def check_decay(value: object, name: str, *, one: bool = False) -> None:
     """Refuses a decay outside of 0 to below 1; at 1 nothing would ever enter.
 
     With `one`, 1 is allowed, but not where it may have been rounded to: in bfloat16
@@ -88,7 +90,7 @@ def check_decay(value: Any, name: str, *, one: bool = False) -> None:
     raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.{hint}")
 
 
-def out_of_range(*decays: Any, one: bool = False) -> Any:
+def out_of_range(*decays: object, one: bool = False) -> Any:
     """Whether a traced decay is one that `check_decay` refuses; False if none is."""
     found: Any = False
     for value in decays:
@@ -101,13 +103,13 @@ def _too_high(value: Any, one: bool) -> Any:
     return value > 1 if one and not _is_narrow(value) else value >= 1
 
 
-def _is_narrow(value: Any) -> bool:
+def _is_narrow(value: object) -> TypeGuard[jax.Array]:
     return isinstance(value, jax.Array | np.generic | np.ndarray) and (
         jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32
     )
 
 
-def check_between(value: Any, name: str, low: int, high: int | float) -> None:
+def check_between(value: object, name: str, low: int, high: int | float) -> None:
     """Refuses a number outside of an interval; a traced one passes."""
     if isinstance(value, jax.core.Tracer):
         return
@@ -118,12 +120,12 @@ def check_between(value: Any, name: str, low: int, high: int | float) -> None:
         raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[Scalar]:
     number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
     return number and not isinstance(value, bool)
 
 
-def static(name: str, value: Any) -> str:
+def static(name: str, value: object) -> str:
     """The message for an argument that may not be an array."""
     return (
         f"Expected a static {name}, got the array {value}. Under"
@@ -131,12 +133,12 @@ def static(name: str, value: Any) -> str:
     )
 
 
-def as_float(value: Any) -> Any:
+def as_float(value: object) -> Any:
     """A Python int as a float: as an array it would have to fit int32."""
     return float(value) if type(value) is int else value
 
 
-def _check_size(value: Any, name: str) -> None:
+def _check_size(value: object, name: str) -> None:
     """Refuses an int that is larger than any float."""
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         raise ValueError(
@@ -145,7 +147,7 @@ def _check_size(value: Any, name: str) -> None:
         )
 
 
-def is_limit(value: Any) -> bool:
+def is_limit(value: object) -> bool:
     """Whether this is one threshold: a number, an array or a schedule."""
     return callable(value) or isinstance(
         value, int | float | np.ndarray | np.generic | jax.Array
@@ -166,7 +168,7 @@ def check_limit(value: Any, name: str, *, signed: bool = False) -> None:
         raise ValueError(f"Expected {name} >= 0, got {name}={value}.")
 
 
-def check_eps(value: Any) -> None:
+def check_eps(value: object) -> None:
     """Refuses what cannot be added to a norm."""
     if callable(value):
         raise TypeError(

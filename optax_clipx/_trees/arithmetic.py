@@ -7,17 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-Number = jax.Array | np.ndarray | np.generic  # NumPy's where a value is known
+from .types import Dtype, Shaped
+
+Number = jax.Array | np.ndarray | np.number | np.bool  # NumPy's where a value is known
+Operand = Number | bool | int | float  # of the dtype of what it stands beside
 
 
-def accumulator(arrays: Sequence[Any]) -> Any:
+def accumulator(arrays: Sequence[Shaped]) -> Any:
     """The dtype of sums, thresholds and scales: float64 if any leaf has it."""
     wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in arrays)
     return jnp.dtype("float64" if wide else "float32")
 
 
-def at_least_float32(array: Any) -> Any:
+def at_least_float32(array: Shaped) -> Any:
     """The dtype of what is remembered of an array."""
     return array.dtype if jnp.finfo(array.dtype).bits >= 32 else jnp.float32
 
@@ -26,13 +31,13 @@ def at_least_float32(array: Any) -> Any:
 # the time that `jax.numpy` takes.
 
 
-def _of_scalars(traced: Callable[..., Any], known: Callable[..., Any]) -> Any:
+def _of_scalars(traced: Callable[..., Number], known: Callable[..., Number]) -> Any:
     """An operation of `jax.lax`, computed at once where all scalars are known.
 
     A Python number is of the dtype of what it stands beside.
     """
 
-    def run(*args: Any) -> Any:
+    def run(*args: ArrayLike) -> Any:
         args = _of_one_dtype(args)
         if all(isinstance(x, np.generic | np.ndarray) for x in args):
             with np.errstate(all="ignore"):
@@ -42,7 +47,7 @@ def _of_scalars(traced: Callable[..., Any], known: Callable[..., Any]) -> Any:
     return run
 
 
-def _of_one_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _of_one_dtype(args: tuple[ArrayLike, ...]) -> tuple[Any, ...]:
     if all(hasattr(x, "dtype") for x in args):
         return args
     dtype = next(x.dtype for x in args if hasattr(x, "dtype"))
@@ -60,7 +65,7 @@ negated = _of_scalars(lax.bitwise_not, np.logical_not)
 finite = _of_scalars(lax.is_finite, np.isfinite)
 
 
-def either(x: Any, y: Any) -> Any:
+def either(x: ArrayLike, y: ArrayLike) -> Any:
     """Whether one of two flags is set."""
     for known, other in ((x, y), (y, x)):
         if isinstance(known, np.generic | np.ndarray) and known.shape == ():
@@ -68,7 +73,7 @@ def either(x: Any, y: Any) -> Any:
     return lax.bitwise_or(x, y)
 
 
-def both(x: Any, y: Any) -> Any:
+def both(x: ArrayLike, y: ArrayLike) -> Any:
     """Whether both of two flags are set."""
     for known, other in ((x, y), (y, x)):
         if isinstance(known, np.generic | np.ndarray) and known.shape == ():
@@ -76,7 +81,7 @@ def both(x: Any, y: Any) -> Any:
     return lax.bitwise_and(x, y)
 
 
-def where(mask: Any, x: Any, y: Any) -> Any:
+def where(mask: Number, x: Operand, y: Operand) -> Any:
     """`jnp.where`; traced in a quarter of its time where nothing is broadcast."""
     shape = getattr(mask, "shape", None)
     like = _one_like(mask, x, y)
@@ -88,7 +93,7 @@ def where(mask: Any, x: Any, y: Any) -> Any:
     return lax.select(mask, _alike(x, like), _alike(y, like))
 
 
-def _one_like(mask: Any, x: Any, y: Any) -> Any:
+def _one_like(mask: Number, x: Operand, y: Operand) -> Any:
     """What has the shape and the dtype of the result."""
     for value in (x, y):
         if isinstance(value, jax.Array) and mask.shape in (value.shape, ()):
@@ -99,20 +104,20 @@ def _one_like(mask: Any, x: Any, y: Any) -> Any:
     return number
 
 
-def _fits(x: Any, like: Any) -> bool:
+def _fits(x: Operand, like: Number) -> bool:
     """Whether a value is of the same kind, or a number of which there is one."""
     if isinstance(x, bool | int | float):
         return not isinstance(x, float) or jnp.issubdtype(like.dtype, jnp.floating)
     return getattr(x, "shape", None) in (like.shape, ()) and x.dtype == like.dtype
 
 
-def _alike(x: Any, like: Any) -> Any:
+def _alike(x: Operand, like: Number) -> Any:
     if getattr(x, "shape", None) == like.shape:
         return x
     return full_like(like, x)
 
 
-def full_like(like: Any, x: Any) -> Any:
+def full_like(like: Number, x: Operand) -> Any:
     """An array like another, full of a number."""
     if like.shape == () and not isinstance(x, jax.Array):
         return np.asarray(x, like.dtype)
@@ -131,7 +136,7 @@ def abs_squared(x: jax.Array) -> jax.Array:
     return lax.mul(x, x)
 
 
-def times(x: Any, factor: jax.Array | np.ndarray) -> jax.Array:
+def times(x: jax.Array, factor: jax.Array | np.ndarray) -> jax.Array:
     """A real or complex array times a real one, part by part."""
     if is_complex(x):
         return lax.complex(x.real * factor, x.imag * factor)
@@ -148,7 +153,7 @@ def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.div(lax.mul(x, small), lax.mul(y, small))
 
 
-def is_concrete(given: Any) -> bool:
+def is_concrete(given: PyTree) -> bool:
     """Whether all of this are arrays and numbers that are not traced."""
     kinds = jax.Array | np.ndarray | np.generic | float | int
     return all(
@@ -157,12 +162,12 @@ def is_concrete(given: Any) -> bool:
     )
 
 
-def is_complex(x: Any) -> bool:
+def is_complex(x: Shaped) -> bool:
     """Whether an array has complex numbers."""
     return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
-def widened(x: Any, dtype: Any) -> Any:
+def widened(x: Shaped, dtype: Dtype) -> Any:
     """The accumulator's dtype, or its complex kin for a complex leaf."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.complex128 if dtype == jnp.float64 else jnp.complex64

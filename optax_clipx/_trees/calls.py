@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,7 +38,7 @@ def explains_calls(function: F) -> F:
     """Lets a function that makes a transformation say how it is called."""
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
         try:
             return function(*args, **kwargs)
         except TypeError:
@@ -49,7 +50,11 @@ def explains_calls(function: F) -> F:
     return cast(F, call)
 
 
-def _misfit(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _misfit(
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> str:
     """What does not fit the arguments of a function; empty if nothing is said of it."""
     name, known = function.__name__, inspect.signature(function).parameters
     places = [x for x, p in known.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -81,7 +86,7 @@ def _for_trees(name: str, call: str) -> str:
     return said
 
 
-def _advice(name: str, value: Any, known: list[str], needed: list[str]) -> str:
+def _advice(name: str, value: object, known: list[str], needed: list[str]) -> str:
     """What to write in place of an argument that a function does not have."""
     option, advice = _ELSEWHERE.get(name, ("", ""))
     if advice and (not option or option in known):
@@ -92,7 +97,7 @@ def _advice(name: str, value: Any, known: list[str], needed: list[str]) -> str:
     return f"Did you mean {near[0]}?" if near else f"It has {', '.join(known)}."
 
 
-def _is_tree(value: Any) -> bool:
+def _is_tree(value: PyTree) -> bool:
     """Whether a value is a tree of arrays, and not one number."""
     leaves = jax.tree.leaves(value)
     arrays = all(isinstance(x, jax.Array | np.ndarray) for x in leaves)

@@ -1,6 +1,6 @@
 """Which leaves of a pytree are clipped, and what they are called."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
+from jaxtyping import PyTree
 
 Path = tuple[str, ...]
+KeyPath = tuple[Hashable, ...]  # a path as JAX has it
+# A name in a path, several, or a function of path and leaf.
+Where = str | Sequence[str] | set[str] | frozenset[str] | Callable[[Path, Any], Any]
 
 
 @dataclass
@@ -30,10 +34,10 @@ class Leaves:
         """The path of each array, as strings."""
         return [path_of(keys) for keys in self.keys]
 
-    def _replace(self, **changes: Any) -> "Leaves":
+    def _replace(self, **changes: PyTree) -> "Leaves":
         return replace(self, **changes)
 
-    def rebuild(self, arrays: list[Any]) -> Any:
+    def rebuild(self, arrays: Sequence[PyTree]) -> Any:
         """The pytree with its arrays replaced."""
         everything = list(self.everything)
         for index, array in zip(self.indices, arrays, strict=True):
@@ -50,7 +54,7 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: KeyPath) -> Path:
     """`("layers", "0", "kernel")`: the same for a dict, a module and an NNX state.
 
     NNX shows `Param` objects to `init` and bare arrays to `update`; the attribute
@@ -74,7 +78,7 @@ def show(path: Path) -> str:
     return "/".join(path) if path else "(the only leaf)"
 
 
-def flatten(tree: Any, *, updates: bool = True) -> Leaves:
+def flatten(tree: PyTree, *, updates: bool = True) -> Leaves:
     """Flattens a pytree and refuses the leaves that cannot be clipped.
 
     `None` and `optax.MaskedNode` have no leaves; float0 and empty leaves pass
@@ -109,18 +113,18 @@ def flatten(tree: Any, *, updates: bool = True) -> Leaves:
     return Leaves(arrays, kept_keys, indices, everything, treedef)
 
 
-def _as_jax_has_it(leaf: Any) -> Any:
+def _as_jax_has_it(leaf: np.ndarray | np.generic) -> Any:
     """A NumPy array of numbers as a JAX array; without x64 float64 becomes float32."""
     if leaf.dtype == jax.dtypes.float0 or leaf.dtype.kind not in "iufcV":
         return leaf
     return jnp.asarray(leaf)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return all(hasattr(leaf, name) for name in ("dtype", "shape", "size"))
 
 
-def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
+def _not_an_array(keys: KeyPath, leaf: object) -> str:
     path = show(path_of(keys))
     if isinstance(leaf, bool | int):
         return (
@@ -136,7 +140,7 @@ def _not_an_array(keys: tuple[Any, ...], leaf: Any) -> str:
     )
 
 
-def chooser(where: Any) -> Callable[[Path, Any], bool]:
+def chooser(where: Where) -> Callable[[Path, Any], bool]:
     """A predicate of path and leaf from a name, names or a function."""
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
@@ -151,10 +155,10 @@ def chooser(where: Any) -> Callable[[Path, Any], bool]:
 
 
 def from_prefix(
-    prefix: Any,
+    prefix: PyTree,
     paths: Sequence[Path],
     what: str,
-    is_leaf: Callable[[Any], bool] | None = None,
+    is_leaf: Callable[[PyTree], bool] | None = None,
 ) -> list[Any]:
     """For each path the value that a pytree prefix gives it.
 
@@ -168,7 +172,7 @@ def from_prefix(
     return [_longest_match(values, path, what) for path in paths]
 
 
-def _longest_match(values: dict[Path, Any], path: Path, what: str) -> Any:
+def _longest_match(values: dict[Path, PyTree], path: Path, what: str) -> Any:
     for length in range(len(path), -1, -1):
         if path[:length] in values:
             value = values[path[:length]]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
+from jaxtyping import PyTree
 
 from .._clipping.metrics import ClipState, SkipState
 from .._trees.leaves import path_of
@@ -17,7 +18,7 @@ Keys = tuple[Any, ...]
 
 
 def carry_over(
-    old_state: Any, new_state: Any, *, drop: Sequence[str] = ()
+    old_state: PyTree, new_state: PyTree, *, drop: Sequence[str] = ()
 ) -> tuple[Any, list[str]]:
     """Copies the state of an old optimizer into that of one with other clippers.
 
@@ -165,7 +166,7 @@ def _leaves(node: _Node) -> list[tuple[Keys, Any]]:
     return [((*node.keys, *keys), x) for keys, x in found]
 
 
-def _names(leaf: tuple[Keys, Any]) -> list[str]:
+def _names(leaf: tuple[Keys, PyTree]) -> list[str]:
     return list(path_of(leaf[0]))
 
 
@@ -200,7 +201,7 @@ def _together(found: Iterable[_Match]) -> _Match:
 
 
 def _children(node: _Node) -> list[_Node]:
-    def is_child(x: Any) -> bool:
+    def is_child(x: PyTree) -> bool:
         return x is not node.value
 
     found = jax.tree_util.tree_leaves_with_path(node.value, is_leaf=is_child)
@@ -217,7 +218,7 @@ def _inner_states(node: _Node) -> list[_Node]:
     return [child for child in children if _is_state(child.value)]
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: PyTree) -> bool:
     """Whether there are states in it, and not only arrays by the parameters' names."""
     if _is_leaf(value):
         return False
@@ -226,15 +227,15 @@ def _is_state(value: Any) -> bool:
     return any(_is_state(child.value) for child in _children(_Node((), value)))
 
 
-def _is_leaf(value: Any) -> bool:
+def _is_leaf(value: PyTree) -> bool:
     return jax.tree_util.all_leaves([value])
 
 
-def _kind(leaf: Any) -> tuple[Any, Any]:
+def _kind(leaf: PyTree) -> tuple[Any, Any]:
     return np.shape(leaf), getattr(leaf, "dtype", type(leaf))
 
 
-def _check_states(old_state: Any, new_state: Any) -> None:
+def _check_states(old_state: PyTree, new_state: PyTree) -> None:
     """Refuses optimizers in the place of their states."""
     for name, state in (("old_state", old_state), ("new_state", new_state)):
         if hasattr(state, "init") and hasattr(state, "update"):
@@ -244,7 +245,7 @@ def _check_states(old_state: Any, new_state: Any) -> None:
             )
 
 
-def _check_values(old: list[Any], carried: list[Any], keys: list[Keys]) -> None:
+def _check_values(old: list[PyTree], carried: list[PyTree], keys: list[Keys]) -> None:
     """Refuses a result with shapes in it, unless the old state was one of shapes."""
     shapes = [isinstance(x, jax.ShapeDtypeStruct) for x in carried]
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in old):
@@ -265,7 +266,7 @@ def _check_values(old: list[Any], carried: list[Any], keys: list[Keys]) -> None:
         )
 
 
-def _once(values: list[Any]) -> list[Any]:
+def _once(values: list[PyTree]) -> list[Any]:
     """The values, with a copy where one comes twice: it could not be donated."""
     seen: set[int] = set()
     found = []
@@ -275,7 +276,9 @@ def _once(values: list[Any]) -> list[Any]:
     return found
 
 
-def _check_lost(lost: list[Any], place: dict[Keys, Keys], drop: Sequence[str]) -> None:
+def _check_lost(
+    lost: list[PyTree], place: dict[Keys, Keys], drop: Sequence[str]
+) -> None:
     """Raises unless all that is lost may be."""
 
     def under(name: str, top: str) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.metrics import CautiousState
 from .._clipping.transformation import check_state
@@ -12,17 +13,18 @@ from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._reductions.norms import marks_counts, norms
 from .._reductions.plan import make_plan, of_leaves
-from .._trees.arguments import check_between
+from .._trees.arguments import AxisNames, Specs, check_between
 from .._trees.arithmetic import widened
 from .._trees.leaves import flatten
+from .._trees.types import Scalar
 
 
 def cautious(
     inner: optax.GradientTransformation,
     *,
-    max_factor: Any = 2.0,
-    axis_name: Any = None,
-    specs: Any = None,
+    max_factor: Scalar = 2.0,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies only the entries of an update that descend along the gradient.
 
@@ -89,7 +91,7 @@ def cautious(
     check_between(max_factor, "max_factor", 1, float("inf"))
     wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Any) -> CautiousState:
+    def init_fn(params: PyTree) -> CautiousState:
         leaves = flatten(params, updates=False)
         with mesh.mesh_of(leaves.arrays, auto=True):
             return CautiousState(
@@ -99,7 +101,7 @@ def cautious(
             )
 
     def update_fn(
-        updates: Any, state: CautiousState, params: Any = None, **extra: Any
+        updates: PyTree, state: CautiousState, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, CautiousState]:
         check_state(state, CautiousState)
         given = flatten(updates)
@@ -128,7 +130,7 @@ def cautious(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_shapes(after: list[Any], before: list[Any]) -> None:
+def _check_shapes(after: list[jax.Array], before: list[jax.Array]) -> None:
     want, got = ([jnp.shape(x) for x in some] for some in (before, after))
     if want != got:
         raise ValueError(
@@ -138,7 +140,7 @@ def _check_shapes(after: list[Any], before: list[Any]) -> None:
 
 
 @marks_counts(True)
-def _which_descend(trees: Any, extras: Any) -> list[list[jax.Array]]:
+def _which_descend(trees: PyTree, extras: PyTree) -> list[list[jax.Array]]:
     """Ones for the entries that descend, and zeros for the others."""
     pairs = zip(*trees, strict=True)
     return [[_descends(u, g).astype(jnp.float32) for u, g in pairs]]

@@ -1,11 +1,11 @@
 """Which leaf makes up most of the gradient, and what that costs the others."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._clipping.metrics import ClipMetrics, tracked_norms
 from .._reductions.norms import Norms
@@ -14,7 +14,7 @@ from .._trees.leaves import Leaves, flatten
 STARVED = 10.0  # how many times smaller a step is than clipping by leaves would give
 
 
-def dominant_leaf(opt_state: Any) -> tuple[str, float]:
+def dominant_leaf(opt_state: PyTree) -> tuple[str, float]:
     r"""Names the leaf with the largest gradient norm, and its share of the norm.
 
     .. math:: \text{share} = \max_i n_i^2 \Big/ \sum_j n_j^2
@@ -71,7 +71,7 @@ def largest_share(norms: Norms) -> jax.Array:
     return _share(norms, jnp.max)
 
 
-def share_of(some: Any, norms: Norms) -> jax.Array:
+def share_of(some: PyTree, norms: Norms) -> jax.Array:
     """The share of some groups in the sum of squares."""
     return _share(norms, lambda x: jnp.sum(jnp.where(jnp.asarray(some), x, 0)))
 
@@ -83,7 +83,7 @@ def _share(norms: Norms, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
     return jnp.where(total == 0, 0, part(squares) / jnp.where(total == 0, 1, total))
 
 
-def handled_by_muon(state: Any, leaves: Leaves) -> list[bool]:
+def handled_by_muon(state: PyTree, leaves: Leaves) -> list[bool]:
     """Which leaves an optax.contrib.muon in an optimizer's state orthogonalizes."""
     nodes = jax.tree.leaves(state, is_leaf=_is_muon)
     moments = [flatten(node.mu, updates=False) for node in nodes if _is_muon(node)]
@@ -91,7 +91,7 @@ def handled_by_muon(state: Any, leaves: Leaves) -> list[bool]:
     return [path in paths for path in leaves.paths]
 
 
-def _is_muon(node: Any) -> bool:
+def _is_muon(node: PyTree) -> bool:
     fields = getattr(node, "_fields", ())
     return isinstance(node, tuple) and {"mu", "ns_coeffs"} <= set(fields)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.entries import moments_in, rebuild, zeros_like
 from .._clipping.metrics import zeroed
@@ -71,12 +72,12 @@ def error_feedback(
     check_transformation(clipper, "clipper")
     wrapped = optax.with_extra_args_support(clipper)
 
-    def init_fn(params: Any) -> ErrorState:
+    def init_fn(params: PyTree) -> ErrorState:
         leaves = flatten(params, updates=False)
         return ErrorState(clipper.init(params), zeros_like(leaves))
 
     def update_fn(
-        updates: Any, state: ErrorState, params: Any = None, **extra: Any
+        updates: PyTree, state: ErrorState, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, ErrorState]:
         check_state(state, ErrorState)
         leaves = flatten(updates)
@@ -110,7 +111,7 @@ def _rest(
     return jnp.where(keeps, error, rest)
 
 
-def _within(whole: Any, like: Any) -> Any:
+def _within(whole: PyTree, like: PyTree) -> Any:
     """In the dtype of the updates; what was finite there stays so."""
     if jnp.iscomplexobj(like):
         return whole.astype(like.dtype)

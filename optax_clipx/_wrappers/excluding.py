@@ -2,20 +2,25 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._trees.leaves import Path, chooser, from_prefix, path_of, show
+from .._trees.types import Shaped
 
 
 def excluding(
-    clipper: optax.GradientTransformation, where: Any, *, label: Any = "muon"
+    clipper: optax.GradientTransformation,
+    where: PyTree,
+    *,
+    label: Hashable = "muon",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Excludes leaves from a clipper: it neither measures nor clips them.
 
@@ -73,7 +78,7 @@ def excluding(
     check_transformation(clipper, "clipper")
     choose = _choice(where, label if isinstance(label, tuple) else (label,))
 
-    def mask(tree: Any) -> Any:
+    def mask(tree: PyTree) -> Any:
         with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
         entries = [(path_of(keys), leaf) for keys, leaf in with_keys]
         excluded = choose(tree, entries)
@@ -89,7 +94,7 @@ def excluding(
     masked = optax.masked(optax.with_extra_args_support(clipper), mask)
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, Any]:
         check_state(state, optax.MaskedState)
         return masked.update(updates, state, params, **extra)
@@ -97,7 +102,7 @@ def excluding(
     return optax.GradientTransformationExtraArgs(masked.init, update_fn)
 
 
-def muon_leaves(path: Path, leaf: Any) -> bool:
+def muon_leaves(path: Path, leaf: Shaped) -> bool:
     r"""Says whether ``optax.contrib.muon`` updates a leaf with Muon by default.
 
     .. math:: \text{excluded} \iff \text{the leaf has two axes}
@@ -138,7 +143,7 @@ Entries = list[tuple[Path, Any]]
 Choice = Callable[[Any, Entries], list[bool]]
 
 
-def _choice(where: Any, labels: tuple[Any, ...]) -> Choice:
+def _choice(where: PyTree, labels: tuple[Hashable, ...]) -> Choice:
     """Which leaves of a tree are excluded, for the tree and its leaves by path."""
     if callable(where) and not _takes(where, 2):
         return lambda tree, entries: _by_tree(where(tree), labels)(tree, entries)
@@ -152,18 +157,18 @@ def _choice(where: Any, labels: tuple[Any, ...]) -> Choice:
     ]
 
 
-def _has_names(where: Any) -> bool:
+def _has_names(where: PyTree) -> bool:
     """Whether this is a name or several, and no pytree of labels."""
     return all(isinstance(name, str) for name in _names(where))
 
 
-def _names(where: Any) -> tuple[Any, ...]:
+def _names(where: PyTree) -> tuple[Any, ...]:
     """One name, or several, as a tuple."""
     listed = type(where) in (tuple, list, set, frozenset)
     return tuple(where) if listed else (where,)
 
 
-def _takes(fun: Callable[..., Any], number: int) -> bool:
+def _takes(fun: Callable[..., object], number: int) -> bool:
     """Whether a function can be called with so many arguments."""
     try:
         signature = inspect.signature(fun)
@@ -176,7 +181,7 @@ def _takes(fun: Callable[..., Any], number: int) -> bool:
     return True
 
 
-def _by_tree(where: Any, labels: tuple[Any, ...]) -> Choice:
+def _by_tree(where: PyTree, labels: tuple[Hashable, ...]) -> Choice:
     """The choice that a pytree of bools, labels or dimension numbers makes."""
     values = jax.tree.leaves(where, is_leaf=_is_value)
     if not values or not all(_is_known(value, labels) for value in values):
@@ -193,7 +198,7 @@ def _by_tree(where: Any, labels: tuple[Any, ...]) -> Choice:
     )
 
 
-def _check_names(where: Any, tree: Any) -> None:
+def _check_names(where: PyTree, tree: PyTree) -> None:
     """Refuses a name that is in no path, beside others that are.
 
     What is None has a path too. Another mask may hide whole branches with their names.
@@ -213,17 +218,17 @@ def _check_names(where: Any, tree: Any) -> None:
         )
 
 
-def _is_nothing(x: Any) -> bool:
+def _is_nothing(x: PyTree) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _hidden(tree: Any) -> list[Path]:
+def _hidden(tree: PyTree) -> list[Path]:
     """The paths of what is None, or taken by another mask."""
     entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nothing)
     return [path_of(keys) for keys, leaf in entries if _is_nothing(leaf)]
 
 
-def _may_fit_nothing(where: Any, tree: Any) -> bool:
+def _may_fit_nothing(where: PyTree, tree: PyTree) -> bool:
     """Whether what is to be excluded may be None, or taken by another mask."""
     hidden = _hidden(tree)
     if callable(where) or not _has_names(where):
@@ -232,20 +237,20 @@ def _may_fit_nothing(where: Any, tree: Any) -> bool:
     return any(chosen(path, None) for path in hidden)
 
 
-def _is_value(x: Any) -> bool:
+def _is_value(x: PyTree) -> bool:
     return x is None or isinstance(x, optax.MaskedNode) or _is_numbers(x)
 
 
-def _is_numbers(x: Any) -> bool:
+def _is_numbers(x: PyTree) -> bool:
     """Whether this is a MuonDimensionNumbers, which not every optax has."""
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 
-def _is_bool(x: Any) -> bool:
+def _is_bool(x: PyTree) -> bool:
     return isinstance(x, bool | np.bool_)
 
 
-def _is_known(x: Any, labels: tuple[Any, ...]) -> bool:
+def _is_known(x: PyTree, labels: tuple[Hashable, ...]) -> bool:
     return (
         _is_value(x)
         or _is_bool(x)
@@ -254,7 +259,7 @@ def _is_known(x: Any, labels: tuple[Any, ...]) -> bool:
     )
 
 
-def _is_excluded(x: Any, labels: tuple[Any, ...]) -> bool:
+def _is_excluded(x: PyTree, labels: tuple[Hashable, ...]) -> bool:
     if _is_value(x):
         return _is_numbers(x)
     return bool(x) if _is_bool(x) else x in labels

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._clipping.measures import Measure
 from .._clipping.metrics import to_float32
 from .._devices import mesh
-from .._reductions.groups import Groups, ScalarGroups, UnitGroups
+from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms
 from .._reductions.plan import Plan
 from .._trees.leaves import Leaves, show
@@ -49,7 +50,7 @@ class Parts(NamedTuple):
                        for xs in found])  # fmt: skip
 
     def by_name(
-        self, packed: Any, names: Sequence[str] | None = None
+        self, packed: Packed, names: Sequence[str] | None = None
     ) -> dict[str, jax.Array]:
         """Numbers by name, an array for the layers of a stack."""
         chosen = self.names if names is None else names
@@ -80,14 +81,14 @@ class Parts(NamedTuple):
             for leaf, axes in zip(self.leaves.arrays, self.groups.axes, strict=True)
         ]
 
-    def with_moment(self, moments: Sequence[Any]) -> list[str]:
+    def with_moment(self, moments: Sequence[PyTree]) -> list[str]:
         """The names with a leaf of which there is a second moment."""
         there = [i for i, moment in enumerate(moments) if moment is not None]
         if isinstance(self.groups, ScalarGroups):
             there = [self.groups.ids[i] for i in there]
         return [name for i, name in enumerate(self.names) if i in set(there)]
 
-    def sizes_with_moment(self, moments: Sequence[Any]) -> Any:
+    def sizes_with_moment(self, moments: Sequence[PyTree]) -> Any:
         """The number of entries of each part of which there is a second moment."""
         if isinstance(self.groups, UnitGroups):
             return self.plan.sizes(self.leaves.arrays)
@@ -99,7 +100,7 @@ class Parts(NamedTuple):
         )
 
 
-def parts_at_init(measure: Measure, leaves: Leaves, *place: Any) -> Parts:
+def parts_at_init(measure: Measure, leaves: Leaves, *place: PyTree) -> Parts:
     """The parts of parameters, which need not say how they lie on the mesh."""
     groups = measure.groups_at_init(leaves, *place)
     arrays = any(isinstance(x, jax.Array) for x in leaves.arrays)

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._trees.arguments import check_count
 from .._trees.leaves import flatten
+from .._trees.types import Scalar
 from .skip_spikes import _checked, _select
 
 
@@ -22,7 +24,7 @@ class ResetState(NamedTuple):
 
 
 def reset_moments(
-    inner: optax.GradientTransformation, every: Any = 500, *, warmup: Any = 150
+    inner: optax.GradientTransformation, every: Scalar = 500, *, warmup: Scalar = 150
 ) -> optax.GradientTransformationExtraArgs:
     r"""Resets the state of an optimizer at regular steps, with a warm-up after each.
 
@@ -75,12 +77,12 @@ def reset_moments(
     check_count(warmup, "warmup", 0)
     wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Any) -> ResetState:
+    def init_fn(params: PyTree) -> ResetState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             return ResetState(jnp.zeros((), jnp.int32), _checked(inner.init(params)))
 
     def update_fn(
-        updates: Any, state: ResetState, params: Any = None, **extra: Any
+        updates: PyTree, state: ResetState, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, ResetState]:
         check_state(state, ResetState)
         if params is None:

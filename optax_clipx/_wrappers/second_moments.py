@@ -1,14 +1,15 @@
 """The second moment that an optimizer keeps, and gradients in its unit: RMS_t."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from .._trees.arithmetic import times, widened
 from .._trees.leaves import Leaves, Path, flatten
+from .._trees.types import Arrays
 
 EPS = 1e-8  # below its square a second moment counts as this much
 
@@ -20,7 +21,7 @@ class Moment(NamedTuple):
     count: Any
 
 
-def second_moments(state: Any, leaves: Leaves) -> list[Moment | None]:
+def second_moments(state: PyTree, leaves: Leaves) -> list[Moment | None]:
     """For each leaf the second moment that an optimizer's state keeps of it."""
     nodes = jax.tree.leaves(state, is_leaf=_has_moment)
     found: dict[Path, Moment] = {}
@@ -37,7 +38,7 @@ def second_moments(state: Any, leaves: Leaves) -> list[Moment | None]:
     ]
 
 
-def _has_moment(node: Any) -> bool:
+def _has_moment(node: PyTree) -> bool:
     """Whether this is the state of optax's Adam, RMSProp or another of their kind."""
     return isinstance(node, tuple) and "nu" in getattr(node, "_fields", ())
 
@@ -53,10 +54,10 @@ def bias(moment: Moment | None, decay: float) -> Any:
     return jnp.where(count > 0, share, 1)
 
 
-def in_its_unit(grads: Sequence[Any], moments: Sequence[Any], biases: Any) -> list[Any]:
+def in_its_unit(grads: Arrays, moments: Arrays, biases: PyTree) -> list[Any]:
     """Gradients over the root of their second moment; zeros where there is none."""
 
-    def one(g: Any, v: Any, share: Any) -> Any:
+    def one(g: jax.Array, v: jax.Array, share: jax.Array) -> Any:
         g = g.astype(widened(g, share.dtype))
         floor = jnp.maximum(v.real.astype(share.dtype), share * EPS**2)
         unit = times(g, lax.rsqrt(jnp.where(share > 0, floor / share, 1)))

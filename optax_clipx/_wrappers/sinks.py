@@ -1,15 +1,17 @@
 """What a tap hands its metrics to: a function, a History, or TensorBoard's writer."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from .._trees.types import Scalar
+
 Sink = Callable[[int, dict[str, Any]], object]
 
 
-def as_function(sink: Any) -> Sink:
+def as_function(sink: object) -> Sink:
     """The function of step and metrics that a sink stands for."""
     if sink is print:
         return _print_line
@@ -25,7 +27,7 @@ def as_function(sink: Any) -> Sink:
     return function
 
 
-def name_of(sink: Any) -> str:
+def name_of(sink: object) -> str:
     """What a sink is called in a warning."""
     named = getattr(sink, "__qualname__", None)
     return repr(named if named is not None else type(sink).__name__)
@@ -43,18 +45,18 @@ def _takes_step_and_metrics(function: Any) -> bool:
     return True
 
 
-def _print_line(step: int, metrics: dict[str, Any]) -> None:
+def _print_line(step: int, metrics: Mapping[str, Scalar]) -> None:
     shown = [f"{name}={_short(value)}" for name, value in metrics.items()]
     print(f"step {step}:", *shown, flush=True)
 
 
-def _short(value: Any) -> str:
+def _short(value: Scalar) -> str:
     if isinstance(value, np.ndarray):
         return np.array2string(value, precision=4, separator=",")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _write_scalars(writer: Any, step: int, metrics: dict[str, Any]) -> None:
+def _write_scalars(writer: Any, step: int, metrics: Mapping[str, Scalar]) -> None:
     """Writes one curve a number, and one a seed where there are several."""
     for name, value in metrics.items():
         for place, number in np.ndenumerate(value):

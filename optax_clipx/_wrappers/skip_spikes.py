@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from .._clipping import metrics
 from .._clipping.clip_by import Parts, decide
@@ -25,9 +26,10 @@ from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
-from .._trees.arguments import check_count
+from .._trees.arguments import AxisNames, Limit, Specs, check_count
 from .._trees.arithmetic import equal, full_like, where
 from .._trees.leaves import flatten, path_of, show
+from .._trees.types import Arrays, Scalar
 
 
 class SkipReason(enum.IntEnum):
@@ -68,11 +70,11 @@ class SkipReason(enum.IntEnum):
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
-    threshold: Any = None,
-    loss_threshold: Any = None,
-    patience: Any = 10,
-    axis_name: Any = None,
-    specs: Any = None,
+    threshold: Limit | Threshold | None = None,
+    loss_threshold: Limit | Threshold | None = None,
+    patience: Scalar | None = 10,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
     norm_arg: str = "norm",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips a step if its gradient norm or its loss is a spike or non-finite.
@@ -160,7 +162,7 @@ def skip_spikes(
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
     parts = Parts(tree_norm(), rule, drop, options)
 
-    def init_fn(params: Any) -> SkipState:
+    def init_fn(params: PyTree) -> SkipState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             scalar = jnp.zeros((), jnp.float32)
             return SkipState(
@@ -175,7 +177,7 @@ def skip_spikes(
             )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, SkipState]:
         check_state(state, SkipState)
         leaves = flatten(updates)
@@ -211,11 +213,11 @@ def skip_spikes(
 
 def _judged(
     loss_rule: Threshold,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, PyTree],
     state: SkipState,
-    loss: Any,
+    loss: jax.Array | None,
     summary: Summary,
-    rule: Any,
+    rule: PyTree,
     norm: Norms,
 ) -> tuple[dict[str, Any], jax.Array, jax.Array, Norms]:
     """The new fields of the state, whether to skip, and what goes on with its norm.
@@ -263,12 +265,12 @@ def _judged(
     return fields, keep, factor, known
 
 
-def _one_or_nothing(factor: jax.Array, x: Any) -> jax.Array:
+def _one_or_nothing(factor: jax.Array, x: PyTree) -> jax.Array:
     """The array if the factor is 1, else the factor, whatever the array has."""
     return where(equal(factor, 1), x, factor.astype(x.dtype))
 
 
-def _loss(extra: Mapping[str, Any], arrays: list[Any], options: Options) -> Any:
+def _loss(extra: Mapping[str, PyTree], arrays: Arrays, options: Options) -> Any:
     """The loss of all devices, or None."""
     loss = extra.get("loss")
     loss = extra.get("value") if loss is None else loss
@@ -281,7 +283,7 @@ def _loss(extra: Mapping[str, Any], arrays: list[Any], options: Options) -> Any:
 
 
 def _judge(
-    loss: Any, rule: Threshold, state: SkipState, context: Context
+    loss: jax.Array | None, rule: Threshold, state: SkipState, context: Context
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Whether the loss is not finite, whether it is a spike, and the rule's state."""
     if loss is None:
@@ -293,8 +295,8 @@ def _judge(
     return bad, ~bad & (usable > limit), new
 
 
-def _select(condition: jax.Array, this: Any, that: Any) -> Any:
-    def one(a: Any, b: Any) -> Any:
+def _select(condition: jax.Array, this: PyTree, that: PyTree) -> Any:
+    def one(a: PyTree, b: PyTree) -> Any:
         if getattr(b, "dtype", None) == jax.dtypes.float0:
             return b
         b = jnp.asarray(b)
@@ -304,7 +306,7 @@ def _select(condition: jax.Array, this: Any, that: Any) -> Any:
     return jax.tree.map(one, this, that)
 
 
-def init_inner(inner: optax.GradientTransformation, params: Any) -> Any:
+def init_inner(inner: optax.GradientTransformation, params: PyTree) -> Any:
     """The state of the optimizer inside; leaves that are no arrays are explained."""
     try:
         return inner.init(params)
@@ -313,7 +315,7 @@ def init_inner(inner: optax.GradientTransformation, params: Any) -> Any:
         raise
 
 
-def _checked(inner_state: Any) -> Any:
+def _checked(inner_state: PyTree) -> Any:
     """Refuses a state that cannot be chosen by a selection."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jaxtyping import PyTree
 
 from .._clipping.metrics import count, metrics, to_float32
 from .._clipping.transformation import check_state
@@ -16,6 +17,7 @@ from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._devices.host import report
 from .._trees.arguments import check_static_count
+from .._trees.types import AnyArray, Index
 from .reports import Reports
 from .sinks import as_function, name_of
 from .skip_spikes import init_inner
@@ -31,7 +33,7 @@ class TapState(NamedTuple):
 
 
 def tap(
-    inner: optax.GradientTransformation, sink: Any, *, every: Any = 1
+    inner: optax.GradientTransformation, sink: object, *, every: Index = 1
 ) -> optax.GradientTransformationExtraArgs:
     """Passes the metrics of an optimizer to a function in each step.
 
@@ -98,14 +100,14 @@ def tap(
     reports = Reports(as_function(sink), name_of(sink), int(every))
     wrapped = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Any) -> TapState:
+    def init_fn(params: PyTree) -> TapState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
             state = TapState(jnp.zeros((), jnp.int32), init_inner(inner, params))
         metrics(state)  # an error here if there is nothing to report
         return state
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, TapState]:
         check_state(state, TapState)
         leaves = jax.tree.leaves(updates)
@@ -128,13 +130,13 @@ def _is_on() -> bool:
 
 
 def _report(
-    reports: Reports, step: jax.Array, values: dict[str, jax.Array], carried: Any
+    reports: Reports, step: jax.Array, values: dict[str, jax.Array], carried: PyTree
 ) -> Any:
     """Sends what was measured in a step to the host, and gives back what is carried."""
     kinds = {name: _kind(x) for name, x in values.items()}
     packed = _pack([step, *values.values()], ["i", *kinds.values()])
 
-    def on_host(packed: Any) -> None:
+    def on_host(packed: AnyArray) -> None:
         # A copy: a thread that lets go of JAX's memory when Python ends is an abort.
         bits = np.array(packed)
         reports.put(int(bits[..., 0].max()), functools.partial(_unpack, kinds, bits))

@@ -6,17 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from .._clipping.clip_by import params_like
 from .._clipping.known_norm import known_norm, states_of_tree_clippers
-from .._clipping.measures import LeafAxis, group_norms, leaf_norms
+from .._clipping.measures import Labels, LeafAxis, group_norms, leaf_norms
 from .._clipping.metrics import TrackState, first_clipper, to_float32
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
+from .._reductions.groups import Packed
 from .._reductions.norms import Norms, as_they_are, norms
+from .._trees.arguments import AxisNames, Specs
 from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
 from .._trees.leaves import flatten
+from .._trees.types import Scalar
 from .dominance import (
     handled_by_muon,
     largest_share,
@@ -32,15 +36,15 @@ from .spike_score import after_norm, no_norms
 def track_norms(
     inner: optax.GradientTransformation,
     *,
-    labels: Any = None,
+    labels: Labels = None,
     batch_axes: LeafAxis = None,
     ratios: bool = False,
     updates: bool = False,
     second_moment: float | None = None,
     vanishing: float | int = 1e-4,
     exploding: float | int = 1e4,
-    axis_name: Any = None,
-    specs: Any = None,
+    axis_name: AxisNames = None,
+    specs: Specs = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Measures the gradient norm of each leaf, layer or group. Updates do not change.
 
@@ -156,7 +160,7 @@ def track_norms(
     wrapped = optax.with_extra_args_support(inner)
     place = (axis_name, specs)
 
-    def init_fn(params: Any) -> TrackState:
+    def init_fn(params: PyTree) -> TrackState:
         leaves = flatten(params, updates=False)
         with mesh.mesh_of(leaves.arrays, auto=True):
             with states_of_tree_clippers() as known:
@@ -186,7 +190,7 @@ def track_norms(
             )
 
     def update_fn(
-        grads: Any, state: TrackState, params: Any = None, **extra: Any
+        grads: PyTree, state: TrackState, params: PyTree = None, **extra: PyTree
     ) -> tuple[Any, TrackState]:
         check_state(state, TrackState)
         leaves = flatten(grads)
@@ -225,9 +229,9 @@ def _zero() -> jax.Array:
 
 
 def _check(
-    labels: Any,
-    batch_axes: Any,
-    second_moment: Any,
+    labels: Labels,
+    batch_axes: LeafAxis,
+    second_moment: Scalar | None,
     vanishing: float | int,
     exploding: float | int,
 ) -> None:
@@ -269,8 +273,8 @@ def _after_clipper(
 def _after_update(
     state: TrackState,
     parts: Parts,
-    moved: Any,
-    params: Any,
+    moved: PyTree,
+    params: PyTree,
     whole: Norms,
     decay: float | None,
 ) -> TrackState:
@@ -312,7 +316,7 @@ class _AlsoInItsUnit(NamedTuple):
 
     counted: tuple[bool, ...]
 
-    def __call__(self, trees: Any, biases: Any) -> Any:
+    def __call__(self, trees: PyTree, biases: PyTree) -> Any:
         *others, grads, moments = trees
         return [*others, in_its_unit(grads, moments, biases)]
 
@@ -327,7 +331,7 @@ def _scale(state: TrackState, whole: Norms) -> jax.Array:
     return jnp.where(saw(whole.value, clipper.metrics), scale, one)
 
 
-def _mean(norms: jax.Array, sizes: Any) -> jax.Array:
+def _mean(norms: jax.Array, sizes: Packed) -> jax.Array:
     """Root mean squares from norms of so many entries."""
     sizes = jnp.asarray(sizes, norms.dtype)
     return norms / jnp.sqrt(jnp.maximum(sizes, 1))
@@ -335,7 +339,7 @@ def _mean(norms: jax.Array, sizes: Any) -> jax.Array:
 
 def _far(
     norms: jax.Array,
-    sizes: Any,
+    sizes: Packed,
     vanishing: float | int,
     exploding: float | int,
 ) -> tuple[jax.Array, jax.Array]:

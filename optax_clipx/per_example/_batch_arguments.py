@@ -7,19 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._clipping.measures import Measure
 from .._devices import mesh
 from .._devices.mesh import Placement
 from .._reductions.groups import ScalarGroups
-from .._trees.arguments import as_float, check_limit, is_limit, whole_numbers
+from .._trees.arguments import Limit, as_float, check_limit, is_limit, whole_numbers
 from .._trees.leaves import Leaves, from_prefix
+from .._trees.types import AnyArray, Dtype
 
 ALONE = Placement((), ())
 
 
-def numbers(value: Any, name: str) -> tuple[int, ...]:
+def numbers(value: object, name: str) -> tuple[int, ...]:
     """Argument numbers as a tuple."""
     try:
         numbers = whole_numbers(value)
@@ -30,7 +31,7 @@ def numbers(value: Any, name: str) -> tuple[int, ...]:
     return numbers
 
 
-def check_max_norm(max_norm: Any) -> None:
+def check_max_norm(max_norm: Limit) -> None:
     """Raises an error for thresholds that cannot be used."""
     if callable(max_norm):
         raise TypeError(
@@ -43,7 +44,7 @@ def check_max_norm(max_norm: Any) -> None:
         check_limit(value, "max_norm" + jax.tree_util.keystr(keys))
 
 
-def check_args(args: Any, argnums: Any, batched: tuple[int, ...]) -> None:
+def check_args(args: PyTree, argnums: object, batched: tuple[int, ...]) -> None:
     """Refuses calls with too few arguments."""
     last = max(*numbers(argnums, "argnums"), *batched)
     if len(args) <= last:
@@ -53,7 +54,7 @@ def check_args(args: Any, argnums: Any, batched: tuple[int, ...]) -> None:
         )
 
 
-def size_of_batch(batch: list[Any], mask: Any) -> int:
+def size_of_batch(batch: list[PyTree], mask: AnyArray | None) -> int:
     """The number of examples."""
     shapes = [jnp.shape(x) for x in batch]
     if not shapes or any(not s or s[0] != shapes[0][0] for s in shapes):
@@ -71,7 +72,7 @@ def size_of_batch(batch: list[Any], mask: Any) -> int:
 
 
 def number_of_steps(
-    batch: list[Any], microbatch_size: int | None, two_pass: bool
+    batch: list[PyTree], microbatch_size: int | None, two_pass: bool
 ) -> int:
     """The number of microbatches.
 
@@ -101,15 +102,15 @@ def number_of_steps(
 
 
 def of_one_example(
-    fun: Callable[..., Any],
-    kwargs: Any,
+    fun: Callable[..., PyTree],
+    kwargs: PyTree,
     batched: tuple[int, ...],
     has_aux: bool,
     keep_batch_dim: bool,
 ) -> Callable[..., Any]:
     """The function of one example, which returns a pair."""
 
-    def of_one(*args: Any) -> Any:
+    def of_one(*args: PyTree) -> Any:
         if keep_batch_dim:
             expand = functools.partial(jnp.expand_dims, axis=0)
             args = tuple(
@@ -123,12 +124,12 @@ def of_one_example(
 
 
 def limits_of_groups(
-    max_norm: Any,
+    max_norm: Limit,
     measure: Measure,
     leaves: Leaves,
     of_one: ScalarGroups,
     shares: str,
-    dtype: Any,
+    dtype: Dtype,
 ) -> Float[Array, "..."]:
     """The threshold of each group; a scalar for the whole tree."""
     max_norm = jax.tree.map(as_float, max_norm)

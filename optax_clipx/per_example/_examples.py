@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .._clipping import scaling
 from .._clipping.scaling import Response
@@ -15,6 +16,7 @@ from .._reductions.groups import Packed, ScalarGroups
 from .._reductions.norms import Norms, local_norms
 from .._reductions.plan import Ord, Plan
 from .._trees.arithmetic import accumulator, widened
+from .._trees.types import AnyArray, Arrays, Dtype, Shaped
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ExampleGroups(ScalarGroups):
     def combine(
         self,
         found: Sequence[jax.Array],
-        arrays: Sequence[Any],
+        arrays: Arrays,
         places: Sequence[Placement],
         largest: bool,
     ) -> list[tuple[jax.Array, Axes]]:
@@ -44,17 +46,17 @@ class ExampleGroups(ScalarGroups):
         rows = [x.reshape(x.shape[0]) for x in found]
         return super().combine(rows, arrays, places, largest)
 
-    def mesh_axes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Axes:
+    def mesh_axes(self, arrays: Arrays, places: Sequence[Placement]) -> Axes:
         """The mesh axes over which the parts of one example lie."""
         return tuple(sorted({name for place in places for name in place.axes}))
 
-    def sizes(self, arrays: Sequence[Any], places: Sequence[Placement]) -> Packed:
+    def sizes(self, arrays: Sequence[Shaped], places: Sequence[Placement]) -> Packed:
         """The number of entries of each group of one example, on the whole mesh."""
         one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
         sizes = super().sizes(one, places)
         return sizes if self.count is None else sizes[None]
 
-    def like(self, arrays: Sequence[Any], dtype: Any) -> Packed:
+    def like(self, arrays: Sequence[Shaped], dtype: Dtype) -> PyTree:
         """The shapes of what is packed, of leaves that lie whole on a device."""
         one = super().like(arrays, dtype)
         return jax.ShapeDtypeStruct((arrays[0].shape[0], *one.shape), dtype)
@@ -120,7 +122,10 @@ def like_norms(limits: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 def weighted_sum(
-    arrays: list[jax.Array], groups: ExampleGroups, found: Measured, mask: Any
+    arrays: list[jax.Array],
+    groups: ExampleGroups,
+    found: Measured,
+    mask: AnyArray | None,
 ) -> list[jax.Array]:
     """The scaled gradients added up in the accumulator's dtype."""
     dtype = accumulator(arrays)

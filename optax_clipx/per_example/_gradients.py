@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from .._clipping.measures import Measure, tree_norm
 from .._clipping.responses import rescale
@@ -26,6 +26,7 @@ from .._trees.arguments import (
 )
 from .._trees.arithmetic import accumulator
 from .._trees.leaves import flatten
+from .._trees.types import Dtype
 from . import _sums
 from ._batch_arguments import (
     ALONE,
@@ -83,7 +84,7 @@ class ClippedExamples(NamedTuple):
 
 
 def clipped_grad(
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     max_norm: Limit,
     *,
     argnums: SupportsIndex | Sequence[SupportsIndex] = 0,
@@ -95,9 +96,9 @@ def clipped_grad(
     shares: str = "equal",
     two_pass: bool = False,
     reduction: str = "sum",
-    batch_size: Any = None,
+    batch_size: object = None,
     keep_batch_dim: bool = False,
-    dtype: Any = None,
+    dtype: Dtype | None = None,
     axis_name: AxisNames = None,
     noise_scale: bool = False,
 ) -> Callable[..., tuple[Any, ClippedExamples]]:
@@ -218,7 +219,7 @@ def clipped_grad(
 
     @functools.wraps(fun)
     def grad_fn(
-        *args: Any, mask: Any = None, **kwargs: Any
+        *args: PyTree, mask: jax.Array | None = None, **kwargs: PyTree
     ) -> tuple[Any, ClippedExamples]:
         check_args(args, argnums, batched)
         params = (
@@ -284,7 +285,7 @@ def clipped_grad(
     return grad_fn
 
 
-def _check(fun: Any, measure: Any, shares: Any, noise_scale: Any) -> None:
+def _check(fun: object, measure: object, shares: object, noise_scale: object) -> None:
     if not callable(fun):
         raise TypeError(f"Expected fun to be a function, got {fun!r}.")
     if not isinstance(measure, Measure):
@@ -302,7 +303,7 @@ def _check(fun: Any, measure: Any, shares: Any, noise_scale: Any) -> None:
         )
 
 
-def _check_mean(reduction: Any, batch_size: Any) -> None:
+def _check_mean(reduction: object, batch_size: object) -> None:
     check_choice(reduction, "reduction", ("sum", "mean"))
     if batch_size is None:
         return
@@ -315,7 +316,7 @@ def _check_mean(reduction: Any, batch_size: Any) -> None:
 
 
 def _clipped_sums(
-    grads: Any, measure: Measure, max_norm: Any, shares: str
+    grads: PyTree, measure: Measure, max_norm: Limit, shares: str
 ) -> tuple[Any, Any]:
     """Sums of clipped gradients that are at hand, and the numbers of clipped ones."""
     leaves = flatten(grads)
@@ -350,7 +351,7 @@ def _clipped_sums(
     return summed, unpacked(over, measure, leaves)
 
 
-def _sums_of_none(grads: Any, measure: Measure, max_norm: Any) -> tuple[Any, Any]:
+def _sums_of_none(grads: PyTree, measure: Measure, max_norm: Limit) -> tuple[Any, Any]:
     """The sums over an empty batch, and the numbers of its clipped examples."""
     usable = jnp.asarray(as_float(max_norm)) >= 0
     sums = jax.tree.map(lambda x: jnp.where(usable, jnp.sum(x, axis=0), jnp.nan), grads)
@@ -360,13 +361,13 @@ def _sums_of_none(grads: Any, measure: Measure, max_norm: Any) -> tuple[Any, Any
     return sums, jax.tree.map(lambda x: none, grads) if each else none
 
 
-def _floating(leaf: Any) -> Any:
+def _floating(leaf: PyTree) -> Any:
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.asarray(leaf).astype(jnp.float32)
     return leaf
 
 
-def _check_batch(grads: Any) -> None:
+def _check_batch(grads: PyTree) -> None:
     leaves = flatten(grads)
     # Of an empty batch all leaves are empty.
     shapes = [jnp.shape(leaf) for leaf in leaves.arrays or leaves.everything]

@@ -1,14 +1,13 @@
 """What clipping the examples of a batch did, as metrics with names."""
 
-from typing import Any
-
 import jax
+from jaxtyping import PyTree
 
 from .._trees.leaves import path_of
 from ._gradients import ClippedExamples
 
 
-def metrics(found: Any, prefix: str = "examples") -> dict[str, jax.Array]:
+def metrics(found: PyTree, prefix: str = "examples") -> dict[str, jax.Array]:
     r"""Names what :func:`clipped_grad` found, for a history or a dashboard.
 
     ============================  ====================================================

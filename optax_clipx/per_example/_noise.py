@@ -1,19 +1,21 @@
 """The gradient noise scale from the norms of single examples."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .._clipping.functional import global_norm
 from .._devices import mesh
 from .._thresholds.batch import NoiseScale, estimates
 from .._trees.arguments import AxisNames
+from .._trees.types import AnyArray, Scalar
 from ._examples import all_finite, along, scales_of
 from ._sums import ClippedGrad
 
 
-def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
+def noise_scale(
+    norms: PyTree, mean_norm: Scalar, mask: AnyArray | None = None
+) -> NoiseScale:
     r"""Estimates the gradient noise scale from norms that :func:`clipped_grad` found.
 
     .. math:: |G|^2 \approx \frac{B\,|g|^2 - \overline{n^2}}{B - 1}, \qquad
@@ -77,10 +79,10 @@ def noise_scale(norms: Any, mean_norm: Any, mask: Any = None) -> NoiseScale:
 
 def noise_of_sums(
     clipped: ClippedGrad,
-    sums: Any,
+    sums: PyTree,
     norms: jax.Array,
     number: jax.Array,
-    mask: Any,
+    mask: AnyArray | None,
     axis_name: AxisNames,
 ) -> NoiseScale:
     """The noise scale of the gradients that were added up, after clipping."""

@@ -3,15 +3,15 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from .._clipping.measures import leaf_norms, tree_norm
-from .._trees.arguments import check_limit
+from .._trees.arguments import Limit, check_limit
 from ._gradients import _check_batch, _clipped_sums, _floating
 
 
 def per_example_global_norm_clip(
-    grads: Any, l2_norm_clip: Any
+    grads: PyTree, l2_norm_clip: Limit
 ) -> tuple[Any, Int[Array, "..."]]:
     r"""Clips each example's gradient to a global norm, and sums over the examples.
 
@@ -51,7 +51,7 @@ def per_example_global_norm_clip(
 
 
 def per_example_layer_norm_clip(
-    grads: Any, global_l2_norm_clip: Any, uniform: bool = True
+    grads: PyTree, global_l2_norm_clip: Limit, uniform: bool = True
 ) -> tuple[Any, Any]:
     r"""Clips each example's gradient leaf by leaf, and sums over the examples.
 

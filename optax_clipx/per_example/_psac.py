@@ -1,14 +1,14 @@
 """The response of DP-PSAC."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._trees.types import Scalar
+
 
 def psac(
-    norms: Float[Array, "..."], limits: Float[Array, "..."], *, r: Any = 0.1
+    norms: Float[Array, "..."], limits: Float[Array, "..."], *, r: Scalar = 0.1
 ) -> Float[Array, "..."]:
     r"""Normalizes, but does not enlarge small gradients: :math:`t / (n + r/(n + r))`.
 

@@ -1,15 +1,15 @@
 """What of the bound an example does not use, for a private picture of the norms."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from .._trees.arguments import as_float, check_limit, check_static_count
+from .._trees.arguments import Limit, as_float, check_limit, check_static_count
+from .._trees.types import AnyArray
 
 
 def slack_indicator(
-    norms: Any, max_norm: Any, size: int = 16, *, mask: Any = None
+    norms: PyTree, max_norm: Limit, size: int = 16, *, mask: AnyArray | None = None
 ) -> jax.Array:
     r"""Sums, over the examples, how much of the bound each of them leaves unused.
 

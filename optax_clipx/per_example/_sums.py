@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from .._clipping.scaling import Response
 from .._devices import mesh
 from .._devices.examples import in_rows
+from .._trees.arguments import AxisNames
 from .._trees.arithmetic import widened
 from .._trees.leaves import Leaves, show
 from ._examples import (
@@ -52,7 +54,7 @@ class ClippedGrad:
     dtype: Any
 
     def sums(
-        self, mask: Any, two_pass: bool
+        self, mask: jax.Array | None, two_pass: bool
     ) -> tuple[list[jax.Array], Counts, jax.Array, Any]:
         """Summed gradients, counts, norms of the examples, what else `fun` returned."""
         examples = ({i: self.args[i] for i in self.batch_argnums}, mask)
@@ -80,9 +82,9 @@ class ClippedGrad:
     def _over_microbatches(
         self,
         fun: Callable[..., tuple[Any, Any]],
-        start: Any,
-        examples: Any,
-        known: Any = (),
+        start: PyTree,
+        examples: PyTree,
+        known: PyTree = (),
     ) -> tuple[Any, Any]:
         """Adds up the first output of a function of examples, stacks the second.
 
@@ -103,7 +105,7 @@ class ClippedGrad:
         order = sorted(range(len(zeros)), key=lambda k: zeros[k].size)
 
         # Neither indices nor flags are stacked: each would be as much as a norm.
-        def step(carry: Any, known: Any) -> tuple[Any, Any]:
+        def step(carry: PyTree, known: PyTree) -> tuple[Any, Any]:
             i, total = carry
             chosen = jax.tree.map(functools.partial(take, i), examples)
             part, found = fun(*chosen, *known)
@@ -139,21 +141,21 @@ class ClippedGrad:
         zeros = Counts(*(jnp.zeros(s, jnp.int32) for s in (groups, (), ())))
         return jax.tree.map(self._varied, zeros)
 
-    def _varied(self, x: Any) -> Any:
+    def _varied(self, x: PyTree) -> Any:
         return mesh.vary(jnp.asarray(x), self.axes) if self.axes else x
 
-    def _gradients(self, batch: dict[int, Any]) -> tuple[list[jax.Array], Any]:
+    def _gradients(self, batch: dict[int, PyTree]) -> tuple[list[jax.Array], Any]:
         """The gradient of each example, and what else its function returned."""
         args, axes = self._placed(batch)
         gradient = jax.grad(self.fun, self.argnums, has_aux=True)
         grads, aux = jax.vmap(gradient, axes)(*args)
         return in_rows(self._arrays_of(grads)), aux
 
-    def _arrays_of(self, grads: Any) -> list[jax.Array]:
+    def _arrays_of(self, grads: PyTree) -> list[jax.Array]:
         flat = jax.tree.leaves(grads)
         return [flat[i] for i in self.leaves.indices]
 
-    def _placed(self, batch: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+    def _placed(self, batch: dict[int, PyTree]) -> tuple[list[Any], list[Any]]:
         args = [batch.get(i, arg) for i, arg in enumerate(self.args)]
         for i in self._argnums():
             # By the same parameter on all devices a gradient would be summed over them.
@@ -161,21 +163,21 @@ class ClippedGrad:
         return args, [0 if i in batch else None for i in range(len(args))]
 
     def _measure(
-        self, batch: dict[int, Any], mask: Any
+        self, batch: dict[int, PyTree], mask: jax.Array | None
     ) -> tuple[Counts, tuple[jax.Array, Any]]:
         arrays, aux = self._gradients(batch)
         norms = self._measured(arrays).norms
         return self._counts(norms, mask), (norms, aux)
 
     def _clip(
-        self, batch: dict[int, Any], mask: Any
+        self, batch: dict[int, PyTree], mask: jax.Array | None
     ) -> tuple[tuple[list[jax.Array], Counts], tuple[jax.Array, Any]]:
         arrays, aux = self._gradients(batch)
         found = self._measured(arrays)
         grads = weighted_sum(arrays, self.groups, found, mask)
         return (grads, self._counts(found.norms, mask)), (found.norms, aux)
 
-    def _counts(self, norms: jax.Array, mask: Any) -> Counts:
+    def _counts(self, norms: jax.Array, mask: jax.Array | None) -> Counts:
         finite = all_finite(norms)
         counted = finite | True if mask is None else mask
         over = ~(norms <= like_norms(self.limits, norms))
@@ -201,7 +203,7 @@ class ClippedGrad:
         return found
 
     def _weighted_gradient(
-        self, batch: dict[int, Any], mask: Any, norms: jax.Array
+        self, batch: dict[int, PyTree], mask: jax.Array | None, norms: jax.Array
     ) -> tuple[list[jax.Array], None]:
         """The gradient of the weighted sum of the examples' losses."""
         finite = all_finite(norms)
@@ -212,12 +214,12 @@ class ClippedGrad:
         # At the largest number a norm may be more.
         tame &= norms < jnp.finfo(norms.dtype).max
 
-        def at_once(batch: Any) -> list[jax.Array]:
+        def at_once(batch: PyTree) -> list[jax.Array]:
             # 0 times NaN is NaN: another example stands in, with weight 0.
             clean = jax.tree.map(functools.partial(_replaced, finite), batch)
             args, axes = self._placed(clean)
 
-            def total(*args: Any) -> jax.Array:
+            def total(*args: PyTree) -> jax.Array:
                 losses, _ = jax.vmap(self.fun, axes)(*args)
                 return jnp.sum(weights.astype(losses.dtype) * losses)
 
@@ -227,7 +229,7 @@ class ClippedGrad:
                 jnp.where(nothing, 0, x.astype(widened(x, self.dtype))) for x in grads
             ]
 
-        def each(batch: Any) -> list[jax.Array]:
+        def each(batch: PyTree) -> list[jax.Array]:
             arrays, _ = self._gradients(batch)
             return weighted_sum(arrays, self.groups, self._measured(arrays), mask)
 
@@ -239,7 +241,7 @@ class ClippedGrad:
         return (self.argnums,) if isinstance(self.argnums, int) else self.argnums
 
 
-def example_axes(batch: list[Any], axis_name: Any) -> tuple[str, ...]:
+def example_axes(batch: list[PyTree], axis_name: AxisNames) -> tuple[str, ...]:
     """The mesh axes of manual code over which the examples are spread."""
     if axis_name is not None:
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -282,7 +284,7 @@ def _replaced(finite: jax.Array, x: jax.Array) -> jax.Array:
     return jax.vmap(jnp.where, (0, 0, None))(finite, x, first)
 
 
-def _is_narrow(fun: Callable[..., Any], batch: Any) -> bool:
+def _is_narrow(fun: Callable[..., PyTree], batch: PyTree) -> bool:
     """Whether anything in a program is computed in less than float32."""
 
     def inside(jaxpr: Any) -> bool:

@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, PyTree
 
 
-def group_by_user(users: Any, batch: Any) -> tuple[Any, Bool[np.ndarray, "users most"]]:
+def group_by_user(
+    users: PyTree, batch: PyTree
+) -> tuple[Any, Bool[np.ndarray, "users most"]]:
     r"""Puts the examples of each user together, so that they are clipped together.
 
     Runs on the host, with NumPy. Users come in the order of their sorted names. Who has
