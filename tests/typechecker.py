@@ -9,7 +9,7 @@ MADE = {}
 # Types of arguments that functions check themselves, with messages of their own.
 BY_HAND = {
     "_trees.types": ("Index", "Name", "Scalar"),
-    "_trees.leaves": ("Where",),
+    "_trees.leaves": ("Selector",),
     "_reductions.plan": ("Ord",),
     "_clipping.measures": ("LeafAxis",),
     "_methods.common": ("Scope",),

@@ -33,7 +33,6 @@ from .summary import Summary
 from .transformation import (
     Memory,
     Options,
-    arrays_in,
     by_policy,
     kind_of,
     of_another_rule,
@@ -254,7 +253,7 @@ def decide(
     trees = [leaves.arrays] if given is None or sanitized else []
     if rule.uses_params:
         trees.append(params_like(leaves, params))
-    in_buckets = not by_leaf and not arrays_in(memory.rule)
+    in_buckets = not by_leaf and not jax.tree.leaves(memory.rule)
     plan = _planned(measure, leaves, trees, options, in_buckets)
     groups = plan.groups
     derive: Any = as_they_are
@@ -335,7 +334,7 @@ def _limits(
 ) -> tuple[Packed, Any]:
     # What a rule remembers is float32 whatever the leaves are, and always finite.
     rule_state = memory.rule
-    narrow = bool(arrays_in(rule_state))
+    narrow = bool(jax.tree.leaves(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
         usable = where(finite(n), n, full_like(n, 0))

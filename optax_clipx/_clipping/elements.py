@@ -1,5 +1,6 @@
 """Clipping entry by entry: the clamp, and other responses to single magnitudes."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from .._trees.arithmetic import (
     at_least,
     larger,
     negated,
-    saturated_quotient,
+    saturated,
     times,
     where,
     widened,
@@ -105,10 +106,6 @@ def _clip_between(
     return transformation(None, step, rule, options)
 
 
-def _shrink(array: jax.Array, low: Number, high: Number) -> jax.Array:
-    return _respond(array, high, rescale)
-
-
 def clamp_once(
     tree: PyTree, min_value: Limit, max_value: Limit, options: Options
 ) -> Any:
@@ -128,8 +125,7 @@ def clip_by_magnitude(
             " leaf_norms() or unit_norms()."
         )
 
-    def respond(array: jax.Array, low: Number, high: Number) -> jax.Array:
-        return _respond(array, high, response)
+    respond = functools.partial(_respond, response=response)
 
     def step(
         leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
@@ -183,7 +179,9 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
 _clamp = traced_once(_clamp_once)
 
 
-def _respond(array: jax.Array, limit: Number, response: Response) -> jax.Array:
+def _respond(
+    array: jax.Array, low: Number, limit: Number, *, response: Response
+) -> jax.Array:
     wide = jnp.asarray(array).astype(widened(array, limit.dtype))
     root = magnitude = jnp.abs(wide)
     unit = jnp.ones_like(magnitude)
@@ -192,11 +190,14 @@ def _respond(array: jax.Array, limit: Number, response: Response) -> jax.Array:
         large = most > float(jnp.finfo(most.dtype).max) / 2
         unit = jnp.where(large, 2, 1).astype(most.dtype)
         root = jnp.abs(times(wide, 1 / unit))
-        magnitude = saturated_quotient(root, 1 / unit)
+        magnitude = saturated(root, unit)
     itself = Norms(magnitude, root, unit)
     limits = jnp.broadcast_to(jnp.asarray(limit), magnitude.shape)
     found = scales(itself, limits, response)
     return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))
+
+
+_shrink = functools.partial(_respond, response=rescale)
 
 
 def _finish(

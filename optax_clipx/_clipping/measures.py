@@ -13,7 +13,7 @@ from .._devices import mesh
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import norms
 from .._reductions.plan import Ord, Plan, of_leaves, of_tree
-from .._trees.arguments import AxisNames, Specs, whole_numbers
+from .._trees.arguments import AxisNames, Specs, static, whole_numbers
 from .._trees.leaves import Leaves, Path, flatten, from_prefix, show
 from .._trees.types import Shaped
 
@@ -304,10 +304,7 @@ def checked_ord(ord: Any) -> Ord:
 
 def _refuse_traced(value: object, name: str) -> None:
     if isinstance(value, jax.Array):
-        raise TypeError(
-            f"Expected a static {name}, got the array {value}. Under"
-            f" optax.inject_hyperparams pass static_args={name!r}."
-        )
+        raise TypeError(static(name, value))
 
 
 def _by_leaf(given: LeafAxis, leaves: Leaves, what: str) -> list[Any]:

@@ -7,7 +7,7 @@ limit a response falls as `limit / norm`: `response(norm * low, limit * high)` i
 `s * high / low`, and that is in range.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from .._devices.programs import traced_once
-from .._reductions.groups import Groups, Packed
+from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
@@ -125,14 +125,6 @@ def _clipped_norm(
     )
     clipped = smaller(product(first, second_factor(s)), most)
     return where(equal(limit, np.inf), value, clipped)
-
-
-def apply(
-    arrays: Sequence[jax.Array], groups: Groups, scales: Packed, zero: jax.Array | None
-) -> list[jax.Array]:
-    """Multiplies each leaf in the accumulator's dtype and casts it once."""
-    pairs = zip(arrays, groups.spread(scales), strict=True)
-    return [times_scale(x, scale, zero) for x, scale in pairs]
 
 
 def _times_scale_once(

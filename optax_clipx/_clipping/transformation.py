@@ -43,10 +43,12 @@ class Memory(NamedTuple):
 
     def with_rule(self, nonfinite: jax.Array, rule: PyTree) -> "Memory":
         """A step that is not finite teaches no rule."""
-        kept = jax.tree.map(
-            lambda new, old: where_like(nonfinite, old, new), rule, self.rule
-        )
-        return self._replace(rule=kept)
+
+        def kept(new: AnyArray, old: AnyArray) -> jax.Array:
+            new = lax.convert_element_type(new, old.dtype)
+            return lax.select(nonfinite, old, new)
+
+        return self._replace(rule=jax.tree.map(kept, rule, self.rule))
 
     def metrics_after(self, summary: Summary) -> Any:
         """The metrics after one more step, where they are kept."""
@@ -121,7 +123,7 @@ class _Clipper(NamedTuple):
             rule_state: Any = ()
             if self.init_rule is not None:
                 rule_state = self.init_rule(flatten(params, updates=False))
-            if not self._keeps_metrics() and not arrays_in(rule_state):
+            if not self._keeps_metrics() and not jax.tree.leaves(rule_state):
                 return optax.EmptyState()
             return ClipState(_metrics.fresh(self.options.metrics), rule_state)
 
@@ -130,7 +132,7 @@ class _Clipper(NamedTuple):
         if state is not None:
             return state
         state = self.init(updates)
-        if arrays_in(getattr(state, "rule", ())):
+        if jax.tree.leaves(getattr(state, "rule", ())):
             raise ValueError(
                 "Expected the state of an adaptive clipper, got None. Call"
                 " init(params) first and pass its state on."
@@ -144,7 +146,7 @@ class _Clipper(NamedTuple):
         empty = not self._keeps_metrics() and isinstance(state, optax.EmptyState)
         if needed and not empty:
             check_state(state, ClipState)
-        if self.init_rule is None and kept and arrays_in(state.rule):
+        if self.init_rule is None and kept and jax.tree.leaves(state.rule):
             raise TypeError(of_another_rule("nothing", state.rule))
         if not kept:
             return Memory((), jnp.zeros((), jnp.int32), None)
@@ -225,14 +227,3 @@ def by_policy(
         any_clipped=both(summary.any_clipped, negated(changed)),
     )
     return summary, lost, zero
-
-
-def where_like(condition: jax.Array, this: AnyArray, that: AnyArray) -> jax.Array:
-    """One of two like arrays, in the dtype of the first; the condition is one flag."""
-    that = lax.convert_element_type(that, this.dtype)
-    return lax.select(condition, this, that)
-
-
-def arrays_in(rule_state: PyTree) -> list[Any]:
-    """What a rule remembers."""
-    return jax.tree.leaves(rule_state)

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from .._trees.arguments import whole_numbers
-from .._trees.leaves import Path, Where, chooser, flatten, show as show_path
+from .._trees.leaves import Path, Selector, chooser, flatten, show as show_path
 from .._trees.types import Shaped
 from .attention_names import axes_in_attention, has_heads
 from .measures import LeafAxis, unit_norms
@@ -221,7 +221,7 @@ def haiku(path: Path, leaf: Shaped) -> Axes:
     raise ValueError(_unclear(path, leaf, "haiku"))
 
 
-def stacked(rule: Rule, where: Where, *, axis: SupportsIndex = 0) -> Rule:
+def stacked(rule: Rule, where: Selector, *, axis: SupportsIndex = 0) -> Rule:
     r"""Makes a rule for models in which some leaves stack several layers.
 
     Args:

@@ -23,7 +23,6 @@ from .._clipping.summary import Summary
 from .._clipping.transformation import (
     Memory,
     Options,
-    arrays_in,
     check_memory,
     check_state,
     transformation,
@@ -104,7 +103,7 @@ def mixed_clip(
         raise ValueError(f"Expected nu from 0 to 1, got nu={nu}.")
     respond = rescale if response is None else response
     rule = as_threshold(max_norm, "max_norm")
-    if rule.uses_params or arrays_in(rule.init(jnp.zeros((), jnp.float32))):
+    if rule.uses_params or jax.tree.leaves(rule.init(jnp.zeros((), jnp.float32))):
         raise ValueError(
             "Expected max_norm to be a number or a schedule, got a rule that adapts:"
             " the two parts have norms of their own."

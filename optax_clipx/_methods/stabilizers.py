@@ -152,8 +152,8 @@ def stabilize_norm(
             debias / weight_of(b1, counts)
         )
         scales = scaling.scales(cut, target.astype(peak.dtype), normalize)
-        clamped = _cut(arrays, zip(limit, ratio, strict=True))
-        out = scaling.apply(clamped, every, scales, None)
+        clamped = _cut(arrays, pairs)
+        out = list(map(scaling.times_scale, clamped, every.spread(scales)))
         worst = jnp.argmin(ratio)
         over = ratio < 1
         summary = Summary(

@@ -1,7 +1,7 @@
 """Totals over leaves: what is added up on each device, and then over the mesh."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,45 +9,12 @@ import numpy as np
 
 from .._devices.mesh import (
     Axes,
-    Placement,
     can_be_joined,
-    max_over,
-    sum_over,
     varying,
 )
 from .._trees.arithmetic import total
 from .._trees.sizes import is_known
-from .._trees.types import Arrays, Trees
-from .groups import Groups, Packed
-
-
-class Where(NamedTuple):
-    """Which entries are totalled together, and how they lie on the mesh."""
-
-    groups: Groups
-    places: tuple[Placement, ...]
-
-    def totals(
-        self,
-        rows: Trees,
-        arrays: Arrays,
-        largest: bool = False,
-    ) -> list[Packed]:
-        """Of each row, with a value for each leaf, the totals of the groups.
-
-        All that is summed over the same mesh axes goes into one collective.
-        """
-        parts = [self.groups.combine(row, arrays, self.places, largest) for row in rows]
-        values = [value for part in parts for value, _ in part]
-        axes = [names for part in parts for _, names in part]
-        summed = iter(_over_devices(values, axes, max_over if largest else sum_over))
-        return [self.groups.packed([next(summed) for _ in part]) for part in parts]
-
-    def local(
-        self, values: Callable[..., jax.Array], leaf: int, *arrays: jax.Array
-    ) -> jax.Array:
-        """The sum of the values of one leaf's entries, on this device."""
-        return sum_over_axes(values(*arrays), self.groups.spans(leaf))
+from .._trees.types import Arrays
 
 
 def sum_over_axes(values: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
@@ -55,9 +22,10 @@ def sum_over_axes(values: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     return total(values) if axes is None else jnp.sum(values, axes, keepdims=True)
 
 
-def _over_devices(
+def over_devices(
     values: list[jax.Array], axes: list[Axes], summed: Callable[..., jax.Array]
 ) -> list[jax.Array]:
+    """Each value summed over its mesh axes, and in one collective what varies alike."""
     # What varies alike is concatenated: a concatenation varies as its parts do
     # together, and what is typed as varying cannot be replicated again.
     alike: dict[Any, list[int]] = {}

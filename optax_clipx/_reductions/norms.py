@@ -33,7 +33,7 @@ from .._trees.arithmetic import (
     more,
     power,
     quotient,
-    smaller,
+    saturated,
     times,
     where,
     widened,
@@ -41,8 +41,9 @@ from .._trees.arithmetic import (
 from .._trees.sizes import is_known
 from .._trees.types import AnyArray, Arrays, Dtype, Trees
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
-from .leaf_sums import Where, can_go_by_parts, sum_over_axes
-from .plan import Ord, Plan, of_tree
+from .leaf_sums import can_go_by_parts, sum_over_axes
+from .plan import Plan, of_tree
+from .whole_norm import safe
 
 
 class Norms(NamedTuple):
@@ -145,8 +146,7 @@ def local_norms(
     """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
     lots = _lots(trees, extras, plan.groups, plan.places)
-    here = Where(plan.groups, plan.places)
-    measured = _Measured(derive, here, dtype, plan.ord, lots)
+    measured = _Measured(derive, plan, dtype, lots)
     measure = _two_norms if plan.ord in (2, "rms") else _power_norms
     given = (trees, extras)
     # Outside of a trace compiled once for all that is measured alike.
@@ -194,9 +194,8 @@ class _Measured:
     """What is static about a reduction."""
 
     derive: Derive
-    where: Where
+    plan: Plan
     dtype: Any
-    ord: Ord
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
 
     def rows(self, given: PyTree) -> list[list[Any]]:
@@ -209,14 +208,6 @@ class _Measured:
         dtypes = {x.dtype for tree in trees for x in tree}
         wide = any(_can_leave_range(dtype, self.dtype) for dtype in dtypes)
         return [wide and not count for count in _counted(self.derive, trees)]
-
-    def spread(self, packed: Packed) -> list[Any]:
-        """For each leaf what its group has."""
-        return self.where.groups.spread(packed)
-
-    def sizes(self, given: PyTree) -> Packed:
-        """The number of entries of each group."""
-        return self.where.groups.sizes(given[0][0], self.where.places)
 
     def sums(
         self,
@@ -231,7 +222,10 @@ class _Measured:
         parts = self._sums_by_parts(given, factors) if how == "each" else None
         return parts or [
             [
-                self._sums(i, x, how, factors[k][i] if factors else None)
+                _sums_of_squares(
+                    *(x, factors[k][i] if factors else None),
+                    *(self.plan.groups.spans(i), self.dtype, how),
+                )
                 for i, x in enumerate(row)
             ]
             for k, row in enumerate(self.rows(given))
@@ -244,22 +238,12 @@ class _Measured:
         """
         # Each choice of a unit has a row of its own.
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
-        totals = self.where.totals(turned, jax.tree.leaves(given[0]))
-        if self.ord == "rms":
-            sizes = self.sizes(given)
+        totals = self.plan.totals(turned, jax.tree.leaves(given[0]))
+        if self.plan.ord == "rms":
+            sizes = self.plan.sizes(given[0][0])
             totals = [jax.tree.map(_mean, total, sizes) for total in totals]
         choices = len(totals) // len(rows)
         return [totals[k::choices] for k in range(choices)]
-
-    def _sums(
-        self, leaf: int, array: jax.Array, how: str, factor: AnyArray | None
-    ) -> list[jax.Array]:
-        return _sums_of_squares(
-            array, factor, self.where.groups.spans(leaf), self.dtype, how
-        )
-
-    def _squares(self, x: jax.Array, factor: AnyArray | None) -> jax.Array:
-        return _squares(x, factor, self.dtype)
 
     def _sums_by_parts(
         self, given: PyTree, factors: Factors | None
@@ -269,9 +253,7 @@ class _Measured:
         None where leaves are small or nothing is derived.
         """
         trees, extras = given
-        if self.derive is as_they_are or not isinstance(
-            self.where.groups, ScalarGroups
-        ):
+        if self.derive is as_they_are or not isinstance(self.plan.groups, ScalarGroups):
             return None
         columns = []
         for i, arrays in enumerate(zip(*trees, strict=True)):
@@ -285,7 +267,7 @@ class _Measured:
         *parts, (extras, factors) = given
         derived = jax.tree.leaves(self.derive([[x] for x in parts], [extras]))
         each = zip(derived, factors or [None] * len(derived), strict=True)
-        return [self._squares(x, factor) for x, factor in each]
+        return [_squares(x, factor, self.dtype) for x, factor in each]
 
 
 def _squares(x: jax.Array, factor: AnyArray | None, dtype: Dtype) -> jax.Array:
@@ -358,7 +340,7 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
     passes = _passes(measured, risks)
     # Units that stay sharded differ by device: no device may go alone into a branch
     # that holds a collective.
-    groups, places = measured.where
+    groups, places = measured.plan.groups, measured.plan.places
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
         return passes.side_by_side(given)
     joined = _joined(measured, risks) if measured.lots else passes
@@ -370,7 +352,7 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
     """A pass over plain squares, one with the right factors, and both in one."""
-    in_one = as_one if measured.where.groups.is_one else _called
+    in_one = as_one if measured.plan.groups.is_one else _called
 
     def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
         factors = _factors(squares, risks)
@@ -386,7 +368,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         leaves = len(given[0][0])
         # Unknown: XLA would write out a factor that leaves of one shape share.
         each = [
-            unknown(measured.spread(factor)) if risk else [None] * leaves
+            unknown(measured.plan.groups.spread(factor)) if risk else [None] * leaves
             for factor, risk in zip(factors, risks, strict=True)
         ]
         (scaled,) = measured.totals(measured.sums(given, "each", each), given)
@@ -419,8 +401,9 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     """The same passes with small leaves put together."""
     lots = measured.lots
     count = len(lots)
-    groups, places = of_tree(count), (mesh.Placement((), ()),) * count
-    passes = _passes(replace(measured, where=Where(groups, places)), risks)
+    places = (mesh.Placement((), ()),) * count
+    plan = replace(measured.plan, places=places, groups=of_tree(count))
+    passes = _passes(replace(measured, plan=plan), risks)
 
     def put_together(given: PyTree) -> Any:
         trees, extras = given
@@ -441,10 +424,10 @@ def _two_norms_jvp(
 ) -> tuple[list[Norms], list[Norms]]:
     """The slope of a norm: the sum of `x / norm` times the change of x; 0 at 0."""
     (given,), (changes,) = primals, tangents
-    here, dtype = measured.where, measured.dtype
+    plan, dtype = measured.plan, measured.dtype
     found = _two_norms(measured, given)
     rows, moved = jax.jvp(lambda *given: measured.rows(given), given, changes)
-    count = measured.sizes(given) if measured.ord == "rms" else None
+    count = plan.sizes(given[0][0]) if plan.ord == "rms" else None
 
     def inverse(root: jax.Array, size: ArrayLike = 1) -> jax.Array:
         there = root > 0
@@ -453,21 +436,19 @@ def _two_norms_jvp(
     def slope(
         leaf: int, x: jax.Array, change: jax.Array, unit: jax.Array, weight: jax.Array
     ) -> jax.Array:
-        def along(x: jax.Array, change: jax.Array) -> jax.Array:
-            wide = widened(x, dtype)
-            way = times(times(x.astype(wide), 1 / unit), weight)
-            return (way.conj() * change.astype(wide)).real
-
-        return here.local(along, leaf, x, change)
+        wide = widened(x, dtype)
+        way = times(times(x.astype(wide), 1 / unit), weight)
+        along = (way.conj() * change.astype(wide)).real
+        return sum_over_axes(along, plan.groups.spans(leaf))
 
     slopes = []
     for norm, leaves, change in zip(found, rows, moved, strict=True):
         sizes = () if count is None else (count,)
-        weights = here.groups.spread(jax.tree.map(inverse, norm.root, *sizes))
-        units = here.groups.spread(norm.unit)
+        weights = plan.groups.spread(jax.tree.map(inverse, norm.root, *sizes))
+        units = plan.groups.spread(norm.unit)
         each = zip(leaves, change, units, weights, strict=True)
         slopes.append([slope(i, *x) for i, x in enumerate(each)])
-    totals = here.totals(slopes, [x for tree in given[0] for x in tree])
+    totals = plan.totals(slopes, [x for tree in given[0] for x in tree])
     return found, [
         Norms(
             total,
@@ -503,26 +484,21 @@ def _norms_of_each(squares: list[Packed], factors: list[Packed]) -> list[Norms]:
 
 
 def _of_roots(root: Packed, unit: Packed) -> Norms:
-    return Norms(jax.tree.map(_saturated, root, unit), root, unit)
-
-
-def _saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
-    """`root * unit`, at most the largest number; what is not finite stays."""
-    found = smaller(lax.mul(root, unit), float(jnp.finfo(root.dtype).max))
-    return where(lax.is_finite(root), found, root)
+    return Norms(jax.tree.map(saturated, root, unit), root, unit)
 
 
 def _power_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     """Norms of other orders, relative to the largest magnitude of each group."""
-    here, dtype, ord = measured.where, measured.dtype, float(measured.ord)
+    plan, dtype = measured.plan, measured.dtype
+    ord = float(plan.ord)
     flat = [x for tree in given[0] for x in tree]
     rows = [[x.astype(widened(x, dtype)) for x in row] for row in measured.rows(given)]
 
     def _peak(leaf: int, x: jax.Array) -> jax.Array:
-        axes = here.groups.spans(leaf)
+        axes = plan.groups.spans(leaf)
         return jnp.max(_magnitude(x), axis=axes, keepdims=axes is not None)
 
-    peaks = here.totals(
+    peaks = plan.totals(
         [[_peak(i, x) for i, x in enumerate(row)] for row in rows],
         flat,
         largest=True,
@@ -530,19 +506,16 @@ def _power_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     if ord == float("inf"):
         return [_of_roots(peak, jax.tree.map(jnp.ones_like, peak)) for peak in peaks]
 
-    def safe(peak: jax.Array) -> jax.Array:
-        peak = lax.stop_gradient(peak)
-        return jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-
     def term(leaf: int, x: jax.Array, peak: jax.Array) -> jax.Array:
-        return here.local(lambda x: power(quotient(jnp.abs(x), peak), ord), leaf, x)
+        powers = power(quotient(jnp.abs(x), peak), ord)
+        return sum_over_axes(powers, plan.groups.spans(leaf))
 
-    peaks = [jax.tree.map(safe, peak) for peak in peaks]
+    peaks = [jax.tree.map(safe, lax.stop_gradient(peak)) for peak in peaks]
     terms = [
         [
             term(i, x, peak)
             for i, (x, peak) in enumerate(
-                zip(row, here.groups.spread(peak), strict=True)
+                zip(row, plan.groups.spread(peak), strict=True)
             )
         ]
         for row, peak in zip(rows, peaks, strict=True)
@@ -559,7 +532,7 @@ def _power_norms(measured: _Measured, given: PyTree) -> list[Norms]:
         )
         return _of_roots(root, unit)
 
-    return list(map(norm, here.totals(terms, flat), peaks))
+    return list(map(norm, plan.totals(terms, flat), peaks))
 
 
 def _magnitude(x: jax.Array) -> jax.Array:

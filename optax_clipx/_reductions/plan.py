@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .._devices.mesh import Placement, placements
+from .._devices.mesh import Placement, max_over, placements, sum_over
 from .._trees.arguments import AxisNames, Specs
 from .._trees.leaves import Leaves, Path
-from .._trees.types import Shaped
+from .._trees.types import Arrays, Shaped, Trees
 from .groups import Groups, Packed, ScalarGroups
+from .leaf_sums import over_devices
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
 
@@ -27,6 +28,19 @@ class Plan:
     def sizes(self, arrays: Sequence[Shaped]) -> Packed:
         """The number of entries of each group, on the whole mesh."""
         return self.groups.sizes(arrays, self.places)
+
+    def totals(
+        self, rows: Trees, arrays: Arrays, largest: bool = False
+    ) -> list[Packed]:
+        """Of each row, with a value for each leaf, the totals of the groups.
+
+        All that is summed over the same mesh axes goes into one collective.
+        """
+        parts = [self.groups.combine(row, arrays, self.places, largest) for row in rows]
+        values = [value for part in parts for value, _ in part]
+        axes = [names for part in parts for _, names in part]
+        summed = iter(over_devices(values, axes, max_over if largest else sum_over))
+        return [self.groups.packed([next(summed) for _ in part]) for part in parts]
 
 
 def make_plan(

@@ -25,7 +25,7 @@ def powers(norms: jax.Array, peak: jax.Array, ord: Ord) -> jax.Array:
     """Each norm in units of the largest, to the power whose sum makes the whole one."""
     if ord == float("inf"):
         return norms
-    return power(quotient(norms, _safe(peak)), _exponent(ord))
+    return power(quotient(norms, safe(peak)), _exponent(ord))
 
 
 def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.Array:
@@ -34,7 +34,7 @@ def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.A
         return peak
     if ord == "rms":
         summed = summed / jnp.asarray(size, summed.dtype)
-    norm = lax.mul(_safe(peak), power(summed, 1 / _exponent(ord)))
+    norm = lax.mul(safe(peak), power(summed, 1 / _exponent(ord)))
     largest = float(jnp.finfo(norm.dtype).max)
     return where(finite(summed), smaller(norm, largest), norm)
 
@@ -45,7 +45,8 @@ def whole_norm(norms: jax.Array) -> jax.Array:
     return as_norm(peak, total(powers(norms, peak, 2.0)), 1, 2.0)
 
 
-def _safe(peak: jax.Array) -> jax.Array:
+def safe(peak: jax.Array) -> jax.Array:
+    """The peak, or 1 where nothing can be divided by it."""
     return where(both(more(peak, 0), finite(peak)), peak, 1)
 
 

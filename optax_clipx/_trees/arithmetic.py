@@ -200,15 +200,7 @@ def hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.mul(largest, lax.sqrt(lax.add(one, lax.mul(ratio, ratio))))
 
 
-def saturated_quotient(root: jax.Array, factor: jax.Array) -> jax.Array:
-    """`root / factor`, at most the largest number; what is not finite stays."""
-    largest = jnp.finfo(root.dtype).max
-    finite = jnp.isfinite(root)
-    return jnp.where(finite, jnp.minimum(root / factor, largest), root)
-
-
-def clamp_to_one(x: jax.Array) -> jax.Array:
-    """Entries between -1 and 1; of a complex number each of its parts."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(jnp.clip(x.real, -1, 1), jnp.clip(x.imag, -1, 1))
-    return jnp.clip(x, -1, 1)
+def saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
+    """`root * unit`, at most the largest number; what is not finite stays."""
+    found = smaller(lax.mul(root, unit), float(jnp.finfo(root.dtype).max))
+    return where(lax.is_finite(root), found, root)

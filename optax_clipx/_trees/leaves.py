@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 Path = tuple[str, ...]
 KeyPath = tuple[Hashable, ...]  # a path as JAX has it
 # A name in a path, several, or a function of path and leaf.
-Where = str | Sequence[str] | set[str] | frozenset[str] | Callable[[Path, Any], Any]
+Selector = str | Sequence[str] | set[str] | frozenset[str] | Callable[[Path, Any], Any]
 
 
 @dataclass
@@ -140,7 +140,7 @@ def _not_an_array(keys: KeyPath, leaf: object) -> str:
     )
 
 
-def chooser(where: Where) -> Callable[[Path, Any], bool]:
+def chooser(where: Selector) -> Callable[[Path, Any], bool]:
     """A predicate of path and leaf from a name, names or a function."""
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))

@@ -18,7 +18,7 @@ from .._devices import mesh
 from .._reductions.groups import Packed
 from .._reductions.norms import Norms, as_they_are, norms
 from .._trees.arguments import AxisNames, Specs
-from .._trees.arithmetic import accumulator, safe_sqrt, saturated_quotient
+from .._trees.arithmetic import accumulator, safe_sqrt, saturated
 from .._trees.leaves import flatten
 from .._trees.types import Scalar
 from .dominance import (
@@ -362,7 +362,7 @@ def _together(found: Norms) -> Norms:
     change = found.unit / unit
     squares = jnp.sum(jnp.square(found.root * change))
     root = safe_sqrt(squares)
-    return Norms(saturated_quotient(root, 1 / unit), root, unit)
+    return Norms(saturated(root, unit), root, unit)
 
 
 def _quotients(step: jax.Array, size: jax.Array) -> jax.Array:
