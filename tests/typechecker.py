@@ -55,5 +55,7 @@ def by_hand():
 def checker(unchecked):
     """Beartype, without checks of some types."""
     overrides = {x: object for kind in unchecked for x in (kind, kind | None)}
-    conf = beartype.BeartypeConf(hint_overrides=beartype.FrozenDict(overrides))
+    # Later versions of beartype have another name for it.
+    frozen = getattr(beartype, "FrozenDict", None) or beartype.BeartypeHintOverrides
+    conf = beartype.BeartypeConf(hint_overrides=frozen(overrides))
     return beartype.beartype(conf=conf)

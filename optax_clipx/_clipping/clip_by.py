@@ -14,7 +14,7 @@ from .._devices.mesh import mesh_of
 from .._devices.numbers import as_one
 from .._devices.programs import replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
-from .._reductions.norms import Norms, as_they_are, norms
+from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
@@ -256,12 +256,15 @@ def decide(
     in_buckets = not by_leaf and not jax.tree.leaves(memory.rule)
     plan = _planned(measure, leaves, trees, options, in_buckets)
     groups = plan.groups
-    derive: Any = as_they_are
+    found: list[Norms] = []
     if sanitized:
-        derive = _Sanitized((False, True) + (False,) * (len(trees) - 1))
-    found = norms(plan, trees, derive) if trees else []
-    if sanitized:
+        found = norms(
+            *(plan, trees, _sanitized),
+            counted=(False, True) + (False,) * (len(trees) - 1),
+        )
         arrays = policies.sanitize(arrays)
+    elif trees:
+        found = norms(plan, trees)
 
     def numbers(given: Norms | None, found: list[Norms], memory: Memory) -> Any:
         norm = found[0] if given is None else given
@@ -312,14 +315,10 @@ def _planned(
     return plan
 
 
-class _Sanitized(NamedTuple):
+def _sanitized(trees: Trees, extras: PyTree) -> Any:
     """The first tree without what is not finite, which entries were not, the others."""
-
-    counted: tuple[bool, ...]
-
-    def __call__(self, trees: Trees, extras: PyTree) -> Any:
-        raw, *others = trees
-        return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
+    raw, *others = trees
+    return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
 
 
 def _limits(

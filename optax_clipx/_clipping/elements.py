@@ -276,7 +276,8 @@ def _measured(
     if any(high.ndim for _, high in bounds):  # cut over the mesh as leaves are
         trees, extras = [leaves.arrays, *map(list, zip(*bounds, strict=True))], ()
     derive = _Derived(act, options.nonfinite == "sanitize")
-    return [x.value for x in norms(plan, trees, derive, extras)]
+    counted = (False, False, True) + (True,) * derive.sanitized
+    return [x.value for x in norms(plan, trees, derive, extras, counted)]
 
 
 def _axis_name(options: Options) -> Any:
@@ -329,11 +330,6 @@ class _Derived:
 
     act: Callable[..., jax.Array]
     sanitized: bool
-
-    @property
-    def counted(self) -> tuple[bool, ...]:
-        """Which of what is measured are zeros and ones."""
-        return (False, False, True) + (True,) * self.sanitized
 
     def __call__(self, trees: Trees, scalars: PyTree) -> Any:
         leaves, *entries = trees

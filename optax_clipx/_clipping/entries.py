@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._devices.numbers import as_one
 from .._devices.programs import unknown
 from .._reductions.groups import Packed
-from .._reductions.norms import marks_counts, norms
+from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_tree
 from .._thresholds.base import stateless
 from .._trees.arithmetic import Number, accumulator, at_least_float32, safe_sqrt
@@ -112,11 +112,6 @@ class _Derived:
 
     rule: EntryRule
     sanitized: bool
-
-    @property
-    def counted(self) -> tuple[bool, ...]:
-        """Which of what is measured are zeros and ones."""
-        return (False, False, True) + (True,) * self.sanitized
 
     def __call__(self, trees: Trees, numbers: PyTree) -> Any:
         raw, *moments = trees
@@ -242,15 +237,15 @@ def _changed(
     """Both norms and the share of entries that changed, in one reduction."""
     every = of_tree(len(leaves.arrays))
     plan = make_plan(leaves, every, 2.0, options.axis_name, options.specs)
+    counted = (False, False, True) + (True,) * derive.sanitized
     norm, clipped_norm, different, *bad = (
-        found.value for found in norms(plan, trees, derive, numbers)
+        found.value for found in norms(plan, trees, derive, numbers, counted)
     )
     size = jnp.asarray(plan.sizes(leaves.arrays), norm.dtype)
     threshold = jnp.zeros((), accumulator(leaves.arrays))
     return of_entries(*(norm, clipped_norm, different, size, *bad), threshold=threshold)
 
 
-@marks_counts(False, True)
 def with_flags(trees: Trees, extras: PyTree) -> Any:
     """The first tree, and which entries of the second are not finite."""
     first, raw = trees

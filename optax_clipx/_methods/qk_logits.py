@@ -229,9 +229,7 @@ def _in_block(
     return jnp.max(products, (-2, -1))
 
 
-def recording(
-    attention_fn: Callable[..., jax.Array], *, axis_name: AxisNames = None
-) -> Callable[..., Any]:
+def recording(attention_fn: Any, *, axis_name: AxisNames = None) -> Callable[..., Any]:
     r"""Makes an ``attention_fn`` of Flax that records the largest logit of each head.
 
     .. math:: S_h = \max_{b, i, j} q_{b i h} \cdot k_{b j h} / \sqrt{d}

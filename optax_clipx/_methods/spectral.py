@@ -216,7 +216,7 @@ def _matrices(
         tuple(tuple(sorted(x.rows + x.columns)) for x in layouts), tuple(paths)
     )
     plan = make_plan(leaves, spans, 2.0, options.axis_name, options.specs)
-    norm, bad = norms(plan, [arrays, leaves.arrays], with_flags)
+    norm, bad = norms(plan, [arrays, leaves.arrays], with_flags, counted=(False, True))
     # Constants: the derivative of `clip_matrices` is that of all that is done here.
     norm = lax.stop_gradient(norm)
     ones = jax.tree.map(jnp.ones_like, norm.value)

@@ -23,7 +23,7 @@ from .._clipping.metrics import to_float32
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
 from .._clipping.transformation import Memory, Options, check_memory, transformation
-from .._reductions.norms import marks_counts, norms
+from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_leaves
 from .._reductions.whole_norm import whole_norm
 from .._trees.arguments import (
@@ -141,7 +141,10 @@ def stabilize_norm(
         limit = limit.astype(peak.dtype)
         ratio = jnp.where(peak > limit, limit / jnp.where(seen, peak, 1), 1)
         pairs = list(zip(limit, ratio, strict=True))
-        raw, cut, bad = norms(plan, [arrays, leaves.arrays], _raw_and_cut, pairs)
+        raw, cut, bad = norms(
+            *(plan, [arrays, leaves.arrays], _raw_and_cut, pairs),
+            counted=(False, False, True),
+        )
         norm = to_float32(cut.value)
         means = jnp.where(seen, mean_of(means, norm, b1), means)
         roots = jnp.where(seen, root_of_mean(roots, norm, b2, 2.0), roots)
@@ -182,7 +185,6 @@ def _check_state(state: PyTree, leaves: int) -> None:
         )
 
 
-@marks_counts(False, False, True)
 def _raw_and_cut(trees: PyTree, extras: PyTree) -> Any:
     """The leaves, the leaves cut, and where they are not finite."""
     arrays, raw = trees

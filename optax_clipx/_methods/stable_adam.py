@@ -116,7 +116,8 @@ def scale_by_stable_adam(
         refuse_complex(leaves)
         state = memory.rule
         arrays = [jnp.asarray(x) for x in leaves.arrays]
-        if options.nonfinite == "sanitize":
+        sanitized = options.nonfinite == "sanitize"
+        if sanitized:
             arrays = policies.sanitize(arrays)
         check_memory(state, StableAdamMemory)
         each = len(arrays)
@@ -130,8 +131,9 @@ def scale_by_stable_adam(
         found, *flags = norms(
             plan,
             [leaves.arrays, roots],
-            _Ratios(options.nonfinite == "sanitize"),
+            _Ratios(sanitized),
             [(shares_of(now_b2, r.dtype), f) for r, f in pairs],
+            (False,) + (True,) * sanitized,
         )
         rms = found.value
         bad = any_of(flags[0].value) if flags else jnp.any(~jnp.isfinite(rms))
@@ -248,11 +250,6 @@ class _Ratios:
     """The leaves over the roots of their second moments, this step included."""
 
     sanitized: bool
-
-    @property
-    def counted(self) -> tuple[bool, ...]:
-        """Which of what is measured are zeros and ones."""
-        return (False,) + (True,) * self.sanitized
 
     def __call__(self, trees: PyTree, extras: PyTree) -> Any:
         raw, roots = trees

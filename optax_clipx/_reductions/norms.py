@@ -76,24 +76,6 @@ Factors = Sequence[Sequence[jax.Array | None]]  # of each tree and leaf
 Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
 
 
-def marks_counts(*counted: bool) -> Callable[[Any], Any]:
-    """Says of what a `derive` makes which trees are zeros and ones.
-
-    The norm squared of such a tree is a count, and always in range. Without the mark it
-    makes as many trees as it is given, none of them for a count.
-    """
-
-    def mark(derive: Any) -> Any:
-        derive.counted = counted
-        return derive
-
-    return mark
-
-
-def _counted(derive: Derive, trees: Trees) -> tuple[bool, ...]:
-    return getattr(derive, "counted", (False,) * len(trees))
-
-
 def as_they_are(trees: Trees, extras: PyTree) -> Any:
     """The trees themselves are measured."""
     return trees
@@ -104,6 +86,7 @@ def norms(
     trees: Trees,
     derive: Derive = as_they_are,
     extras: PyTree = (),
+    counted: tuple[bool, ...] | None = None,
 ) -> list[Norms]:
     """The norms of like trees, group by group, from one reduction and one collective.
 
@@ -111,7 +94,12 @@ def norms(
     by entry; the extras are scalars for each leaf. It is computed inside of the
     reduction: made outside, its leaves would be written to memory. Each device that
     holds a group gets its norm.
+
+    `counted` says which of the derived trees are zeros and ones: the norm squared of
+    such a tree is a count, and always in range. Without it there are as many derived
+    trees as there are trees, none of them for a count.
     """
+    counted = (False,) * len(trees) if counted is None else counted
     flat = [x for tree in trees for x in tree]
     mesh.refuse_unreduced(flat, plan.paths * len(trees))
     groups, each = plan.groups, len(plan.paths)
@@ -121,7 +109,7 @@ def norms(
     ) -> list[Norms]:
         split = tuple(tuple(shards[i : i + each]) for i in range(0, len(shards), each))
         here = replace(plan, places=tuple(places[:each]))
-        return local_norms(here, split, derive, extras)
+        return local_norms(here, split, derive, extras, counted)
 
     def out_specs(dims: Sequence[tuple[mesh.Axes, ...]]) -> Any:
         spec: Any = jax.sharding.PartitionSpec()
@@ -132,7 +120,7 @@ def norms(
                 )
                 for leaf, axes in zip(dims, groups.axes, strict=False)
             )
-        return [Norms(spec, spec, spec)] * len(_counted(derive, trees))
+        return [Norms(spec, spec, spec)] * len(counted)
 
     return mesh.map_local(local, flat, plan.places * len(trees), extras, out_specs)
 
@@ -142,11 +130,12 @@ def local_norms(
     trees: Trees,
     derive: Derive = as_they_are,
     extras: PyTree = (),
+    counted: tuple[bool, ...] = (False,),
 ) -> list[Norms]:
     """The same on one device of a mesh, which knows where each of its shards lies."""
     dtype = accumulator([x for tree in trees for x in tree])
     lots = _lots(trees, extras, plan.groups, plan.places)
-    measured = _Measured(derive, plan, dtype, lots)
+    measured = _Measured(derive, counted, plan, dtype, lots)
     measure = _two_norms if plan.ord in (2, "rms") else _power_norms
     given = (trees, extras)
     # Outside of a trace compiled once for all that is measured alike.
@@ -194,6 +183,7 @@ class _Measured:
     """What is static about a reduction."""
 
     derive: Derive
+    counted: tuple[bool, ...]  # for each derived tree
     plan: Plan
     dtype: Any
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
@@ -207,7 +197,7 @@ class _Measured:
         trees, _ = given
         dtypes = {x.dtype for tree in trees for x in tree}
         wide = any(_can_leave_range(dtype, self.dtype) for dtype in dtypes)
-        return [wide and not count for count in _counted(self.derive, trees)]
+        return [wide and not count for count in self.counted]
 
     def sums(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from .types import Dtype, Shaped
 
-Number = jax.Array | np.ndarray | np.number | np.bool  # NumPy's where a value is known
+Number = jax.Array | np.ndarray | np.number | np.bool_  # NumPy's where a value is known
 Operand = Number | bool | int | float  # of the dtype of what it stands beside
 
 

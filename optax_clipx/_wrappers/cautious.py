@@ -11,7 +11,7 @@ from .._clipping.metrics import CautiousState
 from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
-from .._reductions.norms import marks_counts, norms
+from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_leaves
 from .._trees.arguments import AxisNames, Specs, check_between
 from .._trees.arithmetic import widened
@@ -113,7 +113,8 @@ def cautious(
         with mesh.mesh_of(leaves.arrays):
             groups = of_leaves(len(leaves.arrays))
             plan = make_plan(leaves, groups, 2.0, axis_name, specs)
-            (found,) = norms(plan, [leaves.arrays, given.arrays], _which_descend)
+            trees = [leaves.arrays, given.arrays]
+            (found,) = norms(plan, trees, _which_descend, counted=(True,))
             counts = jnp.round(jnp.square(found.value))
             sizes = jnp.asarray(plan.sizes(leaves.arrays), counts.dtype)
             most = jnp.asarray(max_factor, counts.dtype)
@@ -139,7 +140,6 @@ def _check_shapes(after: list[jax.Array], before: list[jax.Array]) -> None:
         )
 
 
-@marks_counts(True)
 def _which_descend(trees: PyTree, extras: PyTree) -> list[list[jax.Array]]:
     """Ones for the entries that descend, and zeros for the others."""
     pairs = zip(*trees, strict=True)

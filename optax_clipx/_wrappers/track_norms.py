@@ -1,6 +1,6 @@
 """`track_norms`: norms of leaves or groups, and how large updates are, as metrics."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from .._clipping.transformation import check_state
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._reductions.groups import Packed
-from .._reductions.norms import Norms, as_they_are, norms
+from .._reductions.norms import Norms, norms
 from .._trees.arguments import AxisNames, Specs
 from .._trees.arithmetic import accumulator, safe_sqrt, saturated
 from .._trees.leaves import flatten
@@ -292,10 +292,11 @@ def _after_update(
                           for g, m in zip(grads, moments, strict=True)]]  # fmt: skip
         biases = [bias(moment, decay).astype(wide) for moment in moments]
 
-    derive: Any = as_they_are
     if biases:
-        derive = _AlsoInItsUnit((False,) * (len(trees) - 1))
-    found = norms(parts.plan, trees, derive, biases)
+        counted = (False,) * (len(trees) - 1)
+        found = norms(parts.plan, trees, _also_in_its_unit, biases, counted)
+    else:
+        found = norms(parts.plan, trees)
     if state.ratios is not None:
         step, size = found[:2]
         ratio = jax.tree.map(_quotients, step.value, size.value)
@@ -311,14 +312,10 @@ def _after_update(
     return state
 
 
-class _AlsoInItsUnit(NamedTuple):
+def _also_in_its_unit(trees: PyTree, biases: PyTree) -> Any:
     """The last two of like trees, gradients and second moments, become one."""
-
-    counted: tuple[bool, ...]
-
-    def __call__(self, trees: PyTree, biases: PyTree) -> Any:
-        *others, grads, moments = trees
-        return [*others, in_its_unit(grads, moments, biases)]
+    *others, grads, moments = trees
+    return [*others, in_its_unit(grads, moments, biases)]
 
 
 def _scale(state: TrackState, whole: Norms) -> jax.Array:
