@@ -22,7 +22,7 @@ from .naming import STEP_NAMES
 from .table import MISSING, STEP, Columns, present
 
 _CELLS = 500_000  # at a time: as Python's strings they take some tens of MB
-_BLOCK = 1 << 22  # bytes at a time: as Python's numbers they take some tens of MB
+_BLOCK = 1 << 20  # bytes at a time: what is made of them stays in a processor's cache
 _OF_NUMBERS = b"0123456789+-.eEnaifNAIFty"  # also of nan, inf and infinity
 _LONGEST_HEADER = 10**7  # characters
 

@@ -361,6 +361,7 @@ def test_ctrl_c_ends_watching(run, monkeypatch):
     assert main(["watch", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_who_reads_the_output_may_stop_reading(run):
     command = [sys.executable, "-m", "optax_clipx", "suggest", str(run)]
     reader, writer = os.pipe()

@@ -144,6 +144,7 @@ def test_collectives_on_a_pod(tmp_path, leaves):
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="can compile"
 )
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_says_what_is_missing():
     line = [sys.executable, BENCHMARKS / "gpu.py", "--ahead", "--leaves", "1"]
     found = subprocess.run(line, capture_output=True, text=True)

@@ -28,10 +28,10 @@ FAILS_ALONE: dict[str, tuple[type[Exception], str]] = {}
 
 
 def cells():
-    """Each pair; one of 146 is a usual test, four are slow, the rest is for WHOLE."""
+    """Each pair; one of 292 is a usual test, eight are slow, the rest is for WHOLE."""
     for i, row in enumerate(EVERY):
         for j, column in enumerate(CONTEXTS):
-            place = (7 * i + j) % 146
+            place = (7 * i + j) % 292
             if place % 36 and not WHOLE:
                 continue  # two thousand, which take seconds to collect
             slow = place or column == "before each optimizer"

@@ -51,6 +51,7 @@ def test_the_halves_have_no_task_in_common():
     assert len(set.union(*tasks)) == 24
 
 
+@pytest.mark.slow
 def test_the_same_runs_are_drawn_again():
     drawn = planting.kinds_of_runs("design", 2)
     assert drawn == planting.kinds_of_runs("design", 2)

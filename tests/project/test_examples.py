@@ -119,6 +119,7 @@ def test_mnist_files(tmp_path):
     assert any(task.startswith("rows, ") for task, _ in rows_of(found.stdout))
 
 
+@pytest.mark.slow
 def test_missing_mnist_files_are_named(tmp_path):
     arguments = ["--dataset", "mnist", "--data-dir", tmp_path, "--task", "rows"]
     found = run("exploding_gradients.py", *arguments, cwd=tmp_path, check=False)
@@ -128,6 +129,7 @@ def test_missing_mnist_files_are_named(tmp_path):
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.slow
 def test_the_cliff(tmp_path):
     found = run("cliff.py", "--output", "out", cwd=tmp_path)
     largest, smaller = map(
@@ -139,6 +141,7 @@ def test_the_cliff(tmp_path):
     assert sentences_at_the_end(found.stdout) == 2
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_is_short_and_gets_everything(tmp_path):
     source = (EXAMPLES / "own_rule.py").read_text()
     rule = source.split("# begin\n")[1].split("# end")[0]

@@ -82,6 +82,7 @@ def test_references_are_replaced_and_unknown_ones_stay():
     assert "    a: a number, above 0.\n    b: as in :func:`third`." in second.__doc__
 
 
+@pytest.mark.slow
 def test_without_docstrings():
     code = "import optax_clipx as c; raise SystemExit(c.clip.__doc__ is not None)"
     assert subprocess.run([sys.executable, "-OO", "-c", code]).returncode == 0

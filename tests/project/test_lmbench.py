@@ -78,7 +78,9 @@ def test_a_byte_is_predicted_from_those_before_it(model):
     assert loss(texts) != loss(changed)
 
 
-@pytest.mark.parametrize("setting", ["no norm", "QK-norm"])
+@pytest.mark.parametrize(
+    "setting", ["no norm", pytest.param("QK-norm", marks=pytest.mark.slow)]
+)
 def test_a_run_learns(setting):
     size = models.SIZES["tiny"]._replace(steps=60)
     found = training.run(methods.SETTINGS[setting], "none", math.inf, 0.01, 0, size)

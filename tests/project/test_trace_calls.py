@@ -30,6 +30,7 @@ print(json.dumps({name: calls(name) for name in sys.argv[1:]}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__[:2] != (0, 10), reason="counted with JAX 0.10")
 def test_few_more_calls_than_with_optax():
     names = ["tree", "zclip", "clip", "optax tree", "optax clip"]

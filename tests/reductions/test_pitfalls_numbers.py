@@ -42,6 +42,7 @@ def test_two_thousand_bfloat16_leaves(float32_leaf):
     assert 0.999 <= float(reference.norm(clipped)) <= 1.001
 
 
+@pytest.mark.slow
 def test_two_thousand_bfloat16_leaves_in_optax():
     leaves = many_bfloat16_leaves()
     true = float(reference.norm(leaves))

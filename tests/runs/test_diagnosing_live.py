@@ -70,6 +70,7 @@ def test_a_fault_that_gets_worse_is_told_again():
     assert severities[1] == ("nonfinite", "error")
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_a_healthy_run_is_silent(kind):
     assert heard(HEALTHY[kind](np.random.default_rng(100))) == []

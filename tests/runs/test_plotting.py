@@ -577,6 +577,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"optax_clipx {clipx.__version__}\n"
 
 
+@pytest.mark.slow
 def test_both_names_of_the_program():
     for program in (["-m", "optax_clipx"],):
         ran = subprocess.run(
@@ -589,6 +590,7 @@ def test_both_names_of_the_program():
     subprocess.run([installed, "--help"], capture_output=True, check=True)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(run):
     command = (
         f"{sys.executable} -m optax_clipx suggest run.jsonl | true; exit $PIPESTATUS"
@@ -599,18 +601,12 @@ def test_a_reader_that_leaves_is_no_error(run):
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "plotly"])
-def test_what_is_not_installed_is_named(run, module):
-    code = (
-        f"import sys; sys.modules[{module!r}] = None\n"
-        "from optax_clipx.__main__ import main\n"
-        "sys.exit(main(['plot', 'run.jsonl', *sys.argv[1:]]))"
-    )
+def test_what_is_not_installed_is_named(run, module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
     more = ["--html", "x.html"] if module == "plotly" else []
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *more], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 2
-    assert ran.stderr == f"error: {module} is missing. Run: pip install {module}\n"
+    assert call("plot", "run.jsonl", *more) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {module} is missing. Run: pip install {module}\n"
 
 
 def test_tensorboard_logs_are_drawn(tmp_path, monkeypatch, capsys):

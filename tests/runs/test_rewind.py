@@ -95,6 +95,7 @@ def test_interrupted_and_resumed(rewound, calls, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_half_deleted_is_no_obstacle(tmp_path, rewound):
     with pytest.raises(Killed):
         worker.train(tmp_path, tell=killer(156))  # decided, not yet restored
@@ -103,6 +104,7 @@ def test_a_checkpoint_that_was_half_deleted_is_no_obstacle(tmp_path, rewound):
     assert bits(state) == bits(rewound[0])
 
 
+@pytest.mark.slow
 def test_two_blocks_take_two_rewinds(tmp_path, clean_loss):
     poisoned = {*range(110, 125), *range(250, 262)}
     state, rewind = worker.train(

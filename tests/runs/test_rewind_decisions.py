@@ -413,6 +413,7 @@ print([*map(tuple, rewind.decisions)], seen)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_record_the_same_decide_alike(tmp_path):
     running = []
     for process in range(2):

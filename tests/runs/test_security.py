@@ -285,6 +285,7 @@ OFFLINE = """
 """
 
 
+@pytest.mark.slow
 def test_no_network_is_used(tmp_path):
     for needed in ("matplotlib", "plotly", "rich"):
         pytest.importorskip(needed)
