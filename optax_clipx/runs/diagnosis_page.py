@@ -9,7 +9,7 @@ from .findings import Finding, Texts, escaped, places, shown, told_once
 from .naming import WHOLE
 from .page import head
 
-_WIDTH, _HEIGHT, _MARKS = 600, 90, 200
+_WIDTH, _HEIGHT, _MARKS = 340, 90, 200  # text is readable on a phone
 _COLOURS = {"error": "#C4320A", "warning": "#B27700", "info": "#2F8FD8"}
 
 
@@ -38,8 +38,7 @@ def fragment(
 
 def _finding(finding: Finding, texts: Texts, picture: Envelope | None) -> str:
     numbers = "".join(
-        f"<tr><td>{escaped(_words(name))}</td>"
-        f'<td style="white-space: normal">{escaped(_value(value))}</td></tr>'
+        f"<tr>{_cell(_words(name))}{_cell(_value(value))}</tr>"
         for name, value in finding.evidence.items()
         if value not in ([], "")
     )
@@ -86,6 +85,10 @@ _WORDS = {
     "usual_norm": "median norm before the divergence",
     "warned": "step at which the norm had doubled",
 }
+
+
+def _cell(text: str) -> str:
+    return f'<td style="white-space: normal">{escaped(text)}</td>'
 
 
 def _words(name: str) -> str:
