@@ -85,8 +85,8 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
     """`jnp.where`; traced in a quarter of its time where nothing is broadcast."""
     shape = getattr(mask, "shape", None)
     like = _one_like(mask, x, y)
-    shapes = (getattr(like, "shape", None), ())
-    if shape not in shapes or not (_fits(x, like) and _fits(y, like)):
+    one_shape = hasattr(like, "shape") and shape in (like.shape, ())
+    if not (one_shape and _fits(x, like) and _fits(y, like)):
         return jnp.where(mask, x, y)
     if isinstance(mask, np.generic | np.ndarray) and shape == ():
         return _alike(x if mask else y, like)

@@ -492,3 +492,14 @@ def test_defaults():
         ("group_band", "floor"): 0.0,
         ("quantile_tracker", "learning_rate"): 0.02,
     }
+
+
+@pytest.mark.parametrize("y", [1, 1.0, np.float32(1), jnp.float32(1)])
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("array", [np.full, jnp.full])
+def test_where_chooses_by_one_flag_that_is_traced(array, shape, y):
+    x = array(shape, 2, jnp.float32)
+    chosen = jax.jit(lambda flag: arithmetic.where(flag, x, y))
+    assert chosen(True).shape == shape
+    close(chosen(True), np.full(shape, 2))
+    close(chosen(False), np.full(shape, 1))
