@@ -8,6 +8,7 @@ import beartype
 MADE = {}
 # Types of arguments that functions check themselves, with messages of their own.
 BY_HAND = {
+    "_trees.arguments": ("Schedule",),
     "_trees.types": ("Index", "Name", "Scalar"),
     "_trees.leaves": ("Selector",),
     "_reductions.plan": ("Ord",),
