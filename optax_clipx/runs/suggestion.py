@@ -55,8 +55,9 @@ class Suggestion(NamedTuple):
         doubt: a sign of a divergence in a run whose loss was not recorded.
         max_norm: an upper bound for the threshold of an adaptive method, as in
             ``zclip(max_norm=...)``: 3 times the median norm of the steps before
-            training exploded or diverged, or of all steps. It is NaN if there are fewer
-            than 5 such steps. :func:`diagnose` prints the same number.
+            training exploded or diverged, or of all steps. If the norms of these steps
+            fall, it is 3 times the median norm of their last third. It is NaN if there
+            are fewer than 5 such steps. :func:`diagnose` prints the same number.
         max_norm_from: where ``max_norm`` comes from, in words.
     """
 
