@@ -134,7 +134,7 @@ def sketch(name: str, line: Envelope, steps: tuple[int, ...], colour: str) -> st
     return (
         f'<svg viewBox="-70 -2 {_WIDTH + 72} {_HEIGHT + 22}" width="{_WIDTH + 72}"'
         f' height="{_HEIGHT + 22}" style="max-width: 100%; height: auto"'
-        f' role="img" aria-label="{escaped(name)} over the steps">'
+        f' role="img" aria-label="{escaped(_value(name))} over the steps">'
         f'<g stroke="{colour}" stroke-opacity="0.6">{marks}</g>'
         f'<g fill="none" stroke="#2F8FD8">{drawn}</g>'
         f'<g fill="currentColor" font-size="12">{texts}</g></svg>\n'
