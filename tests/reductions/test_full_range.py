@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import optax_clipx as clipx
 
-EXAMPLES = 2500 if os.environ.get("OPTAX_CLIPX_WHOLE") else 1000
 # A new structure costs a compilation, so that there are twenty, and many values each.
 SHAPES = [
     [(7,)],
@@ -90,7 +88,7 @@ def check(tree, decades):
     assert float(reference.norm(error)) <= allowed
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(STRUCTURES))
 def test_norm_and_direction(case):
     check(*case)
