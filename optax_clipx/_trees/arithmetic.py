@@ -82,7 +82,7 @@ def both(x: ArrayLike, y: ArrayLike) -> Any:
 
 
 def where(mask: Number, x: Operand, y: Operand) -> Any:
-    """`jnp.where`; traced in a quarter of its time where nothing is broadcast."""
+    """`jnp.where`, as one operation where neither value is broadcast."""
     shape = getattr(mask, "shape", None)
     like = _one_like(mask, x, y)
     one_shape = hasattr(like, "shape") and shape in (like.shape, ())
