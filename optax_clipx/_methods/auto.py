@@ -1,11 +1,12 @@
 """The clipper without a number to choose."""
 
-import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._thresholds.auto import auto
 from .._trees.arguments import AxisNames, Specs
+from .._trees.arithmetic import larger, product, smaller
 from .._trees.calls import explains_calls
 from .common import Scope, method
 
@@ -88,5 +89,5 @@ def compress(
 ) -> Float[Array, "..."]:
     """Above an eighth of the limit a norm grows as its logarithm, up to the limit."""
     # In this order: an eighth of a tiny limit would be zero.
-    units = jnp.maximum(norms / limits * _UNITS, 1)
-    return jnp.minimum(1 + jnp.log(units), _UNITS) / units
+    units = larger(product(lax.div(norms, limits), _UNITS), 1)
+    return lax.div(smaller(lax.add(1.0, lax.log(units)), _UNITS), units)

@@ -4,11 +4,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from .._trees.arithmetic import larger, smaller, where
-from .base import Context, Threshold, memory, numbered, one_more, per_norm
+from .._trees.arithmetic import (
+    at_least,
+    equal,
+    larger,
+    more,
+    product,
+    smaller,
+    total,
+    where,
+)
+from .base import (
+    Context,
+    Threshold,
+    for_each,
+    memory,
+    numbered,
+    one_more,
+    per_norm,
+    put_in_order,
+)
 
 _FIRST = 10  # norms; the threshold is in units of their median
 _FRACTION = 0.8  # of their median, or of the usual norm times _ABOVE, is the threshold
@@ -84,21 +101,23 @@ def auto() -> Threshold:
     """
 
     def update(norm: jax.Array, state: AutoState, context: Context) -> Any:
-        anew = state.far >= _IN_A_ROW
+        anew = at_least(state.far, _IN_A_ROW)
         before = where(anew, 0, state.seen)
         seen = one_more(smaller(before, 2**20))
-        first = _with_one_more(state.ordered, before, norm)
+        first = put_in_order(state.ordered, before, norm)
         median = _lower_median(first, seen)
-        usual = where(before > 0, state.usual, norm)
-        far = where(norm > _FAR * median, one_more(where(anew, 0, state.far)), 0)
-        count = seen.astype(jnp.float32)
-        grown = _START + (1 - _START) * smaller(count / _STEPS, 1)
-        least = smaller(grown * median, _ABOVE * usual)
-        pace = 0.5 * larger(_PACE, 1 / (count + 1))
-        usual = usual * lax.exp(where(norm > usual, pace, -pace))
+        usual = where(more(before, 0), state.usual, norm)
+        is_far = more(norm, product(_FAR, median))
+        far = where(is_far, one_more(where(anew, 0, state.far)), 0)
+        count = lax.convert_element_type(seen, jnp.float32)
+        share = smaller(product(count, 1 / _STEPS), 1)
+        grown = lax.add(_START, product(1 - _START, share))
+        least = smaller(product(grown, median), product(_ABOVE, usual))
+        pace = lax.div(0.5, smaller(lax.add(count, 1.0), 1 / _PACE))
+        usual = lax.mul(usual, lax.exp(where(more(norm, usual), pace, lax.neg(pace))))
         info = jnp.finfo(jnp.float32)
         usual = larger(smaller(usual, float(info.max) / _ABOVE), float(info.tiny))
-        return _FRACTION * least, AutoState(first, usual, seen, far)
+        return product(_FRACTION, least), AutoState(first, usual, seen, far)
 
     def init(norms: jax.Array) -> AutoState:
         return AutoState(
@@ -111,20 +130,8 @@ def auto() -> Threshold:
     return per_norm(init, update)
 
 
-def _with_one_more(first: jax.Array, count: jax.Array, norm: jax.Array) -> jax.Array:
-    """The first norms in ascending order, and one more unless all are there."""
-    number, count, norm = numbered(_FIRST, count), count[..., None], norm[..., None]
-    first = first.astype(jnp.float32)
-    there = where(number < count, first, jnp.inf)
-    along_last = [(0, 0, 0)] * (first.ndim - 1) + [(1, -1, 0)]
-    before = lax.pad(there, np.float32(-jnp.inf), along_last)
-    # Each place takes the norm, held between what stands there and what stood before.
-    longer = where(number <= count, jnp.clip(norm, before, there), 0)
-    return where(count < _FIRST, longer, first)
-
-
 def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
     """Of the norms that are there; of an even number, the lower one of the middle."""
-    place = lax.div(smaller(seen, _FIRST) - 1, 2)
-    here = numbered(_FIRST, seen) == place[..., None]
-    return jnp.sum(where(here, first, 0), axis=-1)
+    place = lax.div(lax.sub(smaller(seen, _FIRST), 1), 2)
+    here = equal(numbered(_FIRST, seen), for_each(place, first))
+    return total(where(here, first, 0), axis=-1)

@@ -13,7 +13,19 @@ from jaxtyping import Array, Int, PyTree
 
 from .._reductions.groups import Packed
 from .._trees.arguments import check_choice, check_count
-from .._trees.arithmetic import Number, at_least, full_like, less, negated, where
+from .._trees.arithmetic import (
+    Number,
+    at_least,
+    at_most,
+    equal,
+    full_like,
+    larger,
+    less,
+    more,
+    negated,
+    smaller,
+    where,
+)
 from .._trees.leaves import Path
 from .._trees.types import Dtype, Scalar
 
@@ -151,15 +163,12 @@ def per_norm(
     """
 
     def one(norms: jax.Array, state: PyTree, context: Context) -> tuple[jax.Array, Any]:
-        limits, new = update(norms, state, context)
+        limits, new = update(norms, jax.tree.map(_to_float32, state), context)
+        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
         # A threshold of infinity times a norm of zero would be NaN.
-        there = lax.gt(norms, full_like(norms, 0))
-
-        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
-            return where(trailing(there, old), new, old).astype(old.dtype)
-
-        limits = jnp.broadcast_to(where(there, limits, jnp.inf), norms.shape)
-        return limits, jax.tree.map(kept, new, state)
+        there = more(norms, 0)
+        limits = jnp.broadcast_to(where(there, limits, np.inf), norms.shape)
+        return limits, chosen(there, new, state)
 
     def init_all(norms: Packed) -> Any:
         return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)
@@ -173,6 +182,21 @@ def per_norm(
         return limits, states
 
     return Threshold(init_all, update_all, uses_step=False)
+
+
+def _to_float32(remembered: jax.Array) -> jax.Array:
+    """What is computed with; a restored state may be in half precision."""
+    is_float = jnp.issubdtype(remembered.dtype, jnp.floating)
+    return remembered.astype(jnp.float32) if is_float else remembered
+
+
+def chosen(mask: Number, new: PyTree, old: PyTree) -> Any:
+    """For each norm what is remembered of it: the new where the mask is set."""
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old if new is old else where(trailing(mask, old), new, old)
+
+    return jax.tree.map(one, new, old)
 
 
 def trailing(mask: Number, like: jax.Array) -> Number:
@@ -257,22 +281,33 @@ def one_more(count: jax.Array) -> jax.Array:
 
 def numbered(size: int, like: jax.Array) -> jax.Array:
     """0, 1, ... along an axis after those of an array, with which it broadcasts."""
-    return jnp.arange(size, dtype=jnp.int32).reshape((1,) * like.ndim + (size,))
+    return lax.broadcasted_iota(jnp.int32, (1,) * like.ndim + (size,), like.ndim)
+
+
+def for_each(x: Number, values: jax.Array) -> Any:
+    """A number of each norm, in the shape of several values that are kept of it."""
+    if not x.ndim:
+        return x
+    return lax.broadcast_in_dim(x, values.shape, tuple(range(x.ndim)))
 
 
 def put(values: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
-    """The values with one at a place along the last axis; beyond its end, none."""
-    here = numbered(values.shape[-1], value) == place[..., None]
-    return where(here, value[..., None], values)
+    """The values with one at a place along the last axis."""
+    here = equal(numbered(values.shape[-1], value), for_each(place, values))
+    return where(here, for_each(value, values), values)
 
 
-def ranked(values: jax.Array, *ranks: int | jax.Array) -> list[jax.Array]:
-    """The entries of some ranks, from 0, along the last axis; compares all pairs."""
-    one, other = values[..., :, None], values[..., None, :]
-    number = numbered(values.shape[-1], values[..., 0])
-    earlier = number[..., None, :] < number[..., :, None]
-    below = jnp.sum((other < one) | ((other == one) & earlier), axis=-1)
-    return [jnp.sum(where(below == rank, values, 0), axis=-1) for rank in ranks]
+def put_in_order(ordered: jax.Array, count: jax.Array, value: jax.Array) -> jax.Array:
+    """The first values in ascending order, and one more unless all are there."""
+    size = ordered.shape[-1]
+    number, count = numbered(size, count), for_each(count, ordered)
+    there = where(less(number, count), ordered, np.inf)
+    along_last = [(0, 0, 0)] * (ordered.ndim - 1) + [(1, -1, 0)]
+    before = lax.pad(there, np.float32(-np.inf), along_last)
+    # Each place takes the value, held between what stands there and what stood before.
+    held = larger(smaller(for_each(value, ordered), there), before)
+    longer = where(at_most(number, count), held, 0)
+    return where(less(count, size), longer, ordered)
 
 
 def memory(norms: jax.Array, dtype: Dtype = jnp.float32, size: int = 0) -> jax.Array:

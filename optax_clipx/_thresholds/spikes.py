@@ -5,18 +5,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from .._trees.arithmetic import hypotenuse, where
+from .._trees.arithmetic import (
+    Number,
+    at_least,
+    both,
+    either,
+    hypotenuse,
+    larger,
+    less,
+    more,
+    negated,
+    product,
+    smaller,
+    where,
+)
 from .._trees.types import Scalar
 from .base import (
     Context,
     Threshold,
+    chosen,
     int32,
     memory,
     one_more,
     per_norm,
-    put,
-    ranked,
+    put_in_order,
 )
 
 _FIRST = 8  # values before there is a threshold
@@ -30,12 +45,13 @@ _QUARTILES = 0.945  # deviations between the third and the sixth of eight normal
 class SpikeState(NamedTuple):
     """What is usual so far; for each norm the same.
 
-    `first` holds the first values, `level` and `spread` their mean and deviation from
-    then on, and `far` how many in a row were far above, or, negative, below.
+    `ordered` holds the first values in ascending order, `level` and `spread` the mean
+    and the deviation of all from then on, and `far` how many in a row were far above,
+    or, negative, below.
     """
 
     seen: jax.Array
-    first: jax.Array
+    ordered: jax.Array
     level: jax.Array
     spread: jax.Array
     far: jax.Array
@@ -49,21 +65,21 @@ def spikes_of_norms(patience: Scalar | None) -> Threshold:
     """
 
     def above(spread: jax.Array) -> jax.Array:
-        return jnp.minimum(5 * spread, jnp.maximum(math.log(15), 3 * spread))
+        return smaller(product(5, spread), larger(math.log(15), product(3, spread)))
 
     rule = _Spikes(above, patience, of_logarithms=True)
 
     def update(norm: jax.Array, state: SpikeState, context: Context) -> Any:
-        tiny = jnp.finfo(jnp.float32).tiny
-        limit, state = rule.update(jnp.log(jnp.maximum(norm, tiny)), state)
-        return jnp.exp(limit), state
+        tiny = float(jnp.finfo(jnp.float32).tiny)
+        limit, state = rule.update(lax.log(larger(norm, tiny)), state)
+        return lax.exp(limit), state
 
     return per_norm(rule.init, update)
 
 
 def spikes_of_losses(patience: Scalar | None) -> Threshold:
     """Seven deviations above the mean, of values that may be zero or negative."""
-    rule = _Spikes(lambda spread: 7 * spread, patience, of_logarithms=False)
+    rule = _Spikes(lambda spread: product(7, spread), patience, of_logarithms=False)
     return Threshold(
         rule.init, lambda loss, state, context: rule.update(loss, state), False, False
     )
@@ -77,7 +93,7 @@ class _Spikes(NamedTuple):
     def init(self, norms: jax.Array) -> SpikeState:
         return SpikeState(
             seen=memory(norms, jnp.int32),
-            first=memory(norms, size=_FIRST),
+            ordered=memory(norms, size=_FIRST),
             level=memory(norms),
             spread=memory(norms),
             far=memory(norms, jnp.int32),
@@ -85,70 +101,72 @@ class _Spikes(NamedTuple):
 
     def update(self, value: jax.Array, state: SpikeState) -> tuple[jax.Array, Any]:
         """The threshold; values far above or below the level do not enter it."""
-        active = state.seen >= _FIRST
+        active = at_least(state.seen, _FIRST)
         above = self.above(state.spread)
-        limit = state.level + above
-        higher, lower = active & (value > limit), active & (value < state.level - above)
-        side = higher.astype(jnp.int32) - lower.astype(jnp.int32)
-        far = where(side * state.far >= 0, state.far + side, side)
-        far = where(side == 0, 0, far)
+        limit = lax.add(state.level, above)
+        higher = both(active, more(value, limit))
+        lower = both(active, less(value, lax.sub(state.level, above)))
+        one_higher = lax.add(larger(state.far, 0), 1)
+        one_lower = lax.sub(smaller(state.far, 0), 1)
+        far = where(higher, one_higher, where(lower, one_lower, 0))
         # After so many in a row this is the new level, whose spread stays.
-        accepted = jnp.abs(far) >= int32(self.patience)
+        accepted = at_least(lax.abs(far), int32(self.patience))
+        usual = negated(either(higher, lower))
         level = where(accepted, value, state.level)
         entered = self.entered(value, state._replace(level=level))
-        stays = (side != 0) & ~accepted
-        new = SpikeState(
-            seen=where(stays, state.seen, entered.seen),
-            first=entered.first,
-            level=where(stays, state.level, entered.level),
-            spread=where(stays, state.spread, entered.spread),
-            far=where(accepted, 0, far),
-        )
-        return where(active & ~accepted, limit, jnp.inf), new
+        new = chosen(either(usual, accepted), entered, state)
+        new = new._replace(far=where(accepted, 0, far))
+        return where(both(active, negated(accepted)), limit, np.inf), new
 
     def entered(self, value: jax.Array, state: SpikeState) -> SpikeState:
         """The state after one more usual value."""
-        first = put(state.first, state.seen, value)
+        ordered = put_in_order(state.ordered, state.seen, value)
         seen = one_more(state.seen)
-        started = seen > _FIRST
+        started = more(seen, _FIRST)
+        first_level, first_spread = self.start(ordered)
         level, spread = self.moved(value, state, seen)
-        first_level, first_spread = self.start(first)
         return SpikeState(
             seen=seen,
-            first=first,
+            ordered=ordered,
             level=where(started, level, first_level),
             spread=where(started, spread, first_spread),
             far=state.far,
         )
 
-    def start(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def start(self, ordered: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The median of the first values, and twice what their quartiles tell.
 
         Two of the eight may be anything.
         """
-        lower, middle, above, upper = ranked(first, 2, 3, 4, 5)
-        level = middle / 2 + above / 2
-        spread = 2 * (upper / _QUARTILES - lower / _QUARTILES)
-        return level, jnp.maximum(spread, self.floor(_FIRST_SPREAD, level))
+        # Halves: the sum or the difference of two could overflow.
+        lower, middle, above, upper = (
+            product(lax.index_in_dim(ordered, rank, -1, keepdims=False), 0.5)
+            for rank in range(2, 6)
+        )
+        level = lax.add(middle, above)
+        spread = product(lax.sub(upper, lower), 4 / _QUARTILES)
+        return level, larger(spread, self.floor(_FIRST_SPREAD, level))
 
     def moved(
         self, value: jax.Array, state: SpikeState, seen: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Moving averages; plain ones until there are more values than they hold."""
-        of_level, of_spread = (
-            1 / jnp.minimum(seen, length).astype(jnp.float32)
-            for length in (_LEVEL_MEMORY, _SPREAD_MEMORY)
-        )
-        off = value - state.level
-        level = state.level + of_level * off
+        count = lax.convert_element_type(seen, jnp.float32)
+        of_level = lax.div(1.0, smaller(count, _LEVEL_MEMORY))
+        of_spread = lax.div(1.0, smaller(count, _SPREAD_MEMORY))
+        off = lax.sub(value, state.level)
+        level = lax.add(state.level, lax.mul(of_level, off))
         # The deviation is kept, and not its square, which could overflow.
+        rest = lax.sub(1.0, of_spread)
         spread = hypotenuse(
-            jnp.sqrt(1 - of_spread) * state.spread,
-            jnp.sqrt(of_spread * (1 - of_spread)) * jnp.abs(off),
+            lax.mul(lax.sqrt(rest), state.spread),
+            lax.mul(lax.sqrt(lax.mul(of_spread, rest)), lax.abs(off)),
         )
         least = _LEAST_SPREAD[self.of_logarithms]
-        return level, jnp.maximum(spread, self.floor(least, level))
+        return level, larger(spread, self.floor(least, level))
 
-    def floor(self, least: float, level: jax.Array) -> jax.Array:
+    def floor(self, least: float, level: jax.Array) -> Number:
         """The least spread; a logarithm's is relative as it is."""
-        return jnp.asarray(least) if self.of_logarithms else least * jnp.abs(level)
+        return (
+            np.float32(least) if self.of_logarithms else product(least, lax.abs(level))
+        )

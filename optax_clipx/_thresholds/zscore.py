@@ -17,20 +17,35 @@ from .._trees.arguments import (
     check_static_count,
     out_of_range,
 )
-from .._trees.arithmetic import Number, hypotenuse, larger, smaller, where
+from .._trees.arithmetic import (
+    at_least,
+    at_most,
+    both,
+    either,
+    equal,
+    hypotenuse,
+    larger,
+    less,
+    more,
+    negated,
+    product,
+    smaller,
+    where,
+)
 from .._trees.types import Scalar
 from .base import (
     Context,
     Refusals,
     Threshold,
+    chosen,
     float32,
     int32,
     memory,
     numbered,
     one_more,
     per_norm,
+    put,
     refusals,
-    trailing,
     unless,
 )
 
@@ -192,49 +207,44 @@ class _ZScore(NamedTuple):
         return WindowState(seen, memory(norms, size=self.window), refused)
 
     def update(self, norm: jax.Array, state: PyTree, context: Context) -> Any:
-        value = jnp.log(where(norm > 0, norm, 1)) if self.log else norm
+        value = lax.log(where(more(norm, 0), norm, 1)) if self.log else norm
         seen = self.entered(state, value) if self.include_current else state
         count, mean, sd = self.moments(seen)
-        z_threshold = float32(self.z_threshold)
-        trigger = mean + z_threshold * sd
+        trigger = lax.add(mean, product(float32(self.z_threshold), sd))
         wanted = larger(int32(self.warmup_steps), np.int32(1))
         # A window that is shorter than the warm-up limits as soon as it is full.
         wanted = (
             wanted if self.window is None else smaller(wanted, np.int32(self.window))
         )
-        active = count >= wanted
-        over = active & (value > trigger)
+        active = at_least(count, wanted)
+        over = both(active, more(value, trigger))
         refused, give_in = self.refusals.in_a_row(over, state.refused)
-        over = over & ~give_in
-        limit = where(over, self.above(value, mean, sd, z_threshold), trigger)
+        over = both(over, negated(give_in))
+        limit = where(over, self.above(value, mean, sd, trigger), trigger)
         if not self.include_current:
             entering, anything = self.refusals.entering(value, limit, over)
-            moved = self.moved(state, value, mean)
-            seen = jax.tree.map(
-                lambda m, s: where(trailing(give_in, s), m, s), moved, state
-            )
+            seen = chosen(give_in, self.moved(state, value, mean), state)
             entering = where(give_in, value, entering)
-            entered = self.entered(seen, entering)
-            seen = jax.tree.map(
-                lambda e, s: where(trailing(anything, s), e, s), entered, seen
-            )
-        limit = jnp.exp(limit) if self.log else limit
-        limit = where(active & ~give_in, limit, jnp.inf)
+            seen = chosen(anything, self.entered(seen, entering), seen)
+        limit = lax.exp(limit) if self.log else limit
+        limit = where(both(active, negated(give_in)), limit, np.inf)
         limit = unless(out_of_range(self.decay, one=True), limit)
         return limit, seen._replace(refused=refused)
 
     def above(
-        self, value: jax.Array, mean: jax.Array, sd: jax.Array, z_threshold: Number
+        self, value: jax.Array, mean: jax.Array, sd: jax.Array, trigger: jax.Array
     ) -> jax.Array:
         """Where a spike goes."""
         if self.target == "mean":
             return mean
         if self.target == "threshold":
-            return mean + z_threshold * sd
-        z = (value - mean) / where(sd > 0, sd, 1)
-        raised = mean + z_threshold * (z_threshold / where(z > 0, z, 1)) * sd
+            return trigger
+        z_threshold = float32(self.z_threshold)
+        z = lax.div(lax.sub(value, mean), where(more(sd, 0), sd, 1))
+        ratio = lax.div(z_threshold, where(more(z, 0), z, 1))
+        raised = lax.add(mean, product(product(z_threshold, ratio), sd))
         factor = float32(self.clip_factor)
-        return raised + jnp.log(factor) if self.log else raised * factor
+        return lax.add(raised, jnp.log(factor)) if self.log else product(raised, factor)
 
     def moments(self, state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
         """How many, their mean, and their standard deviation with its floor."""
@@ -242,7 +252,7 @@ class _ZScore(NamedTuple):
             count, mean, sd = state.seen, state.mean, state.sd
         else:
             count = jnp.minimum(state.seen, self.window)
-            kept = numbered(self.window, count) < count[..., None]
+            kept = less(numbered(self.window, count), count[..., None])
             number = jnp.maximum(count, 1).astype(jnp.float32)
             values = where(kept, state.window, 0)
             # Relative to the largest, so that no sum overflows.
@@ -254,37 +264,34 @@ class _ZScore(NamedTuple):
             sd = jnp.sqrt(jnp.sum(off * off, axis=-1) / number) * peak
             mean = mean * peak
         floor = float32(self.min_relative_sd)
-        return (
-            count,
-            mean,
-            larger(sd, floor if self.log else floor * lax.abs(mean)),
-        )
+        if not self.log:
+            floor = product(floor, lax.abs(mean))
+        return count, mean, larger(sd, floor)
 
     def entered(self, state: PyTree, value: jax.Array) -> Any:
         """The state after one more value."""
         count = one_more(state.seen)
         if self.window is not None:
-            place = (
-                numbered(self.window, value) == (state.seen % self.window)[..., None]
-            )
-            window = where(place, value[..., None], state.window)
+            window = put(state.window, state.seen % self.window, value)
             # The count runs on to know the place; it returns to a full window.
             full = 2 * self.window
             count = where(count >= full, self.window, count)
             return state._replace(seen=count, window=window)
-        number = count.astype(jnp.float32)
-        plain = (number - 1) / number
+        number = lax.convert_element_type(count, jnp.float32)
+        plain = lax.div(lax.sub(number, 1.0), number)
         decay = float32(self.decay)
         warmup = int32(self.warmup_steps)
-        takes_over = where(plain <= decay, plain, decay)
-        decay = where(warmup > 0, where(count <= warmup, plain, decay), takes_over)
-        off = lax.abs(value - state.mean)
-        mean = decay * state.mean + (1 - decay) * value
+        takes_over = smaller(plain, decay)
+        in_warmup, no_warmup = at_most(count, warmup), equal(warmup, 0)
+        decay = where(no_warmup, takes_over, where(in_warmup, plain, decay))
+        rest = lax.sub(1.0, decay)
+        off = lax.abs(lax.sub(value, state.mean))
+        mean = lax.add(lax.mul(decay, state.mean), lax.mul(rest, value))
         # The deviation is kept, and not its square, which could overflow.
-        exact = self.log | (count <= warmup) | (warmup == 0)
+        exact = either(np.bool_(self.log), either(in_warmup, no_warmup))
         root = lax.sqrt(decay)
-        share = lax.sqrt((1 - decay) * decay) * where(exact, 1, root)
-        sd = hypotenuse(root * state.sd, share * off)
+        share = lax.mul(lax.sqrt(lax.mul(rest, decay)), where(exact, 1, root))
+        sd = hypotenuse(lax.mul(root, state.sd), lax.mul(share, off))
         return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: PyTree, value: jax.Array, mean: jax.Array) -> Any:
@@ -294,9 +301,9 @@ class _ZScore(NamedTuple):
             if self.log:
                 return off
             # Relative first: value / mean may be beyond the largest number.
-            largest = jnp.finfo(jnp.float32).max
-            relative = off / where(mean > 0, mean, 1)
-            return jnp.clip(relative * value, -largest / 4, largest / 4)
+            most = float(jnp.finfo(jnp.float32).max) / 4
+            relative = lax.div(off, where(more(mean, 0), mean, 1))
+            return larger(smaller(lax.mul(relative, value), most), -most)
 
         if self.window is None:
             return state._replace(mean=value, sd=at_level(state.sd, mean, value))

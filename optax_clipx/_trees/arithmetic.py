@@ -58,6 +58,7 @@ equal = _of_scalars(lax.eq, np.equal)
 less = _of_scalars(lax.lt, np.less)
 more = _of_scalars(lax.gt, np.greater)
 at_least = _of_scalars(lax.ge, np.greater_equal)
+at_most = _of_scalars(lax.le, np.less_equal)
 larger = _of_scalars(lax.max, np.maximum)
 smaller = _of_scalars(lax.min, np.minimum)
 product = _of_scalars(lax.mul, np.multiply)
@@ -124,9 +125,10 @@ def full_like(like: Number, x: Operand) -> Any:
     return lax.full_like(like, x)
 
 
-def total(x: jax.Array) -> jax.Array:
-    """The sum of all entries."""
-    return lax.reduce(x, np.zeros((), x.dtype), lax.add, tuple(range(x.ndim)))
+def total(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """The sum of all entries, or of those along an axis."""
+    axes = range(x.ndim) if axis is None else (axis % x.ndim,)
+    return lax.reduce(x, np.zeros((), x.dtype), lax.add, tuple(axes))
 
 
 def abs_squared(x: jax.Array) -> jax.Array:
