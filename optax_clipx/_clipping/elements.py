@@ -170,7 +170,7 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
             "Expected real updates for an interval, got complex ones: clip their"
             " magnitudes with optax_clipx.clip(max_delta)."
         )
-    low, high = low.astype(array.dtype), high.astype(array.dtype)
+    low, high = (lax.convert_element_type(x, array.dtype) for x in (low, high))
     # Selected and not only clamped: a clamp may flush subnormal numbers.
     inside = lax.bitwise_and(lax.ge(array, low), lax.le(array, high))
     return lax.select(inside, array, lax.min(lax.max(array, low), high))

@@ -165,7 +165,7 @@ def drop(
         arXiv 2204.02311 (skipping the batches of a loss spike).
     """
     norms, limits = _as_floats(norms, limits)
-    return jnp.where(norms <= limits, jnp.ones_like(norms), 0)
+    return lax.select(lax.le(norms, limits), full_like(norms, 1), full_like(norms, 0))
 
 
 def biweight(

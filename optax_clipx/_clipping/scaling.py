@@ -134,12 +134,14 @@ def _times_scale_once(
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
-    scaled = times(times(wide, scale), second_factor(scale)).astype(array.dtype)
+    scaled = times(times(wide, scale), second_factor(scale))
+    scaled = lax.convert_element_type(scaled, array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     same = equal(scale, 1)
     if same.ndim:
         # On Explicit axes a select wants its predicate sharded as its operands are.
-        return jnp.where(same & ((scaled == scaled) | True), array, scaled)
+        there = lax.bitwise_or(lax.eq(scaled, scaled), np.True_)
+        same = lax.bitwise_and(same, there)
     return lax.select(same, array, scaled)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
@@ -87,7 +86,8 @@ def _replaced(given: PyTree) -> Any:
 def _replaced_in_a_branch(given: PyTree) -> Any:
     def replaced(value: jax.Array, arrays: PyTree) -> Any:
         # Made from the arrays, so that it lies on the mesh as they do.
-        return jax.tree.map(lambda x: jnp.where(x == x, value, value), arrays)
+        full = jax.tree.map(lambda x: lax.full_like(x, value), arrays)
+        return jax.tree.map(lambda x, v: lax.select(lax.eq(x, x), v, v), arrays, full)
 
     flag, value, arrays = given
     return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)

@@ -85,9 +85,7 @@ def sum_of(
             leaf = lax.optimization_barrier(lax.reshape(leaf, (leaf.size,)))
     elif axes is not None and _has_few_long_rows(leaf, axes):
         return _added_by_rows(values, leaf, axes)
-    if axes is None:
-        return total(values(leaf))
-    return jnp.sum(values(leaf), axis=axes, keepdims=True)
+    return total(values(leaf), axes)
 
 
 def _has_few_long_rows(leaf: jax.Array, axes: tuple[int, ...]) -> bool:

@@ -19,7 +19,7 @@ from .._trees.types import Arrays
 
 def sum_over_axes(values: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """The sum over axes that are kept, or over all, to a scalar."""
-    return total(values) if axes is None else jnp.sum(values, axes, keepdims=True)
+    return total(values, axes)
 
 
 def over_devices(

@@ -27,6 +27,7 @@ from .._trees.arithmetic import (
     Operand,
     abs_squared,
     accumulator,
+    either,
     full_like,
     is_concrete,
     less,
@@ -462,9 +463,16 @@ def _one(x: jax.Array) -> jax.Array:
 
 def _is_other_than_one(factors: list[Packed]) -> jax.Array:
     """Whether any factor is not 1."""
-    found = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(factors)]
-    flags = [jnp.any(x) if x.ndim else x for x in found]
-    return functools.reduce(lax.bitwise_or, flags)
+    alike: dict[Any, jax.Array] = {}
+    for factor in jax.tree.leaves(factors):
+        flags = lax.ne(factor, full_like(factor, 1))
+        before = alike.get(flags.shape)
+        alike[flags.shape] = flags if before is None else either(before, flags)
+    return functools.reduce(either, map(_any, alike.values()))
+
+
+def _any(flags: jax.Array) -> jax.Array:
+    return lax.reduce(flags, np.False_, lax.bitwise_or, tuple(range(flags.ndim)))
 
 
 def _norms_of_each(squares: list[Packed], factors: list[Packed]) -> list[Norms]:

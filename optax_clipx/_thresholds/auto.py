@@ -134,4 +134,4 @@ def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
     """Of the norms that are there; of an even number, the lower one of the middle."""
     place = lax.div(lax.sub(smaller(seen, _FIRST), 1), 2)
     here = equal(numbered(_FIRST, seen), for_each(place, first))
-    return total(where(here, first, 0), axis=-1)
+    return lax.squeeze(total(where(here, first, 0), (seen.ndim,)), (seen.ndim,))

@@ -194,16 +194,9 @@ def chosen(mask: Number, new: PyTree, old: PyTree) -> Any:
     """For each norm what is remembered of it: the new where the mask is set."""
 
     def one(new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if new is old else where(trailing(mask, old), new, old)
+        return old if new is old else where(for_each(mask, old), new, old)
 
     return jax.tree.map(one, new, old)
-
-
-def trailing(mask: Number, like: jax.Array) -> Number:
-    """A mask of norms in the rank of something that is remembered of them."""
-    if mask.ndim == like.ndim:
-        return mask
-    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 class Refusals(NamedTuple):

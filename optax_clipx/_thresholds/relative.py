@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .._reductions.groups import Packed
 from .._trees.arguments import Limit, check_limit
+from .._trees.arithmetic import larger, product
 from .._trees.types import Scalar
 from .base import Context, Threshold, stateless
 from .constant import at
@@ -52,10 +53,11 @@ def relative_to_params(ratio: Limit, eps: Scalar = 1e-3) -> Threshold:
 
     def limits(norms: Packed, context: Context) -> Any:
         def limit(norm: jax.Array, param_norm: jax.Array) -> jax.Array:
-            dtype = norm.dtype
-            floor = jnp.asarray(at(eps, context.step)).astype(dtype)
-            factor = jnp.asarray(at(ratio, context.step)).astype(dtype)
-            return factor * jnp.maximum(param_norm, floor)
+            floor, factor = (
+                x if isinstance(x, float | int) else jnp.asarray(x).astype(norm.dtype)
+                for x in (at(eps, context.step), at(ratio, context.step))
+            )
+            return product(factor, larger(param_norm, floor))
 
         return jax.tree.map(limit, norms, context.params_norms)
 

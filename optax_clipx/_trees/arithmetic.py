@@ -62,6 +62,7 @@ at_most = _of_scalars(lax.le, np.less_equal)
 larger = _of_scalars(lax.max, np.maximum)
 smaller = _of_scalars(lax.min, np.minimum)
 product = _of_scalars(lax.mul, np.multiply)
+fraction = _of_scalars(lax.div, np.divide)
 negated = _of_scalars(lax.bitwise_not, np.logical_not)
 finite = _of_scalars(lax.is_finite, np.isfinite)
 
@@ -125,10 +126,11 @@ def full_like(like: Number, x: Operand) -> Any:
     return lax.full_like(like, x)
 
 
-def total(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """The sum of all entries, or of those along an axis."""
-    axes = range(x.ndim) if axis is None else (axis % x.ndim,)
-    return lax.reduce(x, np.zeros((), x.dtype), lax.add, tuple(axes))
+def total(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """The sum of all entries, or of those along some axes, which are kept."""
+    along = tuple(range(x.ndim)) if axes is None else axes
+    found = lax.reduce(x, np.zeros((), x.dtype), lax.add, along)
+    return found if axes is None else lax.expand_dims(found, axes)
 
 
 def abs_squared(x: jax.Array) -> jax.Array:
@@ -141,8 +143,8 @@ def abs_squared(x: jax.Array) -> jax.Array:
 def times(x: jax.Array, factor: jax.Array | np.ndarray) -> jax.Array:
     """A real or complex array times a real one, part by part."""
     if is_complex(x):
-        return lax.complex(x.real * factor, x.imag * factor)
-    return x * factor if x.shape != np.shape(factor) else lax.mul(x, factor)
+        return lax.complex(times(x.real, factor), times(x.imag, factor))
+    return lax.mul(x, factor) if factor.ndim in (0, x.ndim) else x * factor
 
 
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jaxtyping import PyTree
 
 from .._clipping import metrics
@@ -27,7 +28,16 @@ from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from .._trees.arguments import AxisNames, Limit, Specs, check_count
-from .._trees.arithmetic import equal, full_like, where
+from .._trees.arithmetic import (
+    Number,
+    both,
+    either,
+    equal,
+    finite,
+    full_like,
+    negated,
+    where,
+)
 from .._trees.leaves import flatten, path_of, show
 from .._trees.types import Arrays, Scalar
 
@@ -227,24 +237,25 @@ def _judged(
     context = Context(state.metrics.steps, extra=extra)
     loss_bad, loss_spike, new_loss_rule = _judge(loss, loss_rule, state, context)
     spike = summary.any_clipped
-    skipped = summary.nonfinite | spike | loss_bad | loss_spike
+    frozen = either(summary.nonfinite, loss_bad)
+    by_norm, by_loss = either(summary.nonfinite, spike), either(loss_bad, loss_spike)
+    skipped = either(by_norm, by_loss)
     # A threshold that cannot be used made every leaf NaN, which must be seen.
-    keep = skipped & ~summary.unusable
-    frozen = summary.nonfinite | loss_bad
-    reason = jnp.zeros((), jnp.int32)  # SkipReason.NOT_SKIPPED
+    keep = both(skipped, negated(summary.unusable))
+    reason: Any = np.int32(SkipReason.NOT_SKIPPED)
     for flag, number in (  # the first that is set is the reason
         (loss_spike, SkipReason.LOSS_SPIKE),
         (loss_bad, SkipReason.LOSS_NONFINITE),
         (spike, SkipReason.NORM_SPIKE),
         (summary.nonfinite, SkipReason.NORM_NONFINITE),
     ):
-        reason = where(flag, int(number), reason)
-    by_loss = skipped & ~(summary.nonfinite | spike)
+        reason = where(flag, np.int32(number), reason)
+    by_loss = both(by_loss, negated(by_norm))
     summary = summary._replace(
         clipped_norm=where(by_loss, 0, summary.clipped_norm),
         scale=where(by_loss, 0, summary.scale),
         clipped=where(by_loss, 1, summary.clipped),
-        any_clipped=spike | loss_spike,
+        any_clipped=either(spike, loss_spike),
         nonfinite=frozen,
     )
     known = jax.tree.map(lambda n: where(skipped, 0, n), norm)
@@ -267,7 +278,7 @@ def _judged(
 
 def _one_or_nothing(factor: jax.Array, x: PyTree) -> jax.Array:
     """The array if the factor is 1, else the factor, whatever the array has."""
-    return where(equal(factor, 1), x, factor.astype(x.dtype))
+    return where(equal(factor, 1), x, lax.convert_element_type(factor, x.dtype))
 
 
 def _loss(extra: Mapping[str, PyTree], arrays: Arrays, options: Options) -> Any:
@@ -284,15 +295,14 @@ def _loss(extra: Mapping[str, PyTree], arrays: Arrays, options: Options) -> Any:
 
 def _judge(
     loss: jax.Array | None, rule: Threshold, state: SkipState, context: Context
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[Number, Number, Any]:
     """Whether the loss is not finite, whether it is a spike, and the rule's state."""
     if loss is None:
-        no = jnp.zeros((), jnp.bool_)
-        return no, no, state.loss_rule
-    bad = ~jnp.isfinite(loss)
-    usable = where(bad, 0, loss)
+        return np.False_, np.False_, state.loss_rule
+    fine = finite(loss)
+    usable = where(fine, loss, 0)
     limit, new = rule.update(usable, state.loss_rule, context)
-    return bad, ~bad & (usable > limit), new
+    return negated(fine), both(fine, usable > limit), new
 
 
 def _select(condition: jax.Array, this: PyTree, that: PyTree) -> Any:
