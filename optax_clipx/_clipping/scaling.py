@@ -20,7 +20,6 @@ from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
-    at_least,
     both,
     either,
     equal,
@@ -28,6 +27,7 @@ from .._trees.arithmetic import (
     more,
     product,
     safe_sqrt,
+    saturated,
     smaller,
     times,
     where,
@@ -84,13 +84,13 @@ def _scale(
     far = less(
         product(limit, extremes.raised), product(reduced, extremes.far / extremes.low)
     )
-    saturated = both(more(unit, 1), at_least(value, most))
+    large = more(unit, 1)  # the norm itself may be beyond the largest number
     # What takes the place of norm and limit.
-    elsewhere, nothing = either(extreme, saturated), equal(value, 0)
+    elsewhere, nothing = either(extreme, large), equal(value, 0)
     norm = where(elsewhere, reduced, where(more(value, 0), value, 1))
     one, high = value.dtype.type(1), value.dtype.type(extremes.high)
     high = where(far, extremes.higher, high)
-    factor = where(extreme, high, where(saturated, extremes.low, one))
+    factor = where(extreme, high, where(large, extremes.low, one))
     scale = smaller(response(norm, product(limit, factor)), most)
     back = value.dtype.type(-((extremes.low / extremes.high) ** 0.5))
     back = where(far, -((extremes.low / extremes.higher) ** 0.5), back)
@@ -109,22 +109,14 @@ def as_numbers(scales: Packed) -> Packed:
     return jax.tree.map(lambda s: product(s, second_factor(s)), scales)
 
 
-def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
+def clipped_norms(norms: Norms, scales: Packed) -> Packed:
     """The norms of what has been multiplied by its scale."""
-    each = (norms.value, norms.root, norms.unit, limits, scales)
-    return jax.tree.map(_clipped_norm, *each)
+    return jax.tree.map(_clipped_norm, norms.root, norms.unit, scales)
 
 
-def _clipped_norm(
-    value: jax.Array, root: jax.Array, unit: Number, limit: Number, s: jax.Array
-) -> jax.Array:
-    most = float(jnp.finfo(value.dtype).max)
+def _clipped_norm(root: jax.Array, unit: Number, s: jax.Array) -> jax.Array:
     # In this order no product leaves the range.
-    first = where(
-        at_least(value, most), product(product(root, s), unit), product(value, s)
-    )
-    clipped = smaller(product(first, second_factor(s)), most)
-    return where(equal(limit, np.inf), value, clipped)
+    return saturated(product(root, s), product(unit, second_factor(s)))
 
 
 def _times_scale_once(

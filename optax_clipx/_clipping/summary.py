@@ -99,7 +99,7 @@ def fold(
     groups, ord = plan.groups, plan.ord
     if groups.is_one:
         return norms, limits, scales
-    clipped = scaling.clipped_norms(norms, limits, scales)
+    clipped = scaling.clipped_norms(norms, scales)
     sizes = plan.sizes(arrays)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
@@ -182,7 +182,7 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
     over = more(norms.value, limits)
     return Summary(
         norm=norms.value,
-        clipped_norm=scaling.clipped_norms(norms, limits, scales),
+        clipped_norm=scaling.clipped_norms(norms, scales),
         scale=scaling.as_numbers(scales),
         threshold=limits,
         clipped=lax.convert_element_type(over, norms.value.dtype),
@@ -223,10 +223,10 @@ def of_entries(
 def _row_of(fields: Arrays, size: ArrayLike, weight: float, ord: Ord) -> jax.Array:
     """Of one array of groups."""
     norms, limits, scales, clipped_norms = fields
-    dtype, zero = norms.dtype, full_like(norms, 0)
-    usable = both(finite(norms), more(limits, 0))
-    ratio = lax.div(where(usable, norms, zero), where(usable, limits, 1))
-    ratio = where(either(usable, equal(norms, zero)), ratio, np.inf)
+    dtype = norms.dtype
+    ratio = lax.div(norms, limits)
+    ratio = where(at_least(ratio, 0), ratio, np.inf)  # of what is NaN, too
+    ratio = where(equal(norms, 0), 0, ratio)
     over = lax.convert_element_type(more(norms, limits), dtype)
     weights = dtype.type(weight)
     if ord == "rms":

@@ -83,27 +83,20 @@ def _replaced(given: PyTree) -> Any:
     return jax.tree.map(lambda x: where(flag, value, x), arrays)
 
 
-def _replaced_in_a_branch(given: PyTree) -> Any:
-    def replaced(value: jax.Array, arrays: PyTree) -> Any:
-        # Made from the arrays, so that it lies on the mesh as they do.
-        full = jax.tree.map(lambda x: lax.full_like(x, value), arrays)
-        return jax.tree.map(lambda x, v: lax.select(lax.eq(x, x), v, v), arrays, full)
-
-    flag, value, arrays = given
-    return lax.cond(flag, replaced, lambda value, arrays: arrays, value, arrays)
+def _replaced_and_stored(given: PyTree) -> Any:
+    return lax.optimization_barrier(_replaced(given))
 
 
 def replaced_if(flag: Number, value: Number, arrays: PyTree) -> Any:
     """Arrays full of a value if the flag is set, else as they are, computed once.
 
-    XLA for CPU would compute anew in the loop of every leaf what led to its scale, but
-    what comes out of a branch is there already.
+    XLA for CPU would compute anew in the loop of every leaf what led to its scale.
 
     `python benchmarks/everyday.py`: AGC.
     """
     if is_inside():
         return _replaced((flag, value, arrays))
-    ways = Ways(_replaced_in_a_branch, _replaced, _replaced)
+    ways = Ways(_replaced_and_stored, _replaced, _replaced)
     return by_platform(ways, (flag, value, arrays), like=arrays)
 
 

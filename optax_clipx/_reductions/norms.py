@@ -24,6 +24,7 @@ from .._devices.numbers import as_one
 from .._devices.programs import Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, together
 from .._trees.arithmetic import (
+    Number,
     Operand,
     abs_squared,
     accumulator,
@@ -319,8 +320,8 @@ def _two_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     risks = measured.at_risk(given)
     if not any(risks):
         (plain,) = measured.totals(measured.sums(given, "plain"), given)
-        return _norms_of_each(plain, _factors(plain, risks))
-    return _norms_of_each(*_in_range(measured, risks, given))
+        return _norms_of_each(plain, _factors(plain, risks), risks)
+    return _norms_of_each(*_in_range(measured, risks, given), risks)
 
 
 Squares = tuple[list[Packed], list[Packed]]  # of each tree's numbers times factors
@@ -347,7 +348,8 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
 
     def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
         factors = _factors(squares, risks)
-        return factors, _is_other_than_one(factors)
+        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
+        return factors, _is_other_than_one(at_risk)
 
     def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
@@ -457,8 +459,8 @@ def _compiled(
     return measure(measured, given)
 
 
-def _one(x: jax.Array) -> jax.Array:
-    return lax.full_like(x, 1)
+def _one(x: jax.Array) -> Number:
+    return full_like(x, 1)
 
 
 def _is_other_than_one(factors: list[Packed]) -> jax.Array:
@@ -475,10 +477,17 @@ def _any(flags: jax.Array) -> jax.Array:
     return lax.reduce(flags, np.False_, lax.bitwise_or, tuple(range(flags.ndim)))
 
 
-def _norms_of_each(squares: list[Packed], factors: list[Packed]) -> list[Norms]:
-    roots = jax.tree.map(lax.sqrt, squares)
-    units = jax.tree.map(lambda x: lax.div(_one(x), x), factors)  # of powers of two
-    return list(map(_of_roots, roots, units))
+def _norms_of_each(
+    squares: list[Packed], factors: list[Packed], risks: list[bool]
+) -> list[Norms]:
+    def one(square: Packed, factor: Packed, risk: bool) -> Norms:
+        root = jax.tree.map(lax.sqrt, square)
+        if not risk:
+            return Norms(root, root, jax.tree.map(_one, root))
+        unit = jax.tree.map(lambda x: lax.div(_one(x), x), factor)  # of powers of two
+        return _of_roots(root, unit)
+
+    return list(map(one, squares, factors, risks))
 
 
 def _of_roots(root: Packed, unit: Packed) -> Norms:

@@ -97,9 +97,10 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
 
 def _one_like(mask: Number, x: Operand, y: Operand) -> Any:
     """What has the shape and the dtype of the result."""
-    for value in (x, y):
-        if isinstance(value, jax.Array) and mask.shape in (value.shape, ()):
-            return value
+    arrays = [v for v in (x, y) if isinstance(v, jax.Array)]
+    arrays = [v for v in arrays if mask.shape in (v.shape, ())]
+    if arrays:
+        return max(arrays, key=lambda v: v.ndim)
     number = x if isinstance(x, np.generic) else y
     if isinstance(mask, jax.Array) and mask.ndim and isinstance(number, np.generic):
         return lax.full_like(mask, number.item(), number.dtype)

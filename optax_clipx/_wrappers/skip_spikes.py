@@ -206,14 +206,15 @@ def skip_spikes(
             judged = functools.partial(_judged, loss_rule, extra)
             before = state._replace(inner=None)
             fields, keep, factor, known = as_one(judged, before, loss, *decided.ended)
-            feed = [_one_or_nothing(factor, x) for x in decided.arrays]
+            usual = equal(factor, 1)
+            feed = [_one_or_nothing(usual, factor, x) for x in decided.arrays]
         # A clipper that comes first inside need not measure the same again.
         with known_norm(feed, known):
             inner_updates, after = wrapped.update(
                 leaves.rebuild(feed), state.inner, params, **extra
             )
         with mesh.mesh_of(leaves.arrays):
-            zeros = optax.tree.zeros_like(inner_updates)
+            zeros = jax.tree.map(_zeros_like, inner_updates)
             inner_updates = _select(keep, zeros, inner_updates)
             after = _select(keep, state.inner, after)
             return inner_updates, state._replace(inner=after, **fields)
@@ -276,9 +277,9 @@ def _judged(
     return fields, keep, factor, known
 
 
-def _one_or_nothing(factor: jax.Array, x: PyTree) -> jax.Array:
-    """The array if the factor is 1, else the factor, whatever the array has."""
-    return where(equal(factor, 1), x, lax.convert_element_type(factor, x.dtype))
+def _one_or_nothing(usual: jax.Array, factor: jax.Array, x: PyTree) -> jax.Array:
+    """The array as usual, else the factor, whatever the array has."""
+    return where(usual, x, lax.convert_element_type(factor, x.dtype))
 
 
 def _loss(extra: Mapping[str, PyTree], arrays: Arrays, options: Options) -> Any:
@@ -303,6 +304,11 @@ def _judge(
     usable = where(fine, loss, 0)
     limit, new = rule.update(usable, state.loss_rule, context)
     return negated(fine), both(fine, usable > limit), new
+
+
+def _zeros_like(x: PyTree) -> Any:
+    """Zeros in place of an array; what has no values stays."""
+    return x if x.dtype == jax.dtypes.float0 else full_like(x, 0)
 
 
 def _select(condition: jax.Array, this: PyTree, that: PyTree) -> Any:
