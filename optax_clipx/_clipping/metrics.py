@@ -11,7 +11,7 @@ from jax import lax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._trees.arithmetic import full_like
+from .._trees.arithmetic import larger, plus
 from .._trees.leaves import Path, path_of
 from .._trees.types import Dtype
 from .summary import Summary
@@ -187,9 +187,8 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
 
 def count(number: Any, happened: jax.Array | bool) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
-    most = full_like(number, jnp.iinfo(jnp.int32).max)
-    after = lax.select(lax.lt(number, most), lax.add(number, np.int32(1)), most)
-    return after if happened is True else lax.select(happened, after, number)
+    one = 1 if happened is True else lax.convert_element_type(happened, number.dtype)
+    return larger(number, plus(number, one))  # after the largest comes a negative one
 
 
 def to_float32(x: jax.Array) -> jax.Array:

@@ -51,7 +51,7 @@ def rescale(
         if isinstance(eps, float) and eps == 0
         else norms + jnp.asarray(eps, norms.dtype)
     )
-    over = lax.gt(shifted, limits)
+    over = lax.lt(limits, shifted)
     one = full_like(norms, 1)
     # The untaken side of a where must stay finite, or its gradient is NaN.
     return lax.select(over, _ratio(limits, lax.select(over, shifted, one)), one)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from .._thresholds.auto import auto
 from .._trees.arguments import AxisNames, Specs
-from .._trees.arithmetic import larger, product, smaller
+from .._trees.arithmetic import fraction, larger, plus, product, smaller
 from .._trees.calls import explains_calls
 from .common import Scope, method
 
@@ -89,5 +89,5 @@ def compress(
 ) -> Float[Array, "..."]:
     """Above an eighth of the limit a norm grows as its logarithm, up to the limit."""
     # In this order: an eighth of a tiny limit would be zero.
-    units = larger(product(lax.div(norms, limits), _UNITS), 1)
-    return lax.div(smaller(lax.add(1.0, lax.log(units)), _UNITS), units)
+    units = larger(product(fraction(norms, limits), _UNITS), 1)
+    return fraction(smaller(plus(1, lax.log(units)), _UNITS), units)

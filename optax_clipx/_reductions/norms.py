@@ -474,6 +474,8 @@ def _is_other_than_one(factors: list[Packed]) -> jax.Array:
 
 
 def _any(flags: jax.Array) -> jax.Array:
+    if not flags.ndim:
+        return flags
     return lax.reduce(flags, np.False_, lax.bitwise_or, tuple(range(flags.ndim)))
 
 

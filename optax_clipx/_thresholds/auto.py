@@ -4,13 +4,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._trees.arithmetic import (
     at_least,
     equal,
+    fraction,
     larger,
     more,
+    plus,
     product,
     smaller,
     total,
@@ -80,6 +83,7 @@ def auto() -> Threshold:
 
     Example:
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> import optax_clipx as clipx
         >>> rule = clipx.thresholds.minimum(clipx.thresholds.auto(), 5.0)
         >>> state = rule.init(jnp.float32(0))
@@ -111,10 +115,10 @@ def auto() -> Threshold:
         far = where(is_far, one_more(where(anew, 0, state.far)), 0)
         count = lax.convert_element_type(seen, jnp.float32)
         share = smaller(product(count, 1 / _STEPS), 1)
-        grown = lax.add(_START, product(1 - _START, share))
+        grown = plus(_START, product(1 - _START, share))
         least = smaller(product(grown, median), product(_ABOVE, usual))
-        pace = lax.div(0.5, smaller(lax.add(count, 1.0), 1 / _PACE))
-        usual = lax.mul(usual, lax.exp(where(more(norm, usual), pace, lax.neg(pace))))
+        pace = fraction(0.5, smaller(plus(count, 1), 1 / _PACE))
+        usual = product(usual, lax.exp(where(more(norm, usual), pace, lax.neg(pace))))
         info = jnp.finfo(jnp.float32)
         usual = larger(smaller(usual, float(info.max) / _ABOVE), float(info.tiny))
         return product(_FRACTION, least), AutoState(first, usual, seen, far)
@@ -132,6 +136,6 @@ def auto() -> Threshold:
 
 def _lower_median(first: jax.Array, seen: jax.Array) -> jax.Array:
     """Of the norms that are there; of an even number, the lower one of the middle."""
-    place = lax.div(lax.sub(smaller(seen, _FIRST), 1), 2)
+    place = lax.div(plus(smaller(seen, _FIRST), -1), np.int32(2))
     here = equal(numbered(_FIRST, seen), for_each(place, first))
     return lax.squeeze(total(where(here, first, 0), (seen.ndim,)), (seen.ndim,))

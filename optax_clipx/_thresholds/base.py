@@ -23,6 +23,7 @@ from .._trees.arithmetic import (
     less,
     more,
     negated,
+    plus,
     smaller,
     where,
 )
@@ -211,9 +212,9 @@ class Refusals(NamedTuple):
 
     def in_a_row(self, over: jax.Array, refused: jax.Array) -> tuple[Any, Any]:
         """How many in a row now, and whether the rule gives in."""
-        refused = where(over, lax.add(refused, full_like(refused, 1)), 0)
+        refused = where(over, plus(refused, 1), 0)
         if self.patience is None:
-            return lax.min(refused, np.int32(1)), full_like(over, False)
+            return smaller(refused, 1), full_like(over, False)
         give_in = at_least(refused, int32(self.patience))
         return where(give_in, 0, refused), give_in
 
@@ -268,8 +269,7 @@ def int32(value: Scalar) -> jax.Array | np.int32:
 
 def one_more(count: jax.Array) -> jax.Array:
     """A count of steps after one more; it stays at int32's largest number."""
-    largest = jnp.iinfo(jnp.int32).max
-    return where(less(count, largest), lax.add(count, full_like(count, 1)), count)
+    return larger(count, plus(count, 1))  # after the largest comes a negative one
 
 
 def numbered(size: int, like: jax.Array) -> jax.Array:

@@ -13,11 +13,14 @@ from .._trees.arithmetic import (
     at_least,
     both,
     either,
+    fraction,
     hypotenuse,
     larger,
     less,
+    minus,
     more,
     negated,
+    plus,
     product,
     smaller,
     where,
@@ -103,11 +106,11 @@ class _Spikes(NamedTuple):
         """The threshold; values far above or below the level do not enter it."""
         active = at_least(state.seen, _FIRST)
         above = self.above(state.spread)
-        limit = lax.add(state.level, above)
+        limit = plus(state.level, above)
         higher = both(active, more(value, limit))
-        lower = both(active, less(value, lax.sub(state.level, above)))
-        one_higher = lax.add(larger(state.far, 0), 1)
-        one_lower = lax.sub(smaller(state.far, 0), 1)
+        lower = both(active, less(value, minus(state.level, above)))
+        one_higher = plus(larger(state.far, 0), 1)
+        one_lower = plus(smaller(state.far, 0), -1)
         far = where(higher, one_higher, where(lower, one_lower, 0))
         # After so many in a row this is the new level, whose spread stays.
         accepted = at_least(lax.abs(far), int32(self.patience))
@@ -139,12 +142,11 @@ class _Spikes(NamedTuple):
         Two of the eight may be anything.
         """
         # Halves: the sum or the difference of two could overflow.
-        lower, middle, above, upper = (
-            product(lax.index_in_dim(ordered, rank, -1, keepdims=False), 0.5)
-            for rank in range(2, 6)
-        )
-        level = lax.add(middle, above)
-        spread = product(lax.sub(upper, lower), 4 / _QUARTILES)
+        axis = ordered.ndim - 1
+        ranks = lax.split(product(ordered, 0.5), (2, 1, 1, 1, 1, 2), axis)[1:5]
+        lower, middle, above, upper = (lax.squeeze(x, (axis,)) for x in ranks)
+        level = plus(middle, above)
+        spread = product(minus(upper, lower), 4 / _QUARTILES)
         return level, larger(spread, self.floor(_FIRST_SPREAD, level))
 
     def moved(
@@ -152,15 +154,15 @@ class _Spikes(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """Moving averages; plain ones until there are more values than they hold."""
         count = lax.convert_element_type(seen, jnp.float32)
-        of_level = lax.div(1.0, smaller(count, _LEVEL_MEMORY))
-        of_spread = lax.div(1.0, smaller(count, _SPREAD_MEMORY))
-        off = lax.sub(value, state.level)
-        level = lax.add(state.level, lax.mul(of_level, off))
+        of_level = fraction(1, smaller(count, _LEVEL_MEMORY))
+        of_spread = fraction(1, smaller(count, _SPREAD_MEMORY))
+        off = minus(value, state.level)
+        level = plus(state.level, product(of_level, off))
         # The deviation is kept, and not its square, which could overflow.
-        rest = lax.sub(1.0, of_spread)
+        rest = minus(1, of_spread)
         spread = hypotenuse(
-            lax.mul(lax.sqrt(rest), state.spread),
-            lax.mul(lax.sqrt(lax.mul(of_spread, rest)), lax.abs(off)),
+            product(lax.sqrt(rest), state.spread),
+            product(lax.sqrt(product(of_spread, rest)), lax.abs(off)),
         )
         least = _LEAST_SPREAD[self.of_logarithms]
         return level, larger(spread, self.floor(least, level))

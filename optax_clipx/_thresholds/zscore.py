@@ -23,11 +23,14 @@ from .._trees.arithmetic import (
     both,
     either,
     equal,
+    fraction,
     hypotenuse,
     larger,
     less,
+    minus,
     more,
     negated,
+    plus,
     product,
     smaller,
     where,
@@ -210,7 +213,7 @@ class _ZScore(NamedTuple):
         value = lax.log(where(more(norm, 0), norm, 1)) if self.log else norm
         seen = self.entered(state, value) if self.include_current else state
         count, mean, sd = self.moments(seen)
-        trigger = lax.add(mean, product(float32(self.z_threshold), sd))
+        trigger = plus(mean, product(float32(self.z_threshold), sd))
         wanted = larger(int32(self.warmup_steps), np.int32(1))
         # A window that is shorter than the warm-up limits as soon as it is full.
         wanted = (
@@ -240,11 +243,11 @@ class _ZScore(NamedTuple):
         if self.target == "threshold":
             return trigger
         z_threshold = float32(self.z_threshold)
-        z = lax.div(lax.sub(value, mean), where(more(sd, 0), sd, 1))
-        ratio = lax.div(z_threshold, where(more(z, 0), z, 1))
-        raised = lax.add(mean, product(product(z_threshold, ratio), sd))
+        z = fraction(minus(value, mean), where(more(sd, 0), sd, 1))
+        ratio = fraction(z_threshold, where(more(z, 0), z, 1))
+        raised = plus(mean, product(product(z_threshold, ratio), sd))
         factor = float32(self.clip_factor)
-        return lax.add(raised, jnp.log(factor)) if self.log else product(raised, factor)
+        return plus(raised, jnp.log(factor)) if self.log else product(raised, factor)
 
     def moments(self, state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
         """How many, their mean, and their standard deviation with its floor."""
@@ -278,20 +281,20 @@ class _ZScore(NamedTuple):
             count = where(count >= full, self.window, count)
             return state._replace(seen=count, window=window)
         number = lax.convert_element_type(count, jnp.float32)
-        plain = lax.div(lax.sub(number, 1.0), number)
+        plain = fraction(plus(number, -1), number)
         decay = float32(self.decay)
         warmup = int32(self.warmup_steps)
         takes_over = smaller(plain, decay)
         in_warmup, no_warmup = at_most(count, warmup), equal(warmup, 0)
         decay = where(no_warmup, takes_over, where(in_warmup, plain, decay))
-        rest = lax.sub(1.0, decay)
-        off = lax.abs(lax.sub(value, state.mean))
-        mean = lax.add(lax.mul(decay, state.mean), lax.mul(rest, value))
+        rest = minus(1, decay)
+        off = lax.abs(minus(value, state.mean))
+        mean = plus(product(decay, state.mean), product(rest, value))
         # The deviation is kept, and not its square, which could overflow.
         exact = either(np.bool_(self.log), either(in_warmup, no_warmup))
         root = lax.sqrt(decay)
-        share = lax.mul(lax.sqrt(lax.mul(rest, decay)), where(exact, 1, root))
-        sd = hypotenuse(lax.mul(root, state.sd), lax.mul(share, off))
+        share = product(lax.sqrt(product(rest, decay)), where(exact, 1, root))
+        sd = hypotenuse(product(root, state.sd), product(share, off))
         return state._replace(seen=count, mean=mean, sd=sd)
 
     def moved(self, state: PyTree, value: jax.Array, mean: jax.Array) -> Any:
@@ -302,8 +305,8 @@ class _ZScore(NamedTuple):
                 return off
             # Relative first: value / mean may be beyond the largest number.
             most = float(jnp.finfo(jnp.float32).max) / 4
-            relative = lax.div(off, where(more(mean, 0), mean, 1))
-            return larger(smaller(lax.mul(relative, value), most), -most)
+            relative = fraction(off, where(more(mean, 0), mean, 1))
+            return larger(smaller(product(relative, value), most), -most)
 
         if self.window is None:
             return state._replace(mean=value, sd=at_level(state.sd, mean, value))

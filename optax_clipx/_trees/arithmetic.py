@@ -56,15 +56,25 @@ def _of_one_dtype(args: tuple[ArrayLike, ...]) -> tuple[Any, ...]:
 
 equal = _of_scalars(lax.eq, np.equal)
 less = _of_scalars(lax.lt, np.less)
-more = _of_scalars(lax.gt, np.greater)
-at_least = _of_scalars(lax.ge, np.greater_equal)
 at_most = _of_scalars(lax.le, np.less_equal)
+plus = _of_scalars(lax.add, np.add)
+minus = _of_scalars(lax.sub, np.subtract)
 larger = _of_scalars(lax.max, np.maximum)
 smaller = _of_scalars(lax.min, np.minimum)
 product = _of_scalars(lax.mul, np.multiply)
 fraction = _of_scalars(lax.div, np.divide)
 negated = _of_scalars(lax.bitwise_not, np.logical_not)
 finite = _of_scalars(lax.is_finite, np.isfinite)
+
+
+def more(x: ArrayLike, y: ArrayLike) -> Any:
+    """Whether `x > y`. JAX lowers each operation once: so it is one that there is."""
+    return less(y, x)
+
+
+def at_least(x: ArrayLike, y: ArrayLike) -> Any:
+    """Whether `x >= y`."""
+    return at_most(y, x)
 
 
 def either(x: ArrayLike, y: ArrayLike) -> Any:
@@ -200,9 +210,8 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
     """The root of the sum of two squares, of what is not negative."""
     largest = lax.max(x, y)
-    ratio = lax.div(lax.min(x, y), where(equal(largest, full_like(x, 0)), 1, largest))
-    one = full_like(ratio, 1)
-    return lax.mul(largest, lax.sqrt(lax.add(one, lax.mul(ratio, ratio))))
+    ratio = lax.div(lax.min(x, y), where(equal(largest, 0), 1, largest))
+    return lax.mul(largest, lax.sqrt(plus(1, lax.mul(ratio, ratio))))
 
 
 def saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
