@@ -72,14 +72,14 @@ def share_contexts():
 
 def check_annotations():
     """Imports the package so that types and shapes are checked at each call."""
-    from jaxtyping import install_import_hook
+    from typechecker import hook
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import chex  # noqa: F401  (warns on import under some versions)
         import flax  # noqa: F401
 
-    with install_import_hook("optax_clipx", "typechecker.beartype_once"):
+    with hook("optax_clipx"):
         import optax_clipx  # noqa: F401
 
 
