@@ -1,5 +1,6 @@
 """The type checker of the tests: jaxtyping and beartype, prepared once a signature."""
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -32,6 +33,7 @@ class Checks(NamedTuple):
     code: types.CodeType  # held, so that no other has its id
     arguments: Callable[..., None]
     returned: Callable[[Any], None]
+    letters: contextlib.AbstractContextManager  # where one of a shape is one number
 
 
 def hook(package):
@@ -70,7 +72,7 @@ def checked_once(*, typechecker):
             if jaxtyping.config.jaxtyping_disable:
                 return function(*args, **kwargs)
             checks = checks_of(function, typechecker)
-            with jaxtyped("context"):  # each letter of a shape is one number in it
+            with checks.letters:
                 checks.arguments(*args, **kwargs)
                 value = function(*args, **kwargs)
                 checks.returned(value)
@@ -86,11 +88,13 @@ def checks_of(function, typechecker):
     found = MADE.get(id(function.__code__))
     if found is None:
         hints = hints_of(function)
+        has_shapes = "jaxtyping" in str(hints)
         returned = {"return": hints.pop("return", Any)}
         found = MADE[id(function.__code__)] = Checks(
             function.__code__,
             typechecker(without_body(function, hints)),
             typechecker(named(function, lambda value: value, returned)),
+            jaxtyped("context") if has_shapes else contextlib.nullcontext(),
         )
     return found
 

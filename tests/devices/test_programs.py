@@ -61,7 +61,7 @@ def on_cpu(clipper, leaves, way):
     ("scope", "leaves"),
     [
         *((scope, 10) for scope in SCOPES),
-        ("tree", 200),
+        ("tree", 50),
         pytest.param("tree", 1000, marks=pytest.mark.slow),
     ],
 )

@@ -49,6 +49,7 @@ def test_with_rewinds_the_run_ends_as_a_clean_one(rewound, clean_loss):
     assert decision[:6] == (1, 155, 150, 120, 120, 176)
 
 
+@pytest.mark.slow  # test_rewind_decisions has one that is quick
 def test_a_clean_run_is_left_alone(tmp_path, clean_loss):
     state, rewind = worker.train(tmp_path, worker.clean)
     assert not rewind.decisions
