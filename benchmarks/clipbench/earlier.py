@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_clipx as clipx
-from optax_clipx._thresholds.base import memory, per_norm, put, ranked
+from optax_clipx._thresholds.base import memory, per_norm, put
 from optax_clipx.thresholds import Context, Threshold
 
 _SHARE = 0.05  # of the norms are below the level
@@ -40,7 +40,7 @@ def twice_a_low_quantile() -> Threshold:
         up = jnp.minimum(pace * _SHARE * jnp.exp2(doublings), 1)
         moved = level * jnp.exp(jnp.where(higher, up, -pace * (1 - _SHARE)))
         first = put(state.first, state.seen, norm)
-        (median,) = ranked(first, _FIRST // 2)
+        median = jnp.sort(first, axis=-1)[..., _FIRST // 2]
         most = jnp.where(seen == _FIRST, median, jnp.inf)
         info = jnp.finfo(jnp.float32)
         moved = jnp.clip(jnp.minimum(moved, most), info.tiny, info.max / _FACTOR)
