@@ -16,7 +16,7 @@ from xla_settings import OWN
 
 import optax_clipx as clipx
 
-SHAPE, LEAVES = (256, 64), 6
+SHAPE, LEAVES = (256, 64), 4
 
 
 class Cost:
@@ -123,7 +123,7 @@ def test_nothing_of_a_leafs_size_is_held_beside_it(name):
 def test_nothing_computed_of_large_leaves_is_held(make):
     """And what is remembered of each entry is written in place."""
     tx = optax.chain(make(), optax.scale(-1.0))
-    kinds = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 8
+    kinds = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 4
     state = jax.eval_shape(tx.init, kinds)
 
     def step(params, state, grads):
@@ -132,7 +132,7 @@ def test_nothing_computed_of_large_leaves_is_held(make):
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(kinds, state, kinds)
     compiled = lowered.compile(OWN)
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * kinds[0].size / 3
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * kinds[0].size / 3
 
 
 def test_clamping_without_metrics_costs_nothing():
@@ -215,7 +215,7 @@ def test_no_loop_adds_up_all_leaves(scope):
         found = loops(step.lower(kinds).compile(OWN).as_text())
         return max(len(loop.splitlines()) for loop in found)
 
-    assert largest(100) <= largest(50) < 100
+    assert largest(120) <= largest(60) < 120
 
 
 @pytest.mark.one_in(2)
