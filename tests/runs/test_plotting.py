@@ -201,7 +201,8 @@ def test_the_page_shows_the_update_and_the_shares():
         columns = drawing.columns_of(run)
         return re.findall("<h2>(.*?)</h2>", page.page({"run": (columns, "clip/norm")}))
 
-    added = [title for title in titles(tracked_run()) if title not in titles(run_of())]
+    without = titles(run_of())
+    added = [title for title in titles(tracked_run()) if title not in without]
     assert added == list(page._TRACKED.values())
 
 
