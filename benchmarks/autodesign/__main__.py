@@ -11,6 +11,11 @@ where it was.
 
 runs the second list of designs, and says which of them the rule of decision chooses.
 With --tasks, they run on tasks of clipbench too.
+
+    python benchmarks/autodesign --list third
+
+measures the chosen rule on twelve further tasks, and adds up all twenty-four from the
+results of the second list.
 """
 
 import argparse
@@ -25,14 +30,21 @@ from clipbench import tasks as clipbench
 from clipbench.rows import add, kept
 
 from autodesign.deciding import decision
-from autodesign.designs import all_designs, second_list
-from autodesign.report import by_cell, write_report
+from autodesign.designs import all_designs, second_list, third_list
+from autodesign.later_tasks import LATER_MAKERS
+from autodesign.report import by_cell, write_report, write_third
 from autodesign.tasks import MAKERS
 from autodesign.training import SCALES, Design, compared, fixed, tuned
 
-LISTS = {"first": all_designs, "second": second_list}
-NAMES = {"first": "autodesign", "second": "autodesign_second"}
+LISTS = {"first": all_designs, "second": second_list, "third": third_list}
+NAMES = {
+    "first": "autodesign",
+    "second": "autodesign_second",
+    "third": "autodesign_third",
+}
 ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "docs" / "results"
+ALL_MAKERS = MAKERS | LATER_MAKERS | clipbench.MAKERS
 Record = dict[str, Any]
 
 
@@ -41,8 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*MAKERS, *clipbench.MAKERS]
-    parser.add_argument("--tasks", nargs="+", choices=known, default=list(MAKERS))
+    parser.add_argument("--tasks", nargs="+", choices=ALL_MAKERS, help="of the list")
     parser.add_argument("--list", choices=LISTS, default="first")
     parser.add_argument("--designs", nargs="+", help="of the list; all by default")
     parser.add_argument("--output", type=Path, help="without its suffix")
@@ -51,14 +62,19 @@ def main() -> None:
     designs = LISTS[options.list]()
     if options.designs:
         designs = {name: designs[name] for name in options.designs}
-    output = options.output or ROOT / "docs" / "results" / NAMES[options.list]
+    tasks = options.tasks or (LATER_MAKERS if options.list == "third" else MAKERS)
+    output = options.output or RESULTS / NAMES[options.list]
     path = output.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     records = kept(path)
     if not options.report:
-        for name in options.tasks:
+        for name in tasks:
             add(path, records, missing(name, designs, records))
-    own = [r for r in records if r["task"] in options.tasks]
+    own = [r for r in records if r["task"] in tasks]
+    if options.list == "third":
+        first = kept((RESULTS / NAMES["second"]).with_suffix(".jsonl"))
+        write_third(own, first, output.with_suffix(".md"), designs)
+        return
     write_report(own, output.with_suffix(".md"), designs)
     if options.list == "second":
         print(f"The rule of decision chooses: {decision(list(by_cell(own).values()))}")
@@ -70,7 +86,7 @@ def missing(
     """The rates of a task and its results, less those that are there."""
     own = [r for r in records if r["task"] == name]
     rates = {r["optimizer"]: r for r in own if "rate" in r}
-    what = (MAKERS | clipbench.MAKERS)[name]()
+    what = ALL_MAKERS[name]()
     if not rates:
         found = tuned(what)
         rates = {o: {"task": name, "optimizer": o, **found[o]} for o in SCALES}

@@ -10,6 +10,7 @@ from clipbench.earlier import twice_a_low_quantile
 
 import optax_clipx as clipx
 from autodesign.training import Design, constant, hard
+from optax_clipx._methods.auto import compress
 from optax_clipx._thresholds.base import memory, per_norm, put
 from optax_clipx.thresholds import Context, Threshold
 
@@ -408,6 +409,7 @@ def later_designs() -> dict[str, Design]:
 
 
 FIRST_CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
+PACKAGE = "auto_clip of the package"
 MOST_CELLS = "logarithmic slow start 0.1, of the median"
 
 
@@ -423,3 +425,13 @@ def second_list() -> dict[str, Design]:
     first = families()
     best = {name: first[name] for name in (FIRST_CHOSEN, MOST_CELLS)}
     return BASELINES | best | later_designs()
+
+
+def third_list() -> dict[str, Design]:
+    """Baselines, and the rule that both rounds chose: as designed, as in the package.
+
+    The package's rule also starts again after 50 norms in a row far above the first
+    ones.
+    """
+    package = Design(clipx.thresholds.auto(), compress)
+    return BASELINES | {FIRST_CHOSEN: families()[FIRST_CHOSEN], PACKAGE: package}

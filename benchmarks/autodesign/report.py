@@ -1,7 +1,7 @@
 """A table of what the designs reached."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clipbench.report import (
     judged,
     losses,
     ratio,
+    times,
 )
 
 from autodesign.deciding import mean
@@ -45,8 +46,44 @@ def fixed_ratio(row: Row, number: int) -> float:
     return float(losses(row[FIXED])[:, number].min() / best_fixed(row))
 
 
-def write_report(records: list[Record], path: Path, names: Iterable[str]) -> None:
+def write_report(records: list[Record], path: Path, names: Collection[str]) -> None:
     """Writes and prints the table of these designs, and of the parts by optimizer."""
+    text = "\n".join(summary(records, names)) + "\n"
+    print(text)
+    path.write_text(text)
+
+
+def write_third(
+    records: list[Record], first: list[Record], path: Path, names: Collection[str]
+) -> None:
+    """Writes and prints the tables of the third round: these tasks, and those before.
+
+    The designs that ran on both are in the second table.
+    """
+    here = {r["task"] for r in records}
+    before = [r for r in first if r["task"] not in here]
+    lines = ["**The twelve further tasks**", "", *summary(records, names), ""]
+    if before:
+        lines += ["**All twenty-four tasks**", ""]
+        lines += [*summary([*before, *records], names), ""]
+    lines += ["**Each cell of the further tasks**", "", *each_cell(records, names)]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    path.write_text(text)
+
+
+def each_cell(records: list[Record], names: Collection[str]) -> list[str]:
+    """A table of the loss of each design over that of the best fixed threshold."""
+    lines = [line("task", "optimizer", LUCK, *names)]
+    lines.append("|---|---|" + "---:|" * (1 + len(names)))
+    for cell, row in by_cell(records).items():
+        found = [chosen_elsewhere(row), *(ratio(row, name) for name in names)]
+        lines.append(line(*cell, *map(times, found)))
+    return lines
+
+
+def summary(records: list[Record], names: Collection[str]) -> list[str]:
+    """The table of these designs, as lines."""
     found = by_cell(records)
     rows = list(found.values())
     more = ["mean", "of fixed", "behind", "sgd", "momentum", "adam", "lion"]
@@ -66,10 +103,10 @@ def write_report(records: list[Record], path: Path, names: Iterable[str]) -> Non
         more = [middle, relative(ratios, entries[LUCK])]
         more += [behind(ratios, entries.get(FIRST_CHOSEN, ratios))]
         lines.append(line(name, *cells, *more, *shares(ratios)))
-    hours = sum(r.get("seconds", 0) for r in records) / 3600
-    text = "\n".join([*lines, "", f"{len(rows)} cells, {hours:.2g} hours."]) + "\n"
-    print(text)
-    path.write_text(text)
+    listed = {*names, *(f"fixed {c:g}" for c in RELATIVE_LIMITS)}
+    own = [r for r in records if r.get("design") in listed]
+    hours = sum(r["seconds"] for r in own) / 3600
+    return [*lines, "", f"{len(rows)} cells, {hours:.2g} hours."]
 
 
 def near(ratios: Ratios) -> np.ndarray:

@@ -1,18 +1,21 @@
 """The trials of rules: tasks of their own, and the chosen design is the package's."""
 
+import dataclasses
+import functools
 import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_clipx as clipx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from autodesign import deciding, designs, report, tasks, training
+from autodesign import deciding, designs, later_tasks, report, tasks, training
 from clipbench.tasks import MAKERS
 
 CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
@@ -21,6 +24,11 @@ CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
 def test_no_task_is_one_of_clipbench():
     assert len(tasks.MAKERS) == 12
     assert not set(tasks.MAKERS) & set(MAKERS)
+
+
+def test_no_further_task_is_one_of_those_before():
+    assert len(later_tasks.LATER_MAKERS) == 12
+    assert not set(later_tasks.LATER_MAKERS) & {*tasks.MAKERS, *MAKERS}
 
 
 def test_all_designs_are_different_rules():
@@ -65,10 +73,65 @@ def test_the_chosen_design_is_the_rule_of_the_package():
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
+def test_the_rule_of_the_package_trains_as_the_package_does():
+    what = dataclasses.replace(tasks.MAKERS["deep linear network"](), steps=20)
+    list_ = designs.third_list()
+    rules = {n: list_[n] for n in (designs.PACKAGE, CHOSEN)}
+    rates = np.array([[0.02], [0.01], [0.01], [0.003]])
+    key = jax.random.key(0)
+
+    def schedule(rate):
+        return lambda number: rate * jnp.clip((20 - number) / (20 / 3), 0.0, 1.0)
+
+    def final_of(optimizer):
+        tx = optax.chain(clipx.auto_clip(nonfinite="zero"), optimizer)
+
+        def step(carry, number):
+            params, state = carry
+            batch = what.batch(jax.random.fold_in(key, number + 1), number)
+            grads = jax.grad(what.loss)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), what.final(params)
+
+        params = what.init(jax.random.fold_in(key, 0))
+        _, finals = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(20))
+        return jnp.mean(finals[-3:])
+
+    makers = [optax.sgd, functools.partial(optax.sgd, momentum=0.9)]
+    makers += [optax.adam, optax.lion]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        pairs = zip(makers, rates[:, 0], strict=True)
+        want = jax.jit(lambda: [final_of(m(schedule(r))) for m, r in pairs])()
+        found = training.trained(what, rules, rates, 1)[..., 0, 0]
+    for column in found.T:
+        np.testing.assert_allclose(column, want, rtol=2e-4)
+
+
+def test_the_rule_of_the_package_starts_again_where_the_design_does_not():
+    list_ = designs.third_list()
+    context = clipx.thresholds.Context(step=0, extra={"value": jnp.float32(1)})
+    norms = jnp.concatenate([jnp.ones(100), jnp.full(70, 100.0)])
+
+    def last(rule):
+        def step(state, norm):
+            limit, state = rule.update(norm, state, context)
+            return state, limit
+
+        return jax.lax.scan(step, rule.init(jnp.float32(0)), norms)[1][-1]
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        np.testing.assert_allclose(last(list_[CHOSEN].rule), 0.1, rtol=1e-5)
+        assert last(list_[designs.PACKAGE].rule) > 20
+
+
+ALL = tasks.MAKERS | later_tasks.LATER_MAKERS
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tasks.MAKERS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_task_can_be_learned(name):
-    what = tasks.MAKERS[name]()
+    what = ALL[name]()
     assert what.steps % training.CHECKS == 0
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         rates = np.full((4, 1), 0.003)
@@ -91,6 +154,22 @@ def test_ratios_are_to_the_best_fixed_threshold():
     assert report.fixed_ratio(row, 0) == 2
     assert report.fixed_ratio(row, 3) == 1
     np.testing.assert_allclose(report.ratio(row, "a"), 1.5)
+
+
+def test_the_tables_of_the_third_round(tmp_path, capsys):
+    fixed = [record("sgd", f"fixed {c:g}", 4, 2, 3) for c in report.RELATIVE_LIMITS]
+    none = record("sgd", "none", 4, 3, None)
+    here = [{**r, "seconds": 1} for r in [*fixed, none]]
+    before = [{**r, "task": "u"} for r in here] + [{**here[0], "final": [[9.0, 9.0]]}]
+    path = tmp_path / "table.md"
+    report.write_third(here, before, path, ["none"])
+    text = path.read_text()
+    assert "1 cells," in text
+    assert "2 cells," in text
+    assert "| t | sgd | 1 | 1.5 |" in text
+    assert text.count("| none | 0% | 0% | 1.5 |") == 2
+    report.write_third(here, [], path, ["none"])
+    assert "twenty-four" not in path.read_text()
 
 
 def cells_of(ratios):
