@@ -84,7 +84,8 @@ def _replaced(given: PyTree) -> Any:
 
 
 def _replaced_and_stored(given: PyTree) -> Any:
-    return lax.optimization_barrier(_replaced(given))
+    # One by one: what goes through a barrier together varies together on a mesh.
+    return jax.tree.map(lax.optimization_barrier, _replaced(given))
 
 
 def replaced_if(flag: Number, value: Number, arrays: PyTree) -> Any:

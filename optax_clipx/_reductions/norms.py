@@ -427,7 +427,7 @@ def _two_norms_jvp(
         return jnp.where(there, 1 / (jnp.where(there, root, 1) * size), 0).astype(dtype)
 
     def slope(
-        leaf: int, x: jax.Array, change: jax.Array, unit: jax.Array, weight: jax.Array
+        leaf: int, x: jax.Array, change: jax.Array, unit: Number, weight: jax.Array
     ) -> jax.Array:
         wide = widened(x, dtype)
         way = times(times(x.astype(wide), 1 / unit), weight)

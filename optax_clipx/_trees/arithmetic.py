@@ -151,7 +151,7 @@ def abs_squared(x: jax.Array) -> jax.Array:
     return lax.mul(x, x)
 
 
-def times(x: jax.Array, factor: jax.Array | np.ndarray) -> jax.Array:
+def times(x: jax.Array, factor: Number) -> jax.Array:
     """A real or complex array times a real one, part by part."""
     if is_complex(x):
         return lax.complex(times(x.real, factor), times(x.imag, factor))
