@@ -74,7 +74,7 @@ def test_a_scan_whose_results_nobody_keeps(seen, kind, every):
         check(seen, every)
 
 
-@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("every", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
     "sizes",
