@@ -344,16 +344,12 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
     """A pass over plain squares, one with the right factors, and both in one."""
-    in_one = as_one if measured.plan.groups.is_one else _called
-
-    def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
-        factors = _factors(squares, risks)
-        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
-        return factors, _is_other_than_one(at_risk)
 
     def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
-        return squares, *in_one(judged, squares)
+        factors = _factors(squares, risks)
+        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
+        return squares, factors, _is_other_than_one(at_risk)
 
     def again(
         squares: list[Packed], factors: list[Packed], given: PyTree
@@ -376,7 +372,8 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         return squares, _factors(plain, risks)
 
     def side_by_side(given: PyTree) -> Squares:
-        return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
+        found = measured.totals(measured.sums(given, "at_three"), given)
+        return as_one(picked, *found) if measured.plan.groups.is_one else picked(*found)
 
     return Passes(first, again, side_by_side)
 
@@ -384,10 +381,6 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
 def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
     """The squares that are in range."""
     return _by_range(plain, small, large, plain)
-
-
-def _called(fun: Callable[..., PyTree], *given: PyTree) -> Any:
-    return fun(*given)
 
 
 def _joined(measured: _Measured, risks: list[bool]) -> Passes:
