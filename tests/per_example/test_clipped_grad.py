@@ -28,6 +28,13 @@ MODES = {
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
+def usually(name):
+    """All modes, of which the others are slow; each table has another usual one."""
+    marks = {x: () if x == name else (pytest.mark.slow,) for x in MODES}
+    cases = [pytest.param(MODES[x], id=x, marks=marks[x]) for x in MODES]
+    return pytest.mark.parametrize("mode", cases)
+
+
 def loss(params, x, y):
     hidden = jnp.tanh(x @ params["a"])
     return jnp.mean((hidden @ params["b"] - y) ** 2)
@@ -247,8 +254,7 @@ def test_the_sum_is_cast_last_and_only_if_asked():
 # The table of edge cases.
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("one pass")
 def test_edge_cases(mode):
     x = {
         "a": jnp.array([[0.0] * 4, [3e38] * 4, [1e-36] * 4, [0.5] * 4]),
@@ -278,8 +284,7 @@ def test_edge_cases(mode):
         np.testing.assert_allclose(np.asarray(grads["a"]) / limit, 0.5, rtol=1e-5)
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("microbatches")
 def test_a_whole_batch_that_is_not_finite_adds_zero(mode):
     params, x, y = problem(size=8)
     grads, found = plain(0.5, **mode)(params, x * jnp.nan, y)
@@ -361,8 +366,7 @@ def test_groups_with_limits_of_their_own():
 # Masks, means, users, and what is passed on.
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("two passes")
 def test_padding_is_as_if_it_were_not_there(mode):
     params, x, y = problem(broken=[(1, np.nan), (5, np.nan)])
     mask = np.ones(12, bool)
@@ -386,8 +390,7 @@ def test_the_mean_divides_by_what_it_is_told():
         np.testing.assert_allclose(expected[key], g / 16, rtol=1e-6)
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("two passes by microbatches")
 def test_examples_of_a_user_are_clipped_together(mode):
     params, x, y = problem(size=9)
     users = np.array(["c", "a", "b", "a", "c", "a", "d", "d", "d"])
@@ -445,8 +448,7 @@ def linear(params, x):
     return jnp.vdot(params, x)
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("one pass")
 def test_under_vmap_and_differentiated_by_the_limit(mode):
     rng = np.random.default_rng(0)
     models, batches = rng.normal(size=(3, 2)), rng.normal(size=(3, 4, 2)) * 5
@@ -465,8 +467,7 @@ def test_under_vmap_and_differentiated_by_the_limit(mode):
     np.testing.assert_allclose(slope, want, rtol=1e-5)
 
 
-@pytest.mark.one_in(2)
-@every_mode
+@usually("microbatches")
 def test_batches_of_integers_and_random_keys(mode):
     def fun(params, i, key):
         kept = jax.random.bernoulli(key, 0.5, (3,)).astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,12 +62,14 @@ def test_a_picture_that_is_there_is_refused_before_anything_is_trained(tmp_path)
 def test_the_command_line_says_force(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run().save("run.jsonl")
-    assert command_line.main(["plot", "run.jsonl"]) == 0
+    Path("run.png").write_bytes(b"a picture")
     assert command_line.main(["plot", "run.jsonl"]) == 2
     said = capsys.readouterr().err
     assert "Pass --force to overwrite it" in said
     assert "force=True" not in said
+    assert Path("run.png").read_bytes() == b"a picture"
     assert command_line.main(["plot", "run.jsonl", "--force"]) == 0
+    assert Path("run.png").read_bytes() != b"a picture"
 
 
 def test_resume_and_force_are_two_things(tmp_path):

@@ -233,6 +233,7 @@ def test_what_is_queued_is_no_memory_of_jax(monkeypatch):
     assert [array.flags.owndata for array in arrays] == [True, True]
 
 
+@pytest.mark.slow  # test_history has a program that ends without a tap
 def test_a_history_in_a_file_has_all_at_the_end(tmp_path):
     path = tmp_path / "run.jsonl"
     code = AT_EXIT.replace(
