@@ -131,7 +131,7 @@ def test_linen(capsys):
 
 
 def test_nnx(capsys):
-    model = Stack(nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Stack(nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
     found = printed(capsys, params, clipx.units.of_model(model))
     assert {path: row[1:] for path, row in found.items()} == {
@@ -162,7 +162,7 @@ def test_nnx(capsys):
 
 
 def test_equinox(capsys):
-    model = Tower()
+    model = eqx.filter_jit(Tower)()
     params = eqx.filter(model, eqx.is_inexact_array)
     found = printed(capsys, params, clipx.units.of_model(model))
     projections = ("query_proj", "key_proj", "value_proj", "output_proj")

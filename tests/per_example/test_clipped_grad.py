@@ -636,6 +636,7 @@ def test_pmap():
 # Memory, other libraries, bad input.
 
 
+@functools.cache
 def peak(size, **options):
     """Bytes of a compiled program besides its arguments and what it returns."""
     kinds = jax.tree.map(jax.typeof, problem(size=size))

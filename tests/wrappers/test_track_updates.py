@@ -60,6 +60,11 @@ def test_what_was_not_asked_for_is_absent():
 
 def scores(norms):
     """The spike score after each step with a gradient of such a norm."""
+    return np.asarray(traced_scores(jnp.asarray(norms, jnp.float32)))
+
+
+@jax.jit
+def traced_scores(norms):
     tx = clipx.track_norms(optax.identity(), updates=True)
 
     def step(state, norm):
@@ -68,7 +73,7 @@ def scores(norms):
         return state, clipx.metrics(state)["track/spike_score"]
 
     start = tx.init({"w": jnp.ones(1)})
-    return np.asarray(jax.lax.scan(step, start, jnp.asarray(norms, jnp.float32))[1])
+    return jax.lax.scan(step, start, norms)[1]
 
 
 def by_hand(norms):
