@@ -37,7 +37,7 @@ def gradients(dtype=jnp.float32):
 
 def stacked(trees):
     """Trees as one, with a leading axis."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *trees)
 
 
 def trainer(make, **options):

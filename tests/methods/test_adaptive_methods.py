@@ -26,7 +26,7 @@ def traced(make):
     """What a method makes of the gradients of the traces, and its rule's states."""
     clipper = make()
     grads = [[jnp.asarray(INPUTS[f"g{i}"][t]) for i in range(3)] for t in range(80)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *grads)
 
     def step(state, g):
         clipped, state = clipper.update(g, state)
@@ -150,7 +150,7 @@ def test_scan_donation_and_eager_agree(make):
     donating = jax.jit(clipper.update, donate_argnums=(0, 1))
     _, donated = steps(donating, clipper.init(tree(1.0)))
     stacked = jax.tree.map(
-        lambda *x: jnp.stack(x), *[tree(n, i) for i, n in enumerate(NORMS)]
+        lambda *x: jnp.asarray(np.stack(x)), *[tree(n, i) for i, n in enumerate(NORMS)]
     )
     scanned, _ = jax.jit(
         lambda s, g: lax.scan(lambda s, g: clipper.update(g, s)[::-1], s, g)
@@ -212,7 +212,7 @@ def test_under_vmap_each_model_has_its_own(make):
     alone = [clipper.init(tree(1.0)) for _ in range(2)]
     for i, norm in enumerate(NORMS[:8]):
         grads = [tree(norm, i), tree(50 * NORMS[::-1][i], i)]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+        stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *grads)
         clipped, state = update(stacked, state)
         for j in range(2):
             one, alone[j] = clipper.update(grads[j], alone[j])

@@ -269,7 +269,7 @@ def test_dtypes(make, dtype):
 @every_from(0)
 def test_under_vmap_each_model_has_its_own(make):
     tx = make()
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(1, 50.0))
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), tree(0), tree(1, 50.0))
     state = jax.vmap(tx.init)(stacked)
     found, _ = jax.jit(jax.vmap(tx.update))(stacked, state)
     update = jax.jit(tx.update)

@@ -132,7 +132,7 @@ def steps_until_back(clipper, spike_at=5, steps=400):
     """
     usual, spiked = (
         jax.tree.map(
-            lambda *x: jnp.stack(x),
+            lambda *x: np.stack(x),
             *[gradients(i, spike=s and i == spike_at) for i in range(steps)],
         )
         for s in (False, True)
