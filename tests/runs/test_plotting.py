@@ -1,5 +1,6 @@
 """Pictures: what they draw, in light and dark, and the command line around them."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -118,6 +119,11 @@ def tracked_run():
     return run_of() | columns | {"track/update_norm": np.geomspace(1, 1e-3, 300)}
 
 
+@functools.cache
+def tracked_overview():
+    return plotting.overview(tracked_run())
+
+
 def titled(figure, title):
     """The axes with a title."""
     found = (ax for ax in figure.axes if ax.get_title(loc="left") == title)
@@ -134,7 +140,7 @@ def test_the_overview_shows_the_loss_and_the_learning_rate(names):
 
 
 def test_titles_that_are_beside_each_other_are_on_one_height():
-    figure = plotting.overview(tracked_run())
+    figure = tracked_overview()
     figure.draw_without_rendering()
     for left, right in (("Update norm", "Shares"), ("Loss", "Learning rate")):
         axes = [titled(figure, x) for x in (left, right)]
@@ -152,7 +158,7 @@ def test_the_histogram_says_what_is_in_its_last_bar():
 
 
 def test_the_overview_shows_the_update_and_the_shares():
-    figure = plotting.overview(tracked_run())
+    figure = tracked_overview()
     update, shares = (titled(figure, x) for x in ("Update norm", "Shares"))
     assert update.get_yscale() == "log"
     np.testing.assert_allclose(update.get_lines()[0].get_ydata()[-1], 1e-3, rtol=0.1)
@@ -167,8 +173,8 @@ def test_the_overview_shows_the_update_and_the_shares():
 def test_any_column_with_the_norm_of_the_update_is_drawn_alike():
     run = tracked_run()
     run["update_norm"] = run.pop("track/update_norm")
-    (one, other) = (
-        titled(plotting.overview(x), "Update norm") for x in (run, tracked_run())
+    one, other = (
+        titled(x, "Update norm") for x in (plotting.overview(run), tracked_overview())
     )
     np.testing.assert_array_equal(*(x.get_lines()[0].get_ydata() for x in (one, other)))
     pytest.importorskip("plotly")

@@ -160,12 +160,12 @@ def test_killed_around_a_rewind_at_any_call(tmp_path):
     def run(folder, left):
         folder.mkdir(exist_ok=True)
         rewind, history, manager = make(folder, Mortal([0]), margin=10, patience=15)
-        bad = loss_in([*range(105, 125), *range(160, 200)])
+        bad = loss_in([*range(55, 75), *range(110, 150)])
         manager.left = left
         seen, deaths = [], 0
         while True:
             try:
-                seen += drive(rewind, history, manager, bad)
+                seen += drive(rewind, history, manager, bad, steps=150)
                 break
             except Killed:
                 deaths += 1
