@@ -74,12 +74,19 @@ def test_a_scan_whose_results_nobody_keeps(seen, kind, every):
         check(seen, every)
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    "sizes",
-    [(8,), (4, 2), pytest.param((2, 2, 2), marks=since_jax_0_10)],
-    ids=["whole", "one_left", "two_left"],
+    ("sizes", "every"),
+    [
+        pytest.param((8,), 1, id="whole-1"),
+        pytest.param((8,), 10, id="whole-10"),
+        pytest.param((4, 2), 1, id="one_left-1"),
+        pytest.param((4, 2), 10, id="one_left-10", marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 1, id="two_left-1", marks=since_jax_0_10),
+        pytest.param(
+            (2, 2, 2), 10, id="two_left-10", marks=[since_jax_0_10, pytest.mark.slow]
+        ),
+    ],
 )
 def test_shard_map_over_the_first_axis(seen, sizes, check_vma, every):
     names = ("x", "y", "z")[: len(sizes)]
