@@ -168,8 +168,19 @@ def test_the_tables_of_the_third_round(tmp_path, capsys):
     assert "2 cells," in text
     assert "| t | sgd | 1 | 1.5 |" in text
     assert text.count("| none | 0% | 0% | 1.5 |") == 2
-    report.write_third(here, [], path, ["none"])
+    assert "behind the package" not in text
+    best = {**record("sgd", report.PACKAGE, 1, 2, 3), "seconds": 1}
+    report.write_third([*here, best], [], path, ["none", report.PACKAGE])
     assert "twenty-four" not in path.read_text()
+    assert "| none | 1 (1 to 1) |" in path.read_text()
+
+
+def test_a_cell_in_which_all_diverge_counts_as_diverged():
+    both = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS] + ["none"]
+    lost = [{**record("sgd", name, None, None), "seconds": 1} for name in both]
+    good = [{**record("adam", name, 2, 3), "seconds": 1} for name in both]
+    *_, none, _, _ = report.summary([*lost, *good], ["none"])
+    assert none.startswith("| none | 50% | 50% | diverged | diverged | 1 | 0 | 2.236 |")
 
 
 def cells_of(ratios):
