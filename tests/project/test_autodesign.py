@@ -131,9 +131,9 @@ ALL = tasks.MAKERS | later_tasks.LATER_MAKERS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_task_can_be_learned(name):
-    what = ALL[name]()
-    assert what.steps % training.CHECKS == 0
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        what = ALL[name]()
+        assert what.steps % training.CHECKS == 0
         rates = np.full((4, 1), 0.003)
         one = {"clipped": training.Design(training.constant(1.0))}
         found = training.trained(what, one, rates, 1)
