@@ -12,14 +12,20 @@ from jaxtyping import PyTree
 
 from .._devices.mesh import mesh_of
 from .._devices.numbers import as_one
-from .._devices.programs import replaced_if
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan
 from .._thresholds.base import Context, Threshold, like, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
-from .._trees.arithmetic import accumulator, either, finite, full_like, where
+from .._trees.arithmetic import (
+    Number,
+    accumulator,
+    either,
+    finite,
+    full_like,
+    where,
+)
 from .._trees.leaves import Leaves, flatten, from_prefix, show
 from .._trees.types import Dtype, Scalar, Shaped, Trees
 from . import metrics as _metrics, policies, scaling, summary as _summary
@@ -292,7 +298,7 @@ def decide(
         lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
         value = where(lost, np.nan, jax.tree.leaves(scales)[0].dtype.type(0))
-        scales = replaced_if(either(lost, zero), value, scales)
+        scales = _replaced_if(either(lost, zero), value, scales)
         return groups.spread(scales), zero, ended
 
     if groups.is_one:
@@ -301,6 +307,10 @@ def decide(
         scales, zero, ended = numbers(given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
     return Decided(arrays, groups, scales, flag, ended)
+
+
+def _replaced_if(flag: Number, value: Number, scales: Packed) -> Packed:
+    return jax.tree.map(lambda s: where(flag, value, s), scales)
 
 
 def _planned(

@@ -15,7 +15,6 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._trees.arithmetic import Number, where
 from .._trees.types import Arrays
 from .mesh import knows_shards
 from .numbers import is_inside
@@ -76,29 +75,6 @@ def if_needed(
 
     ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
     return by_platform(ways, given, like)
-
-
-def _replaced(given: PyTree) -> Any:
-    flag, value, arrays = given
-    return jax.tree.map(lambda x: where(flag, value, x), arrays)
-
-
-def _replaced_and_stored(given: PyTree) -> Any:
-    # One by one: what goes through a barrier together varies together on a mesh.
-    return jax.tree.map(lax.optimization_barrier, _replaced(given))
-
-
-def replaced_if(flag: Number, value: Number, arrays: PyTree) -> Any:
-    """Arrays full of a value if the flag is set, else as they are, computed once.
-
-    XLA for CPU would compute anew in the loop of every leaf what led to its scale.
-
-    `python benchmarks/everyday.py`: AGC.
-    """
-    if is_inside():
-        return _replaced((flag, value, arrays))
-    ways = Ways(_replaced_and_stored, _replaced, _replaced)
-    return by_platform(ways, (flag, value, arrays), like=arrays)
 
 
 def _at(
