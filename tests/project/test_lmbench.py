@@ -5,10 +5,12 @@ import math
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
+from sklearn import linear_model
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "lmbench"
 sys.path.insert(0, str(FOLDER.parent))
@@ -28,6 +30,16 @@ from lmbench import (  # noqa: E402
 def _as_outside():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def short_text(monkeypatch):
+    """One package of scikit-learn: to read all takes longer than a short run."""
+    part = types.SimpleNamespace(__file__=linear_model.__file__, __version__="")
+    monkeypatch.setattr(corpus, "sklearn", part)
+    corpus.corpus.cache_clear()
+    yield
+    corpus.corpus.cache_clear()
 
 
 @pytest.mark.slow
@@ -81,6 +93,7 @@ def test_a_byte_is_predicted_from_those_before_it(model):
 @pytest.mark.parametrize(
     "setting", ["no norm", pytest.param("QK-norm", marks=pytest.mark.slow)]
 )
+@pytest.mark.usefixtures("short_text")
 def test_a_run_learns(setting):
     size = models.SIZES["tiny"]._replace(steps=60)
     found = training.run(methods.SETTINGS[setting], "none", math.inf, 0.01, 0, size)
@@ -89,6 +102,7 @@ def test_a_run_learns(setting):
     assert found["clipped"] == found["spikes"] == 0.0
 
 
+@pytest.mark.usefixtures("short_text")
 def test_a_threshold_below_all_norms_clips_every_step():
     size = models.SIZES["tiny"]
     fixed = methods.FIXED

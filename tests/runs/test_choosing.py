@@ -83,9 +83,9 @@ def test_false_alarms_are_rare():
     """Steady runs, short and long, narrow and heavy-tailed."""
     alarms = [
         clipx.suggest_threshold(lognormal(count, seed, sigma)).rule is not None
-        for count in (100, 1000, 10_000)
+        for count, seeds in ((100, 30), (1000, 30), (10_000, 10))
         for sigma in (0.05, 0.5, 1.5)
-        for seed in range(30)
+        for seed in range(seeds)
     ]
     assert np.mean(alarms) < 0.02
 

@@ -376,8 +376,12 @@ def test_plot(run, capsys):
     assert call("plot", "run.jsonl", "other.csv", "-o", "x.png") == 2
     assert "folder for 2 pictures, one for each run" in capsys.readouterr().err
     (run / "out").mkdir()
-    assert call("plot", "run.jsonl", "other.csv", "-o", "out") == 0
-    assert sorted(os.listdir("out")) == ["other.png", "run.png"]
+    small = clipx.History()  # whose pictures have few panels
+    small.append(range(30), {"norm": np.arange(30.0) + 1})
+    for name in ("small.jsonl", "as_small.csv"):
+        small.save(name)
+    assert call("plot", "small.jsonl", "as_small.csv", "-o", "out") == 0
+    assert sorted(os.listdir("out")) == ["as_small.png", "small.png"]
     assert call("plot", "run.jsonl", "-o", "run.xyz") == 2
     assert not (run / "run.xyz").exists()
 
