@@ -344,12 +344,16 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
 
 def _passes(measured: _Measured, risks: list[bool]) -> Passes:
     """A pass over plain squares, one with the right factors, and both in one."""
+    in_one = as_one if measured.plan.groups.is_one else _called
+
+    def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
+        factors = _factors(squares, risks)
+        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
+        return factors, _is_other_than_one(at_risk)
 
     def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
-        factors = _factors(squares, risks)
-        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
-        return squares, factors, _is_other_than_one(at_risk)
+        return squares, *in_one(judged, squares)
 
     def again(
         squares: list[Packed], factors: list[Packed], given: PyTree
@@ -372,10 +376,13 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         return squares, _factors(plain, risks)
 
     def side_by_side(given: PyTree) -> Squares:
-        found = measured.totals(measured.sums(given, "at_three"), given)
-        return as_one(picked, *found) if measured.plan.groups.is_one else picked(*found)
+        return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
 
     return Passes(first, again, side_by_side)
+
+
+def _called(fun: Callable[..., PyTree], *given: PyTree) -> Any:
+    return fun(*given)
 
 
 def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
