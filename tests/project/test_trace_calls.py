@@ -39,6 +39,6 @@ def test_few_more_calls_than_with_optax():
         command, cwd=BENCHMARKS, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert found["tree"] < 1.4 * found["optax tree"]  # 1.30
-    assert found["zclip"] < 1.75 * found["optax tree"]  # 1.61
-    assert found["clip"] < 1.75 * found["optax clip"]  # 1.64
+    assert found["tree"] < 1.4 * found["optax tree"]  # 1.32
+    assert found["zclip"] < 1.75 * found["optax tree"]  # 1.64
+    assert found["clip"] < 1.75 * found["optax clip"]  # 1.68
