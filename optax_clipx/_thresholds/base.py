@@ -269,7 +269,7 @@ def int32(value: Scalar) -> jax.Array | np.int32:
 
 def one_more(count: jax.Array) -> jax.Array:
     """A count of steps after one more; it stays at int32's largest number."""
-    return larger(count, plus(count, 1))  # after the largest comes a negative one
+    return larger(count, plus(count, 1))  # the largest one more is negative
 
 
 def numbered(size: int, like: jax.Array) -> jax.Array:

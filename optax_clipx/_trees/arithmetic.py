@@ -68,7 +68,7 @@ finite = _of_scalars(lax.is_finite, np.isfinite)
 
 
 def more(x: ArrayLike, y: ArrayLike) -> Any:
-    """Whether `x > y`. JAX lowers each operation once: so it is one that there is."""
+    """Whether `x > y`, written as `y < x`: JAX lowers each kind of operation once."""
     return less(y, x)
 
 
