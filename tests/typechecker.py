@@ -54,7 +54,7 @@ def of_leaves(function):
 
     def check(leaf):
         if not is_bearable(leaf, kind):
-            raise TypeError(f"{leaf!r} is not of {kind}.")
+            raise TypeError(f"A {type(leaf).__name__} is not of {kind}.")
 
     return check
 

@@ -465,12 +465,9 @@ def _one(x: jax.Array) -> Number:
 
 def _is_other_than_one(factors: list[Packed]) -> jax.Array:
     """Whether any factor is not 1."""
-    alike: dict[Any, jax.Array] = {}
-    for factor in jax.tree.leaves(factors):
-        flags = lax.ne(factor, full_like(factor, 1))
-        before = alike.get(flags.shape)
-        alike[flags.shape] = flags if before is None else either(before, flags)
-    return functools.reduce(either, map(_any, alike.values()))
+    # One by one: arrays of one shape may be cut in different ways.
+    flags = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(factors)]
+    return functools.reduce(either, map(_any, flags))
 
 
 def _any(flags: jax.Array) -> jax.Array:

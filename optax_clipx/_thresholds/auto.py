@@ -83,7 +83,6 @@ def auto() -> Threshold:
 
     Example:
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> import optax_clipx as clipx
         >>> rule = clipx.thresholds.minimum(clipx.thresholds.auto(), 5.0)
         >>> state = rule.init(jnp.float32(0))
