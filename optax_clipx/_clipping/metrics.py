@@ -188,7 +188,7 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
 def count(number: Any, happened: jax.Array | bool) -> jax.Array:
     """One more if it happened; stays at int32's largest number."""
     one = 1 if happened is True else lax.convert_element_type(happened, number.dtype)
-    return larger(number, plus(number, one))  # the largest one more is negative
+    return larger(number, plus(number, one))  # int32 wraps around
 
 
 def to_float32(x: jax.Array) -> jax.Array:

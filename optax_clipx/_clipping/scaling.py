@@ -20,6 +20,7 @@ from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
+    at_least,
     both,
     either,
     equal,
@@ -27,7 +28,6 @@ from .._trees.arithmetic import (
     more,
     product,
     safe_sqrt,
-    saturated,
     smaller,
     times,
     where,
@@ -109,14 +109,22 @@ def as_numbers(scales: Packed) -> Packed:
     return jax.tree.map(lambda s: product(s, second_factor(s)), scales)
 
 
-def clipped_norms(norms: Norms, scales: Packed) -> Packed:
+def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
     """The norms of what has been multiplied by its scale."""
-    return jax.tree.map(_clipped_norm, norms.root, norms.unit, scales)
+    each = (norms.value, norms.root, norms.unit, limits, scales)
+    return jax.tree.map(_clipped_norm, *each)
 
 
-def _clipped_norm(root: jax.Array, unit: Number, s: jax.Array) -> jax.Array:
+def _clipped_norm(
+    value: jax.Array, root: jax.Array, unit: Number, limit: Number, s: jax.Array
+) -> jax.Array:
+    most = float(jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
-    return saturated(product(root, s), product(unit, second_factor(s)))
+    first = where(
+        at_least(value, most), product(product(root, s), unit), product(value, s)
+    )
+    clipped = smaller(product(first, second_factor(s)), most)
+    return where(equal(limit, np.inf), value, clipped)
 
 
 def _times_scale_once(

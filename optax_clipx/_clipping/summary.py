@@ -99,7 +99,7 @@ def fold(
     groups, ord = plan.groups, plan.ord
     if groups.is_one:
         return norms, limits, scales
-    clipped = scaling.clipped_norms(norms, scales)
+    clipped = scaling.clipped_norms(norms, limits, scales)
     sizes = plan.sizes(arrays)
     fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
     if not isinstance(groups, UnitGroups):
@@ -182,7 +182,7 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
     over = more(norms.value, limits)
     return Summary(
         norm=norms.value,
-        clipped_norm=scaling.clipped_norms(norms, scales),
+        clipped_norm=scaling.clipped_norms(norms, limits, scales),
         scale=scaling.as_numbers(scales),
         threshold=limits,
         clipped=lax.convert_element_type(over, norms.value.dtype),

@@ -164,7 +164,7 @@ def per_norm(
     """
 
     def one(norms: jax.Array, state: PyTree, context: Context) -> tuple[jax.Array, Any]:
-        limits, new = update(norms, jax.tree.map(_to_float32, state), context)
+        limits, new = update(norms, jax.tree.map(to_float32, state), context)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
         # A threshold of infinity times a norm of zero would be NaN.
         there = more(norms, 0)
@@ -185,7 +185,7 @@ def per_norm(
     return Threshold(init_all, update_all, uses_step=False)
 
 
-def _to_float32(remembered: jax.Array) -> jax.Array:
+def to_float32(remembered: jax.Array) -> jax.Array:
     """What is computed with; a restored state may be in half precision."""
     is_float = jnp.issubdtype(remembered.dtype, jnp.floating)
     return remembered.astype(jnp.float32) if is_float else remembered
@@ -269,7 +269,7 @@ def int32(value: Scalar) -> jax.Array | np.int32:
 
 def one_more(count: jax.Array) -> jax.Array:
     """A count of steps after one more; it stays at int32's largest number."""
-    return larger(count, plus(count, 1))  # the largest one more is negative
+    return larger(count, plus(count, 1))  # int32 wraps around
 
 
 def numbered(size: int, like: jax.Array) -> jax.Array:
@@ -285,7 +285,7 @@ def for_each(x: Number, values: jax.Array) -> Any:
 
 
 def put(values: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
-    """The values with one at a place along the last axis."""
+    """The values with one at a place along the last axis; beyond its end, none."""
     here = equal(numbered(values.shape[-1], value), for_each(place, values))
     return where(here, for_each(value, values), values)
 

@@ -35,6 +35,7 @@ from .base import (
     one_more,
     per_norm,
     put_in_order,
+    to_float32,
 )
 
 _FIRST = 8  # values before there is a threshold
@@ -83,9 +84,11 @@ def spikes_of_norms(patience: Scalar | None) -> Threshold:
 def spikes_of_losses(patience: Scalar | None) -> Threshold:
     """Seven deviations above the mean, of values that may be zero or negative."""
     rule = _Spikes(lambda spread: product(7, spread), patience, of_logarithms=False)
-    return Threshold(
-        rule.init, lambda loss, state, context: rule.update(loss, state), False, False
-    )
+
+    def update(loss: jax.Array, state: SpikeState, context: Context) -> Any:
+        return rule.update(loss, jax.tree.map(to_float32, state))
+
+    return Threshold(rule.init, update, False, False)
 
 
 class _Spikes(NamedTuple):

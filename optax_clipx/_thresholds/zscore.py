@@ -22,7 +22,6 @@ from .._trees.arithmetic import (
     at_most,
     both,
     either,
-    equal,
     fraction,
     hypotenuse,
     larger,
@@ -285,7 +284,7 @@ class _ZScore(NamedTuple):
         decay = float32(self.decay)
         warmup = int32(self.warmup_steps)
         takes_over = smaller(plain, decay)
-        in_warmup, no_warmup = at_most(count, warmup), equal(warmup, 0)
+        in_warmup, no_warmup = at_most(count, warmup), at_most(warmup, 0)
         decay = where(no_warmup, takes_over, where(in_warmup, plain, decay))
         rest = minus(1, decay)
         off = lax.abs(minus(value, state.mean))

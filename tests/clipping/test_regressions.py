@@ -217,3 +217,13 @@ def test_norms_whose_reciprocal_is_subnormal(largest):
         np.testing.assert_allclose(
             state.metrics.norm, min(norm, 3.4028235e38), rtol=1e-5
         )
+
+
+def test_the_clipped_norm_far_below_a_large_norm():
+    """The norm is measured in a large unit; its root times the scale is subnormal."""
+    clipper = clipx.clip_by_global_norm(1e-14)
+    grads = jnp.array([2e15, 0.0])
+    _, state = clipper.update(grads, clipper.init(grads))
+    np.testing.assert_allclose(
+        clipx.metrics(state)["clip/clipped_norm"], 1e-14, rtol=1e-6
+    )

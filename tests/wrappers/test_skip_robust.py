@@ -139,3 +139,15 @@ def test_no_more_false_skips_than_the_mean_and_six_deviations(name):
     found, published = counts(norms.astype(np.float32)).tolist()
     assert found <= published
     assert found <= 2 * 500 * (noise == 1.0) + 2  # at most 2 in a run of 1,000 steps
+
+
+def test_a_state_in_half_precision_goes_on():
+    tx = clipx.skip_spikes(optax.sgd(0.1))
+    grads = jnp.ones(3)
+    state = tx.init(grads)
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, state
+    )
+    updates, after = jax.jit(tx.update)(grads, half, grads, loss=jnp.float32(2.0))
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-6)
+    assert after.loss_rule.ordered[0] == 2.0
