@@ -24,6 +24,7 @@ from .._trees.arithmetic import (
     both,
     either,
     equal,
+    full_like,
     less,
     more,
     product,
@@ -87,8 +88,8 @@ def _scale(
     large = more(unit, 1)  # the norm itself may be beyond the largest number
     # What takes the place of norm and limit.
     elsewhere, nothing = either(extreme, large), equal(value, 0)
-    norm = where(elsewhere, reduced, where(more(value, 0), value, 1))
-    one, high = value.dtype.type(1), value.dtype.type(extremes.high)
+    one, high = full_like(value, 1), value.dtype.type(extremes.high)
+    norm = where(elsewhere, reduced, where(more(value, 0), value, one))
     high = where(far, extremes.higher, high)
     factor = where(extreme, high, where(large, extremes.low, one))
     scale = smaller(response(norm, product(limit, factor)), most)

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.programs import entries
+from .._devices.programs import cut, entries
 from .._devices.sums import stacked
 from .._reductions.groups import Packed, UnitGroups
 from .._reductions.norms import Norms
@@ -31,7 +31,6 @@ from .._trees.arithmetic import (
     less,
     more,
     negated,
-    product,
     where,
 )
 from .._trees.sizes import as_number, is_known
@@ -59,13 +58,11 @@ class _Row(NamedTuple):
     """
 
     # Of several the largest:
-    peak: Any
-    peak_after: Any  # the same after clipping
+    peaks: Any  # before and after clipping
     ratio: Any  # of a norm to its threshold
     unusable: Any  # 1 if a threshold is
     # Of several the sum:
-    total: Any
-    total_after: Any
+    totals: Any  # before and after clipping
     over: Any  # how many are above their thresholds
     # Of several those of the largest ratio:
     threshold: Any
@@ -118,11 +115,11 @@ def fold(
             _row_of([part[i] for part in parts], sizes[i], weights[i], ord)
             for i in range(each)
         ]
-        row = rows[0] if each == 1 else _folded(_Row(*stacked(rows).T), ord)
+        row = rows[0] if each == 1 else _folded(_fields(stacked(rows)), ord)
         count, size = _extent(parts[0], sizes, weights)
         table = _gathered(row, kept)
         if table is not None:
-            row = _folded(_Row(*table.T), ord)
+            row = _folded(_fields(table), ord)
             count, size = count * len(table), size * len(table)
         return Folded(row, *(jnp.asarray(x, row.dtype) for x in (count, size)))
 
@@ -137,11 +134,11 @@ def summary_of(folded: Folded | OfTree, ord: Ord) -> Summary:
     """One step seen as a whole, of what `fold` gives."""
     if not isinstance(folded, Folded):
         return _of_tree(*folded)
-    row = _Row(*entries(folded.row))
-    norm = as_norm(row.peak, row.total, folded.size, ord)
+    row = _fields(folded.row)
+    norm, clipped_norm = entries(as_norm(row.peaks, row.totals, folded.size, ord))
     return Summary(
         norm=norm,
-        clipped_norm=as_norm(row.peak_after, row.total_after, folded.size, ord),
+        clipped_norm=clipped_norm,
         scale=lax.neg(row.minus_scale),
         threshold=row.threshold,
         clipped=fraction(row.over, folded.count),
@@ -228,20 +225,19 @@ def _row_of(fields: Arrays, size: ArrayLike, weight: float, ord: Ord) -> jax.Arr
     ratio = where(at_least(ratio, 0), ratio, np.inf)  # of what is NaN, too
     ratio = where(equal(norms, 0), 0, ratio)
     over = lax.convert_element_type(more(norms, limits), dtype)
-    weights = dtype.type(weight)
+    weights: Any = dtype.type(weight)
     if ord == "rms":
-        weights = jnp.asarray(size, dtype) * weights
+        each_size = jnp.broadcast_to(jnp.asarray(size, dtype), norms.shape)
+        weights = lax.expand_dims(each_size * weights, (0,))
     each = _Row(
-        peak=norms,
-        peak_after=clipped_norms,
+        peaks=_rows(norms, clipped_norms),
         ratio=ratio,
         # Not every maximum passes a NaN through. Of broken units thresholds may be NaN.
         unusable=lax.convert_element_type(
             either(less(limits, 0), both(finite(norms), lax.ne(limits, limits))), dtype
         ),
-        total=weights,
-        total_after=weights,
-        over=lax.mul(over, dtype.type(weight)),
+        totals=weights,
+        over=over if weight == 1 else lax.mul(over, dtype.type(weight)),
         threshold=limits,
         minus_scale=lax.neg(scales),
     )
@@ -254,33 +250,35 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
     Of ratios that differ by rounding only the largest threshold is taken, since
     rounding depends on the mesh.
     """
-    top = _of_each(rows[:4], lax.max, -np.inf)
-    peak, peak_after, ratio = (
-        lax.index_in_dim(top, i, keepdims=False) for i in range(3)
-    )
-    totals = _of_each(
-        (
-            product(powers(rows.peak, peak, ord), rows.total),
-            product(powers(rows.peak_after, peak_after, ord), rows.total_after),
-            rows.over,
-        ),
-        lax.add,
-        0.0,
-    )
+    others = _rows(rows.ratio, rows.unusable)
+    top = _of_each(lax.concatenate((rows.peaks, others), 0), lax.max, -np.inf)
+    peaks, ratio = lax.slice(top, (0,), (2,)), lax.index_in_dim(top, 2, keepdims=False)
+    shares = powers(rows.peaks, peaks, ord)
+    if not (isinstance(rows.totals, np.generic) and rows.totals == 1):
+        shares = shares * rows.totals
+    summed = lax.concatenate((shares, _rows(rows.over)), 0)
+    totals = _of_each(summed, lax.add, 0.0)
     here = at_least(rows.ratio, lax.mul(ratio, ratio.dtype.type(1 - 2.0**-18)))
-    worst = _of_each(
-        [where(here, x, -np.inf) for x in (rows.threshold, rows.minus_scale)],
-        lax.max,
-        -np.inf,
-    )
-    return lax.concatenate((top, totals, worst), 0)
+    none = full_like(rows.ratio, -np.inf)
+    worst = [where(here, x, none) for x in (rows.threshold, rows.minus_scale)]
+    return lax.concatenate((top, totals, _of_each(_rows(*worst), lax.max, -np.inf)), 0)
 
 
-def _of_each(
-    arrays: Sequence[jax.Array], fold: Callable[..., jax.Array], start: float
-) -> jax.Array:
-    """The entries of each array as one number, in one reduction."""
-    rows = lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
+def _fields(table: jax.Array) -> _Row:
+    """The fields of a row, or of each row of a table: what `_folded` put together."""
+    sizes = (2, 1, 1, 2, 1, 1, 1)
+    parts = cut(table, sizes) if table.ndim == 1 else lax.split(table.T, sizes)
+    each = zip(parts, sizes, strict=True)
+    return _Row(*(x if n == 2 else lax.squeeze(x, (0,)) for x, n in each))
+
+
+def _rows(*arrays: jax.Array) -> jax.Array:
+    """Arrays of one shape as the rows of one."""
+    return lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
+
+
+def _of_each(rows: jax.Array, fold: Callable[..., jax.Array], start: float) -> jax.Array:
+    """The entries of each row as one number, in one reduction."""
     start = rows.dtype.type(start)
     return lax.reduce(rows, start, fold, tuple(range(1, rows.ndim)))
 

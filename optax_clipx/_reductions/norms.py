@@ -29,6 +29,7 @@ from .._trees.arithmetic import (
     abs_squared,
     accumulator,
     either,
+    fraction,
     full_like,
     is_concrete,
     less,
@@ -483,7 +484,7 @@ def _norms_of_each(
         root = jax.tree.map(lax.sqrt, square)
         if not risk:
             return Norms(root, root, jax.tree.map(_one, root))
-        unit = jax.tree.map(lambda x: lax.div(_one(x), x), factor)  # of powers of two
+        unit = jax.tree.map(lambda x: fraction(1, x), factor)  # of powers of two
         return _of_roots(root, unit)
 
     return list(map(one, squares, factors, risks))

@@ -1,7 +1,7 @@
 """The norm of the whole tree from the norms of its groups, and no other pass.
 
-A whole norm is carried as `(peak, total)`: it is `peak * total^(1/p)`, and no power of
-a norm leaves the range.
+A whole norm is carried as `(peak, total)`: it is `unit * total^(1/p)`, and the unit is
+the peak, so no power of a norm leaves the range.
 """
 
 import jax
@@ -11,9 +11,10 @@ from jax import lax
 from .._trees.arithmetic import (
     both,
     finite,
+    fraction,
     more,
     power,
-    quotient,
+    product,
     smaller,
     total,
     where,
@@ -21,11 +22,17 @@ from .._trees.arithmetic import (
 from .plan import Ord
 
 
-def powers(norms: jax.Array, peak: jax.Array, ord: Ord) -> jax.Array:
-    """Each norm in units of the largest, to the power whose sum makes the whole one."""
+def powers(norms: jax.Array, peaks: jax.Array, ord: Ord) -> jax.Array:
+    """Each norm in units of the largest, to the power whose sum makes the whole one.
+
+    Each peak is that of a row of norms.
+    """
     if ord == float("inf"):
         return norms
-    return power(quotient(norms, safe(peak)), _exponent(ord))
+    # One over a unit may be too small for a float; four over it is not.
+    factors = fraction(4, _unit(peaks))
+    each = lax.broadcast_in_dim(factors, norms.shape, tuple(range(factors.ndim)))
+    return power(product(lax.mul(norms, each), 0.25), _exponent(ord))
 
 
 def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.Array:
@@ -34,9 +41,15 @@ def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.A
         return peak
     if ord == "rms":
         summed = summed / jnp.asarray(size, summed.dtype)
-    norm = lax.mul(safe(peak), power(summed, 1 / _exponent(ord)))
+    norm = lax.mul(_unit(peak), power(summed, 1 / _exponent(ord)))
     largest = float(jnp.finfo(norm.dtype).max)
     return where(finite(summed), smaller(norm, largest), norm)
+
+
+def _unit(peak: jax.Array) -> jax.Array:
+    """The peak, or the nearest number by which can be divided."""
+    info = jnp.finfo(peak.dtype)
+    return lax.clamp(info.tiny * 4, peak, info.max)
 
 
 def whole_norm(norms: jax.Array) -> jax.Array:

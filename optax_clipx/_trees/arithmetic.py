@@ -97,8 +97,11 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
     """`jnp.where`, as one operation where neither value is broadcast."""
     shape = getattr(mask, "shape", None)
     like = _one_like(mask, x, y)
-    one_shape = hasattr(like, "shape") and shape in (like.shape, ())
-    if not (one_shape and _fits(x, like) and _fits(y, like)):
+    if not (hasattr(like, "dtype") and _fits(x, like) and _fits(y, like)):
+        return jnp.where(mask, x, y)
+    if like.shape == () and isinstance(mask, jax.Array) and mask.ndim:
+        return lax.select(mask, *(lax.full_like(mask, v, like.dtype) for v in (x, y)))
+    if shape not in (like.shape, ()):
         return jnp.where(mask, x, y)
     if isinstance(mask, np.generic | np.ndarray) and shape == ():
         return _alike(x if mask else y, like)
@@ -111,10 +114,7 @@ def _one_like(mask: Number, x: Operand, y: Operand) -> Any:
     arrays = [v for v in arrays if mask.shape in (v.shape, ())]
     if arrays:
         return max(arrays, key=lambda v: v.ndim)
-    number = x if isinstance(x, np.generic) else y
-    if isinstance(mask, jax.Array) and mask.ndim and isinstance(number, np.generic):
-        return lax.full_like(mask, number.item(), number.dtype)
-    return number
+    return x if isinstance(x, np.generic) else y
 
 
 def _fits(x: Operand, like: Number) -> bool:
