@@ -277,7 +277,9 @@ def _rows(*arrays: jax.Array) -> jax.Array:
     return lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
 
 
-def _of_each(rows: jax.Array, fold: Callable[..., jax.Array], start: float) -> jax.Array:
+def _of_each(
+    rows: jax.Array, fold: Callable[..., jax.Array], start: float
+) -> jax.Array:
     """The entries of each row as one number, in one reduction."""
     start = rows.dtype.type(start)
     return lax.reduce(rows, start, fold, tuple(range(1, rows.ndim)))

@@ -305,7 +305,7 @@ def put_in_order(ordered: jax.Array, count: jax.Array, value: jax.Array) -> jax.
 
 def memory(norms: jax.Array, dtype: Dtype = jnp.float32, size: int = 0) -> jax.Array:
     """Zeros to remember something of each norm; they lie on the mesh as it does."""
-    zeros = jnp.zeros_like(norms, dtype=dtype)
+    zeros = lax.full_like(norms, 0, dtype)
     if not size:
         return zeros
-    return jnp.broadcast_to(zeros[..., None], (*norms.shape, size))
+    return lax.broadcast_in_dim(zeros, (*zeros.shape, size), tuple(range(zeros.ndim)))

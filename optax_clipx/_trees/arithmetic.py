@@ -110,10 +110,9 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
 
 def _one_like(mask: Number, x: Operand, y: Operand) -> Any:
     """What has the shape and the dtype of the result."""
-    arrays = [v for v in (x, y) if isinstance(v, jax.Array)]
-    arrays = [v for v in arrays if mask.shape in (v.shape, ())]
-    if arrays:
-        return max(arrays, key=lambda v: v.ndim)
+    for one, other in ((x, y), (y, x)):
+        if isinstance(one, jax.Array) and mask.shape in (one.shape, ()):
+            return one if one.ndim or not isinstance(other, jax.Array) else other
     return x if isinstance(x, np.generic) else y
 
 
