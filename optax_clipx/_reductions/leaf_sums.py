@@ -7,19 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._devices.mesh import (
-    Axes,
-    can_be_joined,
-    varying,
-)
-from .._trees.arithmetic import total
+from .._devices.mesh import Axes, can_be_joined, varying
 from .._trees.sizes import is_known
 from .._trees.types import Arrays
-
-
-def sum_over_axes(values: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-    """The sum over axes that are kept, or over all, to a scalar."""
-    return total(values, axes)
 
 
 def over_devices(

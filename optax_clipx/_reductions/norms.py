@@ -38,13 +38,14 @@ from .._trees.arithmetic import (
     quotient,
     saturated,
     times,
+    total,
     where,
     widened,
 )
 from .._trees.sizes import is_known
 from .._trees.types import AnyArray, Arrays, Dtype, Trees
 from .groups import Groups, Packed, ScalarGroups, UnitGroups
-from .leaf_sums import can_go_by_parts, sum_over_axes
+from .leaf_sums import can_go_by_parts
 from .plan import Plan, of_tree
 from .whole_norm import safe
 
@@ -283,7 +284,7 @@ def _sums_once(
         units = [np.asarray(1 / u, dtype) for u in (limits.small, limits.large)]
         # Unknown: of an array with one entry the factor would be squared.
         factors += unknown(units)
-    return [sum_over_axes(_squares(x, f, dtype), axes) for f in factors]
+    return [total(_squares(x, f, dtype), axes) for f in factors]
 
 
 _sums_of_squares = traced_once(_sums_once, (2, 3, 4))
@@ -433,7 +434,7 @@ def _two_norms_jvp(
         wide = widened(x, dtype)
         way = times(times(x.astype(wide), 1 / unit), weight)
         along = (way.conj() * change.astype(wide)).real
-        return sum_over_axes(along, plan.groups.spans(leaf))
+        return total(along, plan.groups.spans(leaf))
 
     slopes = []
     for norm, leaves, change in zip(found, rows, moved, strict=True):
@@ -515,7 +516,7 @@ def _power_norms(measured: _Measured, given: PyTree) -> list[Norms]:
 
     def term(leaf: int, x: jax.Array, peak: jax.Array) -> jax.Array:
         powers = power(quotient(jnp.abs(x), peak), ord)
-        return sum_over_axes(powers, plan.groups.spans(leaf))
+        return total(powers, plan.groups.spans(leaf))
 
     peaks = [jax.tree.map(safe, lax.stop_gradient(peak)) for peak in peaks]
     terms = [
