@@ -2,6 +2,7 @@
 
 A step of Adam on 4, 16 and 50 leaves, with each clipper and with what it stands beside
 in optax. In each round every contender is traced and compiled once, in another order.
+"By hand" is the least program that fills the same metrics (`least.py`).
 
     python benchmarks/everyday.py --output docs/results/everyday
     pip install "jax[cuda12]" && python benchmarks/everyday.py --h100   # kernels too
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import harness
 import jax
 import jax.numpy as jnp
+import least
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -57,8 +59,12 @@ OURS = {
     "clip, metrics=False": Ours(
         lambda: before_adam(clipx.clip(0.1, metrics=False)), "optax clip", 1.15
     ),
+    "clip, by hand": Ours(lambda: before_adam(least.clip(0.1)), "optax clip"),
     "leaf": Ours(lambda: before_adam(clipx.clip_by_leaf_norm(1.0)), "optax leaf"),
     "AGC": Ours(lambda: before_adam(clipx.adaptive_grad_clip(0.01)), "optax AGC", 3.0),
+    "AGC, by hand": Ours(
+        lambda: before_adam(least.adaptive_grad_clip(0.01)), "optax AGC"
+    ),
     "skip_spikes": Ours(
         lambda: clipx.skip_spikes(optax.adam(1e-3)), "optax apply_if_finite", 1.8
     ),
