@@ -8,7 +8,7 @@ a power of two, and the norm is `root * unit`.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import log2
+from math import sqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,8 @@ _RANGES = {
     jnp.dtype("float64"): _Range(2.0**-500, 2.0**1000, 2.0**-600, 2.0**600),
 }
 
+
+_SMALL, _TOGETHER = 2**12, 2**16  # entries of a leaf, and of leaves put together
 
 Factors = Sequence[Sequence[jax.Array | None]]  # of each tree and leaf
 Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
@@ -154,7 +156,7 @@ def _lots(
     groups: Groups,
     places: Sequence[mesh.Placement],
 ) -> tuple[tuple[int, ...], ...]:
-    """Which leaves are put together: small ones of one kind, up to 2^16 entries.
+    """Which leaves are put together: small ones of one kind.
 
     Only for the norm of the whole tree, of leaves that each device holds as a whole.
     Leaves of one kind have the same dtype and share their extras, as the same objects.
@@ -169,11 +171,11 @@ def _lots(
     begun: dict[Any, tuple[list[int], int]] = {}
     for i, leaf in enumerate(trees[0]):
         alike = {tree[i].shape for tree in trees} == {leaf.shape}
-        small = alike and is_known(leaf.size) and leaf.size <= 2**12
+        small = alike and is_known(leaf.size) and leaf.size <= _SMALL
         scalars = tuple(map(id, jax.tree.leaves(extras[i]))) if extras else ()
         kind = (scalars, *(tree[i].dtype for tree in trees))
-        lot, size = begun.get(kind, ([], 2**16))
-        if not small or size + leaf.size > 2**16:
+        lot, size = begun.get(kind, ([], _TOGETHER))
+        if not small or size + leaf.size > _TOGETHER:
             lot, size = [], 0
             lots.append(lot)
         lot.append(i)
@@ -551,4 +553,4 @@ def _magnitude(x: jax.Array) -> jax.Array:
 def _can_leave_range(dtype: Dtype, sums: Dtype) -> bool:
     """Whether squares of numbers of a dtype may under- or overflow the sums'."""
     info, limits = jnp.finfo(dtype), _RANGES[jnp.dtype(sums)]
-    return 2 * info.maxexp > log2(limits.high) or 2 * info.minexp < log2(limits.low)
+    return float(info.max) > sqrt(limits.high) or float(info.tiny) < sqrt(limits.low)

@@ -46,7 +46,7 @@ class Plan:
 def make_plan(
     leaves: Leaves,
     groups: Groups,
-    ord: Ord = 2.0,
+    ord: Ord,
     axis_name: AxisNames = None,
     specs: Specs = None,
 ) -> Plan:

@@ -1,5 +1,6 @@
 """Rules made of rules."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,7 +205,4 @@ def _same_form(limits: Packed, norms: Packed) -> bool:
 
 def _least(limits: tuple[jax.Array, ...]) -> jax.Array:
     # A threshold of NaN is unusable, and must stay so.
-    least = limits[0]
-    for limit in limits[1:]:
-        least = jnp.minimum(least, limit)
-    return least
+    return functools.reduce(jnp.minimum, limits)

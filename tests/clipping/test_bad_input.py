@@ -41,6 +41,7 @@ PARAMS = {"layers": [{"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}]}
         (lambda: clipx.adaptive_grad_clip(-0.1), r"clipping=-0\.1"),
         (lambda: clipx.adaptive_grad_clip(0.1, eps=-0.1), r"eps=-0\.1"),
         (lambda: clipx.responses.smooth(jnp.ones(1), jnp.ones(1), p=0.0), r"p=0\.0"),
+        (lambda: clipx.responses.smooth(jnp.ones(1), jnp.ones(1), p=-1.0), r"p=-1\.0"),
     ],
 )
 def test_values_are_refused_at_construction(call, message):

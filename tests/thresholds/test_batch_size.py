@@ -105,6 +105,10 @@ def test_no_signal_is_an_infinite_scale():
     assert found.scale == jnp.inf
 
 
+def test_gradients_of_zero_have_neither_signal_nor_noise():
+    assert noise_scale(0.0, 0.0, 1, 4) == (jnp.inf, 0, 0)
+
+
 def test_the_scale_is_right_where_squares_are_out_of_range():
     for unit in (1e25, 1e-25):
         found = noise_scale(jnp.array([3.0, 3.0]) * unit, 2 * unit, 8, 32)
