@@ -380,7 +380,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         return squares, _factors(plain, risks)
 
     def side_by_side(given: PyTree) -> Squares:
-        return in_one(picked, *measured.totals(measured.sums(given, "at_three"), given))
+        return picked(*measured.totals(measured.sums(given, "at_three"), given))
 
     return Passes(first, again, side_by_side)
 
