@@ -85,3 +85,14 @@ def test_auto_clip_goes_on_from_a_state_in_half_precision():
     with jax.numpy_dtype_promotion("standard"):
         limit, _ = clipx.thresholds.auto().update(jnp.float32(5.0), narrow, NOW)
     np.testing.assert_allclose(limit, 0.8 * 0.328 * 2, rtol=1e-6)
+
+
+def test_a_window_forgets_the_oldest_norm_for_as_long_as_it_runs():
+    limits, _ = after(clipx.thresholds.quantile(0.5, window=3), np.arange(1.0, 14))
+    assert limits.tolist() == [1, 1.5, *range(2, 13)]
+
+
+def test_each_of_several_norms_has_a_window():
+    rule = clipx.thresholds.quantile(0.5, window=3)
+    limits, _ = after(rule, np.array([[1.0, 9], [2, 8], [4, 1], [3, 5]]))
+    assert limits.tolist() == [[1, 9], [1.5, 8.5], [2, 8], [3, 5]]
