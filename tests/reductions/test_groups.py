@@ -20,7 +20,7 @@ def test_a_group_takes_the_value_of_its_first_member():
 def test_each_leaf_gets_what_its_group_has():
     assert of_tree(3).spread(9) == [9, 9, 9]
     assert list(map(int, of_leaves(3).spread(jnp.array(VALUES)))) == [3, 5, 7]
-    assert list(map(int, LABELS.spread(jnp.array([1, 2])))) == [2, 1, 2]
+    assert list(map(int, LABELS.spread(jnp.array([1.0, 2.0])))) == [2, 1, 2]
 
 
 def test_sizes_of_groups():
