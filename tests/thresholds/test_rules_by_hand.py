@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import optax_clipx as clipx
+from optax_clipx._thresholds.base import refusals
 from optax_clipx._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from optax_clipx._trees.arithmetic import at_least_float32
 
@@ -96,3 +97,13 @@ def test_each_of_several_norms_has_a_window():
     rule = clipx.thresholds.quantile(0.5, window=3)
     limits, _ = after(rule, np.array([[1.0, 9], [2, 8], [4, 1], [3, 5]]))
     assert limits.tolist() == [[1, 9], [1.5, 8.5], [2, 8], [3, 5]]
+
+
+def test_what_could_lock_out_gives_in_after_fifty_norms():
+    assert refusals("skip", None).patience == 50
+    assert refusals("skip", 7).patience == 7
+    assert refusals("raw", None).patience is None
+    rule = clipx.thresholds.zscore(1.0, warmup_steps=2, stats="skip")
+    limits, _ = after(rule, [1.0, 1.0] + [100.0] * 52)
+    assert np.all(limits[2:51] < 2)
+    assert limits[53] > 2
