@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_clipx as clipx
@@ -107,3 +108,35 @@ def test_what_could_lock_out_gives_in_after_fifty_norms():
     limits, _ = after(rule, [1.0, 1.0] + [100.0] * 52)
     assert np.all(limits[2:51] < 2)
     assert limits[53] > 2
+
+
+def test_a_norm_of_zero_is_no_step_of_a_warmup():
+    limits, _ = after(
+        clipx.thresholds.warmup(3.0, then=9.0, steps=2), [1.0, 0.0, 1.0, 1.0]
+    )
+    assert limits.tolist() == [3, 3, 3, 9]
+
+
+def test_a_product_needs_the_step_if_either_part_does():
+    scaled, schedule = clipx.thresholds.scaled, optax.constant_schedule(2.0)
+    assert scaled(1.0, schedule).uses_step
+    assert scaled(schedule, 2.0).uses_step
+    assert not scaled(1.0, 2.0).uses_step
+
+
+def test_a_rule_may_give_one_threshold_for_several_norms():
+    single = (lambda norms: (), lambda norms, state, context: (jnp.float32(2), state))
+    rule = clipx.thresholds.minimum(single, 5.0)
+    norms = jnp.array([1.0, 3.0])
+    limits, _ = rule.update(norms, rule.init(norms), NOW)
+    assert limits.tolist() == [2, 2]
+    of_units = (norms, norms[:, None])
+    limits, _ = rule.update(of_units, rule.init(of_units), NOW)
+    assert [x.tolist() for x in limits] == [[2, 2], [[2], [2]]]
+
+
+def test_norms_beyond_the_last_bin_count():
+    limits, _ = after(clipx.thresholds.quantile(1.0), [1.0, 1e20, 1e20])
+    assert np.all(limits[1:] > 9e11)
+    limits, _ = after(clipx.thresholds.quantile(0.3), [1.0, 1e20, 1e20])
+    np.testing.assert_allclose(limits, 1, rtol=0.03)
