@@ -140,3 +140,43 @@ def test_norms_beyond_the_last_bin_count():
     assert np.all(limits[1:] > 9e11)
     limits, _ = after(clipx.thresholds.quantile(0.3), [1.0, 1e20, 1e20])
     np.testing.assert_allclose(limits, 1, rtol=0.03)
+
+
+def test_losses_are_judged_in_proportion_to_their_level():
+    losses = np.array([1.0] * 8 + [1.0, 1.5])
+    small, _ = after(spikes_of_losses(10), losses)
+    large, _ = after(spikes_of_losses(10), 1000 * losses)
+    np.testing.assert_allclose(large[8:], 1000 * small[8:], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "decay"), [(None, 0.97), (4, 1.0)])
+def test_a_new_level_has_its_deviation_in_proportion(window, decay):
+    rule = clipx.thresholds.zscore(
+        3.0, window=window, warmup_steps=4, patience=2, stats="skip"
+    )
+    norms = 0.01 * np.array([1.0, 1.2, 0.8, 1.0, 10.0, 10.0, 10.0])
+    limits, _ = after(rule, norms)
+    np.testing.assert_allclose(limits[4], 0.01 * (1 + 3 * 0.02**0.5), rtol=1e-5)
+    # The norm that is the new level has entered an average of 0.97 once.
+    after_one = 0.1 * (1 + 3 * (0.02 * decay) ** 0.5)
+    np.testing.assert_allclose(limits[6], after_one, rtol=1e-5)
+
+
+def test_without_a_warmup_the_first_norm_passes():
+    limits, _ = after(clipx.thresholds.zscore(3.0, warmup_steps=0), [5.0, 5.0])
+    assert limits[0] == np.inf
+    assert np.isfinite(limits[1])
+
+
+def test_small_parameters_count_as_a_thousandth():
+    relative = clipx.thresholds.relative_to_params
+    context = clipx.thresholds.Context(0, params_norms=jnp.array([1e-4, 2.0]))
+    limits, _ = relative(0.1).update(jnp.ones(2), (), context)
+    np.testing.assert_allclose(limits, [1e-4, 0.2], rtol=1e-6)
+
+
+def test_a_relative_threshold_needs_the_step_if_either_number_does():
+    relative, schedule = clipx.thresholds.relative_to_params, lambda step: 0.1
+    assert relative(schedule).uses_step
+    assert relative(0.1, eps=schedule).uses_step
+    assert not relative(0.1).uses_step

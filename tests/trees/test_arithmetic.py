@@ -510,3 +510,12 @@ def test_where_chooses_by_one_flag_that_is_traced(array, shape, y):
     assert chosen(True).shape == shape
     close(chosen(True), np.full(shape, 2))
     close(chosen(False), np.full(shape, 1))
+
+
+def test_what_is_known_is_chosen_at_once():
+    one, two = np.float32(1), np.float32(2)
+    for mask, want in ((np.True_, 1), (np.False_, 2)):
+        found = jax.make_jaxpr(lambda m=mask: arithmetic.where(m, one, two))()
+        assert not found.eqns
+        assert arithmetic.where(mask, one, two) == want
+        assert isinstance(arithmetic.where(mask, one, two), np.ndarray | np.generic)
