@@ -519,3 +519,11 @@ def test_what_is_known_is_chosen_at_once():
         assert not found.eqns
         assert arithmetic.where(mask, one, two) == want
         assert isinstance(arithmetic.where(mask, one, two), np.ndarray | np.generic)
+
+
+def test_a_number_like_a_known_one_is_known():
+    found = arithmetic.full_like(np.float32(1), 3)
+    assert isinstance(found, np.ndarray | np.generic)
+    assert found.dtype == np.float32
+    assert found == 3
+    assert arithmetic.where(np.True_, 3, np.float32(1)) == 3
