@@ -527,3 +527,34 @@ def test_a_number_like_a_known_one_is_known():
     assert found.dtype == np.float32
     assert found == 3
     assert arithmetic.where(np.True_, 3, np.float32(1)) == 3
+
+
+FLOATS, COUNTS = np.ones(3, np.float32), np.ones(3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (FLOATS, 2 * FLOATS),
+        (FLOATS, 0),
+        (0.5, FLOATS),
+        (COUNTS, 0),
+        (True, COUNTS > 0),
+        (np.float32(1), 2.0),
+        (2, np.float32(1)),
+    ],
+)
+def test_where_is_a_select_and_no_call(x, y):
+    mask = np.array([True, False, True])
+    traced = [v if isinstance(v, np.ndarray) else None for v in (x, y)]
+
+    def of_arrays(mask, *given):
+        pairs = zip((x, y), given, strict=True)
+        return arithmetic.where(mask, *(v if a is None else a for v, a in pairs))
+
+    program = jax.make_jaxpr(of_arrays)(mask, *traced)
+    names = [step.primitive.name for step in program.eqns]
+    assert names[-1] == "select_n"
+    assert set(names[:-1]) <= {"broadcast_in_dim"}
+    found = jax.jit(of_arrays)(mask, *traced)
+    np.testing.assert_array_equal(found, np.where(mask, x, y))
