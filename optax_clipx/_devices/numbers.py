@@ -210,7 +210,7 @@ def _from_one_vector(fun: Callable[..., PyTree], *arrays: jax.Array) -> Any:
 
     XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.
 
-    `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 11 kernels,
+    `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 10 kernels,
     and with optax's clipping 9. Without it there were four more.
     """
     floats = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
