@@ -2,7 +2,7 @@
 
 A step of Adam on 4, 16 and 50 leaves, with each clipper and with what it stands beside
 in optax. In each round every contender is traced and compiled once, in another order.
-"By hand" is the least program that fills the same metrics (`least.py`).
+"By hand" is a plain program that fills the same metrics (`least.py`).
 
     python benchmarks/everyday.py --output docs/results/everyday
     pip install "jax[cuda12]" && python benchmarks/everyday.py --h100   # kernels too

@@ -1,8 +1,8 @@
-"""The least programs that fill the same metrics, written by hand for `everyday.py`.
+"""Plain programs that fill the same metrics, written by hand for `everyday.py`.
 
 They clip, and write every field of `ClipMetrics`, with the plainest arithmetic: no norm
-outside of 1e-19..1e19, no policy, no mesh. What they need beyond optax's program is the
-price of the metrics, and what ours needs beyond theirs is the price of all else.
+outside of 1e-19..1e19, no policy, no mesh. What they need beyond optax's program is
+what the metrics cost if nothing clever is done.
 """
 
 from collections.abc import Callable
