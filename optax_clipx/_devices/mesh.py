@@ -244,9 +244,6 @@ def is_cut(array: ArrayLike) -> bool:
 
 def lies_whole(array: ArrayLike) -> bool:
     """Whether each device holds all of an array, as far as types say."""
-    kind = jax.typeof(array)
-    if kind.sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty:
-        return True
     return knows_shards(array) and not is_cut(array) and not varying(array)
 
 

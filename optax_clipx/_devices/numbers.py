@@ -1,7 +1,6 @@
 """A few numbers from a few numbers, which XLA for CPU compiles as one kernel."""
 
 import functools
-import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -60,7 +59,7 @@ def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     if not _is_small(program.jaxpr, needed, made):
         return fun(*given)
     steps = program.jaxpr.replace(constvars=[], invars=needed, outvars=made)
-    arrays = [_as_array(known[x]) for x in needed]
+    arrays = [jnp.asarray(known[x]) for x in needed]
     found = _computed.bind(*arrays, program=ClosedJaxpr(steps, ()))
     known.update(zip(made, found, strict=True))
     results = [_value(x, known) for x in outcome]
@@ -91,8 +90,7 @@ def _has_small_steps(program: Any) -> bool:
             small = _has_small_steps(inner)
         else:
             plain = inner is None and name not in ("cond", "while", "sort")
-            shapes = [x.aval.shape for x in step.outvars]
-            small = plain and all(math.prod(shape) <= 64 for shape in shapes if shape)
+            small = plain and all(x.aval.size <= 64 for x in step.outvars)
         if step.effects or not small:
             return False
     return True
@@ -104,10 +102,6 @@ def _is_known(name: Var | Literal, known: dict[Var, ArrayLike]) -> bool:
 
 def _value(name: Var | Literal, known: dict[Var, ArrayLike]) -> Any:
     return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
-
-
-def _as_array(x: ArrayLike) -> jax.Array:
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _run(*arrays: jax.Array, program: ClosedJaxpr) -> list[Any]:
