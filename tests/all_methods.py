@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 import optax_clipx as clipx
 
@@ -320,3 +321,14 @@ def remembered(state):
 
     kinds = (clipx.ClipMetrics, clipx.TrackState)
     return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, kinds))
+
+
+def clipped_norms(clipper, norms):
+    """The norms after clipping, of gradients of one entry with these norms."""
+
+    def step(state, norm):
+        clipped, state = clipper.update(norm, state)
+        return state, clipped
+
+    norms = jnp.asarray(norms, jnp.float32)
+    return jax.jit(lambda n: lax.scan(step, clipper.init(n[0]), n)[1])(norms)
