@@ -48,10 +48,12 @@ def _of_scalars(traced: Callable[..., Number], known: Callable[..., Number]) -> 
 
 
 def _of_one_dtype(args: tuple[ArrayLike, ...]) -> tuple[Any, ...]:
-    if all(hasattr(x, "dtype") for x in args):
+    plain = [isinstance(x, bool | int | float) for x in args]
+    if not any(plain):
         return args
-    dtype = next(x.dtype for x in args if hasattr(x, "dtype"))
-    return tuple(x if hasattr(x, "dtype") else np.asarray(x, dtype)[()] for x in args)
+    dtype = args[plain.index(False)].dtype
+    each = zip(args, plain, strict=True)
+    return tuple(np.asarray(x, dtype)[()] if known else x for x, known in each)
 
 
 equal = _of_scalars(lax.eq, np.equal)
@@ -94,46 +96,59 @@ def both(x: ArrayLike, y: ArrayLike) -> Any:
 
 
 def where(mask: Number, x: Operand, y: Operand) -> Any:
-    """`jnp.where`, as one operation where neither value is broadcast."""
-    shape = getattr(mask, "shape", None)
-    like = _one_like(mask, x, y)
-    if not (hasattr(like, "dtype") and _fits(x, like) and _fits(y, like)):
-        return jnp.where(mask, x, y)
-    if like.shape == () and isinstance(mask, jax.Array) and mask.ndim:
-        return lax.select(mask, *(lax.full_like(mask, v, like.dtype) for v in (x, y)))
-    if shape not in (like.shape, ()):
-        return jnp.where(mask, x, y)
-    if isinstance(mask, np.generic | np.ndarray) and shape == ():
-        return _alike(x if mask else y, like)
-    return lax.select(mask, _alike(x, like), _alike(y, like))
+    """`jnp.where`, as one operation where values have one dtype and shape.
+
+    A Python number is of the dtype of what it stands beside.
+    """
+    for like in (x, y):
+        if not isinstance(like, jax.Array | np.generic):
+            continue
+        if mask.shape and mask.shape != like.shape:
+            continue
+        first, second = _alike(x, like), _alike(y, like)
+        if first is None or second is None:
+            continue
+        if isinstance(mask, np.generic | np.ndarray) and not mask.shape:
+            return first if mask else second
+        return lax.select(mask, first, second)
+    return _of_numbers(mask, x, y)
 
 
-def _one_like(mask: Number, x: Operand, y: Operand) -> Any:
-    """What has the shape and the dtype of the result."""
-    for one, other in ((x, y), (y, x)):
-        if isinstance(one, jax.Array) and mask.shape in (one.shape, ()):
-            return one if one.ndim or not isinstance(other, jax.Array) else other
-    return x if isinstance(x, np.generic) else y
-
-
-def _fits(x: Operand, like: Number) -> bool:
-    """Whether a value is of the same kind, or a number of which there is one."""
-    if isinstance(x, bool | int | float):
-        return not isinstance(x, float) or jnp.issubdtype(like.dtype, jnp.floating)
-    return getattr(x, "shape", None) in (like.shape, ()) and x.dtype == like.dtype
+def _of_numbers(mask: Number, x: Operand, y: Operand) -> Any:
+    """An entry of two numbers for each of the mask's, or what `jnp.where` makes."""
+    like = x if isinstance(x, np.generic) else y
+    if isinstance(mask, jax.Array) and isinstance(like, np.generic):
+        pair = _alike(x, like), _alike(y, like)
+        if not any(v is None or isinstance(v, jax.Array) for v in pair):
+            return lax.select(mask, *(full_like(mask, v, like.dtype) for v in pair))
+    return jnp.where(mask, x, y)
 
 
 def _alike(x: Operand, like: Number) -> Any:
-    if getattr(x, "shape", None) == like.shape:
+    """The value with the shape of another, or None if it is of another kind."""
+    if x is like:
         return x
-    return full_like(like, x)
+    if isinstance(x, bool | int | float):
+        if isinstance(x, float) and not jnp.issubdtype(like.dtype, jnp.floating):
+            return None
+        x = np.asarray(x, like.dtype)[()]
+    elif x.dtype != like.dtype:
+        return None
+    if x.shape == like.shape:
+        return x
+    return None if x.shape else full_like(like, x)
 
 
-def full_like(like: Number, x: Operand) -> Any:
+def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     """An array like another, full of a number."""
-    if like.shape == () and not isinstance(x, jax.Array):
-        return np.asarray(x, like.dtype)
-    return lax.full_like(like, x)
+    if isinstance(x, jax.Array):
+        return lax.full_like(like, x, dtype)
+    number = np.asarray(x, dtype or like.dtype)[()]
+    if not like.shape:
+        return number
+    if isinstance(like, jax.core.Tracer) and jax.typeof(like).sharding.mesh.empty:
+        return lax.broadcast(number, like.shape)  # quicker to trace
+    return lax.full_like(like, number, dtype)
 
 
 def total(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
