@@ -207,14 +207,22 @@ def _from_one_vector(fun: Callable[..., PyTree], *arrays: jax.Array) -> Any:
     `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 10 kernels,
     and with optax's clipping 9. Without it there were four more.
     """
-    floats = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
-    if not floats:
+    places = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
+    if not places:
         return fun(*arrays)
-    parts = [lax.reshape(arrays[i], (arrays[i].size,)) for i in floats]
+    if len(places) > 1:  # what is put together takes integers along
+        places += [i for i, x in enumerate(arrays) if x.dtype == np.int32]
+    parts = [lax.reshape(_as_floats(arrays[i]), (arrays[i].size,)) for i in places]
     vector = lax.optimization_barrier(lax.concatenate(parts, 0))
     given, start = list(arrays), 0
-    for i, part in zip(floats, parts, strict=True):
+    for i, part in zip(places, parts, strict=True):
         piece = lax.slice(vector, (start,), (start + part.size,))
+        piece = lax.bitcast_convert_type(piece, arrays[i].dtype)
         given[i] = lax.reshape(piece, arrays[i].shape)
         start += part.size
     return fun(*given)
+
+
+def _as_floats(x: jax.Array) -> jax.Array:
+    """The same bits."""
+    return lax.bitcast_convert_type(x, np.float32)

@@ -22,7 +22,7 @@ from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
 from .._devices.programs import Passes, if_needed, traced_once, unknown
-from .._devices.sums import sum_of, sums_by_parts, together
+from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
     Number,
     Operand,
@@ -193,6 +193,7 @@ class _Measured:
     plan: Plan
     dtype: Any
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
+    joined: bool = False  # whether they are by now
 
     def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
@@ -215,6 +216,8 @@ class _Measured:
 
         `how` is "plain", "each", or "at_three": plain, and in two other units.
         """
+        if how == "at_three" and self.joined:
+            return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
         return parts or [
             [
@@ -226,6 +229,14 @@ class _Measured:
             ]
             for k, row in enumerate(self.rows(given))
         ]
+
+    def _sums_in_one(self, given: PyTree) -> list[Any]:
+        """Those at three units, of each small leaf from one reduction."""
+        columns = [
+            sums_in_one([_at_three(x, self.dtype) for x in leaves], _TOGETHER)
+            for leaves in zip(*self.rows(given), strict=True)
+        ]
+        return list(zip(*columns, strict=True))
 
     def totals(self, rows: Sequence[Trees], given: PyTree) -> list[list[Packed]]:
         """The squares of each derived tree's groups, for each choice of a unit.
@@ -280,13 +291,16 @@ def _sums_once(
 ) -> list[jax.Array]:
     if how == "each":
         return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
-    factors = [factor]
-    if how == "at_three":
-        limits = _RANGES[dtype]
-        units = [np.asarray(1 / u, dtype) for u in (limits.small, limits.large)]
-        # Unknown: of an array with one entry the factor would be squared.
-        factors += unknown(units)
-    return [total(_squares(x, f, dtype), axes) for f in factors]
+    each = _at_three(x, dtype) if how == "at_three" else [_squares(x, factor, dtype)]
+    return [total(squares, axes) for squares in each]
+
+
+def _at_three(x: jax.Array, dtype: Dtype) -> list[jax.Array]:
+    """The squares of entries as they are, and in both other units."""
+    limits = _RANGES[dtype]
+    units = [np.asarray(1 / u, dtype) for u in (limits.small, limits.large)]
+    # Unknown: of an array with one entry the factor would be squared.
+    return [_squares(x, f, dtype) for f in (None, *unknown(units))]
 
 
 _sums_of_squares = traced_once(_sums_once, (2, 3, 4))
@@ -400,7 +414,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     count = len(lots)
     places = (mesh.Placement((), ()),) * count
     plan = replace(measured.plan, places=places, groups=of_tree(count))
-    passes = _passes(replace(measured, plan=plan), risks)
+    passes = _passes(replace(measured, plan=plan, joined=True), risks)
 
     def put_together(given: PyTree) -> Any:
         trees, extras = given

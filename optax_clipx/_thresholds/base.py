@@ -147,7 +147,7 @@ def like(limit: Packed, norms: Packed) -> Any:
 def _like(limit: ArrayLike, norm: jax.Array) -> Any:
     if isinstance(limit, float | int):
         return full_like(norm, limit)
-    if isinstance(limit, np.generic | np.ndarray) and limit.shape == norm.shape:
+    if isinstance(limit, np.ndarray) and limit.shape == norm.shape:
         return limit.astype(norm.dtype)
     return jnp.broadcast_to(jnp.asarray(limit).astype(norm.dtype), norm.shape)
 

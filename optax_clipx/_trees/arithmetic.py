@@ -48,7 +48,7 @@ def _of_scalars(traced: Callable[..., Number], known: Callable[..., Number]) -> 
 
 
 def _of_one_dtype(args: tuple[ArrayLike, ...]) -> tuple[Any, ...]:
-    plain = [isinstance(x, bool | int | float) for x in args]
+    plain = [type(x) in (bool, int, float) for x in args]  # np.float64 is a float
     if not any(plain):
         return args
     dtype = args[plain.index(False)].dtype
@@ -101,7 +101,7 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
     A Python number is of the dtype of what it stands beside.
     """
     for like in (x, y):
-        if not isinstance(like, jax.Array | np.generic):
+        if not isinstance(like, jax.Array | np.generic | np.ndarray):
             continue
         if mask.shape and mask.shape != like.shape:
             continue
@@ -116,8 +116,9 @@ def where(mask: Number, x: Operand, y: Operand) -> Any:
 
 def _of_numbers(mask: Number, x: Operand, y: Operand) -> Any:
     """An entry of two numbers for each of the mask's, or what `jnp.where` makes."""
-    like = x if isinstance(x, np.generic) else y
-    if isinstance(mask, jax.Array) and isinstance(like, np.generic):
+    known = np.generic | np.ndarray
+    like = x if isinstance(x, known) else y
+    if isinstance(mask, jax.Array) and isinstance(like, known):
         pair = _alike(x, like), _alike(y, like)
         if not any(v is None or isinstance(v, jax.Array) for v in pair):
             return lax.select(mask, *(full_like(mask, v, like.dtype) for v in pair))
@@ -128,10 +129,10 @@ def _alike(x: Operand, like: Number) -> Any:
     """The value with the shape of another, or None if it is of another kind."""
     if x is like:
         return x
-    if isinstance(x, bool | int | float):
+    if type(x) in (bool, int, float):
         if isinstance(x, float) and not jnp.issubdtype(like.dtype, jnp.floating):
             return None
-        x = np.asarray(x, like.dtype)[()]
+        x = np.asarray(x, like.dtype)
     elif x.dtype != like.dtype:
         return None
     if x.shape == like.shape:
@@ -143,7 +144,7 @@ def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     """An array like another, full of a number."""
     if isinstance(x, jax.Array):
         return lax.full_like(like, x, dtype)
-    number = np.asarray(x, dtype or like.dtype)[()]
+    number = np.asarray(x, dtype or like.dtype)
     if not like.shape:
         return number
     if isinstance(like, jax.core.Tracer) and jax.typeof(like).sharding.mesh.empty:
