@@ -129,7 +129,7 @@ def _alike(x: Operand, like: Number) -> Any:
     """The value with the shape of another, or None if it is of another kind."""
     if x is like:
         return x
-    if type(x) in (bool, int, float):
+    if isinstance(x, bool | int | float):
         if isinstance(x, float) and not jnp.issubdtype(like.dtype, jnp.floating):
             return None
         x = np.asarray(x, like.dtype)
