@@ -5,12 +5,24 @@ Each is a generator: it is sent a norm and yields the limit of that norm. The fl
 """
 
 import numpy as np
+from all_methods import clipped_norms
 
 
 def limits(rule, norms):
     """The limit of each norm."""
     next(rule)
     return np.array([rule.send(float(n)) for n in norms])
+
+
+def assert_clips_by(clipper, rule):
+    """A method clips as its rule says: noise, zeros, a spike, and a new level."""
+    norms = np.exp(np.random.default_rng(0).normal(scale=0.5, size=120))
+    norms[[0, 20]], norms[30] = 0, 1e6
+    norms[60:] *= 30
+    norms = norms.astype(np.float32)
+    wanted = norms.astype(np.float64)
+    wanted[norms > 0] = np.fmin(wanted[norms > 0], limits(rule, norms[norms > 0]))
+    np.testing.assert_allclose(clipped_norms(clipper, norms), wanted, rtol=1e-5)
 
 
 def zscore_ema(

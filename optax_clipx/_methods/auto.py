@@ -5,10 +5,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._thresholds.auto import auto
-from .._trees.arguments import AxisNames, Specs
 from .._trees.arithmetic import fraction, larger, plus, product, smaller
 from .._trees.calls import explains_calls
-from .common import Scope, method
+from .common import AxisNames, Scope, Specs, method
 
 _UNITS = 8.0  # in a threshold; norms below one of them stay as they are
 

@@ -10,6 +10,8 @@ from .._thresholds.combine import minimum
 from .._thresholds.constant import constant
 from .._trees.arguments import AxisNames, Limit, Specs
 
+__all__ = ["AxisNames", "Limit", "Scope", "Specs", "capped", "measure_of", "method"]
+
 Scope = str | Measure  # "tree", "leaf" or what is measured together
 
 

@@ -6,10 +6,10 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.quantile import quantile as quantile_rule, quantile_tracker
-from .._trees.arguments import AxisNames, Limit, Specs, check_choice
+from .._trees.arguments import check_choice
 from .._trees.calls import explains_calls
 from .._trees.types import Scalar
-from .common import Scope, capped, method
+from .common import AxisNames, Limit, Scope, Specs, capped, method
 
 
 @explains_calls

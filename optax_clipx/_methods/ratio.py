@@ -4,10 +4,9 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.ema_ratio import ema_ratio, norm_growth
-from .._trees.arguments import AxisNames, Limit, Specs
 from .._trees.calls import explains_calls
 from .._trees.types import Scalar
-from .common import Scope, capped, method
+from .common import AxisNames, Limit, Scope, Specs, capped, method
 
 
 @explains_calls

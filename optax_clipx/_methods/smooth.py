@@ -5,10 +5,10 @@ import functools
 import optax
 
 from .._clipping.responses import normalize, smooth
-from .._trees.arguments import AxisNames, Limit, Specs, check_between
+from .._trees.arguments import check_between
 from .._trees.calls import explains_calls
 from .._trees.types import Scalar
-from .common import Scope, method
+from .common import AxisNames, Limit, Scope, Specs, method
 
 
 @explains_calls

@@ -6,10 +6,9 @@ import optax
 
 from .._clipping.responses import rescale
 from .._thresholds.zscore import zscore
-from .._trees.arguments import AxisNames, Limit, Specs
 from .._trees.calls import explains_calls
 from .._trees.types import Scalar
-from .common import Scope, capped, method
+from .common import AxisNames, Limit, Scope, Specs, capped, method
 
 
 @explains_calls

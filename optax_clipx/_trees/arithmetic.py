@@ -47,7 +47,7 @@ def _of_scalars(traced: Callable[..., Number], known: Callable[..., Number]) -> 
     return run
 
 
-def _of_one_dtype(args: tuple[ArrayLike, ...]) -> tuple[Any, ...]:
+def _of_one_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
     plain = [type(x) in (bool, int, float) for x in args]  # np.float64 is a float
     if not any(plain):
         return args

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adaptive_reference import assert_clips_by, growth
 from all_methods import ADAPTIVE as METHODS, STATELESS
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -140,6 +141,10 @@ def test_one_trace_serves_all_steps_and_nothing_is_promoted(make):
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
         assert not any(x.weak_type for x in jax.tree.leaves((clipped, new)))
         state = new
+
+
+def test_a_method_clips_by_its_rule():
+    assert_clips_by(clipx.norm_growth_clip(1.5), growth(1.5))
 
 
 @pytest.mark.one_in(10)
