@@ -193,7 +193,7 @@ class _Measured:
     plan: Plan
     dtype: Any
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
-    joined: bool = False  # whether they are by now
+    in_one: bool = False  # whether sums are put together, as GPUs like it
 
     def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
@@ -216,7 +216,7 @@ class _Measured:
 
         `how` is "plain", "each", or "at_three": plain, and in two other units.
         """
-        if how == "at_three" and self.joined:
+        if how == "at_three" and self.in_one:
             return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
         return parts or [
@@ -232,9 +232,10 @@ class _Measured:
 
     def _sums_in_one(self, given: PyTree) -> list[Any]:
         """Those at three units, of each small leaf from one reduction."""
+        risks = tuple(self.at_risk(given))
         columns = [
-            sums_in_one([_at_three(x, self.dtype) for x in leaves], _TOGETHER)
-            for leaves in zip(*self.rows(given), strict=True)
+            _sums_of_rows(first, others, risks, self.plan.groups.spans(i), self.dtype)
+            for i, (first, *others) in enumerate(zip(*self.rows(given), strict=True))
         ]
         return list(zip(*columns, strict=True))
 
@@ -245,7 +246,11 @@ class _Measured:
         """
         # Each choice of a unit has a row of its own.
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
-        totals = self.plan.totals(turned, jax.tree.leaves(given[0]))
+        groups = self.plan.groups
+        if self.in_one and isinstance(groups, UnitGroups) and groups.buckets:
+            totals = groups.in_one_vector(turned)  # there each device has all
+        else:
+            totals = self.plan.totals(turned, jax.tree.leaves(given[0]))
         if self.plan.ord == "rms":
             sizes = self.plan.sizes(given[0][0])
             totals = [jax.tree.map(_mean, total, sizes) for total in totals]
@@ -293,6 +298,25 @@ def _sums_once(
         return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
     each = _at_three(x, dtype) if how == "at_three" else [_squares(x, factor, dtype)]
     return [total(squares, axes) for squares in each]
+
+
+def _rows_once(
+    first: jax.Array,
+    others: list[jax.Array],
+    risks: tuple[bool, ...],
+    axes: tuple[int, ...] | None,
+    dtype: Dtype,
+) -> list[list[jax.Array]]:
+    """Three sums of each of these: the same one three times where there is no risk."""
+    each = zip((first, *others), risks, strict=True)
+    values = [
+        _at_three(x, dtype) if risk else [_squares(x, None, dtype)] for x, risk in each
+    ]
+    found = sums_in_one(values, axes, _TOGETHER)
+    return [sums if len(sums) == 3 else sums * 3 for sums in found]
+
+
+_sums_of_rows = traced_once(_rows_once, (2, 3, 4))
 
 
 def _at_three(x: jax.Array, dtype: Dtype) -> list[jax.Array]:
@@ -353,7 +377,10 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
     groups, places = measured.plan.groups, measured.plan.places
     if isinstance(groups, UnitGroups) and any(place.axes for place in places):
         return passes.side_by_side(given)
-    joined = _joined(measured, risks) if measured.lots else passes
+    if measured.lots:
+        joined = _joined(measured, risks)
+    else:
+        joined = _passes(replace(measured, in_one=True), risks)
     if any(place.axes for place in places):
         return if_needed(passes, joined, given)
     one = [groups.like(given[0][0], measured.dtype)] * len(risks)
@@ -414,7 +441,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     count = len(lots)
     places = (mesh.Placement((), ()),) * count
     plan = replace(measured.plan, places=places, groups=of_tree(count))
-    passes = _passes(replace(measured, plan=plan, joined=True), risks)
+    passes = _passes(replace(measured, plan=plan, in_one=True), risks)
 
     def put_together(given: PyTree) -> Any:
         trees, extras = given
