@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,6 +225,46 @@ def test_three_sums_side_by_side():
     for bad in (np.nan, np.inf):
         tree[0][1, 1] = bad
         assert np.array_equal(clipx.functional.global_norm(tree), bad, equal_nan=True)
+
+
+def a_step(make, platform, tree):
+    """A step of a method, as programs for a platform take it."""
+    clipper = make()
+
+    def step(grads, params):
+        clipped, state = clipper.update(grads, clipper.init(params), params)
+        return clipped, clipx.metrics(state)
+
+    token = platforms._platform.set(platform)
+    jax.clear_caches()
+    try:
+        return jax.jit(step)(tree, jax.tree.map(lambda x: x / 4, tree))
+    finally:
+        platforms._platform.reset(token)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: clipx.clip(0.1),
+        lambda: clipx.clip_by_global_norm(1.0, nonfinite="sanitize"),
+        lambda: clipx.adaptive_grad_clip(0.01),
+        lambda: clipx.clip_by_leaf_norm(1.0),
+    ],
+    ids=["clip", "sanitized", "AGC", "leaf"],
+)
+def test_a_step_as_accelerators_take_it(make, platform):
+    """Leaves that are put together, one that is too large, and three magnitudes."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 4), (5,), (4, 3), (300, 300), (6,)]
+    scales = (1.0, 1e-3, 1e19, 1.0, 1e-25)
+    tree = [
+        jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+        for scale, shape in zip(scales, shapes, strict=True)
+    ]
+    found, wanted = (a_step(make, name, tree) for name in (platform, "cpu"))
+    chex.assert_trees_all_close(found, wanted, rtol=2e-6)
 
 
 def test_small_leaves_of_equal_entries():
