@@ -193,7 +193,7 @@ class _Measured:
     plan: Plan
     dtype: Any
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
-    in_one: bool = False  # whether sums are put together, as GPUs like it
+    in_one: bool = False  # whether sums and vectors are put together, for GPUs
 
     def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
