@@ -65,8 +65,8 @@ class _Row(NamedTuple):
     totals: Any  # before and after clipping
     over: Any  # how many are above their thresholds
     # Of several those of the largest ratio:
-    minus_threshold: Any
-    scale: Any
+    threshold: Any
+    minus_scale: Any
 
 
 class Folded(NamedTuple):
@@ -136,16 +136,14 @@ def summary_of(folded: Folded | OfTree, ord: Ord) -> Summary:
         return _of_tree(*folded)
     row = _fields(folded.row)
     norm, clipped_norm = entries(as_norm(row.peaks, row.totals, folded.size, ord))
-    # Finite if the norm is, which many programs would rather not compute again.
-    finite_as_norm = row.peaks if ord == float("inf") else row.totals
     return Summary(
         norm=norm,
         clipped_norm=clipped_norm,
-        scale=row.scale,
-        threshold=lax.neg(row.minus_threshold),
+        scale=lax.neg(row.minus_scale),
+        threshold=row.threshold,
         clipped=fraction(row.over, folded.count),
         any_clipped=more(row.over, 0),
-        nonfinite=negated(finite(lax.index_in_dim(finite_as_norm, 0, keepdims=False))),
+        nonfinite=negated(finite(norm)),
         unusable=more(row.unusable, 0),
     )
 
@@ -240,8 +238,8 @@ def _row_of(fields: Arrays, size: ArrayLike, weight: float, ord: Ord) -> jax.Arr
         ),
         totals=weights,
         over=over if weight == 1 else lax.mul(over, dtype.type(weight)),
-        minus_threshold=lax.neg(limits),
-        scale=scales,
+        threshold=limits,
+        minus_scale=lax.neg(scales),
     )
     return _folded(each, ord)
 
@@ -261,9 +259,9 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
     summed = lax.concatenate((shares, _rows(rows.over)), 0)
     totals = _of_each(summed, lax.add, 0.0)
     here = at_least(rows.ratio, lax.mul(ratio, ratio.dtype.type(1 - 2.0**-18)))
-    none = full_like(rows.ratio, np.inf)
-    worst = [where(here, x, none) for x in (rows.minus_threshold, rows.scale)]
-    return lax.concatenate((top, totals, _of_each(_rows(*worst), lax.min, np.inf)), 0)
+    none = full_like(rows.ratio, -np.inf)
+    worst = [where(here, x, none) for x in (rows.threshold, rows.minus_scale)]
+    return lax.concatenate((top, totals, _of_each(_rows(*worst), lax.max, -np.inf)), 0)
 
 
 def _fields(table: jax.Array) -> _Row:
