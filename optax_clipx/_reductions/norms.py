@@ -380,16 +380,17 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
     if measured.lots:
         joined = _joined(measured, risks)
     else:
-        joined = _passes(replace(measured, in_one=True), risks)
+        joined = _passes(measured, risks, in_one=True)
     if any(place.axes for place in places):
         return if_needed(passes, joined, given)
     one = [groups.like(given[0][0], measured.dtype)] * len(risks)
     return if_needed(passes, joined, given, (one, one))
 
 
-def _passes(measured: _Measured, risks: list[bool]) -> Passes:
+def _passes(measured: _Measured, risks: list[bool], in_one: bool = False) -> Passes:
     """A pass over plain squares, one with the right factors, and both in one."""
-    in_one = as_one if measured.plan.groups.is_one else _called
+    numbers = as_one if measured.plan.groups.is_one else _called
+    at_three = replace(measured, in_one=in_one)
 
     def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
         factors = _factors(squares, risks)
@@ -398,7 +399,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
 
     def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
-        return squares, *in_one(judged, squares)
+        return squares, *numbers(judged, squares)
 
     def again(
         squares: list[Packed], factors: list[Packed], given: PyTree
@@ -421,7 +422,7 @@ def _passes(measured: _Measured, risks: list[bool]) -> Passes:
         return squares, _factors(plain, risks)
 
     def side_by_side(given: PyTree) -> Squares:
-        return picked(*measured.totals(measured.sums(given, "at_three"), given))
+        return picked(*at_three.totals(at_three.sums(given, "at_three"), given))
 
     return Passes(first, again, side_by_side)
 
@@ -441,7 +442,7 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
     count = len(lots)
     places = (mesh.Placement((), ()),) * count
     plan = replace(measured.plan, places=places, groups=of_tree(count))
-    passes = _passes(replace(measured, plan=plan, in_one=True), risks)
+    passes = _passes(replace(measured, plan=plan), risks, in_one=True)
 
     def put_together(given: PyTree) -> Any:
         trees, extras = given
