@@ -180,3 +180,29 @@ def test_a_relative_threshold_needs_the_step_if_either_number_does():
     assert relative(schedule).uses_step
     assert relative(0.1, eps=schedule).uses_step
     assert not relative(0.1).uses_step
+
+
+def test_with_a_decay_of_one_the_average_stays():
+    limits, _ = after(clipx.thresholds.ema_ratio(1.5, decay=1.0), [1.0, 1.2, 1.4])
+    np.testing.assert_allclose(limits, 1.5, rtol=1e-6)
+
+
+def test_norms_far_above_are_counted_anew_after_one_far_below():
+    _, state = after(spikes_of_norms(2), [1.0] * 8 + [1e-3, 1e3, 1e3])
+    np.testing.assert_allclose(state.level, np.log(1e3), rtol=1e-6)
+
+
+def test_the_spread_of_logarithms_is_at_least_a_tenth():
+    rule = spikes_of_norms(50)
+    state = rule.init(jnp.float32(0))._replace(
+        seen=jnp.int32(100), spread=jnp.float32(0.1)
+    )
+    _, state = rule.update(jnp.float32(1.0), state, NOW)
+    assert state.spread == np.float32(0.1)
+
+
+def test_a_tuple_of_one_schedule_is_a_pytree_of_thresholds():
+    clipper = clipx.clip_by_leaf_norm((optax.constant_schedule(1.0),))
+    tree = (jnp.array([3.0, 4.0]),)
+    (clipped,), _ = clipper.update(tree, clipper.init(tree))
+    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)

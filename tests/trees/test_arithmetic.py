@@ -541,6 +541,7 @@ FLOATS, COUNTS = np.ones(3, np.float32), np.ones(3, np.int32)
         (COUNTS, 0),
         (True, COUNTS > 0),
         (np.float32(1), 2.0),
+        (np.float32(1), FLOATS),
         (2, np.float32(1)),
     ],
 )
@@ -558,3 +559,19 @@ def test_where_is_a_select_and_no_call(x, y):
     assert set(names[:-1]) <= {"broadcast_in_dim"}
     found = jax.jit(of_arrays)(mask, *traced)
     np.testing.assert_array_equal(found, np.where(mask, x, y))
+
+
+def test_of_two_numbers_where_takes_an_entry_for_each_of_the_mask():
+    mask = jnp.array([True, False])
+    assert arithmetic.where(mask, 1.0, 2.0).tolist() == [1.0, 2.0]
+
+
+def test_a_known_flag_settles_either_and_both():
+    flags = jnp.array([True, False])
+    assert arithmetic.either(np.False_, flags) is flags
+    assert arithmetic.either(flags, np.True_) == np.True_
+    assert arithmetic.both(np.True_, flags) is flags
+    assert arithmetic.both(flags, np.False_) == np.False_
+    known = np.array([False, True])
+    assert arithmetic.either(known, flags).tolist() == [True, True]
+    assert arithmetic.both(known, flags).tolist() == [False, False]
