@@ -43,6 +43,20 @@ def test_numbers_that_lie_in_one_vector_are_the_same():
     np.testing.assert_array_equal(y, [2.0, 6.0])
 
 
+def test_integers_alone_are_not_put_into_a_vector():
+    fun = functools.partial(_from_one_vector, lambda x, y: (x + 1, y))
+    x, y = jax.jit(fun)(jnp.int32(4), jnp.int32(7))
+    assert (x, y) == (5, 7)
+    text = jax.jit(fun).lower(jnp.int32(4), jnp.int32(7)).as_text()
+    assert "concatenate" not in text
+
+
+def test_integers_do_not_go_along_with_one_array():
+    fun = functools.partial(_from_one_vector, lambda x, y: (x + 1, y + 1))
+    x, y = jax.jit(fun)(jnp.float32(4), jnp.int32(7))
+    assert (x, y) == (5, 8)
+
+
 def test_gpus_read_one_vector_and_tpus_the_numbers():
     traced = jax.jit(lambda *args: as_one(numbers, *args)).trace(*given())
     for platform, joined in (("cuda", True), ("rocm", True), ("tpu", False)):
