@@ -26,8 +26,8 @@ from .._devices.mesh import (
     size_of,
     varying,
 )
-from .._devices.programs import cut, entries, unknown
-from .._devices.sums import total_of
+from .._devices.programs import cut, entries
+from .._devices.sums import in_one_vector, total_of
 from .._trees.leaves import Path, show
 from .._trees.sizes import as_number, is_known
 from .._trees.types import Arrays, Dtype, Shaped, Trees
@@ -196,16 +196,13 @@ class UnitGroups:
         """The packed form from what `combine` gives."""
         return tuple(arrays)
 
-    def in_one_vector(self, rows: Sequence[Arrays]) -> list[Packed]:
-        """The packed form of each row, of leaves that lie whole on a device.
-
-        XLA for GPU compiles a kernel for each vector that is put together.
-        """
-        columns = []
-        for bucket in self.buckets:
-            found = unknown(_vector([row[i] for row in rows for i in bucket.leaves]))
-            columns.append(lax.split(found, [sum(bucket.counts())] * len(rows)))
-        return [tuple(parts) for parts in zip(*columns, strict=True)]
+    def packed_at_once(self, rows: Sequence[Arrays]) -> list[Packed]:
+        """The packed form of each row, of leaves in buckets that lie whole."""
+        columns = [
+            in_one_vector([[row[i] for i in bucket.leaves] for row in rows])
+            for bucket in self.buckets
+        ]
+        return list(zip(*columns, strict=True))
 
     def _summed_axes(self, leaf: int, place: Placement) -> Axes:
         if not place.axes:

@@ -193,7 +193,7 @@ class _Measured:
     plan: Plan
     dtype: Any
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
-    in_one: bool = False  # whether sums and vectors are put together, for GPUs
+    in_one: bool = False  # whether sums at three units are taken together
 
     def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
@@ -248,7 +248,7 @@ class _Measured:
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
         groups = self.plan.groups
         if self.in_one and isinstance(groups, UnitGroups) and groups.buckets:
-            totals = groups.in_one_vector(turned)  # there each device has all
+            totals = groups.packed_at_once(turned)  # there each device has all
         else:
             totals = self.plan.totals(turned, jax.tree.leaves(given[0]))
         if self.plan.ord == "rms":
@@ -405,7 +405,7 @@ def _passes(measured: _Measured, risks: list[bool], in_one: bool = False) -> Pas
         squares: list[Packed], factors: list[Packed], given: PyTree
     ) -> list[Packed]:
         leaves = len(given[0][0])
-        # Unknown: XLA would write out a factor that leaves of one shape share.
+        # Unknown: a factor that leaves of one shape share would be written out.
         each = [
             unknown(measured.plan.groups.spread(factor)) if risk else [None] * leaves
             for factor, risk in zip(factors, risks, strict=True)
