@@ -561,6 +561,12 @@ def test_where_is_a_select_and_no_call(x, y):
     np.testing.assert_array_equal(found, np.where(mask, x, y))
 
 
+def test_one_flag_chooses_a_number_or_a_vector_by_a_select():
+    program = jax.make_jaxpr(lambda m: arithmetic.where(m, np.float32(1), FLOATS))(True)
+    assert program.eqns[-1].primitive.name == "select_n"
+    assert program.out_avals[0].shape == FLOATS.shape
+
+
 def test_of_two_numbers_where_takes_an_entry_for_each_of_the_mask():
     mask = jnp.array([True, False])
     assert arithmetic.where(mask, 1.0, 2.0).tolist() == [1.0, 2.0]
