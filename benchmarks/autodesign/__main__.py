@@ -16,6 +16,11 @@ With --tasks, they run on tasks of clipbench too.
 
 measures the chosen rule on twelve further tasks, and adds up all twenty-four from the
 results of the second list.
+
+    python benchmarks/autodesign --list fourth
+
+runs the last list on all twenty-four tasks with other seeds. It reads the learning
+rates and which cells are stable from the results of the second and the third list.
 """
 
 import argparse
@@ -29,18 +34,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clipbench import tasks as clipbench
 from clipbench.rows import add, kept
 
-from autodesign.deciding import decision
-from autodesign.designs import all_designs, second_list, third_list
+from autodesign.deciding import decision, last_decision
+from autodesign.designs import all_designs, fourth_list, second_list, third_list
 from autodesign.later_tasks import LATER_MAKERS
-from autodesign.report import by_cell, write_report, write_third
+from autodesign.report import by_cell, write_fourth, write_report, write_third
 from autodesign.tasks import MAKERS
-from autodesign.training import SCALES, Design, compared, fixed, tuned
+from autodesign.training import SCALES, SEEDS, Design, compared, fixed, tuned
 
-LISTS = {"first": all_designs, "second": second_list, "third": third_list}
+LISTS = {
+    "first": all_designs,
+    "second": second_list,
+    "third": third_list,
+    "fourth": fourth_list,
+}
 NAMES = {
     "first": "autodesign",
     "second": "autodesign_second",
     "third": "autodesign_third",
+    "fourth": "autodesign_fourth",
+}
+TASKS = {
+    "first": MAKERS,
+    "second": MAKERS,
+    "third": LATER_MAKERS,
+    "fourth": MAKERS | LATER_MAKERS,
 }
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -62,28 +79,43 @@ def main() -> None:
     designs = LISTS[options.list]()
     if options.designs:
         designs = {name: designs[name] for name in options.designs}
-    tasks = options.tasks or (LATER_MAKERS if options.list == "third" else MAKERS)
+    tasks = options.tasks or TASKS[options.list]
     output = options.output or RESULTS / NAMES[options.list]
     path = output.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     records = kept(path)
+    before = results("second") + results("third")
+    if options.list == "fourth" and not records:
+        add(path, records, (r for r in before if "rate" in r))
     if not options.report:
+        first = SEEDS if options.list == "fourth" else 0
         for name in tasks:
-            add(path, records, missing(name, designs, records))
+            add(path, records, missing(name, designs, records, first))
     own = [r for r in records if r["task"] in tasks]
+    table = output.with_suffix(".md")
     if options.list == "third":
-        first = kept((RESULTS / NAMES["second"]).with_suffix(".jsonl"))
-        write_third(own, first, output.with_suffix(".md"), designs)
-        return
-    write_report(own, output.with_suffix(".md"), designs)
+        write_third(own, results("second"), table, designs)
+    elif options.list == "fourth":
+        write_fourth(own, table, designs)
+        now, earlier = by_cell(own), by_cell(before)
+        if now.keys() <= earlier.keys():
+            chosen = last_decision(*([x[cell] for cell in now] for x in (now, earlier)))
+            print(f"The rule of decision chooses: {chosen}")
+    else:
+        write_report(own, table, designs)
     if options.list == "second":
         print(f"The rule of decision chooses: {decision(list(by_cell(own).values()))}")
 
 
+def results(list_: str) -> list[Record]:
+    """What is kept of a list."""
+    return kept((RESULTS / NAMES[list_]).with_suffix(".jsonl"))
+
+
 def missing(
-    name: str, designs: dict[str, Design], records: list[Record]
+    name: str, designs: dict[str, Design], records: list[Record], first: int = 0
 ) -> Iterator[Record]:
-    """The rates of a task and its results, less those that are there."""
+    """The rates of a task and its results from a seed on, less those there are."""
     own = [r for r in records if r["task"] == name]
     rates = {r["optimizer"]: r for r in own if "rate" in r}
     what = ALL_MAKERS[name]()
@@ -95,7 +127,7 @@ def missing(
     wanted = fixed(rates["sgd"]["typical"]) | designs
     wanted = {k: d for k, d in wanted.items() if k not in done}
     if wanted:
-        yield from compared(what, rates, wanted)
+        yield from compared(what, rates, wanted, first)
 
 
 if __name__ == "__main__":

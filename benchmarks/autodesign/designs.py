@@ -86,16 +86,23 @@ def rule(
     place: float = 0.5,
     pace: float = PACE,
     steady: bool = False,
+    again: tuple[float, int] | None = None,
 ) -> Threshold:
     """A rule from what it makes of the levels; `share` is below the tracked one.
 
     The anchor is at this place of so many first norms in their order. A steady level is
-    the anchor until all of these are there, and only then follows the norms.
+    the anchor until all of these are there, and only then follows the norms. With
+    `again`, so many times the anchor and so many norms, the rule starts again after so
+    many norms in a row above it.
     """
+    factor, in_a_row = again or (jnp.inf, 1)
 
     def update(norm: jax.Array, state: Any, context: Context) -> Any:
-        memory, level, lowest, mean, spread = state
+        memory, level, lowest, mean, spread, far = state
+        anew = far >= in_a_row
+        memory = memory._replace(seen=jnp.where(anew, 0, memory.seen))
         anchor, memory = anchored(memory, norm, context, place)
+        far = jnp.where(norm > factor * anchor, jnp.where(anew, 0, far) + 1, 0)
         begun = memory.seen > 1
         log = jnp.log(norm)
         level, lowest, mean = (
@@ -118,10 +125,11 @@ def rule(
         off = jnp.clip(log - mean, -3, 3)
         mean = mean + rate * off
         spread = spread + rate * (jnp.abs(off) - spread)
-        return limit, (memory, level, lowest, mean, spread)
+        return limit, (memory, level, lowest, mean, spread, far)
 
     def init(norms: jax.Array) -> Any:
-        return no_anchor(norms, size), *(memory(norms) for _ in range(4))
+        levels = (memory(norms) for _ in range(4))
+        return no_anchor(norms, size), *levels, memory(norms, jnp.int32)
 
     return per_norm(init, update)
 
@@ -151,6 +159,12 @@ def root(norm: Any, limit: Any, most: float = 10.0) -> Any:
     """Above the threshold the norm grows as its root, to ten times the threshold."""
     over = jnp.maximum(norm / limit, 1)
     return jnp.minimum(jnp.sqrt(over), most) / over
+
+
+def as_power(norm: Any, limit: Any, power: float, most: float = 30.0) -> Any:
+    """Above the threshold the norm grows as a power, to so many times the threshold."""
+    over = jnp.maximum(norm / limit, 1)
+    return jnp.minimum(over**power, most) / over
 
 
 def enlarged(norm: Any, limit: Any) -> Any:
@@ -408,6 +422,61 @@ def later_designs() -> dict[str, Design]:
     return designs
 
 
+AGAIN = (30.0, 50)  # times the median of the first norms, and norms: as the package
+
+
+def last_designs() -> dict[str, Design]:
+    """The list of the fourth round: variants of the package's rule.
+
+    All of them start again after many norms far above the first ones. The threshold is
+    bounded by the usual norm, if the name does not say otherwise.
+    """
+    designs: dict[str, Design] = {}
+
+    def usual(s: Levels) -> Any:
+        return s.level
+
+    def add(
+        name: str,
+        c: float = 0.1,
+        start: float = 0.3,
+        steps: int = 100,
+        unit: Callable[[Levels], Any] = lambda s: s.anchor,
+        bound: Callable[[Levels], Any] = usual,
+        power: float | None = None,
+        **options: Any,
+    ) -> None:
+        response: Any = functools.partial(logarithmic, most=8.0)
+        if power is not None:
+            response = functools.partial(as_power, power=power)
+        designs[name] = simple(
+            lambda s: jnp.minimum(c * grown(s, start, steps) * unit(s), bound(s)),
+            response=response,
+            **{"place": 0.49, "again": AGAIN, **options},
+        )
+
+    for far, count in ((30.0, 100), (100.0, 50), (100.0, 100), (300.0, 50)):
+        add(f"again after {count} above {far:g}", again=(far, count))
+    for c in (0.05, 0.15, 0.2, 0.3, 0.5, 1.0):
+        add(f"unit {c:g}", c)
+    for start in (0.1, 1.0):
+        add(f"from {start:g} in 100", start=start)
+    add("from 0.3 in 300", steps=300)
+    for c, start, steps in ((0.2, 0.1, 100), (0.3, 0.1, 100), (0.3, 0.1, 300)):
+        add(f"unit {starts(c, start, steps)}", c, start, steps)
+    for c in (0.03, 0.1):
+        for power in (0.4, 0.5, 0.6, 0.7):
+            add(f"unit {c:g}, to the power {power:g}", c, power=power)
+    add("of the first 5", size=5)
+    add("of the first 20", size=20)
+    add("of the higher of both", unit=lambda s: jnp.maximum(s.anchor, s.level))
+    add("of both", unit=lambda s: jnp.sqrt(s.anchor * s.level))
+    for k in (0.3, 3.0):
+        add(f"or {k:g} times median", bound=lambda s, k=k: k * s.level)
+    add("without the usual norm", bound=lambda s: jnp.inf)
+    return designs
+
+
 FIRST_CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
 PACKAGE = "auto_clip of the package"
 MOST_CELLS = "logarithmic slow start 0.1, of the median"
@@ -435,3 +504,8 @@ def third_list() -> dict[str, Design]:
     """
     package = Design(clipx.thresholds.auto(), compress)
     return BASELINES | {FIRST_CHOSEN: families()[FIRST_CHOSEN], PACKAGE: package}
+
+
+def fourth_list() -> dict[str, Design]:
+    """Baselines, the design that two rounds chose, the package's, and the last list."""
+    return third_list() | last_designs()

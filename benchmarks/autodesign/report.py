@@ -20,7 +20,9 @@ from clipbench.report import (
 )
 
 from autodesign.deciding import mean
-from autodesign.designs import FIRST_CHOSEN, PACKAGE
+from autodesign.designs import FIRST_CHOSEN, PACKAGE, third_list
+from autodesign.later_tasks import LATER_MAKERS
+from autodesign.tasks import MAKERS
 
 Record = dict[str, Any]
 Row = dict[str, Record]
@@ -77,6 +79,26 @@ def write_third(
     path.write_text(text)
 
 
+def write_fourth(records: list[Record], path: Path, names: Collection[str]) -> None:
+    """Writes and prints the tables of the fourth round: all tasks, and both halves."""
+    further = [r for r in records if r["task"] in LATER_MAKERS]
+    first = [r for r in records if r["task"] in MAKERS]
+    lines = []
+    for title, part in (
+        ("All twenty-four tasks", records),
+        ("The first twelve tasks", first),
+        ("The twelve further tasks", further),
+    ):
+        if part:
+            lines += [f"**{title}**", "", *summary(part, names, PACKAGE), ""]
+    rows = by_cell(records).values()
+    shown = [n for n in third_list() if all(n in row for row in rows)]
+    lines += ["**Each cell**", "", *each_cell(records, shown)]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    path.write_text(text)
+
+
 def each_cell(records: list[Record], names: Collection[str]) -> list[str]:
     """A table of the loss of each design over that of the best fixed threshold."""
     lines = [line("task", "optimizer", LUCK, *names)]
@@ -99,8 +121,10 @@ def behind_package(records: list[Record], names: Collection[str]) -> list[str]:
     return lines + [line(n, behind(r, ratios[PACKAGE])) for n, r in ratios.items()]
 
 
-def summary(records: list[Record], names: Collection[str]) -> list[str]:
-    """The table of these designs, as lines."""
+def summary(
+    records: list[Record], names: Collection[str], chosen: str = FIRST_CHOSEN
+) -> list[str]:
+    """The table of these designs, as lines, with what each is behind the chosen one."""
     found = by_cell(records)
     rows = list(found.values())
     more = ["mean", "of fixed", "behind", "sgd", "momentum", "adam", "lion"]
@@ -114,12 +138,13 @@ def summary(records: list[Record], names: Collection[str]) -> list[str]:
     for name in names:
         if all(name in row for row in rows):
             entries[name] = ratios_of(found, functools.partial(ratio, method=name))
+    against = entries.get(chosen)
     for name, ratios in entries.items():
         with np.errstate(invalid="ignore"):
             cells = judged(list(ratios.values()), rows)
         middle = f"{mean(np.array(list(ratios.values()))):.3f}"
         more = [middle, relative(ratios, entries[LUCK])]
-        more += [behind(ratios, entries.get(FIRST_CHOSEN, ratios))]
+        more += [behind(ratios, against or ratios)]
         lines.append(line(name, *cells, *more, *shares(ratios)))
     listed = {*names, *(f"fixed {c:g}" for c in RELATIVE_LIMITS)}
     own = [r for r in records if r.get("design") in listed]

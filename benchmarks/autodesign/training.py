@@ -70,12 +70,15 @@ def fixed(typical: float) -> dict[str, Design]:
 
 
 def compared(
-    what: Task, rates: dict[str, Record], designs: dict[str, Design]
+    what: Task, rates: dict[str, Record], designs: dict[str, Design], first: int = 0
 ) -> list[Record]:
-    """The final losses of each design: rates by seeds, for each optimizer."""
+    """The final losses of each design: rates by seeds, for each optimizer.
+
+    The seeds are six numbers from `first` on.
+    """
     start = time.perf_counter()
     tried = np.array([[rates[o]["rate"] * f for f in FACTORS] for o in SCALES])
-    found = trained(what, designs, tried, SEEDS)
+    found = trained(what, designs, tried, SEEDS, first)
     seconds = (time.perf_counter() - start) / (len(SCALES) * len(designs))
     return [
         {
@@ -91,12 +94,17 @@ def compared(
 
 
 def trained(
-    what: Task, designs: dict[str, Design], rates: np.ndarray, seeds: int
+    what: Task,
+    designs: dict[str, Design],
+    rates: np.ndarray,
+    seeds: int,
+    first: int = 0,
 ) -> np.ndarray:
     """The final losses: optimizers, designs, rates, seeds."""
     rates = jnp.asarray(rates, jnp.float32)
     run = functools.partial(one_seed, what, list(designs.values()), rates)
-    found = jax.jit(lambda all_seeds: jax.lax.map(run, all_seeds))(jnp.arange(seeds))
+    numbers = jnp.arange(first, first + seeds)
+    found = jax.jit(lambda every: jax.lax.map(run, every))(numbers)
     return np.moveaxis(np.asarray(found), 0, -1)
 
 

@@ -15,7 +15,7 @@ import optax_clipx as clipx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
-from autodesign import deciding, designs, later_tasks, report, tasks, training
+from autodesign import chance, deciding, designs, later_tasks, report, tasks, training
 from clipbench.tasks import MAKERS
 
 CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
@@ -34,7 +34,9 @@ def test_no_further_task_is_one_of_those_before():
 def test_all_designs_are_different_rules():
     assert len(designs.families()) == 98
     assert len(designs.later_designs()) == 25
+    assert len(designs.last_designs()) == 31
     assert not set(designs.families()) & set(designs.later_designs())
+    assert not set(designs.last_designs()) & set(designs.second_list())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,40 @@ def test_the_rule_of_the_package_starts_again_where_the_design_does_not():
         assert last(list_[designs.PACKAGE].rule) > 20
 
 
+@pytest.mark.parametrize(
+    ("name", "again"), [("of the first 5", 70), ("again after 100 above 30", 120)]
+)
+def test_the_last_designs_start_again_after_many_norms_far_above(name, again):
+    context = clipx.thresholds.Context(step=0, extra={"value": jnp.float32(1)})
+    norms = jnp.concatenate([jnp.ones(20), jnp.full(120, 100.0)])
+
+    def step(state, norm):
+        limit, state = rule.update(norm, state, context)
+        return state, limit
+
+    rule = designs.last_designs()[name].rule
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        _, found = jax.lax.scan(step, rule.init(jnp.float32(0)), norms)
+    assert np.max(found[:again]) < 0.11
+    np.testing.assert_allclose(found[again], 0.307 * 0.1 * 100, rtol=1e-5)
+
+
+def test_a_power_of_the_norm_is_bounded():
+    norms = np.array([0.5, 1.0, 4.0, 1e6], np.float32)
+    found = norms * designs.as_power(norms, 1.0, power=0.5)
+    np.testing.assert_allclose(found, [0.5, 1.0, 2.0, 30.0], rtol=1e-6)
+
+
+def test_the_other_seeds_are_those_after_the_first():
+    what = dataclasses.replace(tasks.MAKERS["deep linear network"](), steps=20)
+    rule = {"clipped": training.Design(training.constant(1.0))}
+    rates = np.full((4, 1), 0.003)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = training.trained(what, rule, rates, 2)
+        later = training.trained(what, rule, rates, 1, first=1)
+    np.testing.assert_allclose(later[..., 0], found[..., 1], rtol=1e-5)
+
+
 ALL = tasks.MAKERS | later_tasks.LATER_MAKERS
 
 
@@ -175,6 +211,21 @@ def test_the_tables_of_the_third_round(tmp_path, capsys):
     assert "| none | 1 (1 to 1) |" in path.read_text()
 
 
+def test_the_tables_of_the_fourth_round(tmp_path, capsys):
+    names = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS] + ["none", "of both"]
+    one = [{**record("sgd", name, 4, 2, 3), "seconds": 1} for name in names]
+    parity, copying = ([{**r, "task": t} for r in one] for t in ("parity", "copying"))
+    path = tmp_path / "table.md"
+    report.write_fourth([*parity, *copying], path, designs.fourth_list())
+    text = path.read_text()
+    assert text.count("| of both | 100% | 100% | 1 |") == 3
+    assert text.count("1 cells,") == 2
+    assert "2 cells," in text
+    assert "| parity | sgd | 1 |" in text
+    report.write_fourth(parity, path, designs.fourth_list())
+    assert "first twelve" not in path.read_text()
+
+
 def test_a_cell_in_which_all_diverge_counts_as_diverged():
     both = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS] + ["none"]
     lost = [{**record("sgd", name, None, None), "seconds": 1} for name in both]
@@ -207,3 +258,41 @@ def test_the_rule_of_decision(a, b, want):
     first, second, *_ = designs.later_designs()
     rows = list(cells_of({first: a, second: b}))
     assert deciding.decision(rows) == {"a": first, "b": second}[want]
+
+
+LOST = [np.nan] + [1.0] * 9
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stable", "want"),
+    [
+        ([1.0] * 10, [0.995] * 10, True, "a"),  # equal: the package's rule stays
+        ([1.0] * 10, [0.9] * 10, True, "b"),  # lower mean
+        (LOST, [1.2] * 5 + [1.0] * 5, True, "b"),  # the package's diverges
+        (LOST, [1.2] * 5 + [1.0] * 5, False, "a"),  # where other seeds do as well
+        (LOST, [np.nan] * 2 + [0.5] * 8, True, "a"),  # in the fewest cells
+    ],
+)
+def test_the_last_rule_of_decision(a, b, stable, want):
+    second, *_ = designs.last_designs()
+    rows = list(cells_of({designs.PACKAGE: a, second: b}))
+    before = list(cells_of({designs.PACKAGE: a}))
+    if not stable:
+        before[0][report.FIXED] = {"final": np.full((3, 8, 6), np.nan)}
+    found = deciding.last_decision(rows, before)
+    assert found == {"a": designs.PACKAGE, "b": second}[want]
+
+
+def test_survivals_are_counted_over_runs():
+    names = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS] + ["none"]
+    records = [
+        {**record(o, name, *losses), "task": chance.TASK, "run": run}
+        for run, losses in ((1, (4, 2, 3)), (2, (None, 2, 3)), (3, (None, None, None)))
+        for o in training.SCALES
+        for name in names
+    ]
+    head, _, luck, *rest = chance.survivals(records)
+    assert head == "| survived, of 3 runs | sgd | momentum | adam | lion | all |"
+    assert luck == f"| {report.LUCK} | 2 | 2 | 2 | 2 | 8 |"
+    assert rest[-1] == "| none | 2 | 2 | 2 | 2 | 8 |"
+    assert len(rest) == 9
