@@ -77,3 +77,15 @@ def test_every_method(name, monkeypatch):
     chex.assert_trees_all_close(
         again.call(x, x[:, 0]), jax.jit(step)(x, x[:, 0]), rtol=1e-4, atol=1e-6
     )
+
+
+def test_units_are_measured_on_gpus_as_well():
+    def clipped(x):
+        clipper = clipx.clip_by(clipx.measures.unit_norms(axis=1), 1.0)
+        return clipper.update([x, x], clipper.init([x, x]))[0]
+
+    (rows,) = export.symbolic_shape("b")
+    given = jax.ShapeDtypeStruct((rows, 4), jnp.float32)
+    both = export.export(jax.jit(clipped), platforms=["cuda", "cpu"])(given)
+    _, found = both.call(jnp.full((3, 4), 5.0))
+    chex.assert_trees_all_close(found, jnp.full((3, 4), 0.5), rtol=1e-6)

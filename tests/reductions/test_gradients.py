@@ -123,3 +123,14 @@ def test_meta_gradient_through_a_training_step():
         numeric = (after(0.1 + h) - after(0.1 - h)) / (2 * h)
         slope = jax.jit(jax.grad(after))(0.1)
         np.testing.assert_allclose(slope, numeric, rtol=1e-6)
+
+
+def test_the_slope_of_a_root_mean_square():
+    # rms(x) = |x| / sqrt(n), so its slope is x / (n rms(x)).
+    clipper = clipx.clip_by(clipx.measures.tree_norm(ord="rms"), np.inf)
+
+    def norm(x):
+        return clipx.metrics(clipper.update(x, clipper.init(x))[1])["clip/norm"]
+
+    x = jnp.array([1.0, 1.0, 3.0, 5.0])  # rms 3
+    np.testing.assert_allclose(jax.grad(norm)(x), x / 12, rtol=1e-6)

@@ -28,3 +28,8 @@ def test_one_program_for_all_norms_that_are_alike():
     assert 1 <= numbers[0] <= 3
     assert numbers[1] == 0
     np.testing.assert_allclose(norm, 2 * 70**0.5, rtol=1e-6)
+
+
+def test_within_a_trace_nothing_is_a_program_of_its_own():
+    traced = jax.make_jaxpr(clipx.functional.global_norm)({"a": jnp.ones(5)})
+    assert "_compiled" not in str(traced)

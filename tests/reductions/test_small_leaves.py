@@ -75,3 +75,9 @@ def test_tpus_sum_each_leaf_by_itself(platform, joined):
 def test_norms_of_leaves_take_each_by_itself():
     traced = jax.jit(clipx.functional.leaf_norms).trace(ones((64, 64), (64,)))
     assert "tensor<4160xf32>" not in traced.lower().as_text()
+
+
+def test_gpus_sum_leaves_that_are_together_in_one_reduction():
+    traced = jax.jit(clipx.functional.global_norm).trace(ones((64, 64), (64,)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.reduce(") == 1

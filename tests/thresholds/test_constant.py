@@ -25,12 +25,6 @@ def test_one_leaf_has_one_threshold():
     np.testing.assert_allclose(found["a"], [0.6, 0.8], rtol=1e-6)
 
 
-def test_the_one_leaf_of_a_tuple_has_a_schedule():
-    tx = clipx.clip_by_leaf_norm((optax.constant_schedule(1.0),))
-    found = clipped(tx, (UPDATES["a"],))
-    np.testing.assert_allclose(found[0], [0.6, 0.8], rtol=1e-6)
-
-
 def test_none_stands_opposite_none():
     updates = {"a": UPDATES["a"], "b": None}
     found = clipped(clipx.clip_by_leaf_norm({"a": 1.0, "b": None}), updates)

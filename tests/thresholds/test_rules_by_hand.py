@@ -206,3 +206,51 @@ def test_a_tuple_of_one_schedule_is_a_pytree_of_thresholds():
     tree = (jnp.array([3.0, 4.0]),)
     (clipped,), _ = clipper.update(tree, clipper.init(tree))
     np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_window_has_the_mean_and_the_deviation_of_each_norm():
+    rule = clipx.thresholds.zscore(2.0, window=3, warmup_steps=1, stats="raw")
+    limits, _ = after(rule, np.array([[1.0, 40], [2, 10], [4, 10], [9, 30]]))
+    want = [[1.02, 40.8], [1.5 + 2 * 0.5, 25 + 2 * 15]]
+    want += [[7 / 3 + 2 * (14 / 9) ** 0.5, 20 + 2 * 200**0.5]]
+    np.testing.assert_allclose(limits[1:], want, rtol=1e-6)
+
+
+def test_a_warmup_of_one_step_ends_after_it():
+    rule = clipx.thresholds.zscore(9.0, decay=0.9, warmup_steps=1, stats="raw")
+    _, state = after(rule, [1.0, 2.0])
+    np.testing.assert_allclose(state.mean, 0.9 * 1 + 0.1 * 2, rtol=1e-6)
+
+
+def test_the_third_loss_in_a_row_far_below_is_the_level():
+    rule = spikes_of_losses(3)
+    _, state = after(rule, [1.0] * 8 + [-50.0] * 2)
+    assert state.far == -2
+    assert state.level == 1
+    _, state = after(rule, [1.0] * 8 + [-50.0] * 3)
+    np.testing.assert_allclose(state.level, -50, rtol=1e-6)
+
+
+def test_the_spread_of_losses_is_at_least_a_hundredth_of_their_level():
+    rule = spikes_of_losses(50)
+    state = rule.init(jnp.float32(0))._replace(
+        seen=jnp.int32(10**5), level=jnp.float32(3.0), spread=jnp.float32(0.03)
+    )
+    _, state = rule.update(jnp.float32(3.0), state, NOW)
+    np.testing.assert_allclose(state.spread, 0.03, rtol=1e-6)
+
+
+def test_a_tracked_quantile_may_be_below_one():
+    rule = clipx.thresholds.quantile_tracker(0.5, learning_rate=0.2)
+    limits, _ = after(rule, [0.5, 9.0, 9.0])
+    np.testing.assert_allclose(limits, 0.5 * np.exp([0, -0.1, 0]), rtol=1e-6)
+
+
+def test_a_traced_decay_of_one_is_in_range():
+    @jax.jit
+    def target(decay):
+        rule = clipx.thresholds.group_band(0.5, 2.0, decay=decay)
+        return rule.update(jnp.float32(2.0), rule.init(jnp.float32(0)), NOW)[0]
+
+    assert target(1.0) == 2
+    assert np.isnan(target(1.5))

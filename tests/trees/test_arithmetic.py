@@ -570,6 +570,8 @@ def test_one_flag_chooses_a_number_or_a_vector_by_a_select():
 def test_of_two_numbers_where_takes_an_entry_for_each_of_the_mask():
     mask = jnp.array([True, False])
     assert arithmetic.where(mask, 1.0, 2.0).tolist() == [1.0, 2.0]
+    with jax.numpy_dtype_promotion("standard"):
+        assert arithmetic.where(mask, 2.5, np.int32(1)).tolist() == [2.5, 1.0]
 
 
 def test_a_known_flag_settles_either_and_both():
