@@ -11,7 +11,6 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 from jax.interpreters import mlir
-from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as hlo
 from jaxtyping import PyTree
@@ -49,21 +48,12 @@ def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
         program, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
     finally:
         _in_one.reset(inside)
-    names = [*program.jaxpr.constvars, *program.jaxpr.invars]
-    known = dict(zip(names, (*program.consts, *arrays), strict=True))
-    # What comes out as it went in, or is not looked at, stays out of the loop.
-    outcome = program.jaxpr.outvars
-    made = list(dict.fromkeys(x for x in outcome if not _is_known(x, known)))
-    read = {id(x) for step in program.jaxpr.eqns for x in step.invars}
-    needed = [x for x in names if id(x) in read]
-    if not _is_small(program.jaxpr, needed, made):
+    closed = [*program.jaxpr.constvars, *program.jaxpr.invars]
+    steps = program.jaxpr.replace(constvars=[], invars=closed)
+    if not _is_small(steps):
         return fun(*given)
-    steps = program.jaxpr.replace(constvars=[], invars=needed, outvars=made)
-    arrays = [jnp.asarray(known[x]) for x in needed]
-    found = _computed.bind(*arrays, program=ClosedJaxpr(steps, ()))
-    known.update(zip(made, found, strict=True))
-    results = [_value(x, known) for x in outcome]
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    found = _computed.bind(*program.consts, *arrays, program=ClosedJaxpr(steps, ()))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 _in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
@@ -74,12 +64,26 @@ def is_inside() -> bool:
     return _in_one.get()
 
 
-def _is_small(program: Any, needed: list[Any], made: list[Any]) -> bool:
+def _is_small(program: Any) -> bool:
     """Whether XLA would compile a loop around a program as a whole."""
+    needed, made = _looked_at(program), _computed_by(program)
     sizes = [x.aval.size for x in needed + made]
     has_float = any(x.aval.dtype.kind == "f" for x in needed)  # which the loop watches
     few = is_known(*sizes) and sum(sizes) <= 128
     return has_float and few and _has_small_steps(program)
+
+
+def _looked_at(program: Any) -> list[Var]:
+    """What a program reads of its arguments."""
+    read = {id(x) for step in program.eqns for x in step.invars}
+    return [x for x in program.invars if id(x) in read]
+
+
+def _computed_by(program: Any) -> list[Var]:
+    """What comes out of a program that neither went in nor is known."""
+    given = set(program.invars)
+    outcome = dict.fromkeys(x for x in program.outvars if isinstance(x, Var))
+    return [x for x in outcome if x not in given]
 
 
 def _has_small_steps(program: Any) -> bool:
@@ -94,14 +98,6 @@ def _has_small_steps(program: Any) -> bool:
         if step.effects or not small:
             return False
     return True
-
-
-def _is_known(name: Var | Literal, known: dict[Var, ArrayLike]) -> bool:
-    return isinstance(name, Literal) or name in known
-
-
-def _value(name: Var | Literal, known: dict[Var, ArrayLike]) -> Any:
-    return jnp.asarray(name.val) if isinstance(name, Literal) else known[name]
 
 
 def _run(*arrays: jax.Array, program: ClosedJaxpr) -> list[Any]:
@@ -127,6 +123,21 @@ def _lowered(
 def _lowered_on_cpu(
     context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr
 ) -> Any:
+    """What comes out as it went in, or is known, stays out of the loop."""
+    steps = program.jaxpr
+    needed, made = _looked_at(steps), _computed_by(steps)
+    inner = ClosedJaxpr(steps.replace(invars=needed, outvars=made), ())
+    context = context.replace(avals_in=inner.in_avals, avals_out=inner.out_avals)
+    values = dict(zip(steps.invars, arrays, strict=True))
+    read = [values[x] for x in needed]
+    values.update(zip(made, _loop(context, *read, program=inner), strict=True))
+    return [
+        mlir.ir_constant(x.val) if isinstance(x, Literal) else values[x]
+        for x in steps.outvars
+    ]
+
+
+def _loop(context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr) -> Any:
     """A loop that runs once, written as XLA's own operations: quicker than tracing it.
 
     What comes out takes the places of what went in: XLA would move out of the loop
@@ -169,7 +180,7 @@ def _lowered_on_cpu(
 def _lowered_on_gpu(
     context: mlir.LoweringRuleContext, *arrays: Any, program: ClosedJaxpr
 ) -> Any:
-    run = functools.partial(_from_one_vector, _plain(program))
+    run = functools.partial(_from_one_vector, program)
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
 
@@ -189,40 +200,51 @@ def _first(numbers: Any, shape: tuple[int, ...]) -> Any:
     return hlo.reshape(scalar, hlo.slice(numbers, start, end, end))
 
 
-def _plain(program: ClosedJaxpr) -> Callable[..., list[Any]]:
-    return functools.partial(_program.bind, program=program)
-
-
 mlir.register_lowering(_computed, _lowered)
 mlir.register_lowering(_computed, _lowered_on_cpu, platform="cpu")
 for _gpu in ("cuda", "rocm"):
     mlir.register_lowering(_computed, _lowered_on_gpu, platform=_gpu)
 
 
-def _from_one_vector(fun: Callable[..., PyTree], *arrays: jax.Array) -> Any:
-    """The same, from numbers that lie in one vector.
+def _from_one_vector(program: ClosedJaxpr, *arrays: jax.Array) -> Any:
+    """The same, from numbers that lie in one vector, as do known ones that come out.
 
     XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.
 
     `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 9 kernels, as
     with optax's clipping, and 10 with zclip. Without it they were 11 and 16.
     """
-    places = [i for i, x in enumerate(arrays) if x.dtype == np.float32]
+    outcome = program.jaxpr.outvars
+    known = [i for i, x in enumerate(outcome) if isinstance(x, Literal)]
+    given = [*arrays, *(jnp.asarray(outcome[i].val) for i in known)]
+    places = [i for i, x in enumerate(given) if x.dtype == np.float32]
     if not places:
-        return fun(*arrays)
+        return _program.bind(*arrays, program=program)
     if len(places) > 1:  # what is put together takes integers along
-        places += [i for i, x in enumerate(arrays) if x.dtype == np.int32]
-    parts = [lax.reshape(_as_floats(arrays[i]), (arrays[i].size,)) for i in places]
+        places += [i for i, x in enumerate(given) if x.dtype == np.int32]
+    parts = [lax.reshape(_as_integers(given[i]), (given[i].size,)) for i in places]
     vector = lax.optimization_barrier(lax.concatenate(parts, 0))
-    given, start = list(arrays), 0
+    start = 0
     for i, part in zip(places, parts, strict=True):
         piece = lax.slice(vector, (start,), (start + part.size,))
-        piece = lax.bitcast_convert_type(piece, arrays[i].dtype)
-        given[i] = lax.reshape(piece, arrays[i].shape)
+        piece = lax.reshape(piece, given[i].shape)
+        given[i] = lax.bitcast_convert_type(piece, given[i].dtype)
         start += part.size
-    return fun(*given)
+    found = _program.bind(*given[: len(arrays)], program=program)
+    for place, x in zip(known, given[len(arrays) :], strict=True):
+        found[place] = x
+    made = _computed_by(program.jaxpr)
+    each = zip(found, outcome, strict=True)
+    return [x if name in made else _copied(x) for x, name in each]
 
 
-def _as_floats(x: jax.Array) -> jax.Array:
+def _copied(x: jax.Array) -> jax.Array:
+    """The same number. XLA would fuse a mere slice with nothing."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return lax.select(lax.ne(x, x), jnp.full_like(x, jnp.nan), x)
+
+
+def _as_integers(x: jax.Array) -> jax.Array:
     """The same bits."""
-    return lax.bitcast_convert_type(x, np.float32)
+    return lax.bitcast_convert_type(x, np.int32)

@@ -76,7 +76,7 @@ _RANGES = {
 }
 
 
-_SMALL, _TOGETHER = 2**12, 2**16  # entries of a leaf, and of leaves put together
+_SMALL, _TOGETHER = 2**12, 2**18  # entries of a leaf, and of leaves put together
 
 Factors = Sequence[Sequence[jax.Array | None]]  # of each tree and leaf
 Derive = Callable[[Any, Any], Any]  # from trees and extras to the trees measured
