@@ -31,20 +31,32 @@ def test_the_numbers_are_those_of_the_function(around):
     assert found["y"] == 3.0
 
 
-def test_numbers_that_lie_in_one_vector_are_the_same():
+def from_one_vector(fun, *args):
     """As for GPUs, here on CPU."""
+    return _from_one_vector(jax.make_jaxpr(fun)(*args), *args)
 
+
+def test_numbers_that_lie_in_one_vector_are_the_same():
     def fun(x, count, y, flag):
-        return x + 1, count, y * 2, flag
+        return x + 1, count, y * 2, flag, x, np.float32(0.5), np.int32(2)
 
     args = (jnp.float32(4.0), jnp.int32(7), jnp.array([1.0, 3.0]), jnp.bool_(True))
-    x, count, y, flag = jax.jit(functools.partial(_from_one_vector, fun))(*args)
-    assert (x, count, flag) == (5.0, 7, True)
+    found = jax.jit(functools.partial(from_one_vector, fun))(*args)
+    x, count, y, flag, same, half, two = found
+    assert (x, count, flag, same, half, two) == (5.0, 7, True, 4.0, 0.5, 2)
     np.testing.assert_array_equal(y, [2.0, 6.0])
 
 
+@pytest.mark.parametrize("number", [0.0, -0.0, np.inf, np.nan, 1e-40, -3.5])
+def test_a_number_that_comes_out_as_it_went_in_has_the_same_bits(number):
+    step = jax.jit(functools.partial(from_one_vector, lambda x, y: (x, x + y)))
+    found, _ = step(jnp.float32(number), jnp.float32(1))
+    np.testing.assert_array_equal(found, np.float32(number))
+    assert np.signbit(found) == np.signbit(number)
+
+
 def test_integers_alone_are_not_put_into_a_vector():
-    fun = functools.partial(_from_one_vector, lambda x, y: (x + 1, y))
+    fun = functools.partial(from_one_vector, lambda x, y: (x + 1, y))
     x, y = jax.jit(fun)(jnp.int32(4), jnp.int32(7))
     assert (x, y) == (5, 7)
     text = jax.jit(fun).lower(jnp.int32(4), jnp.int32(7)).as_text()
@@ -52,9 +64,20 @@ def test_integers_alone_are_not_put_into_a_vector():
 
 
 def test_integers_do_not_go_along_with_one_array():
-    fun = functools.partial(_from_one_vector, lambda x, y: (x + 1, y + 1))
+    fun = functools.partial(from_one_vector, lambda x, y: (x + 1, y + 1))
     x, y = jax.jit(fun)(jnp.float32(4), jnp.int32(7))
     assert (x, y) == (5, 8)
+
+
+def test_a_known_number_comes_out_of_the_vector():
+    """A constant would be copied by a kernel of its own."""
+
+    def fun(x):
+        return as_one(lambda x: (x + 1, np.float32(0.5)), x)
+
+    text = jax.jit(fun).trace(jnp.float32(4)).lower(lowering_platforms=("cuda",))
+    assert "tensor<2xi32>" in text.as_text()
+    assert jax.jit(fun)(jnp.float32(4))[1] == 0.5
 
 
 def test_gpus_read_one_vector_and_tpus_the_numbers():
