@@ -11,7 +11,7 @@ from autodesign.designs import FIRST_CHOSEN, PACKAGE, last_designs, later_design
 Record = dict[str, Any]
 Row = dict[str, Record]
 GOAL = 0.9  # of the share of the best fixed threshold that other seeds chose
-WORST = 5.0  # a larger ratio counts as this
+WORST = 5.0  # a larger ratio counts as this, and one below its inverse as that
 EQUAL = 1.01  # means that differ by less are equal
 
 
@@ -86,4 +86,4 @@ def best(equal: dict[str, np.ndarray], rows: list[Row]) -> str:
 
 def mean(ratios: np.ndarray) -> float:
     """The geometric mean of ratios."""
-    return float(np.exp(np.mean(np.log(np.minimum(ratios, WORST)))))
+    return float(np.exp(np.mean(np.log(np.clip(ratios, 1 / WORST, WORST)))))

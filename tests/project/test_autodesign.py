@@ -296,3 +296,8 @@ def test_survivals_are_counted_over_runs():
     assert luck == f"| {report.LUCK} | 2 | 2 | 2 | 2 | 8 |"
     assert rest[-1] == "| none | 2 | 2 | 2 | 2 | 8 |"
     assert len(rest) == 9
+
+
+def test_a_ratio_counts_as_at_most_five_and_at_least_a_fifth():
+    found = deciding.mean(np.array([0.0, 1.0, np.inf, 2.0]))
+    np.testing.assert_allclose(found, 2**0.25, rtol=1e-12)
