@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, Var, jaxpr_as_fun
 from jax.interpreters import mlir
+from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as hlo
 from jaxtyping import PyTree
@@ -53,7 +54,7 @@ def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     if not _is_small(steps):
         return fun(*given)
     found = _computed.bind(*program.consts, *arrays, program=ClosedJaxpr(steps, ()))
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+    return jax.tree.unflatten(jax.tree.structure(shapes), map(_as_array, found))
 
 
 _in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
@@ -73,13 +74,13 @@ def _is_small(program: Any) -> bool:
     return has_float and few and _has_small_steps(program)
 
 
-def _looked_at(program: Any) -> list[Var]:
+def _looked_at(program: Any) -> list[Any]:
     """What a program reads of its arguments."""
     read = {id(x) for step in program.eqns for x in step.invars}
     return [x for x in program.invars if id(x) in read]
 
 
-def _computed_by(program: Any) -> list[Var]:
+def _computed_by(program: Any) -> list[Any]:
     """What comes out of a program that neither went in nor is known."""
     given = set(program.invars)
     outcome = dict.fromkeys(x for x in program.outvars if isinstance(x, Var))
@@ -101,7 +102,12 @@ def _has_small_steps(program: Any) -> bool:
 
 
 def _run(*arrays: jax.Array, program: ClosedJaxpr) -> list[Any]:
-    return list(map(jnp.asarray, jaxpr_as_fun(program)(*arrays)))
+    return list(map(_as_array, jaxpr_as_fun(program)(*arrays)))
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """A literal of a program comes out of JAX as what is no `jax.Array`."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x))
 
 
 def _types(*arrays: object, program: ClosedJaxpr) -> list[Any]:
