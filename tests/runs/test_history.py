@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -346,26 +347,32 @@ for step in range(10**9):
 """
 
 
+def killed(folder, seconds):
+    """The run in a folder so many seconds after its first step, and the last step."""
+    folder.mkdir()
+    with (
+        (folder / "steps").open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINING], cwd=folder, stdout=output
+        ) as process,
+    ):
+        while not (folder / "steps").stat().st_size:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    told = (folder / "steps").read_text().split("\n")[-2]
+    return clipx.History.load(folder / "run.jsonl"), int(told) + 1
+
+
 @pytest.mark.slow
 def test_a_killed_run_loses_two_records_at_most(tmp_path):
     """kill -9 at twenty random moments; each step was announced after append."""
     rng = random.Random(0)
-    for attempt in range(20):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        with (
-            (folder / "steps").open("wb") as output,
-            subprocess.Popen(
-                [sys.executable, "-c", TRAINING], cwd=folder, stdout=output
-            ) as process,
-        ):
-            while not (folder / "steps").stat().st_size:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0.02, 1.5))
-            process.send_signal(signal.SIGKILL)
-        told = (folder / "steps").read_text().split("\n")[-2]
-        loaded = clipx.History.load(folder / "run.jsonl")
-        appended = int(told) + 1
+    moments = [rng.uniform(0.02, 1.5) for _ in range(20)]
+    folders = [tmp_path / str(attempt) for attempt in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(killed, folders, moments))
+    for loaded, appended in found:
         assert appended - 2 <= len(loaded) <= appended + 1
         np.testing.assert_array_equal(loaded.steps, np.arange(len(loaded)))
         want = np.sqrt(3) * (1.0 + loaded.steps % 5)
