@@ -48,7 +48,7 @@ def test_numbers_that_lie_in_one_vector_are_the_same():
 
 
 @pytest.mark.parametrize("number", [0.0, -0.0, np.inf, np.nan, 1e-40, -3.5])
-def test_a_number_that_comes_out_as_it_went_in_has_the_same_bits(number):
+def test_a_number_that_comes_out_as_it_went_in_is_the_same(number):
     step = jax.jit(functools.partial(from_one_vector, lambda x, y: (x, x + y)))
     found, _ = step(jnp.float32(number), jnp.float32(1))
     np.testing.assert_array_equal(found, np.float32(number))

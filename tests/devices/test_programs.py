@@ -62,7 +62,7 @@ def on_cpu(clipper, leaves, way):
     [
         *((scope, 10) for scope in SCOPES),
         ("tree", 50),
-        pytest.param("tree", 400, marks=pytest.mark.slow),
+        pytest.param("tree", 1000, marks=pytest.mark.slow),
     ],
 )
 def test_collectives_on_cpu(scope, leaves, way):
