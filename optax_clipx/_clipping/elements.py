@@ -171,9 +171,9 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
             " magnitudes with optax_clipx.clip(max_delta)."
         )
     low, high = (lax.convert_element_type(x, array.dtype) for x in (low, high))
+    clamped = lax.min(lax.max(array, low), high)
     # Selected and not only clamped: a clamp may flush subnormal numbers.
-    inside = lax.bitwise_and(lax.ge(array, low), lax.le(array, high))
-    return lax.select(inside, array, lax.min(lax.max(array, low), high))
+    return lax.select(lax.eq(clamped, array), array, clamped)
 
 
 _clamp = traced_once(_clamp_once)

@@ -105,26 +105,30 @@ def second_factor(scale: jax.Array) -> jax.Array:
     return where(less(scale, 0), scale, 1)
 
 
-def as_numbers(scales: Packed) -> Packed:
-    """The scales as single numbers, of which extreme ones may be 0."""
-    return jax.tree.map(lambda s: product(s, second_factor(s)), scales)
+def outcome(norms: Norms, limits: Packed, scales: Packed) -> tuple[Packed, Packed]:
+    """The scales as single numbers, and the norms of what has been multiplied by them.
 
-
-def clipped_norms(norms: Norms, limits: Packed, scales: Packed) -> Packed:
-    """The norms of what has been multiplied by its scale."""
-    each = (norms.value, norms.root, norms.unit, limits, scales)
-    return jax.tree.map(_clipped_norm, *each)
+    An extreme scale may be 0 as a single number.
+    """
+    seconds = jax.tree.map(second_factor, scales)
+    each = (norms.value, norms.root, norms.unit, limits, scales, seconds)
+    return jax.tree.map(product, scales, seconds), jax.tree.map(_clipped_norm, *each)
 
 
 def _clipped_norm(
-    value: jax.Array, root: jax.Array, unit: Number, limit: Number, s: jax.Array
+    value: jax.Array,
+    root: jax.Array,
+    unit: Number,
+    limit: Number,
+    s: jax.Array,
+    second: jax.Array,
 ) -> jax.Array:
     most = float(jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
     first = where(
         at_least(value, most), product(product(root, s), unit), product(value, s)
     )
-    clipped = smaller(product(first, second_factor(s)), most)
+    clipped = smaller(product(first, second), most)
     return where(equal(limit, np.inf), value, clipped)
 
 

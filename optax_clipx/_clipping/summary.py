@@ -1,6 +1,6 @@
 """One step seen as a whole: a few numbers from the norms of all groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,9 +96,8 @@ def fold(
     groups, ord = plan.groups, plan.ord
     if groups.is_one:
         return norms, limits, scales
-    clipped = scaling.clipped_norms(norms, limits, scales)
     sizes = plan.sizes(arrays)
-    fields = (norms.value, limits, scaling.as_numbers(scales), clipped)
+    fields = (norms.value, limits, *scaling.outcome(norms, limits, scales))
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
         return Folded(row, *_extent(norms.value, sizes, [1.0]))
@@ -177,10 +176,11 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
 
 def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
     over = more(norms.value, limits)
+    scale, clipped_norm = scaling.outcome(norms, limits, scales)
     return Summary(
         norm=norms.value,
-        clipped_norm=scaling.clipped_norms(norms, limits, scales),
-        scale=scaling.as_numbers(scales),
+        clipped_norm=clipped_norm,
+        scale=scale,
         threshold=limits,
         clipped=lax.convert_element_type(over, norms.value.dtype),
         any_clipped=over,
@@ -250,18 +250,19 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
     Of ratios that differ by rounding only the largest threshold is taken, since
     rounding depends on the mesh.
     """
+    along = tuple(range(1, rows.peaks.ndim))
     others = _rows(rows.ratio, rows.unusable)
-    top = _of_each(lax.concatenate((rows.peaks, others), 0), lax.max, -np.inf)
+    top = lax.reduce_max(lax.concatenate((rows.peaks, others), 0), along)
     peaks, ratio = lax.slice(top, (0,), (2,)), lax.index_in_dim(top, 2, keepdims=False)
     shares = powers(rows.peaks, peaks, ord)
     if not (isinstance(rows.totals, np.generic) and rows.totals == 1):
         shares = shares * rows.totals
     summed = lax.concatenate((shares, _rows(rows.over)), 0)
-    totals = _of_each(summed, lax.add, 0.0)
+    totals = lax.reduce_sum(summed, along)
     here = at_least(rows.ratio, lax.mul(ratio, ratio.dtype.type(1 - 2.0**-18)))
     none = full_like(rows.ratio, -np.inf)
     worst = [where(here, x, none) for x in (rows.threshold, rows.minus_scale)]
-    return lax.concatenate((top, totals, _of_each(_rows(*worst), lax.max, -np.inf)), 0)
+    return lax.concatenate((top, totals, lax.reduce_max(_rows(*worst), along)), 0)
 
 
 def _fields(table: jax.Array) -> _Row:
@@ -275,14 +276,6 @@ def _fields(table: jax.Array) -> _Row:
 def _rows(*arrays: jax.Array) -> jax.Array:
     """Arrays of one shape as the rows of one."""
     return lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
-
-
-def _of_each(
-    rows: jax.Array, fold: Callable[..., jax.Array], start: float
-) -> jax.Array:
-    """The entries of each row as one number, in one reduction."""
-    start = rows.dtype.type(start)
-    return lax.reduce(rows, start, fold, tuple(range(1, rows.ndim)))
 
 
 def nothing() -> Summary:

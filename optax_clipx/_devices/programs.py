@@ -52,8 +52,15 @@ class Passes(NamedTuple):
     side_by_side: Callable[[Any], tuple[Any, Any]]
 
 
+class Joined(NamedTuple):
+    """Passes over small leaves put together, and what puts them together."""
+
+    together: Callable[[Any], Any]
+    passes: Passes
+
+
 def if_needed(
-    passes: Passes, joined: Passes, given: PyTree, like: PyTree = None
+    passes: Passes, joined: Joined, given: PyTree, like: PyTree = None
 ) -> tuple[Any, Any]:
     """What a first pass finds, or a second one if it is needed; and what it goes by.
 
@@ -69,11 +76,15 @@ def if_needed(
     """
 
     def on_cpu(given: PyTree) -> tuple[Any, Any]:
-        found, by, needed = joined.first(given)
-        found = lax.cond(needed, lambda: joined.again(found, by, given), lambda: found)
-        return found, by
+        parts = joined.together(given)
+        found, by, needed = joined.passes.first(parts)
+        again = functools.partial(joined.passes.again, found, by, parts)
+        return lax.cond(needed, again, lambda: found), by
 
-    ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=joined.side_by_side)
+    def in_one(given: PyTree) -> tuple[Any, Any]:
+        return joined.passes.side_by_side(joined.together(given))
+
+    ways = Ways(cpu=on_cpu, tpu=passes.side_by_side, others=in_one)
     return by_platform(ways, given, like)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
 from .._devices.numbers import as_one
-from .._devices.programs import Passes, if_needed, traced_once, unknown
+from .._devices.programs import Joined, Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
     Number,
@@ -380,7 +380,7 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
     if measured.lots:
         joined = _joined(measured, risks)
     else:
-        joined = _passes(measured, risks, in_one=True)
+        joined = Joined(_as_given, _passes(measured, risks, in_one=True))
     if any(place.axes for place in places):
         return if_needed(passes, joined, given)
     one = [groups.like(given[0][0], measured.dtype)] * len(risks)
@@ -436,13 +436,16 @@ def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
     return _by_range(plain, small, large, plain)
 
 
-def _joined(measured: _Measured, risks: list[bool]) -> Passes:
+def _as_given(given: PyTree) -> Any:
+    return given
+
+
+def _joined(measured: _Measured, risks: list[bool]) -> Joined:
     """The same passes with small leaves put together."""
     lots = measured.lots
     count = len(lots)
     places = (mesh.Placement((), ()),) * count
     plan = replace(measured.plan, places=places, groups=of_tree(count))
-    passes = _passes(replace(measured, plan=plan), risks, in_one=True)
 
     def put_together(given: PyTree) -> Any:
         trees, extras = given
@@ -450,11 +453,8 @@ def _joined(measured: _Measured, risks: list[bool]) -> Passes:
             tuple(together([tree[i] for i in lot]) for lot in lots) for tree in trees
         ), [extras[lot[0]] for lot in lots] if extras else extras
 
-    return Passes(
-        lambda given: passes.first(put_together(given)),
-        lambda found, by, given: passes.again(found, by, put_together(given)),
-        lambda given: passes.side_by_side(put_together(given)),
-    )
+    passes = _passes(replace(measured, plan=plan), risks, in_one=True)
+    return Joined(put_together, passes)
 
 
 @_two_norms.defjvp
@@ -519,7 +519,7 @@ def _is_other_than_one(factors: list[Packed]) -> jax.Array:
 def _any(flags: jax.Array) -> jax.Array:
     if not flags.ndim:
         return flags
-    return lax.reduce(flags, np.False_, lax.bitwise_or, tuple(range(flags.ndim)))
+    return lax.reduce_or(flags, tuple(range(flags.ndim)))
 
 
 def _norms_of_each(

@@ -147,13 +147,15 @@ def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     number = np.asarray(x, dtype or like.dtype)
     if not like.shape:
         return number
+    if jax.typeof(like).sharding.mesh.empty:  # in half the time of `full_like`
+        return lax.broadcast_in_dim(number, like.shape, ())
     return lax.full_like(like, number, dtype)
 
 
 def total(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """The sum of all entries, or of those along some axes, which are kept."""
     along = tuple(range(x.ndim)) if axes is None else axes
-    found = lax.reduce(x, np.zeros((), x.dtype), lax.add, along)
+    found = lax.reduce_sum(x, along)
     return found if axes is None else lax.expand_dims(found, axes)
 
 
