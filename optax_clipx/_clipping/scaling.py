@@ -25,11 +25,12 @@ from .._trees.arithmetic import (
     either,
     equal,
     full_like,
+    larger,
     less,
     more,
     product,
-    safe_sqrt,
     smaller,
+    spread_over,
     times,
     where,
     widened,
@@ -95,7 +96,10 @@ def _scale(
     scale = smaller(response(norm, product(limit, factor)), most)
     back = value.dtype.type(-((extremes.low / extremes.high) ** 0.5))
     back = where(far, -((extremes.low / extremes.higher) ** 0.5), back)
-    scale = where(extreme, product(safe_sqrt(scale), back), scale)
+    # The root of what is not 0: so its derivative is finite.
+    root_of_scale = lax.sqrt(larger(scale, float(jnp.finfo(value.dtype).tiny)))
+    extreme = both(extreme, more(scale, 0))
+    scale = where(extreme, product(root_of_scale, back), scale)
     # An infinite limit, like a zero norm, changes nothing.
     return jnp.asarray(where(either(equal(limit, np.inf), nothing), one, scale))
 
@@ -128,8 +132,7 @@ def _clipped_norm(
     first = where(
         at_least(value, most), product(product(root, s), unit), product(value, s)
     )
-    clipped = smaller(product(first, second), most)
-    return where(equal(limit, np.inf), value, clipped)
+    return smaller(product(first, second), larger(value, most))
 
 
 def _times_scale_once(
@@ -142,12 +145,7 @@ def _times_scale_once(
     scaled = times(times(wide, scale), second_factor(scale))
     scaled = lax.convert_element_type(scaled, array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    same = equal(scale, 1)
-    if same.ndim:
-        # On Explicit axes a select wants its predicate sharded as its operands are.
-        there = lax.bitwise_or(lax.eq(scaled, scaled), np.True_)
-        same = lax.bitwise_and(same, there)
-    return lax.select(same, array, scaled)
+    return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)
 
 
 times_scale = traced_once(_times_scale_once)

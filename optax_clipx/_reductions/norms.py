@@ -20,7 +20,6 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
-from .._devices.numbers import as_one
 from .._devices.programs import Joined, Passes, if_needed, traced_once, unknown
 from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
@@ -350,10 +349,8 @@ def _by_range(
     squares: jax.Array, small: Operand, large: Operand, usual: Operand
 ) -> jax.Array:
     """What belongs to the range in which the squares are."""
-    limits = _RANGES[squares.dtype]
-    above, below = more(squares, limits.high), less(squares, limits.low)
     usual = usual if isinstance(usual, jax.Array) else squares.dtype.type(usual)
-    return where(below, small, where(above, large, usual))
+    return where(_below(squares), small, where(_above(squares), large, usual))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -389,22 +386,17 @@ def _in_range(measured: _Measured, risks: list[bool], given: PyTree) -> Squares:
 
 def _passes(measured: _Measured, risks: list[bool], in_one: bool = False) -> Passes:
     """A pass over plain squares, one with the right factors, and both in one."""
-    numbers = as_one if measured.plan.groups.is_one else _called
     at_three = replace(measured, in_one=in_one)
 
-    def judged(squares: list[Packed]) -> tuple[list[Packed], jax.Array]:
-        factors = _factors(squares, risks)
-        at_risk = [x for x, risk in zip(factors, risks, strict=True) if risk]
-        return factors, _is_other_than_one(at_risk)
-
-    def first(given: PyTree) -> tuple[list[Packed], list[Packed], jax.Array]:
+    def first(given: PyTree) -> tuple[Squares, jax.Array]:
         (squares,) = measured.totals(measured.sums(given, "each"), given)
-        return squares, *numbers(judged, squares)
+        at_risk = [x for x, risk in zip(squares, risks, strict=True) if risk]
+        found = squares, [jax.tree.map(_varying_one, x) for x in squares]
+        return found, _any_out_of_range(at_risk)
 
-    def again(
-        squares: list[Packed], factors: list[Packed], given: PyTree
-    ) -> list[Packed]:
-        leaves = len(given[0][0])
+    def again(found: Squares, given: PyTree) -> Squares:
+        squares, _ = found
+        factors, leaves = _factors(squares, risks), len(given[0][0])
         # Unknown: a factor that leaves of one shape share would be written out.
         each = [
             unknown(measured.plan.groups.spread(factor)) if risk else [None] * leaves
@@ -412,7 +404,7 @@ def _passes(measured: _Measured, risks: list[bool], in_one: bool = False) -> Pas
         ]
         (scaled,) = measured.totals(measured.sums(given, "each", each), given)
         rows = zip(risks, scaled, squares, strict=True)
-        return [new if risk else old for risk, new, old in rows]
+        return [new if risk else old for risk, new, old in rows], factors
 
     def picked(plain: list[Packed], *scaled: list[Packed]) -> Squares:
         squares = [
@@ -425,10 +417,6 @@ def _passes(measured: _Measured, risks: list[bool], in_one: bool = False) -> Pas
         return picked(*at_three.totals(at_three.sums(given, "at_three"), given))
 
     return Passes(first, again, side_by_side)
-
-
-def _called(fun: Callable[..., PyTree], *given: PyTree) -> Any:
-    return fun(*given)
 
 
 def _pick(plain: jax.Array, small: jax.Array, large: jax.Array) -> jax.Array:
@@ -509,11 +497,23 @@ def _one(x: jax.Array) -> Number:
     return full_like(x, 1)
 
 
-def _is_other_than_one(factors: list[Packed]) -> jax.Array:
-    """Whether any factor is not 1."""
+def _varying_one(x: jax.Array) -> jax.Array:
+    return mesh.vary(_one(x), tuple(mesh.varying(x)))
+
+
+def _any_out_of_range(squares: list[Packed]) -> jax.Array:
+    """Whether any sum of squares may have lost something."""
     # One by one: arrays of one shape may be cut in different ways.
-    flags = [lax.ne(x, full_like(x, 1)) for x in jax.tree.leaves(factors)]
+    flags = [either(_above(x), _below(x)) for x in jax.tree.leaves(squares)]
     return functools.reduce(either, map(_any, flags))
+
+
+def _above(squares: jax.Array) -> jax.Array:
+    return more(squares, _RANGES[squares.dtype].high)
+
+
+def _below(squares: jax.Array) -> jax.Array:
+    return less(squares, _RANGES[squares.dtype].low)
 
 
 def _any(flags: jax.Array) -> jax.Array:

@@ -152,6 +152,15 @@ def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     return lax.full_like(like, number, dtype)
 
 
+def spread_over(like: jax.Array, flags: Number) -> Any:
+    """Flags with the shape of an array, unless they are one; and sharded as it is."""
+    if not flags.ndim:
+        return flags
+    if jax.typeof(like).sharding.mesh.empty:
+        return lax.broadcast_in_dim(flags, like.shape, tuple(range(flags.ndim)))
+    return both(flags, lax.bitwise_or(lax.eq(like, like), np.True_))
+
+
 def total(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """The sum of all entries, or of those along some axes, which are kept."""
     along = tuple(range(x.ndim)) if axes is None else axes
