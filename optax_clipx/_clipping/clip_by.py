@@ -297,8 +297,8 @@ def decide(
 
         lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
-        value = where(lost, np.nan, jax.tree.leaves(scales)[0].dtype.type(0))
-        scales = _replaced_if(either(lost, zero), value, scales)
+        flag = zero if options.nonfinite == "zero" else None
+        scales = _replaced(scales, lost, flag)
         return groups.spread(scales), zero, ended
 
     if groups.is_one:
@@ -309,8 +309,12 @@ def decide(
     return Decided(arrays, groups, scales, flag, ended)
 
 
-def _replaced_if(flag: Number, value: Number, scales: Packed) -> Packed:
-    return jax.tree.map(lambda s: where(flag, value, s), scales)
+def _replaced(scales: Packed, lost: Number, zero: Number | None) -> Packed:
+    """NaN where every leaf is lost, 0 where each becomes zeros, if that may be."""
+    value: Any = jax.tree.leaves(scales)[0].dtype.type(np.nan)
+    if zero is not None:
+        lost, value = either(lost, zero), where(lost, value, value.dtype.type(0))
+    return jax.tree.map(lambda s: where(lost, value, s), scales)
 
 
 def _planned(

@@ -20,7 +20,6 @@ from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
-    at_least,
     both,
     either,
     equal,
@@ -129,9 +128,7 @@ def _clipped_norm(
 ) -> jax.Array:
     most = float(jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
-    first = where(
-        at_least(value, most), product(product(root, s), unit), product(value, s)
-    )
+    first = where(less(value, most), product(value, s), product(product(root, s), unit))
     return smaller(product(first, second), larger(value, most))
 
 

@@ -218,9 +218,12 @@ class _Measured:
         if how == "at_three" and self.in_one:
             return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
+        # A call pays for itself where leaves share a shape.
+        alone = len(self.plan.places) == 1
+        sums: Callable[..., Any] = _sums_once if alone else _sums_of_squares
         return parts or [
             [
-                _sums_of_squares(
+                sums(
                     *(x, factors[k][i] if factors else None),
                     *(self.plan.groups.spans(i), self.dtype, how),
                 )
@@ -497,8 +500,9 @@ def _one(x: jax.Array) -> Number:
     return full_like(x, 1)
 
 
-def _varying_one(x: jax.Array) -> jax.Array:
-    return mesh.vary(_one(x), tuple(mesh.varying(x)))
+def _varying_one(x: jax.Array) -> Number:
+    axes = tuple(mesh.varying(x))
+    return mesh.vary(jnp.asarray(_one(x)), axes) if axes else _one(x)
 
 
 def _any_out_of_range(squares: list[Packed]) -> jax.Array:

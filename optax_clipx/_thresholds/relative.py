@@ -57,7 +57,7 @@ def relative_to_params(ratio: Limit, eps: Scalar = 1e-3) -> Threshold:
                 x if isinstance(x, float | int) else jnp.asarray(x).astype(norm.dtype)
                 for x in (at(eps, context.step), at(ratio, context.step))
             )
-            return product(factor, larger(param_norm, floor))
+            return product(larger(param_norm, floor), factor)
 
         return jax.tree.map(limit, norms, context.params_norms)
 

@@ -238,7 +238,7 @@ def hypotenuse(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.mul(largest, lax.sqrt(plus(1, lax.mul(ratio, ratio))))
 
 
-def saturated(root: jax.Array, unit: jax.Array) -> jax.Array:
+def saturated(root: jax.Array, unit: Number) -> jax.Array:
     """`root * unit`, at most the largest number; what is not finite stays."""
-    found = smaller(lax.mul(root, unit), float(jnp.finfo(root.dtype).max))
-    return where(lax.is_finite(root), found, root)
+    most = larger(root, float(jnp.finfo(root.dtype).max))
+    return smaller(lax.mul(root, unit), most)
