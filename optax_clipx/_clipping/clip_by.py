@@ -232,8 +232,7 @@ class Decided(NamedTuple):
 
     def applied(self) -> list[jax.Array]:
         """The clipped arrays."""
-        each = zip(self.arrays, self.scales, strict=True)
-        return [scaling.times_scale(x, scale, self.zero) for x, scale in each]
+        return scaling.scaled(self.arrays, self.scales, self.zero)
 
 
 def decide(
@@ -299,14 +298,14 @@ def decide(
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
         flag = zero if options.nonfinite == "zero" else None
         scales = _replaced(scales, lost, flag)
-        return groups.spread(scales), zero, ended
+        return scales, zero, ended
 
     if groups.is_one:
         scales, zero, ended = as_one(numbers, given, found, memory)
     else:
         scales, zero, ended = numbers(given, found, memory)
     flag = zero if options.nonfinite == "zero" else None
-    return Decided(arrays, groups, scales, flag, ended)
+    return Decided(arrays, groups, groups.spread(scales), flag, ended)
 
 
 def _replaced(scales: Packed, lost: Number, zero: Number | None) -> Packed:

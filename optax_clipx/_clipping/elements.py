@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.numbers import as_one
-from .._devices.programs import entries, traced_once, unknown
+from .._devices.programs import dispatched_once, entries, traced_once, unknown
 from .._devices.sums import clamped, outside
 from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan, make_plan, of_leaves, of_tree
@@ -176,7 +176,7 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
     return lax.select(lax.eq(clamped, array), array, clamped)
 
 
-_clamp = traced_once(_clamp_once)
+_clamp = dispatched_once(_clamp_once)
 
 
 def _respond(

@@ -7,7 +7,7 @@ limit a response falls as `limit / norm`: `response(norm * low, limit * high)` i
 `s * high / low`, and that is in range.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._devices.programs import traced_once
+from .._devices.programs import dispatched_once, traced_once
 from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
@@ -132,17 +132,49 @@ def _clipped_norm(
     return smaller(product(first, second), larger(value, most))
 
 
+def scaled(
+    arrays: Sequence[jax.Array],
+    scales: Sequence[jax.Array],
+    zero: jax.Array | None = None,
+) -> list[jax.Array]:
+    """Leaves times their scales; zeros where the flag is set."""
+    first = scales[0]
+    if not first.ndim and all(scale is first for scale in scales):
+        factors = _factors(first)
+        return [_times_factors(x, factors, zero) for x in arrays]
+    return [times_scale(*each, zero) for each in zip(arrays, scales, strict=True)]
+
+
+class _Factors(NamedTuple):
+    """What a leaf is multiplied by, one after the other, and where both are 1."""
+
+    scale: jax.Array
+    second: jax.Array
+    same: jax.Array
+
+
+def _factors(scale: jax.Array) -> _Factors:
+    return _Factors(scale, second_factor(scale), equal(scale, 1))
+
+
+def _times_factors_once(
+    array: jax.Array, factors: _Factors, zero: jax.Array | None
+) -> jax.Array:
+    if zero is not None:
+        array = jnp.where(zero, jnp.zeros_like(array), array)
+    wide = lax.convert_element_type(array, widened(array, factors.scale.dtype))
+    scaled = times(times(wide, factors.scale), factors.second)
+    scaled = lax.convert_element_type(scaled, array.dtype)
+    # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
+    return lax.select(spread_over(scaled, factors.same), array, scaled)
+
+
 def _times_scale_once(
     array: jax.Array, scale: jax.Array, zero: jax.Array | None = None
 ) -> jax.Array:
     """A leaf times its scale, or scales; zeros where the flag is set."""
-    if zero is not None:
-        array = jnp.where(zero, jnp.zeros_like(array), array)
-    wide = lax.convert_element_type(array, widened(array, scale.dtype))
-    scaled = times(times(wide, scale), second_factor(scale))
-    scaled = lax.convert_element_type(scaled, array.dtype)
-    # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)
+    return _times_factors_once(array, _factors(scale), zero)
 
 
+_times_factors = dispatched_once(_times_factors_once)
 times_scale = traced_once(_times_scale_once)

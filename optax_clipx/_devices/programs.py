@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.interpreters import mlir
+from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as hlo
 from jaxtyping import PyTree
@@ -39,6 +40,22 @@ def traced_once(fun: Callable[..., PyTree], static: tuple[int, ...] = ()) -> Any
     @functools.wraps(fun)
     def run(first: PyTree, *others: PyTree) -> Any:
         return (called if knows_shards(first) else inlined)(first, *others)
+
+    return run
+
+
+def dispatched_once(fun: Callable[..., jax.Array]) -> Any:
+    """A function of few operations on one leaf, as one call outside of a trace.
+
+    `python benchmarks/everyday.py`: inside of a trace a call costs as much as five
+    operations.
+    """
+    called = jax.jit(fun)
+
+    @functools.wraps(fun)
+    def run(first: ArrayLike, *others: PyTree) -> Any:
+        traced = isinstance(first, jax.core.Tracer)
+        return (fun if traced else called)(first, *others)
 
     return run
 
