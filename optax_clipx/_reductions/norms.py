@@ -218,9 +218,7 @@ class _Measured:
         if how == "at_three" and self.in_one:
             return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
-        # A call pays for itself where leaves share a shape.
-        alone = len(self.plan.places) == 1
-        sums: Callable[..., Any] = _sums_once if alone else _sums_of_squares
+        sums: Callable[..., Any] = _sums_once if how == "each" else _sums_of_squares
         return parts or [
             [
                 sums(
