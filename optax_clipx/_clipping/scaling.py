@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._devices.programs import dispatched_once, traced_once
+from .._devices.programs import FEW, dispatched_once, traced_once
 from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
@@ -139,7 +139,8 @@ def scaled(
 ) -> list[jax.Array]:
     """Leaves times their scales; zeros where the flag is set."""
     first = scales[0]
-    if not first.ndim and all(scale is first for scale in scales):
+    one = not first.ndim and all(scale is first for scale in scales)
+    if one and len(arrays) <= FEW:
         factors = _factors(first)
         return [_times_factors(x, factors, zero) for x in arrays]
     return [times_scale(*each, zero) for each in zip(arrays, scales, strict=True)]

@@ -20,7 +20,14 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
-from .._devices.programs import Joined, Passes, if_needed, traced_once, unknown
+from .._devices.programs import (
+    FEW,
+    Joined,
+    Passes,
+    if_needed,
+    traced_once,
+    unknown,
+)
 from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
     Number,
@@ -218,7 +225,8 @@ class _Measured:
         if how == "at_three" and self.in_one:
             return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
-        sums: Callable[..., Any] = _sums_once if how == "each" else _sums_of_squares
+        few = how == "each" and len(self.plan.places) <= FEW
+        sums: Callable[..., Any] = _sums_once if few else _sums_of_squares
         return parts or [
             [
                 sums(
