@@ -139,11 +139,13 @@ def scaled(
 ) -> list[jax.Array]:
     """Leaves times their scales; zeros where the flag is set."""
     first = scales[0]
-    one = not first.ndim and all(scale is first for scale in scales)
-    if one and len(arrays) <= FEW:
+    few = len(arrays) <= FEW
+    if few and not first.ndim and all(scale is first for scale in scales):
         factors = _factors(first)
         return [_times_factors(x, factors, zero) for x in arrays]
-    return [times_scale(*each, zero) for each in zip(arrays, scales, strict=True)]
+    each = zip(arrays, scales, strict=True)
+    times = _times_few if few else times_scale
+    return [times(x, scale, zero) for x, scale in each]
 
 
 class _Factors(NamedTuple):
@@ -178,4 +180,5 @@ def _times_scale_once(
 
 
 _times_factors = dispatched_once(_times_factors_once)
+_times_few = dispatched_once(_times_scale_once)
 times_scale = traced_once(_times_scale_once)

@@ -227,11 +227,12 @@ class _Measured:
         parts = self._sums_by_parts(given, factors) if how == "each" else None
         few = how == "each" and len(self.plan.places) <= FEW
         sums: Callable[..., Any] = _sums_once if few else _sums_of_squares
+        keep = not getattr(self.plan.groups, "buckets", ())  # or they become vectors
         return parts or [
             [
                 sums(
                     *(x, factors[k][i] if factors else None),
-                    *(self.plan.groups.spans(i), self.dtype, how),
+                    *(self.plan.groups.spans(i), self.dtype, how, keep),
                 )
                 for i, x in enumerate(row)
             ]
@@ -301,11 +302,12 @@ def _sums_once(
     axes: tuple[int, ...] | None,
     dtype: Dtype,
     how: str,
+    keep: bool,
 ) -> list[jax.Array]:
     if how == "each":
-        return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype)]
+        return [sum_of(lambda x: _squares(x, factor, dtype), x, axes, dtype, keep)]
     each = _at_three(x, dtype) if how == "at_three" else [_squares(x, factor, dtype)]
-    return [total(squares, axes) for squares in each]
+    return [total(squares, axes, keep) for squares in each]
 
 
 def _rows_once(
@@ -335,7 +337,7 @@ def _at_three(x: jax.Array, dtype: Dtype) -> list[jax.Array]:
     return [_squares(x, f, dtype) for f in (None, *unknown(units))]
 
 
-_sums_of_squares = traced_once(_sums_once, (2, 3, 4))
+_sums_of_squares = traced_once(_sums_once, (2, 3, 4, 5))
 
 
 def _mean(total: jax.Array, size: ArrayLike) -> jax.Array:

@@ -161,11 +161,13 @@ def spread_over(like: jax.Array, flags: Number) -> Any:
     return both(flags, lax.bitwise_or(lax.eq(like, like), np.True_))
 
 
-def total(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+def total(
+    x: jax.Array, axes: tuple[int, ...] | None = None, keep: bool = True
+) -> jax.Array:
     """The sum of all entries, or of those along some axes, which are kept."""
     along = tuple(range(x.ndim)) if axes is None else axes
     found = lax.reduce_sum(x, along)
-    return found if axes is None else lax.expand_dims(found, axes)
+    return found if axes is None or not keep else lax.expand_dims(found, axes)
 
 
 def abs_squared(x: jax.Array) -> jax.Array:
