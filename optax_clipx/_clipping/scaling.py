@@ -108,27 +108,27 @@ def second_factor(scale: jax.Array) -> jax.Array:
     return where(less(scale, 0), scale, 1)
 
 
-def outcome(norms: Norms, limits: Packed, scales: Packed) -> tuple[Packed, Packed]:
+def outcome(norms: Norms, scales: Packed) -> tuple[Packed, Packed]:
     """The scales as single numbers, and the norms of what has been multiplied by them.
 
     An extreme scale may be 0 as a single number.
     """
     seconds = jax.tree.map(second_factor, scales)
-    each = (norms.value, norms.root, norms.unit, limits, scales, seconds)
-    return jax.tree.map(product, scales, seconds), jax.tree.map(_clipped_norm, *each)
+    clipped = jax.tree.map(_clipped_norm, *norms, scales, seconds)
+    return jax.tree.map(product, scales, seconds), clipped
 
 
 def _clipped_norm(
     value: jax.Array,
     root: jax.Array,
     unit: Number,
-    limit: Number,
     s: jax.Array,
     second: jax.Array,
 ) -> jax.Array:
     most = float(jnp.finfo(value.dtype).max)
     # In this order no product leaves the range.
     first = where(less(value, most), product(value, s), product(product(root, s), unit))
+    # What is saturated stays finite, and an infinite norm stays infinite.
     return smaller(product(first, second), larger(value, most))
 
 

@@ -100,7 +100,7 @@ def fold(
     if groups.is_one:
         return norms, limits, scales
     sizes = plan.sizes(arrays)
-    fields = (norms.value, limits, *scaling.outcome(norms, limits, scales))
+    fields = (norms.value, limits, *scaling.outcome(norms, scales))
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
         return Folded(row, *_extent(norms.value, sizes, [1.0]))
@@ -182,7 +182,7 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
 
 def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
     over = more(norms.value, limits)
-    scale, clipped_norm = scaling.outcome(norms, limits, scales)
+    scale, clipped_norm = scaling.outcome(norms, scales)
     return Summary(
         norm=norms.value,
         clipped_norm=clipped_norm,
