@@ -297,14 +297,12 @@ def decide(
         lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
         # A response may be NaN for a norm of infinity, and NaN times 0 is not 0.
         flag = zero if options.nonfinite == "zero" else None
-        scales = _replaced(scales, lost, flag)
-        return scales, zero, ended
+        return _replaced(scales, lost, flag), flag, ended
 
     if groups.is_one:
-        scales, zero, ended = as_one(numbers, given, found, memory)
+        scales, flag, ended = as_one(numbers, given, found, memory)
     else:
-        scales, zero, ended = numbers(given, found, memory)
-    flag = zero if options.nonfinite == "zero" else None
+        scales, flag, ended = numbers(given, found, memory)
     return Decided(arrays, groups, groups.spread(scales), flag, ended)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.numbers import as_one
-from .._devices.programs import dispatched_once, entries, traced_once, unknown
+from .._devices.programs import TracedOnce, entries, unknown
 from .._devices.sums import clamped, outside
 from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan, make_plan, of_leaves, of_tree
@@ -176,7 +176,7 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
     return lax.select(lax.eq(clamped, array), array, clamped)
 
 
-_clamp = dispatched_once(_clamp_once)
+_clamp = TracedOnce(_clamp_once)
 
 
 def _respond(
@@ -212,7 +212,8 @@ def _finish(
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
     bounds, unusable = _usable(low, high, leaves, options)
-    clipped = [act(x, *pair) for x, pair in zip(arrays, bounds, strict=True)]
+    each = [(x, *pair) for x, pair in zip(arrays, bounds, strict=True)]
+    clipped = _clamp.each(each) if act is _clamp else [act(*x) for x in each]
     if memory.metrics is None and options.nonfinite in ("propagate", "sanitize"):
         return clipped, memory
     plan = make_plan(
@@ -356,7 +357,7 @@ def _changed_once(
     return act(array, *here), outside(array, *there)
 
 
-_changed = traced_once(_changed_once, (3,))
+_changed = TracedOnce(_changed_once, (3,))
 
 
 def _is_number(value: object) -> bool:

@@ -175,7 +175,8 @@ def advance(last: ClipMetrics, summary: Summary) -> ClipMetrics:
         norm=to_float32(summary.norm),
         clipped_norm=to_float32(summary.clipped_norm),
         scale=to_float32(summary.scale),
-        threshold=to_float32(jnp.asarray(summary.threshold)),
+        # A copy: a state that held the caller's own array could not be donated.
+        threshold=to_float32(jnp.array(summary.threshold, copy=True)),
         clipped=to_float32(summary.clipped),
         nonfinite=summary.nonfinite,
         steps=steps,

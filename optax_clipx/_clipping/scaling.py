@@ -8,6 +8,7 @@ limit a response falls as `limit / norm`: `response(norm * low, limit * high)` i
 """
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._devices.programs import FEW, dispatched_once, traced_once
+from .._devices.programs import TracedOnce
 from .._reductions.groups import Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
@@ -28,6 +29,7 @@ from .._trees.arithmetic import (
     less,
     more,
     product,
+    safe_sqrt,
     smaller,
     spread_over,
     times,
@@ -95,10 +97,7 @@ def _scale(
     scale = smaller(response(norm, product(limit, factor)), most)
     back = value.dtype.type(-((extremes.low / extremes.high) ** 0.5))
     back = where(far, -((extremes.low / extremes.higher) ** 0.5), back)
-    # The root of what is not 0: so its derivative is finite.
-    root_of_scale = lax.sqrt(larger(scale, float(jnp.finfo(value.dtype).tiny)))
-    extreme = both(extreme, more(scale, 0))
-    scale = where(extreme, product(root_of_scale, back), scale)
+    scale = where(extreme, product(safe_sqrt(scale), back), scale)
     # An infinite limit, like a zero norm, changes nothing.
     return jnp.asarray(where(either(equal(limit, np.inf), nothing), one, scale))
 
@@ -137,48 +136,20 @@ def scaled(
     scales: Sequence[jax.Array],
     zero: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Leaves times their scales; zeros where the flag is set."""
-    first = scales[0]
-    few = len(arrays) <= FEW
-    if few and not first.ndim and all(scale is first for scale in scales):
-        factors = _factors(first)
-        return [_times_factors(x, factors, zero) for x in arrays]
-    each = zip(arrays, scales, strict=True)
-    times = _times_few if few else times_scale
-    return [times(x, scale, zero) for x, scale in each]
-
-
-class _Factors(NamedTuple):
-    """What a leaf is multiplied by, one after the other, and where both are 1."""
-
-    scale: jax.Array
-    second: jax.Array
-    same: jax.Array
-
-
-def _factors(scale: jax.Array) -> _Factors:
-    return _Factors(scale, second_factor(scale), equal(scale, 1))
-
-
-def _times_factors_once(
-    array: jax.Array, factors: _Factors, zero: jax.Array | None
-) -> jax.Array:
-    if zero is not None:
-        array = jnp.where(zero, jnp.zeros_like(array), array)
-    wide = lax.convert_element_type(array, widened(array, factors.scale.dtype))
-    scaled = times(times(wide, factors.scale), factors.second)
-    scaled = lax.convert_element_type(scaled, array.dtype)
-    # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
-    return lax.select(spread_over(scaled, factors.same), array, scaled)
+    """Leaves times their scale, or scales; zeros where the flag is set."""
+    return times_scale.each(zip(arrays, scales, repeat(zero)))
 
 
 def _times_scale_once(
     array: jax.Array, scale: jax.Array, zero: jax.Array | None = None
 ) -> jax.Array:
-    """A leaf times its scale, or scales; zeros where the flag is set."""
-    return _times_factors_once(array, _factors(scale), zero)
+    if zero is not None:
+        array = jnp.where(zero, jnp.zeros_like(array), array)
+    wide = lax.convert_element_type(array, widened(array, scale.dtype))
+    scaled = times(times(wide, scale), second_factor(scale))
+    scaled = lax.convert_element_type(scaled, array.dtype)
+    # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
+    return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)
 
 
-_times_factors = dispatched_once(_times_factors_once)
-_times_few = dispatched_once(_times_scale_once)
-times_scale = traced_once(_times_scale_once)
+times_scale = TracedOnce(_times_scale_once)

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import Placement
-from .._devices.programs import entries
+from .._devices.programs import cut, entries
 from .._devices.sums import stacked
 from .._reductions.groups import Packed, UnitGroups
 from .._reductions.norms import Norms
@@ -67,9 +67,6 @@ class _Row(NamedTuple):
     # Of several those of the largest ratio:
     threshold: Any
     minus_scale: Any
-
-
-_SIZES = (2, 1, 1, 2, 1, 1, 1)  # how many numbers a row has of each field
 
 
 class Folded(NamedTuple):
@@ -136,11 +133,8 @@ def summary_of(folded: Folded | OfTree, ord: Ord) -> Summary:
     """One step seen as a whole, of what `fold` gives."""
     if not isinstance(folded, Folded):
         return _of_tree(*folded)
-    row = _one_row(entries(folded.row))
-    norm, clipped_norm = (
-        as_norm(*each, folded.size, ord)
-        for each in zip(row.peaks, row.totals, strict=True)
-    )
+    row = _fields(folded.row)
+    norm, clipped_norm = entries(as_norm(row.peaks, row.totals, folded.size, ord))
     return Summary(
         norm=norm,
         clipped_norm=clipped_norm,
@@ -187,8 +181,7 @@ def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
         norm=norms.value,
         clipped_norm=clipped_norm,
         scale=scale,
-        # A copy: a state that held the caller's own array could not be donated.
-        threshold=jnp.array(limits, copy=True),
+        threshold=limits,
         clipped=lax.convert_element_type(over, norms.value.dtype),
         any_clipped=over,
         nonfinite=negated(finite(norms.value)),
@@ -272,15 +265,11 @@ def _folded(rows: _Row, ord: Ord) -> jax.Array:
     return lax.concatenate((top, totals, lax.reduce_max(_rows(*worst), along)), 0)
 
 
-def _one_row(numbers: list[jax.Array]) -> _Row:
-    each = iter(numbers)
-    fields = [[next(each) for _ in range(n)] for n in _SIZES]
-    return _Row(*(x if len(x) > 1 else x[0] for x in fields))
-
-
 def _fields(table: jax.Array) -> _Row:
-    """The fields of each row of a table: what `_folded` put together."""
-    each = zip(lax.split(table.T, _SIZES), _SIZES, strict=True)
+    """The fields of a row, or of each row of a table: what `_folded` put together."""
+    sizes = (2, 1, 1, 2, 1, 1, 1)
+    parts = cut(table, sizes) if table.ndim == 1 else lax.split(table.T, sizes)
+    each = zip(parts, sizes, strict=True)
     return _Row(*(x if n == 2 else lax.squeeze(x, (0,)) for x, n in each))
 
 

@@ -5,7 +5,7 @@ below a function shows what is lost without it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax import lax
 from jax.interpreters import mlir
-from jax.typing import ArrayLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as hlo
 from jaxtyping import PyTree
@@ -25,10 +24,8 @@ from .numbers import is_inside
 from .platforms import Ways, by_platform, is_on_mesh
 from .primitives import primitive_of
 
-FEW = 8  # so many leaves are traced one by one in less time than with a call for each
 
-
-def traced_once(fun: Callable[..., PyTree], static: tuple[int, ...] = ()) -> Any:
+class TracedOnce:
     """A function of one leaf, traced and lowered once for all leaves of a shape.
 
     With Auto axes a call would hide from XLA how best to lay out what is computed.
@@ -36,30 +33,29 @@ def traced_once(fun: Callable[..., PyTree], static: tuple[int, ...] = ()) -> Any
     `python benchmarks/everyday.py`: without it AGC on 50 leaves is traced 8 times as
     long.
     """
-    called = jax.jit(fun, static_argnums=static)
-    inlined = jax.jit(fun, static_argnums=static, inline=True)
 
-    @functools.wraps(fun)
-    def run(first: PyTree, *others: PyTree) -> Any:
-        return (called if knows_shards(first) else inlined)(first, *others)
+    FEW = 8  # leaves
 
-    return run
+    def __init__(self, fun: Callable[..., PyTree], static: tuple[int, ...] = ()):
+        self._fun = fun
+        self._called = jax.jit(fun, static_argnums=static)
+        self._inlined = jax.jit(fun, static_argnums=static, inline=True)
 
+    def __call__(self, first: PyTree, *others: PyTree) -> Any:
+        """What the function makes of one leaf."""
+        called = self._called if knows_shards(first) else self._inlined
+        return called(first, *others)
 
-def dispatched_once(fun: Callable[..., jax.Array]) -> Any:
-    """A function of few operations on one leaf, as one call outside of a trace.
+    def each(self, leaves: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """What the function makes of each leaf, given with its other arguments.
 
-    `python benchmarks/everyday.py`: inside of a trace a call costs as much as five
-    operations.
-    """
-    called = jax.jit(fun)
-
-    @functools.wraps(fun)
-    def run(first: ArrayLike, *others: PyTree) -> Any:
-        traced = isinstance(first, jax.core.Tracer)
-        return (fun if traced else called)(first, *others)
-
-    return run
+        Few are traced one by one: a call takes as many calls of Python as five
+        operations (`python -m pytest -m slow tests/project/test_trace_calls.py`).
+        """
+        every = list(leaves)
+        traced = bool(every) and not is_concrete(every[0][0])
+        run = self._fun if traced and len(every) <= self.FEW else self
+        return [run(*leaf) for leaf in every]
 
 
 class Passes(NamedTuple):
@@ -137,7 +133,11 @@ def _types(vector: Shaped, *, sizes: tuple[int, ...]) -> list[Any]:
 def _lowered_on_cpu(
     context: mlir.LoweringRuleContext, vector: Any, *, sizes: tuple[int, ...]
 ) -> list[Any]:
-    """Written as XLA's own operations: in a tenth of the time of tracing it."""
+    """Written as XLA's own operations, since it is lowered once for each vector.
+
+    `python -m pytest -m slow tests/project/test_trace_calls.py`: traced, it took 6% of
+    the calls of AGC on 4 leaves.
+    """
     starts = [np.uint32(i) for i in accumulate((0, *sizes[:-1]))]
     start, end = (mlir.dense_int_array([i]) for i in range(2))
     scalar = ir.RankedTensorType.get((), vector.type.element_type)

@@ -20,14 +20,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
-from .._devices.programs import (
-    FEW,
-    Joined,
-    Passes,
-    if_needed,
-    traced_once,
-    unknown,
-)
+from .._devices.programs import Joined, Passes, TracedOnce, if_needed, unknown
 from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
     Number,
@@ -201,6 +194,12 @@ class _Measured:
     lots: tuple[tuple[int, ...], ...] = ()  # which leaves are put together
     in_one: bool = False  # whether sums at three units are taken together
 
+    @property
+    def bucketed(self) -> UnitGroups | None:
+        """The groups, if they are units in buckets."""
+        groups = self.plan.groups
+        return groups if isinstance(groups, UnitGroups) and groups.buckets else None
+
     def rows(self, given: PyTree) -> list[list[Any]]:
         """The leaves of each derived tree."""
         return [list(tree) for tree in self.derive(*given)]
@@ -225,17 +224,15 @@ class _Measured:
         if how == "at_three" and self.in_one:
             return self._sums_in_one(given)
         parts = self._sums_by_parts(given, factors) if how == "each" else None
-        few = how == "each" and len(self.plan.places) <= FEW
-        sums: Callable[..., Any] = _sums_once if few else _sums_of_squares
-        keep = not getattr(self.plan.groups, "buckets", ())  # or they become vectors
+        keep = not self.bucketed  # what becomes a vector keeps no axes
         return parts or [
-            [
-                sums(
+            _sums_of_squares.each(
+                (
                     *(x, factors[k][i] if factors else None),
                     *(self.plan.groups.spans(i), self.dtype, how, keep),
                 )
                 for i, x in enumerate(row)
-            ]
+            )
             for k, row in enumerate(self.rows(given))
         ]
 
@@ -255,9 +252,8 @@ class _Measured:
         """
         # Each choice of a unit has a row of its own.
         turned = [list(row) for each in rows for row in zip(*each, strict=True)]
-        groups = self.plan.groups
-        if self.in_one and isinstance(groups, UnitGroups) and groups.buckets:
-            totals = groups.packed_at_once(turned)  # there each device has all
+        if self.in_one and self.bucketed:  # there each device has all
+            totals = self.bucketed.packed_at_once(turned)
         else:
             totals = self.plan.totals(turned, jax.tree.leaves(given[0]))
         if self.plan.ord == "rms":
@@ -326,7 +322,7 @@ def _rows_once(
     return [sums if len(sums) == 3 else sums * 3 for sums in found]
 
 
-_sums_of_rows = traced_once(_rows_once, (2, 3, 4))
+_sums_of_rows = TracedOnce(_rows_once, (2, 3, 4))
 
 
 def _at_three(x: jax.Array, dtype: Dtype) -> list[jax.Array]:
@@ -337,7 +333,7 @@ def _at_three(x: jax.Array, dtype: Dtype) -> list[jax.Array]:
     return [_squares(x, f, dtype) for f in (None, *unknown(units))]
 
 
-_sums_of_squares = traced_once(_sums_once, (2, 3, 4, 5))
+_sums_of_squares = TracedOnce(_sums_once, (2, 3, 4, 5))
 
 
 def _mean(total: jax.Array, size: ArrayLike) -> jax.Array:
@@ -509,8 +505,8 @@ def _one(x: jax.Array) -> Number:
 
 
 def _varying_one(x: jax.Array) -> Number:
-    axes = tuple(mesh.varying(x))
-    return mesh.vary(jnp.asarray(_one(x)), axes) if axes else _one(x)
+    one, axes = _one(x), tuple(mesh.varying(x))
+    return mesh.vary(jnp.asarray(one), axes) if axes else one
 
 
 def _any_out_of_range(squares: list[Packed]) -> jax.Array:
