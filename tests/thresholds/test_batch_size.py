@@ -146,3 +146,8 @@ def test_the_norms_of_clipped_grad():
     found = clipx.per_example.noise_scale(norms.norms, np.linalg.norm(mean))
     cov = np.cov(np.asarray(x), rowvar=False)
     np.testing.assert_allclose(found.noise, np.trace(cov), rtol=1e-5)
+
+
+def test_one_of_both_sizes_may_be_traced():
+    found = jax.jit(lambda small: noise_scale(3.0, 1.0, small, 4))(1.0)
+    np.testing.assert_allclose(found, noise_scale(3.0, 1.0, 1.0, 4), rtol=1e-6)

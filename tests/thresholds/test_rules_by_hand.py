@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx._thresholds.base import refusals
+from optax_clipx._thresholds.base import like, refusals
 from optax_clipx._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from optax_clipx._trees.arithmetic import at_least_float32
 
@@ -254,3 +254,39 @@ def test_a_traced_decay_of_one_is_in_range():
 
     assert target(1.0) == 2
     assert np.isnan(target(1.5))
+
+
+def test_losses_far_below_are_counted_anew_after_one_far_above():
+    losses = [*(2 + 0.1 * EIGHT), 100.0, -100.0]
+    _, state = after(spikes_of_losses(10), losses)
+    assert state.far == -1
+
+
+def test_a_loss_needs_no_step():
+    assert not spikes_of_losses(10).uses_step
+
+
+def test_a_new_level_near_the_largest_number_leaves_a_finite_window():
+    rule = clipx.thresholds.zscore(
+        3.0, window=4, warmup_steps=4, patience=2, stats="skip"
+    )
+    _, state = after(rule, [1.0, 1.0, 1.0, 9.0, 2e38, 2e38])
+    assert np.isfinite(state.window).all()
+
+
+def test_a_band_needs_the_step_if_either_end_is_a_schedule():
+    rising = optax.linear_schedule(1.5, 2.0, 10)
+    assert clipx.thresholds.group_band(0.5, rising).uses_step
+    assert not clipx.thresholds.group_band(0.5, 1.5).uses_step
+
+
+def test_a_plain_tuple_whose_first_two_entries_are_functions_is_a_rule():
+    rule = clipx.thresholds.constant(2.0)
+    clipper = clipx.clip_by(clipx.measures.tree_norm(), tuple(rule))
+    clipped, _ = clipper.update(jnp.array([5.0]), clipper.init(jnp.zeros(1)))
+    assert clipped.tolist() == [2.0]
+
+
+def test_two_thresholds_for_one_norm_are_refused():
+    with pytest.raises(ValueError, match="broadcast"):
+        like(np.array([1.0, 2.0]), jnp.float32(1.0))
