@@ -82,6 +82,8 @@ class Threshold(NamedTuple):
         uses_params: whether ``context.params_norms`` is wanted.
         uses_step: whether ``context.step`` is; without it and without state a clipper
             with ``metrics=False`` needs no state at all.
+        uses_norms: whether the numbers in ``norms`` are, and not their form alone;
+            without it they may be infinite or NaN.
 
     Raises:
         Nothing.
@@ -112,6 +114,7 @@ class Threshold(NamedTuple):
     update: Callable[[Any, Any, Context], tuple[Any, Any]]
     uses_params: bool = False
     uses_step: bool = True
+    uses_norms: bool = True
 
 
 def stateless(
@@ -144,7 +147,7 @@ def like(limit: Packed, norms: Packed) -> Any:
     return jax.tree.map(_like, limit, norms)
 
 
-def _like(limit: ArrayLike, norm: jax.Array) -> Any:
+def _like(limit: ArrayLike, norm: Number) -> Any:
     if isinstance(limit, float | int):
         return full_like(norm, limit)
     if isinstance(limit, np.ndarray) and limit.shape == norm.shape:
@@ -155,21 +158,24 @@ def _like(limit: ArrayLike, norm: jax.Array) -> Any:
 def per_norm(
     init: Callable[[jax.Array], PyTree],
     update: Callable[[jax.Array, PyTree, Context], tuple[jax.Array, PyTree]],
+    *,
+    takes_zero: bool = False,
 ) -> Threshold:
     """A rule with memory, from functions that treat each norm of one array alike.
 
     The arrays of the state begin with the axes of the norms. A norm of zero says
     nothing: it leaves the memory as it is, so that frozen parameters or an empty batch
-    can not bring a threshold down to zero.
+    can not bring a threshold down to zero. With `takes_zero` the functions see to that.
     """
 
     def one(norms: jax.Array, state: PyTree, context: Context) -> tuple[jax.Array, Any]:
         limits, new = update(norms, jax.tree.map(to_float32, state), context)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
-        # A threshold of infinity times a norm of zero would be NaN.
-        there = more(norms, 0)
-        limits = jnp.broadcast_to(where(there, limits, np.inf), norms.shape)
-        return limits, chosen(there, new, state)
+        if not takes_zero:
+            # A threshold of infinity times a norm of zero would be NaN.
+            there = more(norms, 0)
+            limits, new = where(there, limits, np.inf), chosen(there, new, state)
+        return jnp.broadcast_to(limits, norms.shape), new
 
     def init_all(norms: Packed) -> Any:
         return tuple(map(init, norms)) if isinstance(norms, tuple) else init(norms)

@@ -50,6 +50,7 @@ def constant(limit: Limit, name: str = "limit", *, signed: bool = False) -> Thre
         return stateless(
             lambda norms, context: like(at(limit, context.step), norms),
             uses_step=callable(limit),
+            uses_norms=False,
         )
     entries = jax.tree_util.tree_leaves_with_path(limit, is_leaf=lambda x: x is None)
     for keys, value in entries:
@@ -76,7 +77,7 @@ def constant(limit: Limit, name: str = "limit", *, signed: bool = False) -> Thre
         return jax.tree.map(lambda t, n: jnp.broadcast_to(t, n.shape), packed, norms)
 
     uses_step = any(callable(value) for _, value in entries)
-    return stateless(limits, uses_step=uses_step)
+    return stateless(limits, uses_step=uses_step, uses_norms=False)
 
 
 def as_threshold(value: Limit | Threshold, name: str = "threshold") -> Threshold:

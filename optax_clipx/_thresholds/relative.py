@@ -62,4 +62,4 @@ def relative_to_params(ratio: Limit, eps: Scalar = 1e-3) -> Threshold:
         return jax.tree.map(limit, norms, context.params_norms)
 
     uses_step = callable(ratio) or callable(eps)
-    return stateless(limits, uses_params=True, uses_step=uses_step)
+    return stateless(limits, uses_params=True, uses_step=uses_step, uses_norms=False)

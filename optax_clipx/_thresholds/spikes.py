@@ -12,7 +12,7 @@ from .._trees.arithmetic import (
     Number,
     at_least,
     both,
-    either,
+    equal,
     fraction,
     hypotenuse,
     larger,
@@ -42,7 +42,8 @@ _FIRST = 8  # values before there is a threshold
 _LEVEL_MEMORY = 16  # values over which the level is a mean
 _SPREAD_MEMORY = 64
 _FIRST_SPREAD = 0.4  # at least, while there are few values
-_LEAST_SPREAD = {True: 0.1, False: 0.01}  # of logarithms; relative to the level
+_LEAST_SPREAD_OF_LOGARITHMS = 0.1
+_LEAST_SPREAD = 0.01  # relative to the level
 _QUARTILES = 0.945  # deviations between the third and the sixth of eight normal values
 
 
@@ -74,11 +75,11 @@ def spikes_of_norms(patience: Scalar | None) -> Threshold:
     rule = _Spikes(above, patience, of_logarithms=True)
 
     def update(norm: jax.Array, state: SpikeState, context: Context) -> Any:
-        tiny = float(jnp.finfo(jnp.float32).tiny)
-        limit, state = rule.update(lax.log(larger(norm, tiny)), state)
-        return lax.exp(limit), state
+        tiny, there = float(jnp.finfo(jnp.float32).tiny), more(norm, 0)
+        limit, state = rule.update(lax.log(larger(norm, tiny)), state, there)
+        return where(there, lax.exp(limit), np.inf), state
 
-    return per_norm(rule.init, update)
+    return per_norm(rule.init, update, takes_zero=True)
 
 
 def spikes_of_losses(patience: Scalar | None) -> Threshold:
@@ -105,8 +106,13 @@ class _Spikes(NamedTuple):
             far=memory(norms, jnp.int32),
         )
 
-    def update(self, value: jax.Array, state: SpikeState) -> tuple[jax.Array, Any]:
-        """The threshold; values far above or below the level do not enter it."""
+    def update(
+        self, value: jax.Array, state: SpikeState, there: Number = np.True_
+    ) -> tuple[jax.Array, Any]:
+        """The threshold; values far above or below the level do not enter it.
+
+        Without a value, all remains as it is.
+        """
         active = at_least(state.seen, _FIRST)
         above = self.above(state.spread)
         limit = plus(state.level, above)
@@ -117,11 +123,11 @@ class _Spikes(NamedTuple):
         far = where(higher, one_higher, where(lower, one_lower, 0))
         # After so many in a row this is the new level, whose spread stays.
         accepted = at_least(lax.abs(far), int32(self.patience))
-        usual = negated(either(higher, lower))
+        far = where(accepted, 0, far)
         level = where(accepted, value, state.level)
         entered = self.entered(value, state._replace(level=level))
-        new = chosen(either(usual, accepted), entered, state)
-        new = new._replace(far=where(accepted, 0, far))
+        new = chosen(both(there, equal(far, 0)), entered, state)
+        new = new._replace(far=where(there, far, state.far))
         return where(both(active, negated(accepted)), limit, np.inf), new
 
     def entered(self, value: jax.Array, state: SpikeState) -> SpikeState:
@@ -161,14 +167,20 @@ class _Spikes(NamedTuple):
         of_spread = fraction(1, smaller(count, _SPREAD_MEMORY))
         off = minus(value, state.level)
         level = plus(state.level, product(of_level, off))
-        # The deviation is kept, and not its square, which could overflow.
         rest = minus(1, of_spread)
+        if self.of_logarithms:
+            squares = plus(
+                product(state.spread, state.spread),
+                product(of_spread, product(off, off)),
+            )
+            least = _LEAST_SPREAD_OF_LOGARITHMS**2
+            return level, lax.sqrt(larger(product(rest, squares), least))
+        # Of squares the sum could overflow.
         spread = hypotenuse(
             product(lax.sqrt(rest), state.spread),
             product(lax.sqrt(product(of_spread, rest)), lax.abs(off)),
         )
-        least = _LEAST_SPREAD[self.of_logarithms]
-        return level, larger(spread, self.floor(least, level))
+        return level, larger(spread, self.floor(_LEAST_SPREAD, level))
 
     def floor(self, least: float, level: jax.Array) -> Number:
         """The least spread; a logarithm's is relative as it is."""

@@ -290,3 +290,10 @@ def test_a_plain_tuple_whose_first_two_entries_are_functions_is_a_rule():
 def test_two_thresholds_for_one_norm_are_refused():
     with pytest.raises(ValueError, match="broadcast"):
         like(np.array([1.0, 2.0]), jnp.float32(1.0))
+
+
+def test_a_rule_says_whether_it_looks_at_norms():
+    assert not clipx.thresholds.constant(1.0).uses_norms
+    assert not clipx.thresholds.relative_to_params(0.1).uses_norms
+    assert clipx.thresholds.zscore().uses_norms
+    assert clipx.thresholds.minimum(1.0, clipx.thresholds.zscore()).uses_norms
