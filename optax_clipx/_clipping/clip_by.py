@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from .._devices.mesh import mesh_of
@@ -21,7 +22,6 @@ from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from .._trees.arithmetic import (
     Number,
     accumulator,
-    either,
     finite,
     full_like,
     where,
@@ -40,8 +40,7 @@ from .transformation import (
     Memory,
     Options,
     by_policy,
-    kind_of,
-    of_another_rule,
+    checked,
     transformation,
 )
 
@@ -138,7 +137,7 @@ def clip_by(
     if not callable(response):
         raise TypeError(f"Expected response to be a function, got {response!r}.")
     options = Options(nonfinite, axis_name, specs, metrics, norm_arg)
-    rule = as_threshold(threshold)
+    rule = checked(as_threshold(threshold))
     if measure.scope == "element":
         return clip_by_magnitude(rule, response, options, is_limit(threshold))
 
@@ -205,6 +204,7 @@ def remembered(memory: Memory, summary: Summary, rule: PyTree, norm: Norms) -> M
     return memory.after(summary, rule)
 
 
+Given = Norms | Partial | None  # a Partial makes it when it is called
 Ending = Callable[[Memory, Summary, Any, Norms], Any]
 
 
@@ -226,13 +226,13 @@ class Decided(NamedTuple):
 
     arrays: list[Any]
     groups: Groups
-    scales: list[Any]
+    scales: Packed
     zero: Any  # whether all become zeros, where that may be
     ended: Any
 
     def applied(self) -> list[jax.Array]:
         """The clipped arrays."""
-        return scaling.scaled(self.arrays, self.scales, self.zero)
+        return scaling.scaled(self.arrays, self.groups, self.scales, self.zero)
 
 
 def decide(
@@ -250,35 +250,16 @@ def decide(
     The norms of units may come in buckets, unless `by_leaf` is set.
     """
     measure, rule, response, options = parts
-    arrays = leaves.arrays
-    given = _given(leaves, extra, measure, options)
-
-    # Everything that is measured goes into one reduction, and so one collective.
+    plan, given, found = measured(parts, leaves, params, memory, extra, by_leaf)
+    arrays, groups = leaves.arrays, plan.groups
     sanitized = options.nonfinite == "sanitize"
-    trees = [leaves.arrays] if given is None or sanitized else []
-    if rule.uses_params:
-        trees.append(params_like(leaves, params))
-    in_buckets = not by_leaf and not jax.tree.leaves(memory.rule)
-    plan = _planned(measure, leaves, trees, options, in_buckets)
-    groups = plan.groups
-    found: list[Norms] = []
     if sanitized:
-        found = norms(
-            *(plan, trees, _sanitized),
-            counted=(False, True) + (False,) * (len(trees) - 1),
-        )
         arrays = policies.sanitize(arrays)
-    elif trees:
-        found = norms(plan, trees)
 
-    def numbers(given: Norms | None, found: list[Norms], memory: Memory) -> Any:
-        norm = found[0] if given is None else given
-        if given is not None and sanitized:
-            # A norm of what was there before means nothing.
-            usable = jnp.isfinite(given.value)
-            norm = jax.tree.map(lambda g, m: jnp.where(usable, g, m), given, found[0])
+    def numbers(given: Given, found: list[Norms], memory: Memory) -> Any:
+        norm = norm_of(given, found, sanitized)
         params_norms = found[-1].value if rule.uses_params else None
-        limits, new_rule = _limits(
+        limits, new_rule = limits_of(
             norm, rule, memory, extra, params_norms, groups, leaves, measure
         )
         scales = scaling.scales(norm, limits, response)
@@ -303,15 +284,64 @@ def decide(
         scales, flag, ended = as_one(numbers, given, found, memory)
     else:
         scales, flag, ended = numbers(given, found, memory)
-    return Decided(arrays, groups, groups.spread(scales), flag, ended)
+    return Decided(arrays, groups, scales, flag, ended)
+
+
+class Measured(NamedTuple):
+    """What is measured in a step; the norm of the tree may be given."""
+
+    plan: Plan
+    given: Given
+    found: list[Norms]
+
+
+def measured(
+    parts: Parts,
+    leaves: Leaves,
+    params: PyTree,
+    memory: Memory,
+    extra: Mapping[str, PyTree],
+    by_leaf: bool = False,
+) -> Measured:
+    """All norms of a step, from one reduction, and so one collective."""
+    measure, rule, _, options = parts
+    given = _given(leaves, extra, measure, options)
+    sanitized = options.nonfinite == "sanitize"
+    trees = [leaves.arrays] if given is None or sanitized else []
+    if rule.uses_params:
+        trees.append(params_like(leaves, params))
+    in_buckets = not by_leaf and not jax.tree.leaves(memory.rule)
+    plan = _planned(measure, leaves, trees, options, in_buckets)
+    found: list[Norms] = []
+    if sanitized:
+        found = norms(
+            *(plan, trees, _sanitized),
+            counted=(False, True) + (False,) * (len(trees) - 1),
+        )
+    elif trees:
+        found = norms(plan, trees)
+    return Measured(plan, given, found)
+
+
+def norm_of(given: Given, found: list[Norms], sanitized: bool = False) -> Norms:
+    """The norm that was given, or else found."""
+    given = given() if isinstance(given, Partial) else given
+    if given is None:
+        return found[0]
+    if not sanitized:
+        return given
+    # A norm of what was there before means nothing.
+    usable = jnp.isfinite(given.value)
+    return Norms(
+        *(jnp.where(usable, g, m) for g, m in zip(given, found[0], strict=True))
+    )
 
 
 def _replaced(scales: Packed, lost: Number, zero: Number | None) -> Packed:
     """NaN where every leaf is lost, 0 where each becomes zeros, if that may be."""
-    value: Any = jax.tree.leaves(scales)[0].dtype.type(np.nan)
     if zero is not None:
-        lost, value = either(lost, zero), where(lost, value, value.dtype.type(0))
-    return jax.tree.map(lambda s: where(lost, value, s), scales)
+        scales = jax.tree.map(lambda s: where(zero, 0, s), scales)
+    return jax.tree.map(lambda s: where(lost, np.nan, s), scales)
 
 
 def _planned(
@@ -332,7 +362,7 @@ def _sanitized(trees: Trees, extras: PyTree) -> Any:
     return [policies.sanitize(raw), policies.where_nonfinite(raw), *others]
 
 
-def _limits(
+def limits_of(
     norm: Norms,
     rule: Threshold,
     memory: Memory,
@@ -342,6 +372,7 @@ def _limits(
     leaves: Leaves,
     measure: Measure,
 ) -> tuple[Packed, Any]:
+    """The thresholds, and what the rule remembers then."""
     # What a rule remembers is float32 whatever the leaves are, and always finite.
     rule_state = memory.rule
     narrow = bool(jax.tree.leaves(rule_state))
@@ -358,9 +389,8 @@ def _limits(
         pack=groups.pack,
         labels=measure.names(leaves) if measure.scope == "group" else None,
     )
-    if rule.init is not no_memory:
-        _refuse_state_of_others(rule, rule_state, groups, leaves, measure)
-    limits, new_rule = rule.update(jax.tree.map(seen, norm.value), rule_state, context)
+    values = jax.tree.map(seen, norm.value) if rule.uses_norms else norm.value
+    limits, new_rule = rule.update(values, rule_state, context)
     if not isinstance(limits, tuple) and not jax.tree_util.all_leaves([limits]):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a threshold"))
     limits = like(limits, norm.value)
@@ -373,23 +403,6 @@ def _limits(
     return limits, new_rule
 
 
-def _refuse_state_of_others(
-    rule: Threshold, state: PyTree, groups: Groups, leaves: Leaves, measure: Measure
-) -> None:
-    """Refuses a state of other leaves, which might broadcast without an error."""
-    usual = jax.eval_shape(lambda: rule.init(_no_norms(groups, leaves, measure)))
-    kinds = {type(s) for s in (usual, state) if not jax.tree_util.all_leaves([s])}
-    if len(kinds) > 1:
-        raise TypeError(of_another_rule(kind_of(usual), state))
-    want, got = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (usual, state))
-    if want != got:
-        raise ValueError(
-            "Expected a state that init made for leaves like these, in which the rule"
-            f" remembers arrays of shapes {want}, got {got}. Make a new one with"
-            " init(params), or pass the updates it was made for."
-        )
-
-
 def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
     """A threshold not below its norm, if it is not below what a rule saw of it."""
     within = jnp.isfinite(norm) & (seen <= _metrics.to_float32(limit))
@@ -398,8 +411,8 @@ def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
 
 def _given(
     leaves: Leaves, extra: Mapping[str, PyTree], measure: Measure, options: Options
-) -> Norms | None:
-    """The norm of the tree, if somebody has computed it already."""
+) -> Given:
+    """The norm of the tree, if somebody has computed it already, or can."""
     if measure.scope != "tree":
         return None
     if extra.get(options.norm_arg) is not None:

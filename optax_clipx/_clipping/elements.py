@@ -25,8 +25,10 @@ from .._trees.arithmetic import (
     Number,
     accumulator,
     at_least,
+    full_like,
     larger,
     negated,
+    of_dtype,
     saturated,
     times,
     where,
@@ -36,7 +38,7 @@ from .._trees.leaves import Leaves
 from .._trees.types import Trees
 from . import bounds, policies
 from .responses import rescale
-from .scaling import Response, scales, times_scale
+from .scaling import Response, scales, second_factor, times_scale
 from .summary import Summary, of_entries
 from .transformation import Memory, Options, by_policy, transformation
 
@@ -154,7 +156,7 @@ def _limits(
     """One threshold for all leaves, or a vector of one for each."""
     dtype = accumulator(leaves.arrays)
     if one:
-        limit, _ = rule.update(jnp.zeros((), dtype), memory.rule, Context(memory.steps))
+        limit, _ = rule.update(np.zeros((), dtype), memory.rule, Context(memory.steps))
         return limit
     count = len(leaves.arrays)
     groups = of_leaves(count)
@@ -170,7 +172,7 @@ def _clamp_once(array: jax.Array, low: Number, high: Number) -> jax.Array:
             "Expected real updates for an interval, got complex ones: clip their"
             " magnitudes with optax_clipx.clip(max_delta)."
         )
-    low, high = (lax.convert_element_type(x, array.dtype) for x in (low, high))
+    low, high = (of_dtype(x, array.dtype) for x in (low, high))
     clamped = lax.min(lax.max(array, low), high)
     # Selected and not only clamped: a clamp may flush subnormal numbers.
     return lax.select(lax.eq(clamped, array), array, clamped)
@@ -194,7 +196,8 @@ def _respond(
     itself = Norms(magnitude, root, unit)
     limits = jnp.broadcast_to(jnp.asarray(limit), magnitude.shape)
     found = scales(itself, limits, response)
-    return times_scale(array, jnp.where(jnp.isnan(limits), jnp.nan, found))
+    found = jnp.where(jnp.isnan(limits), jnp.nan, found)
+    return times_scale(array, found, second_factor(found))
 
 
 _shrink = functools.partial(_respond, response=rescale)
@@ -297,7 +300,7 @@ def _summary_of(
     options: Options,
 ) -> Summary:
     before, after, num_outside, *num_bad = found
-    size = jnp.asarray(plan.sizes(leaves.arrays), before.dtype)
+    size = full_like(before, plan.sizes(leaves.arrays))
     sizes = [larger(abs(low), abs(high)) for low, high in bounds]
     return of_entries(
         *(before, after, num_outside, size, *num_bad),

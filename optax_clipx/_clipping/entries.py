@@ -16,7 +16,13 @@ from .._reductions.groups import Packed
 from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_tree
 from .._thresholds.base import stateless
-from .._trees.arithmetic import Number, accumulator, at_least_float32, safe_sqrt
+from .._trees.arithmetic import (
+    Number,
+    accumulator,
+    at_least_float32,
+    full_like,
+    safe_sqrt,
+)
 from .._trees.leaves import Leaves, flatten, show
 from .._trees.types import Arrays, Dtype, Scalar, Trees
 from . import policies
@@ -241,7 +247,7 @@ def _changed(
     norm, clipped_norm, different, *bad = (
         found.value for found in norms(plan, trees, derive, numbers, counted)
     )
-    size = jnp.asarray(plan.sizes(leaves.arrays), norm.dtype)
+    size = full_like(norm, plan.sizes(leaves.arrays))
     threshold = jnp.zeros((), accumulator(leaves.arrays))
     return of_entries(*(norm, clipped_norm, different, size, *bad), threshold=threshold)
 

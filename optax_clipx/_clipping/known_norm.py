@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from .._reductions.norms import Norms
@@ -17,15 +18,20 @@ from .._reductions.norms import Norms
 
 class _Known(NamedTuple):
     arrays: list[Any]
-    norms: Norms
+    norms: Norms | Partial
 
 
 _KNOWN: ContextVar[_Known | None] = ContextVar("optax_clipx_known_norm", default=None)
 
 
 @contextlib.contextmanager
-def known_norm(arrays: list[jax.Array], norms: Norms | None) -> Iterator[None]:
-    """While it lasts, the 2-norm of these very arrays need not be measured again."""
+def known_norm(
+    arrays: list[jax.Array], norms: Norms | Partial | None
+) -> Iterator[None]:
+    """While it lasts, the 2-norm of these very arrays need not be measured again.
+
+    A `Partial` gives it when called: what nobody asks for is not computed.
+    """
     token = _KNOWN.set(None if norms is None else _Known(arrays, norms))
     try:
         yield
@@ -33,7 +39,7 @@ def known_norm(arrays: list[jax.Array], norms: Norms | None) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def find_norm(arrays: list[jax.Array]) -> Norms | None:
+def find_norm(arrays: list[jax.Array]) -> Norms | Partial | None:
     """Their 2-norm, if it is known: the same objects, so nothing stands in between."""
     known = _KNOWN.get()
     if known is None or len(known.arrays) != len(arrays):

@@ -8,7 +8,6 @@ limit a response falls as `limit / norm`: `response(norm * low, limit * high)` i
 """
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import jax
@@ -17,13 +16,14 @@ import numpy as np
 from jax import lax
 
 from .._devices.programs import TracedOnce
-from .._reductions.groups import Packed
+from .._reductions.groups import Groups, Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
     both,
     either,
     equal,
+    fraction,
     full_like,
     larger,
     less,
@@ -95,8 +95,7 @@ def _scale(
     high = where(far, extremes.higher, high)
     factor = where(extreme, high, where(large, extremes.low, one))
     scale = smaller(response(norm, product(limit, factor)), most)
-    back = value.dtype.type(-((extremes.low / extremes.high) ** 0.5))
-    back = where(far, -((extremes.low / extremes.higher) ** 0.5), back)
+    back = fraction(-(extremes.low**0.5), lax.sqrt(high))
     scale = where(extreme, product(safe_sqrt(scale), back), scale)
     # An infinite limit, like a zero norm, changes nothing.
     return jnp.asarray(where(either(equal(limit, np.inf), nothing), one, scale))
@@ -133,20 +132,26 @@ def _clipped_norm(
 
 def scaled(
     arrays: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
+    groups: Groups,
+    scales: Packed,
     zero: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Leaves times their scale, or scales; zeros where the flag is set."""
-    return times_scale.each(zip(arrays, scales, repeat(zero)))
+    """Leaves times the scales of their groups; zeros where the flag is set."""
+    seconds = groups.spread(jax.tree.map(second_factor, scales))
+    each = zip(arrays, groups.spread(scales), seconds, strict=True)
+    return times_scale.each((*factors, zero) for factors in each)
 
 
 def _times_scale_once(
-    array: jax.Array, scale: jax.Array, zero: jax.Array | None = None
+    array: jax.Array,
+    scale: jax.Array,
+    second: jax.Array,
+    zero: jax.Array | None = None,
 ) -> jax.Array:
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
-    scaled = times(times(wide, scale), second_factor(scale))
+    scaled = times(times(wide, scale), second)
     scaled = lax.convert_element_type(scaled, array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)

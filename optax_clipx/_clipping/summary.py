@@ -24,10 +24,10 @@ from .._trees.arithmetic import (
     at_least,
     both,
     either,
-    equal,
     finite,
     fraction,
     full_like,
+    larger,
     less,
     more,
     negated,
@@ -193,7 +193,7 @@ def of_entries(
     norm: jax.Array,
     clipped_norm: jax.Array,
     outside: jax.Array,
-    size: jax.Array,
+    size: Number,
     bad: jax.Array | None = None,
     *,
     threshold: Number,
@@ -221,9 +221,9 @@ def _row_of(fields: Arrays, size: ArrayLike, weight: float, ord: Ord) -> jax.Arr
     """Of one array of groups."""
     norms, limits, scales, clipped_norms = fields
     dtype = norms.dtype
-    ratio = lax.div(norms, limits)
-    ratio = where(at_least(ratio, 0), ratio, np.inf)  # of what is NaN, too
-    ratio = where(equal(norms, 0), 0, ratio)
+    # Of a norm of 0 it is 0, and of what is NaN infinite.
+    ratio = lax.div(norms, larger(limits, float(jnp.finfo(dtype).tiny)))
+    ratio = where(at_least(ratio, 0), ratio, np.inf)
     over = lax.convert_element_type(more(norms, limits), dtype)
     weights: Any = dtype.type(weight)
     if ord == "rms":

@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .._devices.mesh import mesh_of
-from .._thresholds.base import Threshold
+from .._reductions.groups import Packed
+from .._thresholds.base import Context, Threshold, no_memory
 from .._trees.arithmetic import (
     both,
     either,
@@ -180,6 +181,47 @@ def check_memory(memory: object, kind: type) -> None:
     """Refuses what another clipper remembers, or an older version of this one."""
     if not isinstance(memory, kind):
         raise TypeError(of_another_rule(kind.__name__, memory))
+
+
+def checked(rule: Threshold) -> Threshold:
+    """The rule, which refuses a state that its `init` did not make of such norms.
+
+    One of other leaves might broadcast without an error.
+    """
+    if rule.init is no_memory:
+        return rule
+    usual: dict[Any, Any] = {}  # by the shapes of norms
+
+    def init(norms: Packed) -> Any:
+        state = rule.init(norms)
+        usual[_shapes(norms)] = jax.tree.map(jax.typeof, state)
+        return state
+
+    def update(norms: Packed, state: PyTree, context: Context) -> tuple[Any, Any]:
+        shapes = _shapes(norms)
+        if shapes not in usual:
+            jax.eval_shape(init, norms)
+        _refuse_state_of_others(usual[shapes], state)
+        return rule.update(norms, state, context)
+
+    return rule._replace(init=init, update=update)
+
+
+def _shapes(tree: PyTree) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(jnp.shape, jax.tree.leaves(tree)))
+
+
+def _refuse_state_of_others(usual: PyTree, state: PyTree) -> None:
+    kinds = {type(s) for s in (usual, state) if not jax.tree_util.all_leaves([s])}
+    if len(kinds) > 1:
+        raise TypeError(of_another_rule(kind_of(usual), state))
+    want, got = _shapes(usual), _shapes(state)
+    if want != got:
+        raise ValueError(
+            "Expected a state that init made for leaves like these, in which the rule"
+            f" remembers arrays of shapes {list(want)}, got {list(got)}. Make a new one"
+            " with init(params), or pass the updates it was made for."
+        )
 
 
 def of_another_rule(usual: str, memory: object) -> str:

@@ -13,12 +13,12 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .._clipping import scaling
-from .._clipping.clip_by import _limits, _no_norms
+from .._clipping.clip_by import _no_norms, limits_of
 from .._clipping.entries import any_of, finish, with_flags
 from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Memory, Options, transformation
+from .._clipping.transformation import Memory, Options, checked, transformation
 from .._devices import mesh
 from .._devices.mesh import Axes, Placement
 from .._reductions.groups import UnitGroups
@@ -122,7 +122,7 @@ def clip_by_spectral_norm(
             raise ValueError(f"Expected {name} to be one of {known}, got {value!r}.")
     steps = 24 if steps is None else steps
     check_static_count(steps, "steps")
-    rule = as_threshold(max_norm, "max_norm")
+    rule = checked(as_threshold(max_norm, "max_norm"))
     if rule.uses_params:
         raise ValueError(
             "Expected max_norm to be a number, a schedule, a prefix of these or a rule"
@@ -144,7 +144,7 @@ def clip_by_spectral_norm(
         if adapts:  # the compiler sees that the SVD is that of the clipping below
             tops = jnp.stack([m.clipped(jnp.inf, dtype)[1] for m in matrices])
         seen = Norms(tops, tops, jnp.ones_like(tops))
-        limits, new_rule = _limits(
+        limits, new_rule = limits_of(
             seen, rule, memory, extra, None, groups, leaves, measure
         )
         found = [

@@ -156,7 +156,7 @@ def stabilize_norm(
         )
         scales = scaling.scales(cut, target.astype(peak.dtype), normalize)
         clamped = _cut(arrays, pairs)
-        out = scaling.scaled(clamped, every.spread(scales))
+        out = scaling.scaled(clamped, every, scales)
         worst = jnp.argmin(ratio)
         over = ratio < 1
         summary = Summary(

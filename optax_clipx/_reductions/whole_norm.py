@@ -12,6 +12,7 @@ from .._trees.arithmetic import (
     both,
     finite,
     fraction,
+    larger,
     more,
     power,
     product,
@@ -41,9 +42,19 @@ def as_norm(peak: jax.Array, summed: jax.Array, size: object, ord: Ord) -> jax.A
         return peak
     if ord == "rms":
         summed = summed / jnp.asarray(size, summed.dtype)
-    norm = lax.mul(_unit(peak), power(summed, 1 / _exponent(ord)))
+    norm = lax.mul(_unit(peak), _root(summed, _exponent(ord)))
     largest = float(jnp.finfo(norm.dtype).max)
     return where(finite(summed), smaller(norm, largest), norm)
+
+
+def _root(summed: jax.Array, exponent: float) -> jax.Array:
+    """The sum to the power of `1 / exponent`, with a derivative of 0 at 0.
+
+    Of a square root the least number makes 0, too: the unit beside it is as small.
+    """
+    if exponent == 2:
+        return lax.sqrt(larger(summed, float(jnp.finfo(summed.dtype).tiny)))
+    return power(summed, 1 / exponent)
 
 
 def _unit(peak: jax.Array) -> jax.Array:

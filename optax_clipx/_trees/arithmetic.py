@@ -140,6 +140,11 @@ def _alike(x: Operand, like: Number) -> Any:
     return None if x.shape else full_like(like, x)
 
 
+def of_dtype(x: Number, dtype: Dtype) -> Any:
+    """A number as one of a dtype; JAX would trace this of a known one, too."""
+    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+
+
 def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     """An array like another, full of a number."""
     if isinstance(x, jax.Array):

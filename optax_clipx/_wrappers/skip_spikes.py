@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from .._clipping import metrics
-from .._clipping.clip_by import Parts, decide
+from .._clipping.clip_by import Given, Parts, limits_of, measured, norm_of
 from .._clipping.known_norm import known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
 from .._clipping.responses import drop
 from .._clipping.summary import Summary, nothing
-from .._clipping.transformation import Memory, Options, check_state
+from .._clipping.transformation import Memory, Options, check_state, checked
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._devices.numbers import as_one
+from .._reductions.groups import Groups
 from .._reductions.norms import Norms
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
@@ -30,15 +32,18 @@ from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
 from .._trees.arguments import AxisNames, Limit, Specs, check_count
 from .._trees.arithmetic import (
     Number,
+    at_least,
     both,
     either,
     equal,
     finite,
     full_like,
+    more,
     negated,
+    of_dtype,
     where,
 )
-from .._trees.leaves import flatten, path_of, show
+from .._trees.leaves import Leaves, flatten, path_of, show
 from .._trees.types import Arrays, Scalar
 
 
@@ -170,6 +175,7 @@ def skip_spikes(
         raise ValueError("Expected a rule that does not depend on the parameters.")
     wrapped = optax.with_extra_args_support(inner)
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
+    rule = checked(rule)
     parts = Parts(tree_norm(), rule, drop, options)
 
     def init_fn(params: PyTree) -> SkipState:
@@ -199,17 +205,17 @@ def skip_spikes(
         with mesh.mesh_of(leaves.arrays):
             loss = _loss(extra, leaves.arrays, options)
             memory = Memory(state.rule, state.metrics.steps)
-            decided = decide(
-                parts, leaves, params, memory, extra, lambda memory, *found: found
-            )
+            plan, given, found = measured(parts, leaves, None, memory, extra)
+            by_norm = functools.partial(_by_norm, parts, extra, leaves, plan.groups)
+            summary, rule_state, norm = as_one(by_norm, given, found, memory)
             # By itself: more numbers at once would not be compiled as one kernel.
             judged = functools.partial(_judged, loss_rule, extra)
             before = state._replace(inner=None)
-            fields, keep, factor, known = as_one(judged, before, loss, *decided.ended)
+            fields, keep, factor = as_one(judged, before, loss, summary, rule_state)
             usual = equal(factor, 1)
-            feed = [_one_or_nothing(usual, factor, x) for x in decided.arrays]
+            feed = [_one_or_nothing(usual, factor, x) for x in leaves.arrays]
         # A clipper that comes first inside need not measure the same again.
-        with known_norm(feed, known):
+        with known_norm(feed, Partial(_of_feed, fields["skipped"], norm)):
             inner_updates, after = wrapped.update(
                 leaves.rebuild(feed), state.inner, params, **extra
             )
@@ -222,6 +228,44 @@ def skip_spikes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _by_norm(
+    parts: Parts,
+    extra: Mapping[str, PyTree],
+    leaves: Leaves,
+    groups: Groups,
+    given: Given,
+    found: list[Norms],
+    memory: Memory,
+) -> tuple[Summary, PyTree, Norms]:
+    """What the norm alone says of a step, what its rule remembers, and the norm."""
+    norm = norm_of(given, found)
+    limit, after = limits_of(
+        norm, parts.rule, memory, extra, None, groups, leaves, parts.measure
+    )
+    return _dropped(norm.value, limit), after, norm
+
+
+def _dropped(norm: jax.Array, limit: Number) -> Summary:
+    """A step that is taken or not, by its norm alone."""
+    bad, unusable = negated(finite(norm)), negated(at_least(limit, 0))
+    spike = both(more(norm, limit), negated(either(bad, unusable)))
+    dropped = either(bad, spike)
+
+    def after(value: Number) -> Any:
+        return where(unusable, np.nan, where(dropped, 0, value))
+
+    return Summary(
+        norm=norm,
+        clipped_norm=after(norm),
+        scale=after(full_like(norm, 1)),
+        threshold=limit,
+        clipped=lax.convert_element_type(spike, norm.dtype),
+        any_clipped=spike,
+        nonfinite=bad,
+        unusable=unusable,
+    )
+
+
 def _judged(
     loss_rule: Threshold,
     extra: Mapping[str, PyTree],
@@ -229,11 +273,10 @@ def _judged(
     loss: jax.Array | None,
     summary: Summary,
     rule: PyTree,
-    norm: Norms,
-) -> tuple[dict[str, Any], jax.Array, jax.Array, Norms]:
-    """The new fields of the state, whether to skip, and what goes on with its norm.
+) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """The new fields of the state, whether to skip, and 1, 0 or NaN.
 
-    What goes on is the gradient times 1, 0 or NaN.
+    The gradient times that number goes on.
     """
     context = Context(state.metrics.steps, extra=extra)
     loss_bad, loss_spike, new_loss_rule = _judge(loss, loss_rule, state, context)
@@ -259,8 +302,6 @@ def _judged(
         any_clipped=either(spike, loss_spike),
         nonfinite=frozen,
     )
-    known = jax.tree.map(lambda n: where(skipped, 0, n), norm)
-    known = known._replace(unit=where(skipped, 1, norm.unit))
     fields = {
         "metrics": metrics.advance(state.metrics, summary),
         "rule": _select(frozen, state.rule, rule),
@@ -273,13 +314,18 @@ def _judged(
     }
     if loss is not None:
         fields["loss_rule"] = _select(frozen, state.loss_rule, new_loss_rule)
-    factor = where(keep, 0, where(summary.unusable, np.nan, full_like(norm.value, 1)))
-    return fields, keep, factor, known
+    factor = where(summary.unusable, np.nan, full_like(summary.norm, 1))
+    return fields, keep, where(keep, 0, factor)
+
+
+def _of_feed(skipped: jax.Array, norm: Norms) -> Norms:
+    """The norm of what goes on."""
+    return Norms(*(where(skipped, n, x) for n, x in zip((0, 0, 1), norm, strict=True)))
 
 
 def _one_or_nothing(usual: jax.Array, factor: jax.Array, x: PyTree) -> jax.Array:
     """The array as usual, else the factor, whatever the array has."""
-    return where(usual, x, lax.convert_element_type(factor, x.dtype))
+    return where(usual, x, of_dtype(factor, x.dtype))
 
 
 def _loss(extra: Mapping[str, PyTree], arrays: Arrays, options: Options) -> Any:
