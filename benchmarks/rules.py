@@ -620,6 +620,8 @@ def main(trials: dict[str, Trial], description: str | None) -> None:
     parser.add_argument("--output", type=Path, help="where to write the tables")
     parser.add_argument("--images", type=Path, help="where to write the pictures")
     options = parser.parse_args()
+    for folder in filter(None, (options.output, options.images)):
+        folder.mkdir(parents=True, exist_ok=True)  # now, and not after ten minutes
     chosen = {name: trials[name] for name in options.only}
     cells = fill(options.known, chosen)
     for name, trial in chosen.items():
