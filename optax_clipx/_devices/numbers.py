@@ -230,8 +230,8 @@ def _from_one_vector(program: ClosedJaxpr, *arrays: jax.Array) -> Any:
 
     XLA for GPU puts what reads the same array into one kernel, unless it is a scalar.
 
-    `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 8 kernels,
-    and 9 with zclip. Without it they were 11 and 16.
+    `python benchmarks/everyday.py --h100`: a step of Adam on 4 leaves has 7 kernels,
+    and 10 with zclip. Without it they were 11 and 16.
     """
     outcome = program.jaxpr.outvars
     known = [i for i, x in enumerate(outcome) if isinstance(x, Literal)]
