@@ -250,7 +250,9 @@ def decide(
     The norms of units may come in buckets, unless `by_leaf` is set.
     """
     measure, rule, response, options = parts
-    plan, given, found = measured(parts, leaves, params, memory, extra, by_leaf)
+    plan, given, found = measured(
+        measure, rule, options, leaves, params, memory, extra, by_leaf
+    )
     arrays, groups = leaves.arrays, plan.groups
     sanitized = options.nonfinite == "sanitize"
     if sanitized:
@@ -296,7 +298,9 @@ class Measured(NamedTuple):
 
 
 def measured(
-    parts: Parts,
+    measure: Measure,
+    rule: Threshold,
+    options: Options,
     leaves: Leaves,
     params: PyTree,
     memory: Memory,
@@ -304,7 +308,6 @@ def measured(
     by_leaf: bool = False,
 ) -> Measured:
     """All norms of a step, from one reduction, and so one collective."""
-    measure, rule, _, options = parts
     given = _given(leaves, extra, measure, options)
     sanitized = options.nonfinite == "sanitize"
     trees = [leaves.arrays] if given is None or sanitized else []

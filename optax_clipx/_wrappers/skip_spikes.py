@@ -14,18 +14,17 @@ from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from .._clipping import metrics
-from .._clipping.clip_by import Given, Parts, limits_of, measured, norm_of
+from .._clipping.clip_by import Given, limits_of, measured, norm_of
 from .._clipping.known_norm import known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
-from .._clipping.responses import drop
 from .._clipping.summary import Summary, nothing
 from .._clipping.transformation import Memory, Options, check_state, checked
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._devices.numbers import as_one
-from .._reductions.groups import Groups
 from .._reductions.norms import Norms
+from .._reductions.plan import Plan
 from .._thresholds.base import Context, Threshold
 from .._thresholds.constant import as_threshold
 from .._thresholds.spikes import spikes_of_losses, spikes_of_norms
@@ -176,7 +175,7 @@ def skip_spikes(
     wrapped = optax.with_extra_args_support(inner)
     options = Options("zero", axis_name, specs, norm_arg=norm_arg)
     rule = checked(rule)
-    parts = Parts(tree_norm(), rule, drop, options)
+    measure = tree_norm()
 
     def init_fn(params: PyTree) -> SkipState:
         with mesh.mesh_of(jax.tree.leaves(params), auto=True):
@@ -205,8 +204,10 @@ def skip_spikes(
         with mesh.mesh_of(leaves.arrays):
             loss = _loss(extra, leaves.arrays, options)
             memory = Memory(state.rule, state.metrics.steps)
-            plan, given, found = measured(parts, leaves, None, memory, extra)
-            by_norm = functools.partial(_by_norm, parts, extra, leaves, plan.groups)
+            plan, given, found = measured(
+                measure, rule, options, leaves, None, memory, extra
+            )
+            by_norm = functools.partial(_by_norm, rule, extra, leaves, plan)
             summary, rule_state, norm = as_one(by_norm, given, found, memory)
             # By itself: more numbers at once would not be compiled as one kernel.
             judged = functools.partial(_judged, loss_rule, extra)
@@ -229,10 +230,10 @@ def skip_spikes(
 
 
 def _by_norm(
-    parts: Parts,
+    rule: Threshold,
     extra: Mapping[str, PyTree],
     leaves: Leaves,
-    groups: Groups,
+    plan: Plan,
     given: Given,
     found: list[Norms],
     memory: Memory,
@@ -240,7 +241,7 @@ def _by_norm(
     """What the norm alone says of a step, what its rule remembers, and the norm."""
     norm = norm_of(given, found)
     limit, after = limits_of(
-        norm, parts.rule, memory, extra, None, groups, leaves, parts.measure
+        norm, rule, memory, extra, None, plan.groups, leaves, tree_norm()
     )
     return _dropped(norm.value, limit), after, norm
 
