@@ -1,4 +1,4 @@
-"""The first design of `auto_clip`, to compare with."""
+"""Other designs of `auto_clip`, to compare with: the first one, and a candidate."""
 
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ _PACE = 0.02  # of the level's logarithm, after the first steps
 _DOUBLING = 50  # norms in a row above the level double its pace upward
 _MOST_DOUBLINGS = 8
 _FIRST = 5  # norms; their median is the most that the level is after them
+_POWER = 0.4
+_MOST_UNITS = 30.0
 
 
 class LevelState(NamedTuple):
@@ -62,3 +64,19 @@ def first_auto_clip(number: Any = None) -> optax.GradientTransformationExtraArgs
     return clipx.clip_by(
         clipx.measures.tree_norm(), twice_a_low_quantile(), nonfinite="zero"
     )
+
+
+def power_auto_clip(number: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The fourth round's design: `auto_clip` with a power in place of its logarithm."""
+    return clipx.clip_by(
+        clipx.measures.tree_norm(),
+        clipx.thresholds.auto(),
+        to_the_power,
+        nonfinite="zero",
+    )
+
+
+def to_the_power(norms: Any, limits: Any) -> Any:
+    """Above a unit, an eighth of the limit, a norm grows as its power, to 30 units."""
+    units = jnp.maximum(8 * norms / limits, 1)
+    return jnp.minimum(units**_POWER, _MOST_UNITS) / units

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 import optax_clipx as clipx
-from clipbench.earlier import first_auto_clip
+from clipbench.earlier import first_auto_clip, power_auto_clip
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def zeroing(method: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
 
 FIXED = "fixed limit"
 FIRST_AUTO = "auto_clip, first design"
+POWER_AUTO = "auto_clip, to the power 0.4"
 # Of the median norm of the first gradients, so that no task is favoured by its units.
 RELATIVE_LIMITS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -43,6 +44,7 @@ METHODS = {
     "fixed 1.0": Method(zeroing(clipx.clip_by_global_norm), (1.0,), ""),
     "auto_clip": Method(lambda number: clipx.auto_clip(nonfinite="zero"), (0.0,), ""),
     FIRST_AUTO: Method(first_auto_clip, (0.0,), ""),
+    POWER_AUTO: Method(power_auto_clip, (0.0,), ""),
     "zclip": Method(zeroing(clipx.zclip), (2.5, 1.25, 5.0), "z_threshold"),
     "quantile_clip": Method(
         zeroing(clipx.quantile_clip), (0.1, 0.025, 0.4), "quantile"

@@ -80,6 +80,7 @@ METHODS = {
     ),
     "auto_clip": as_there("auto_clip"),
     small.FIRST_AUTO: as_there(small.FIRST_AUTO),
+    small.POWER_AUTO: as_there(small.POWER_AUTO),
     "quantile_clip": as_there("quantile_clip"),
     "zclip": as_there("zclip"),
     "adagc": as_there("adagc"),

@@ -16,6 +16,7 @@ import optax_clipx as clipx
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
 from autodesign import chance, deciding, designs, later_tasks, report, tasks, training
+from clipbench import earlier
 from clipbench.tasks import MAKERS
 
 CHOSEN = "to eight thresholds 0.1, from 0.3 in 100, or median"
@@ -55,11 +56,19 @@ def test_a_steady_level_is_the_lower_median_of_the_first_norms(name, want):
     np.testing.assert_allclose(limit, 0.1 * ramp * want, rtol=1e-5)
 
 
-def test_the_chosen_design_is_the_rule_of_the_package():
+@pytest.mark.parametrize(
+    ("clipper", "name"),
+    [
+        (clipx.auto_clip(), CHOSEN),
+        (earlier.power_auto_clip(), "unit 0.1, to the power 0.4"),
+    ],
+    ids=["auto_clip", "power"],
+)
+def test_the_chosen_designs_are_rules_of_clipbench(clipper, name):
     rng = np.random.default_rng(0)
     norms = np.exp(rng.normal(size=300) - np.linspace(0, 4, 300)).astype(np.float32)
-    clipper = clipx.auto_clip()
-    design = designs.all_designs()[CHOSEN]
+    list_ = designs.all_designs() | designs.last_designs()
+    design = list_[name]
     context = clipx.thresholds.Context(step=0, extra={"value": jnp.float32(1)})
 
     def step(carry, norm):
