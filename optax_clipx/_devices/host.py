@@ -168,7 +168,7 @@ def _effects_of_callbacks() -> set[Any]:
     return set(jax.make_jaxpr(lambda: jax.debug.callback(print))().effects)
 
 
-def _lower_call(context: Any, values: Any, *, on_host: OnHost) -> Sequence[Any]:
+def _lower_call(context: Any, values: Any, *, on_host: OnHost) -> list[Any]:
     """On one device the host is handed a NumPy array, on several by JAX's own callback.
 
     `jax.debug.callback` puts what it hands over on a device first, inside of the
@@ -186,7 +186,7 @@ def _lower_call(context: Any, values: Any, *, on_host: OnHost) -> Sequence[Any]:
 
     axes = context.module_context.axis_context
     if getattr(axes, "num_devices", None) != 1:
-        return mlir.lower_fun(by_jax, multiple_results=True)(context, values)
+        return list(mlir.lower_fun(by_jax, multiple_results=True)(context, values))
     results, *_ = mlir.emit_python_callback(
         context,
         directly,
@@ -196,7 +196,7 @@ def _lower_call(context: Any, values: Any, *, on_host: OnHost) -> Sequence[Any]:
         context.avals_out,
         has_side_effect=True,
     )
-    return results
+    return list(results)
 
 
 _call = Primitive("call_host")
