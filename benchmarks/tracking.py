@@ -101,7 +101,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"A step of Adam with a global norm on {LEAVES} matrices of {SIDE} x {SIDE},"
         " and its metrics. Step times are divided by that of a step without"
         f" `track_norms`: medians of {ROUNDS} alternated rounds. All-reduces are those"
-        " of a step on a mesh of 8 devices."
+        " outside of conditionals, of a step on a mesh of 8 devices."
     )
     return "\n".join([*harness.table(head, rows), "", text, *harness.footer(report)])
 
