@@ -376,6 +376,7 @@ def test_bad_arguments(make, named):
         make()
 
 
+@pytest.mark.slow
 def test_hyperparameters_may_be_traced():
     for make, kwargs in (
         (clipx.clip_by_second_moment, {"theta": 4.0, "decay": 0.9, "warmup_steps": 1}),

@@ -106,6 +106,7 @@ def test_fewer_steps_hold_their_bound(form, steps):
         assert np.linalg.norm(found - want, 2) <= bound(matrix, steps)
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("limit", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
 def test_trace_of_the_reference(index, limit):
@@ -185,6 +186,7 @@ def test_a_schedule_and_a_limit_for_each_leaf():
     assert np.linalg.norm(clipped["a"], 2) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
 def test_stacks_and_kernels(method):
     rng = np.random.default_rng(0)

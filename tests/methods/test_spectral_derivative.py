@@ -56,7 +56,7 @@ MATRICES = {
 STACK = of_rank(2, 3, 6, 4)
 
 
-@pytest.mark.one_in(2, rest="slow")
+@pytest.mark.one_in(4, rest="slow")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMS)
 def test_against_finite_differences(form, method):
@@ -178,6 +178,7 @@ def test_of_the_metrics(name):
     assert_allclose(jax.grad(metric)(matrix), want, atol=1e-6)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
 def test_of_a_cut_matrix(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))

@@ -144,6 +144,7 @@ def counts(program):
     return {name: found.count(name) for name in set(found)}
 
 
+@pytest.mark.one_in(2, rest="slow")
 @JOINED
 @pytest.mark.parametrize("kind", [EXPLICIT, AxisType.Auto])
 def test_a_rule_adds_neither_collectives_nor_decompositions(kind):

@@ -202,6 +202,7 @@ bound_cases = given(
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **quiet)
 @bound_cases
 def test_no_example_adds_more_than_the_limit(seed, decade, above, dtype, two, fun):
@@ -222,7 +223,7 @@ def test_gradients_of_float16_are_rounded_once(two_pass):
         check_bound(seed, 1.0, 0.0, "float16", two_pass, network, "own")
 
 
-@pytest.mark.one_in(2, rest="slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "mode", [{}, pytest.param({"two_pass": True}, marks=pytest.mark.slow)], ids=str
@@ -373,6 +374,7 @@ def test_groups_with_limits_of_their_own():
 # Masks, means, users, and what is passed on.
 
 
+@pytest.mark.slow
 @usually("two passes")
 def test_padding_is_as_if_it_were_not_there(mode):
     params, x, y = problem(broken=[(1, np.nan), (5, np.nan)])
@@ -651,6 +653,7 @@ def peak(size, **options):
     return step.lower(*kinds).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("microbatch_size", [None, 8])
 def test_the_memory_of_two_passes_does_not_grow_with_the_batch(microbatch_size):
     two = {"two_pass": True, "microbatch_size": microbatch_size}

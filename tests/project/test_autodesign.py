@@ -84,6 +84,7 @@ def test_the_chosen_designs_are_rules_of_clipbench(clipper, name):
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_rule_of_the_package_trains_as_the_package_does():
     what = dataclasses.replace(tasks.MAKERS["deep linear network"](), steps=20)
     list_ = designs.third_list()
@@ -160,6 +161,7 @@ def test_a_power_of_the_norm_is_bounded():
     np.testing.assert_allclose(found, [0.5, 1.0, 2.0, 30.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_other_seeds_are_those_after_the_first():
     what = dataclasses.replace(tasks.MAKERS["deep linear network"](), steps=20)
     rule = {"clipped": training.Design(training.constant(1.0))}

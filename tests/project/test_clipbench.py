@@ -44,6 +44,7 @@ def test_a_task_can_be_learned(name):
         assert float(task.final(params)) < float(first)
 
 
+@pytest.mark.slow
 def test_each_half_has_six_tasks():
     halves = [tasks.task(name).half for name in tasks.MAKERS]
     assert sorted(halves) == ["design"] * 6 + ["held out"] * 6

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import least
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize(
     ("ours", "by_hand"),
     [

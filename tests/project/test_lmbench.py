@@ -70,6 +70,7 @@ def test_the_small_model_has_a_third_of_a_million_parameters():
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == 356_736
 
 
+@pytest.mark.one_in(4, rest="slow")
 @pytest.mark.parametrize("model", models.MODELS)
 def test_a_byte_is_predicted_from_those_before_it(model):
     size = models.SIZES["tiny"]
@@ -90,6 +91,7 @@ def test_a_byte_is_predicted_from_those_before_it(model):
     assert loss(texts) != loss(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["no norm", pytest.param("QK-norm", marks=pytest.mark.slow)]
 )
@@ -254,6 +256,7 @@ def test_tables_and_pictures_are_written(tmp_path):
     assert pictures.SHOWN[0] == "none"
 
 
+@pytest.mark.slow
 def test_tables_say_where_every_run_diverged(tmp_path):
     records = [
         row("no norm", method, number, [[4.0] * 3] * 3)

@@ -61,7 +61,7 @@ def can_run(block):
     return needed is None or importlib.util.find_spec(needed[1]) is not None
 
 
-@pytest.mark.one_in(10, rest="slow")
+@pytest.mark.one_in(20, rest="slow")
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore:.*jax.tree_util:DeprecationWarning")
 def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import robustness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["skip_spikes", "auto_clip"])
 def test_blind_for_ten_steps_at_most(name):
     assert int(robustness.blindness(robustness.METHODS[name])) <= 10

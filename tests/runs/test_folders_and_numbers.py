@@ -59,6 +59,7 @@ def test_watch_follows_the_run_in_a_folder(tmp_path):
     assert follower.look()["norm"].tolist() == [1, 2]
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("limits", [np.inf, np.array([np.inf] * 100 + [2.0] * 100)])
 @pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 def test_infinite_limits_are_drawn_without_warnings(limits, tmp_path):

@@ -89,6 +89,7 @@ def test_append_does_not_wait_for_the_device(tmp_path):
     assert np.isfinite(history["norm"][0])
 
 
+@pytest.mark.slow
 def test_a_program_that_just_ends_writes_the_last_record(tmp_path):
     program = """
         import optax_clipx as clipx

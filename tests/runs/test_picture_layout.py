@@ -66,6 +66,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.one_in(3, rest="slow")
 @pytest.mark.parametrize("name", PICTURES)
 def test_no_legend_lies_over_a_title_or_the_lines(name):
     figure = PICTURES[name]()

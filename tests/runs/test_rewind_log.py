@@ -154,6 +154,7 @@ class Mortal(Checkpoints):
         return super().restore(step)
 
 
+@pytest.mark.slow
 def test_killed_around_a_rewind_at_any_call(tmp_path):
     """The same decisions, batches and checkpoints, wherever it was killed."""
 

@@ -246,7 +246,7 @@ def test_norms_and_ratios_of_layers_are_those_of_numpy():
     )  # the parameters are the gradients
 
 
-@pytest.mark.one_in(2, rest="slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_layers_on_a_mesh_that_cuts_the_stack(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)

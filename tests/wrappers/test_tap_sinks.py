@@ -205,7 +205,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-@pytest.mark.one_in(2, rest="slow")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

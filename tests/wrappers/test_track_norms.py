@@ -141,6 +141,7 @@ def test_nonfinite_gradients_reach_the_policy_inside():
             clipx.check(state)
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("explicit", [True, False])
 def test_on_a_mesh_as_on_one_device(explicit):
     kind = AxisType.Explicit if explicit else AxisType.Auto

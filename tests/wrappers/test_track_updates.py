@@ -276,6 +276,7 @@ def test_rms_t_takes_no_further_all_reduce_either():
     assert all_reduces(after, AxisType.Explicit)[0] == 2
 
 
+@pytest.mark.one_in(2, rest="slow")
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_on_a_mesh_as_on_one_device(kind):
     tx = tracked(updates=True, second_moment=0.999)
