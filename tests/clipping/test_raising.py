@@ -55,7 +55,6 @@ def outcomes(tmp_path_factory):
     return of
 
 
-@pytest.mark.slow
 @of_methods
 @pytest.mark.parametrize("context", EAGER)
 def test_outside_of_a_trace_it_is_a_floating_point_error(outcomes, method, context):

@@ -98,7 +98,7 @@ def same(found, wanted):
         np.testing.assert_allclose(directions[key], want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4, rest="slow")
 @pytest.mark.parametrize("power", [-6, -5, -3, -1, 1, 2, 4, 6])
 def test_a_loss_in_another_unit_is_clipped_alike(power):
     same(train(np.float32(10.0**power), of_its_own=False), train(np.float32(1.0)))

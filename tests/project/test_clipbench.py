@@ -78,6 +78,7 @@ def record(method, final, half="design"):
     }
 
 
+@pytest.mark.slow
 def test_ratios_to_the_best_fixed_limit(tmp_path):
     fixed = np.full((3, 8, 2), 4.0)
     fixed[0, 3] = 1.0, 4.0  # geometric mean 2

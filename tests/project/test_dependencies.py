@@ -147,7 +147,6 @@ def refused(tmp_path_factory):
     return python(REFUSE, json.dumps(others()), cwd=folder)
 
 
-@pytest.mark.slow
 def test_the_core_needs_its_three_dependencies_alone(refused):
     assert {r.name for r in CORE} == {"jax", "optax", "jaxtyping"}
     modules = set(refused["modules"])

@@ -104,6 +104,7 @@ def test_a_run_learns(setting):
     assert found["clipped"] == found["spikes"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_text")
 def test_a_threshold_below_all_norms_clips_every_step():
     size = models.SIZES["tiny"]

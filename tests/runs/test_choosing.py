@@ -79,6 +79,7 @@ def test_drift_is_told_and_a_rule_proposed(total):
     assert clipx.suggest_threshold(lognormal()).rule is None
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare():
     """Steady runs, short and long, narrow and heavy-tailed."""
     alarms = [

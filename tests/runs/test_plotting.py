@@ -139,6 +139,7 @@ def test_the_overview_shows_the_loss_and_the_learning_rate(names):
     assert drawn == [expected.get(name, "Learning rate") for name in names]
 
 
+@pytest.mark.slow
 def test_titles_that_are_beside_each_other_are_on_one_height():
     figure = tracked_overview()
     figure.draw_without_rendering()

@@ -82,7 +82,7 @@ def killer(calls):
     return tell
 
 
-@pytest.mark.one_in(5, rest="slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [153, 155, 156, 157, 190])
 def test_interrupted_and_resumed(rewound, calls, tmp_path):
     """While it goes wrong, between the decision and the restore, and after."""
