@@ -26,19 +26,22 @@ from autodesign.tasks import MAKERS
 
 Record = dict[str, Any]
 Row = dict[str, Record]
-Ratios = dict[tuple[str, str], float]  # of each task and optimizer
+Cell = tuple[str, ...]  # a task and an optimizer, and the run if there are several
+Ratios = dict[Cell, float]
 DRAWS = 20_000
 LUCK = "best fixed threshold, chosen by other seeds"
 HEAD = ["within 3%", "within 10%", "median", "90%", "diverged", "worse than none"]
 
 
-def by_cell(records: list[Record]) -> dict[tuple[str, str], Row]:
+def by_cell(records: list[Record]) -> dict[Cell, Row]:
     """The results of each task and optimizer, in the form of clipbench's."""
-    found: dict[tuple[str, str], Row] = defaultdict(dict)
+    found: dict[Cell, Row] = defaultdict(dict)
     for r in records:
         if "design" in r:
             final = np.array(r["final"], float)[:, None, :]  # one number for a method
-            found[r["task"], r["optimizer"]][r["design"]] = {**r, "final": final}
+            run = (str(r["run"]),) if "run" in r else ()
+            cell = (r["task"], r["optimizer"], *run)
+            found[cell][r["design"]] = {**r, "final": final}
     for row in found.values():
         own = [row.pop(f"fixed {c:g}")["final"] for c in RELATIVE_LIMITS]
         row[FIXED] = {"final": np.concatenate(own, axis=1)}
@@ -152,9 +155,7 @@ def summary(
     return [*lines, "", f"{len(rows)} cells, {hours:.2g} hours."]
 
 
-def ratios_of(
-    found: dict[tuple[str, str], Row], function: Callable[[Row], float]
-) -> Ratios:
+def ratios_of(found: dict[Cell, Row], function: Callable[[Row], float]) -> Ratios:
     """One of each cell; infinite as well if all fixed thresholds diverge there."""
     with np.errstate(invalid="ignore"):
         ratios = {cell: function(row) for cell, row in found.items()}
@@ -163,9 +164,10 @@ def ratios_of(
 
 def near(ratios: Ratios) -> np.ndarray:
     """The cells of each task that are within 3%: these tasks, then draws of them."""
-    tasks = sorted({task for task, _ in ratios})
+    tasks = sorted({cell[0] for cell in ratios})
     own = [
-        sum(x <= NEAR for (t, _), x in ratios.items() if t == task) for task in tasks
+        sum(x <= NEAR for cell, x in ratios.items() if cell[0] == task)
+        for task in tasks
     ]
     drawn = np.random.default_rng(0).integers(0, len(tasks), (DRAWS, len(tasks)))
     return np.array(own)[np.vstack([np.arange(len(tasks)), drawn])].sum(axis=1)
@@ -188,7 +190,7 @@ def behind(ratios: Ratios, chosen: Ratios) -> str:
 def shares(ratios: Ratios) -> Iterable[str]:
     """For each optimizer the share of its cells within 3%."""
     for optimizer in ("sgd", "momentum", "adam", "lion"):
-        own = [r for (_, o), r in ratios.items() if o == optimizer]
+        own = [r for cell, r in ratios.items() if cell[1] == optimizer]
         yield f"{np.mean(np.array(own) <= 1.03):.0%}" if own else "-"
 
 

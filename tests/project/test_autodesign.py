@@ -297,7 +297,7 @@ def test_the_last_rule_of_decision(a, b, stable, want):
 def test_survivals_are_counted_over_runs():
     names = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS] + ["none"]
     records = [
-        {**record(o, name, *losses), "task": chance.TASK, "run": run}
+        {**record(o, name, *losses), "task": chance.CRITIC, "run": run}
         for run, losses in ((1, (4, 2, 3)), (2, (None, 2, 3)), (3, (None, None, None)))
         for o in training.SCALES
         for name in names
@@ -307,6 +307,32 @@ def test_survivals_are_counted_over_runs():
     assert luck == f"| {report.LUCK} | 2 | 2 | 2 | 2 | 8 |"
     assert rest[-1] == "| none | 2 | 2 | 2 | 2 | 8 |"
     assert len(rest) == 9
+
+
+def test_divergences_are_told_from_those_of_the_fixed_threshold():
+    fixed = [f"fixed {c:g}" for c in report.RELATIVE_LIMITS]
+    fine, lost = (1, 2, 3), (None, None, None)
+    records = [
+        {**record(o, name, *losses), "run": run}
+        for run, o, of_fixed, of_none in (
+            (2, "sgd", fine, lost),
+            (3, "sgd", fine, fine),
+            (2, "adam", lost, fine),
+            (3, "adam", fine, lost),
+        )
+        for name, losses in [(n, of_fixed) for n in fixed] + [("none", of_none)]
+    ]
+    _, _, luck, *_, none, _, text = chance.divergences(records)
+    assert luck == f"| {report.LUCK} | 1 | 0 | 0 | 0 |"
+    assert none == "| none | 2 | 2 | 1 | 1 |"
+    assert text == "2 cells in 2 runs. 1 of them are stable."
+
+
+def test_runs_of_one_task_are_drawn_together():
+    cells = {("a", "sgd", "2"): 1.0, ("a", "sgd", "3"): 1.0, ("b", "sgd", "2"): 2.0}
+    drawn = report.near(cells)
+    assert drawn[0] == 2
+    assert set(drawn[1:]) == {0, 2, 4}
 
 
 def test_a_ratio_counts_as_at_most_five_and_at_least_a_fifth():
