@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import optax_clipx as clipx
 from optax_clipx._devices import platforms
+from optax_clipx._devices.mesh import Placement
+from optax_clipx._reductions.norms import local_norms
+from optax_clipx._reductions.plan import Plan, of_tree
 
 # A new structure costs a compilation, so that there are twenty, and many values each.
 SHAPES = [
@@ -287,3 +290,10 @@ def test_small_leaves_of_equal_entries():
             assert abs(float(found) / norm - 1) < 1e-6
             clipped_norm = np.linalg.norm(np.asarray(clipped, np.float64))
             assert clipped_norm <= value * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-36, 1e36])
+def test_norms_of_one_device_are_right_at_any_magnitude(unit):
+    plan = Plan((), (Placement((), ()),), of_tree(1))
+    (norm,) = local_norms(plan, ((jnp.float32([3 * unit, 4 * unit]),),))
+    np.testing.assert_allclose(norm.value, 5 * unit, rtol=1e-6)

@@ -29,3 +29,12 @@ def test_sizes_of_groups():
     assert of_tree(3).sizes(leaves, places) == 11
     assert of_leaves(3).sizes(leaves, places).tolist() == [6, 4, 1]
     assert LABELS.sizes(leaves, places).tolist() == [4, 7]
+
+
+def test_values_of_many_examples_make_a_row_for_each_example():
+    each = [jnp.array([1.0, 2.0, 3.0]), jnp.array([9.0, 8.0, 7.0]), jnp.zeros(3)]
+    leaves = [jnp.ones((3, 2))] * 3
+    ((sums, _),) = LABELS.combine(each, leaves, [PLACE] * 3, largest=False)
+    assert sums.tolist() == [[9, 1], [8, 2], [7, 3]]
+    ((largest, _),) = of_tree(3).combine(each, leaves, [PLACE] * 3, largest=True)
+    assert largest.tolist() == [9, 8, 7]

@@ -297,3 +297,32 @@ def test_a_rule_says_whether_it_looks_at_norms():
     assert not clipx.thresholds.relative_to_params(0.1).uses_norms
     assert clipx.thresholds.zscore().uses_norms
     assert clipx.thresholds.minimum(1.0, clipx.thresholds.zscore()).uses_norms
+
+
+def test_a_rule_of_two_functions_sees_the_step_without_metrics():
+    rule = clipx.thresholds.Threshold(
+        lambda norms: (), lambda norms, state, context: (context.step + 1, state)
+    )
+    clipper = clipx.clip_by(clipx.measures.tree_norm(), rule, metrics=False)
+    state = clipper.init(jnp.zeros(1))
+    for step in range(3):
+        clipped, state = clipper.update(jnp.array([9.0]), state)
+        assert clipped.tolist() == [step + 1]
+
+
+def test_a_tuple_of_a_schedule_and_a_number_are_two_thresholds():
+    limits = (optax.constant_schedule(2.0), 3.0)
+    clipper = clipx.clip_by_leaf_norm(limits)
+    grads = (jnp.array([9.0]), jnp.array([9.0]))
+    (first, second), _ = clipper.update(grads, clipper.init(grads))
+    assert (first.item(), second.item()) == (2, 3)
+
+
+@pytest.mark.parametrize("init", ["min", "mean"])
+def test_an_average_of_a_warmup_goes_on_after_it(init):
+    rule = clipx.thresholds.ema_ratio(1.5, decay=0.5, warmup_steps=1, init=init)
+    limits, state = after(rule, [1.0, 4.0])
+    assert limits.tolist() == [np.inf, 1.5]
+    assert state.average == 1.25  # of the clipped norm, 1.5
+    rule = clipx.thresholds.ema_ratio(1.5, decay=0.5, init=init)
+    assert after(rule, [4.0])[0].tolist() == [6]
