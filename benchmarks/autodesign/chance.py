@@ -10,23 +10,20 @@ tables are written after each run of a task.
 """
 
 import argparse
-import functools
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-from clipbench.report import RELATIVE_LIMITS, chosen_elsewhere, ratio
 from clipbench.rows import add, kept
 from tqdm import tqdm
 
-from autodesign.deciding import infinite
-from autodesign.designs import PACKAGE, third_list
+from autodesign.designs import third_list
 from autodesign.later_tasks import LATER_MAKERS
-from autodesign.report import LUCK, Cell, Row, by_cell, fixed_ratio, line, summary
+from autodesign.report import LUCK, Cell, Row, by_cell, halves, line, ratios_of_all
 from autodesign.tasks import MAKERS
 from autodesign.training import SCALES, SEEDS, compared, fixed, tuned
 
@@ -37,7 +34,6 @@ RUNS_OF_CRITIC = tuple(range(1, 12))
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTPUT = ROOT / "docs" / "results" / "autodesign_chance.jsonl"
 Record = dict[str, Any]
-Rules = dict[str, Callable[[Row], float]]
 
 
 def main() -> None:
@@ -76,15 +72,7 @@ def write(records: list[Record]) -> None:
     tasks = {run: {r["task"] for r in ran if r["run"] == run} for run in RUNS}
     whole = [run for run in RUNS if tasks[run] == set(ALL_MAKERS)]
     shared = [r for r in ran if r["run"] in whole]
-    lines = []
-    for title, names in (
-        ("All twenty-four tasks", ALL_MAKERS),
-        ("The first twelve tasks", MAKERS),
-        ("The twelve further tasks", LATER_MAKERS),
-    ):
-        part = [r for r in shared if r["task"] in names]
-        if part:
-            lines += [f"**{title}**", "", *summary(part, third_list(), PACKAGE), ""]
+    lines = halves(shared, third_list())
     if shared:
         lines += ["**Divergences**", "", *divergences(shared), ""]
     critic = [r for r in ran if r["task"] == CRITIC]
@@ -98,17 +86,9 @@ def survived(cells: dict[Cell, Row]) -> dict[str, dict[Cell, bool]]:
 
     A rule diverges if one of the six seeds does at the best of its rates.
     """
-    rules: Rules = {LUCK: chosen_elsewhere}
-    for number, c in enumerate(RELATIVE_LIMITS):
-        name = f"fixed, {c:g} of the first gradients"
-        rules[name] = functools.partial(fixed_ratio, number=number)
-    names = [n for n in third_list() if all(n in row for row in cells.values())]
-    rules |= {n: functools.partial(ratio, method=n) for n in names}
     return {
-        name: dict(
-            zip(cells, np.isfinite(infinite(map(of, cells.values()))), strict=True)
-        )
-        for name, of in rules.items()
+        name: {cell: math.isfinite(x) for cell, x in ratios.items()}
+        for name, ratios in ratios_of_all(cells, third_list()).items()
     }
 
 

@@ -84,6 +84,17 @@ def write_third(
 
 def write_fourth(records: list[Record], path: Path, names: Collection[str]) -> None:
     """Writes and prints the tables of the fourth round: all tasks, and both halves."""
+    lines = halves(records, names)
+    rows = by_cell(records).values()
+    shown = [n for n in third_list() if all(n in row for row in rows)]
+    lines += ["**Each cell**", "", *each_cell(records, shown)]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    path.write_text(text)
+
+
+def halves(records: list[Record], names: Collection[str]) -> list[str]:
+    """The tables of all tasks, of the first twelve and of the further ones."""
     further = [r for r in records if r["task"] in LATER_MAKERS]
     first = [r for r in records if r["task"] in MAKERS]
     lines = []
@@ -94,12 +105,7 @@ def write_fourth(records: list[Record], path: Path, names: Collection[str]) -> N
     ):
         if part:
             lines += [f"**{title}**", "", *summary(part, names, PACKAGE), ""]
-    rows = by_cell(records).values()
-    shown = [n for n in third_list() if all(n in row for row in rows)]
-    lines += ["**Each cell**", "", *each_cell(records, shown)]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    path.write_text(text)
+    return lines
 
 
 def each_cell(records: list[Record], names: Collection[str]) -> list[str]:
@@ -133,14 +139,7 @@ def summary(
     more = ["mean", "of fixed", "behind", "sgd", "momentum", "adam", "lion"]
     lines = [line("design", *HEAD, *more)]
     lines.append("|---|" + "---:|" * (len(HEAD) + len(more)))
-    entries = {LUCK: ratios_of(found, chosen_elsewhere)}
-    for number, c in enumerate(RELATIVE_LIMITS):
-        entries[f"fixed, {c:g} of the first gradients"] = ratios_of(
-            found, functools.partial(fixed_ratio, number=number)
-        )
-    for name in names:
-        if all(name in row for row in rows):
-            entries[name] = ratios_of(found, functools.partial(ratio, method=name))
+    entries = ratios_of_all(found, names)
     against = entries.get(chosen)
     for name, ratios in entries.items():
         with np.errstate(invalid="ignore"):
@@ -160,6 +159,18 @@ def ratios_of(found: dict[Cell, Row], function: Callable[[Row], float]) -> Ratio
     with np.errstate(invalid="ignore"):
         ratios = {cell: function(row) for cell, row in found.items()}
     return {cell: math.inf if math.isnan(x) else x for cell, x in ratios.items()}
+
+
+def ratios_of_all(found: dict[Cell, Row], names: Collection[str]) -> dict[str, Ratios]:
+    """By name: of the fixed thresholds, and of the designs that ran in every cell."""
+    functions: dict[str, Callable[[Row], float]] = {LUCK: chosen_elsewhere}
+    for number, c in enumerate(RELATIVE_LIMITS):
+        name = f"fixed, {c:g} of the first gradients"
+        functions[name] = functools.partial(fixed_ratio, number=number)
+    for name in names:
+        if all(name in row for row in found.values()):
+            functions[name] = functools.partial(ratio, method=name)
+    return {name: ratios_of(found, of) for name, of in functions.items()}
 
 
 def near(ratios: Ratios) -> np.ndarray:

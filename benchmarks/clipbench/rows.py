@@ -12,12 +12,15 @@ def kept(path: Path, again: Callable[[Record], bool] = lambda r: False) -> list[
     """The results that are there, less those that are wanted again."""
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")  # after the last line end: cut off
+    text = path.read_text()
+    *lines, _ = text.split("\n")  # after the last line end: cut off
     records = [json.loads(line) for line in lines]
     records = [r for r in records if not again(r)]
-    whole = path.with_suffix(".new")  # never is there but half a file
-    whole.write_text("".join(json.dumps(r) + "\n" for r in records))
-    whole.replace(path)
+    usable = "".join(json.dumps(r) + "\n" for r in records)
+    if usable != text:  # a file that is whole stays the one that a run may be adding to
+        whole = path.with_suffix(".new")  # never is there but half a file
+        whole.write_text(usable)
+        whole.replace(path)
     return records
 
 

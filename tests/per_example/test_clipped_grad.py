@@ -225,9 +225,7 @@ def test_gradients_of_float16_are_rounded_once(two_pass):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "mode", [{}, pytest.param({"two_pass": True}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("mode", [{}, {"two_pass": True}], ids=str)
 def test_many_narrow_leaves(dtype, mode):
     """Sums in the leaves' own dtype would stop growing here, far below the norm."""
     leaves = 20

@@ -13,7 +13,7 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "clipbench"
 sys.path.insert(0, str(FOLDER.parent))
 
-from clipbench import report, tasks  # noqa: E402
+from clipbench import report, rows, tasks  # noqa: E402
 
 
 @pytest.mark.slow
@@ -121,3 +121,13 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     assert len(kept) == 3
     assert (tmp_path / "clipbench.png").stat().st_size > 10_000
     assert "heavy tails" in (tmp_path / "bench.md").read_text()
+
+
+def test_reading_leaves_a_whole_file_to_the_run_that_adds_to_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n')
+    with path.open("a") as running:
+        assert rows.kept(path) == [{"a": 1}]
+        running.write('{"a": 2}\n{"a"')
+    assert rows.kept(path) == [{"a": 1}, {"a": 2}]  # the torn line is gone
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'

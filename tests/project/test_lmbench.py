@@ -92,9 +92,7 @@ def test_a_byte_is_predicted_from_those_before_it(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting", ["no norm", pytest.param("QK-norm", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("setting", ["no norm", "QK-norm"])
 @pytest.mark.usefixtures("short_text")
 def test_a_run_learns(setting):
     size = models.SIZES["tiny"]._replace(steps=60)
