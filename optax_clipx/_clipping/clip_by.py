@@ -1,6 +1,6 @@
 """`clip_by`: measure, threshold, response, apply, metrics, as one transformation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from .._devices.numbers import as_one
 from .._reductions.groups import Groups, Packed, ScalarGroups, UnitGroups
 from .._reductions.norms import Norms, norms
 from .._reductions.plan import Plan
-from .._thresholds.base import Context, Threshold, like, no_memory
+from .._thresholds.base import Context, Threshold, no_memory
 from .._thresholds.constant import as_threshold
 from .._trees.arguments import AxisNames, Limit, Specs, as_float, is_limit
 from .._trees.arithmetic import (
@@ -24,6 +24,7 @@ from .._trees.arithmetic import (
     accumulator,
     finite,
     full_like,
+    shaped_like,
     where,
 )
 from .._trees.leaves import Leaves, flatten, from_prefix, show
@@ -31,18 +32,12 @@ from .._trees.types import Dtype, Scalar, Shaped, Trees
 from . import metrics as _metrics, policies, scaling, summary as _summary
 from .elements import clip_by_magnitude
 from .entries import any_of
-from .known_norm import announced, find_norm
+from .known_norm import Known, announced, find_norm
 from .measures import Measure
 from .responses import rescale
 from .scaling import Response
 from .summary import Summary
-from .transformation import (
-    Memory,
-    Options,
-    by_policy,
-    checked,
-    transformation,
-)
+from .transformation import Given, Memory, Options, checked, transformation
 
 
 def clip_by(
@@ -143,10 +138,8 @@ def clip_by(
 
     parts = Parts(measure, rule, response, options)
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
-        return clip_norms(parts, leaves, params, memory, extra)
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        return clip_norms(parts, given)
 
     def init_rule(leaves: Leaves) -> Any:
         groups = measure.groups_at_init(leaves, axis_name, specs)
@@ -182,10 +175,10 @@ def clip_once(
     ) -> Any:
         return norm.value
 
+    known = find_norm(leaves.arrays)
+    given = Given(leaves, params, Memory(), extra, known)
     with mesh_of(leaves.arrays):
-        decided = decide(
-            parts, leaves, params, Memory(), extra, norms_before, by_leaf=True
-        )
+        decided = decide(parts, given, norms_before, by_leaf=True)
         norms = measure.unpack(decided.ended, leaves, decided.groups)
         return leaves.rebuild(decided.applied()), norms
 
@@ -204,20 +197,14 @@ def remembered(memory: Memory, summary: Summary, rule: PyTree, norm: Norms) -> M
     return memory.after(summary, rule)
 
 
-Given = Norms | Partial | None  # a Partial makes it when it is called
 Ending = Callable[[Memory, Summary, Any, Norms], Any]
 
 
 def clip_norms(
-    parts: Parts,
-    leaves: Leaves,
-    params: PyTree,
-    memory: Memory,
-    extra: Mapping[str, PyTree],
-    ending: Ending = remembered,
+    parts: Parts, given: Given, ending: Ending = remembered
 ) -> tuple[list[Any], Any]:
     """One step of the four parts: the clipped arrays, and what the ending gives."""
-    decided = decide(parts, leaves, params, memory, extra, ending)
+    decided = decide(parts, given, ending)
     return decided.applied(), decided.ended
 
 
@@ -236,34 +223,25 @@ class Decided(NamedTuple):
 
 
 def decide(
-    parts: Parts,
-    leaves: Leaves,
-    params: PyTree,
-    memory: Memory,
-    extra: Mapping[str, PyTree],
-    ending: Ending,
-    *,
-    by_leaf: bool = False,
+    parts: Parts, given: Given, ending: Ending, *, by_leaf: bool = False
 ) -> Decided:
     """Norms, thresholds and scales of a step.
 
     The norms of units may come in buckets, unless `by_leaf` is set.
     """
     measure, rule, response, options = parts
-    plan, given, found = measured(
-        measure, rule, options, leaves, params, memory, extra, by_leaf
-    )
-    arrays, groups = leaves.arrays, plan.groups
+    plan, known, found = measured(measure, rule, options, given, by_leaf)
+    leaves, groups = given.leaves, plan.groups
+    arrays = leaves.arrays
     sanitized = options.nonfinite == "sanitize"
     if sanitized:
         arrays = policies.sanitize(arrays)
 
-    def numbers(given: Given, found: list[Norms], memory: Memory) -> Any:
-        norm = norm_of(given, found, sanitized)
+    def numbers(known: Known, found: list[Norms], memory: Memory) -> Any:
+        norm = norm_of(known, found, sanitized)
         params_norms = found[-1].value if rule.uses_params else None
-        limits, new_rule = limits_of(
-            norm, rule, memory, extra, params_norms, groups, leaves, measure
-        )
+        now = given._replace(memory=memory)
+        limits, new_rule = limits_of(norm, measure, rule, groups, now, params_norms)
         scales = scaling.scales(norm, limits, response)
         folded = _summary.fold(plan, arrays, norm, limits, scales)
         flags = found[1].value if sanitized else ()
@@ -274,7 +252,7 @@ def decide(
             summary = _summary.summary_of(folded, plan.ord)
             if sanitized:
                 summary = summary._replace(nonfinite=any_of(flags))
-            summary, lost, zero = by_policy(leaves, summary, options)
+            summary, lost, zero = policies.by_policy(leaves, summary, options)
             return lost, zero, ending(memory, summary, rule, norm)
 
         lost, zero, ended = as_one(end, folded, flags, memory, new_rule, norm)
@@ -283,9 +261,9 @@ def decide(
         return _replaced(scales, lost, flag), flag, ended
 
     if groups.is_one:
-        scales, flag, ended = as_one(numbers, given, found, memory)
+        scales, flag, ended = as_one(numbers, known, found, given.memory)
     else:
-        scales, flag, ended = numbers(given, found, memory)
+        scales, flag, ended = numbers(known, found, given.memory)
     return Decided(arrays, groups, scales, flag, ended)
 
 
@@ -293,7 +271,7 @@ class Measured(NamedTuple):
     """What is measured in a step; the norm of the tree may be given."""
 
     plan: Plan
-    given: Given
+    known: Known
     found: list[Norms]
 
 
@@ -301,19 +279,16 @@ def measured(
     measure: Measure,
     rule: Threshold,
     options: Options,
-    leaves: Leaves,
-    params: PyTree,
-    memory: Memory,
-    extra: Mapping[str, PyTree],
+    given: Given,
     by_leaf: bool = False,
 ) -> Measured:
     """All norms of a step, from one reduction, and so one collective."""
-    given = _given(leaves, extra, measure, options)
+    leaves, known = given.leaves, _known(given, measure, options)
     sanitized = options.nonfinite == "sanitize"
-    trees = [leaves.arrays] if given is None or sanitized else []
+    trees = [leaves.arrays] if known is None or sanitized else []
     if rule.uses_params:
-        trees.append(params_like(leaves, params))
-    in_buckets = not by_leaf and not jax.tree.leaves(memory.rule)
+        trees.append(params_like(leaves, given.params))
+    in_buckets = not by_leaf and not jax.tree.leaves(given.memory.rule)
     plan = _planned(measure, leaves, trees, options, in_buckets)
     found: list[Norms] = []
     if sanitized:
@@ -323,20 +298,20 @@ def measured(
         )
     elif trees:
         found = norms(plan, trees)
-    return Measured(plan, given, found)
+    return Measured(plan, known, found)
 
 
-def norm_of(given: Given, found: list[Norms], sanitized: bool = False) -> Norms:
-    """The norm that was given, or else found."""
-    given = given() if isinstance(given, Partial) else given
-    if given is None:
+def norm_of(known: Known, found: list[Norms], sanitized: bool = False) -> Norms:
+    """The norm that is known already, or else found."""
+    known = known() if isinstance(known, Partial) else known
+    if known is None:
         return found[0]
     if not sanitized:
-        return given
+        return known
     # A norm of what was there before means nothing.
-    usable = jnp.isfinite(given.value)
+    usable = jnp.isfinite(known.value)
     return Norms(
-        *(jnp.where(usable, g, m) for g, m in zip(given, found[0], strict=True))
+        *(jnp.where(usable, k, m) for k, m in zip(known, found[0], strict=True))
     )
 
 
@@ -367,17 +342,15 @@ def _sanitized(trees: Trees, extras: PyTree) -> Any:
 
 def limits_of(
     norm: Norms,
-    rule: Threshold,
-    memory: Memory,
-    extra: Mapping[str, PyTree],
-    params_norms: Packed,
-    groups: Groups,
-    leaves: Leaves,
     measure: Measure,
+    rule: Threshold,
+    groups: Groups,
+    given: Given,
+    params_norms: Packed = None,
 ) -> tuple[Packed, Any]:
     """The thresholds, and what the rule remembers then."""
     # What a rule remembers is float32 whatever the leaves are, and always finite.
-    rule_state = memory.rule
+    leaves, rule_state = given.leaves, given.memory.rule
     narrow = bool(jax.tree.leaves(rule_state))
 
     def seen(n: jax.Array) -> jax.Array:
@@ -385,9 +358,9 @@ def limits_of(
         return _metrics.to_float32(usable) if narrow else usable
 
     context = Context(
-        step=memory.steps,
+        step=given.memory.steps,
         params_norms=params_norms,
-        extra=extra,
+        extra=given.extra,
         paths=leaves.paths,
         pack=groups.pack,
         labels=measure.names(leaves) if measure.scope == "group" else None,
@@ -396,7 +369,7 @@ def limits_of(
     limits, new_rule = rule.update(values, rule_state, context)
     if not isinstance(limits, tuple) and not jax.tree_util.all_leaves([limits]):
         limits = groups.pack(from_prefix(limits, leaves.paths, "a threshold"))
-    limits = like(limits, norm.value)
+    limits = shaped_like(limits, norm.value)
     if narrow:  # what the rule saw as within its threshold is so in float64 too
         limits = jax.tree.map(
             lambda t, n: _within(t, n, seen(n)) if n.dtype == jnp.float64 else t,
@@ -412,15 +385,14 @@ def _within(limit: jax.Array, norm: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(within, jnp.maximum(limit, norm), limit)
 
 
-def _given(
-    leaves: Leaves, extra: Mapping[str, PyTree], measure: Measure, options: Options
-) -> Given:
+def _known(given: Given, measure: Measure, options: Options) -> Known:
     """The norm of the tree, if somebody has computed it already, or can."""
     if measure.scope != "tree":
         return None
-    if extra.get(options.norm_arg) is not None:
-        return _checked_norm(extra[options.norm_arg], accumulator(leaves.arrays))
-    return find_norm(leaves.arrays) if measure.ord == 2 else None
+    norm = given.extra.get(options.norm_arg)
+    if norm is not None:
+        return _checked_norm(norm, accumulator(given.leaves.arrays))
+    return given.known if measure.ord == 2 else None
 
 
 def _checked_norm(norm: Scalar, dtype: Dtype) -> Norms:

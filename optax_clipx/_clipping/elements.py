@@ -1,7 +1,7 @@
 """Clipping entry by entry: the clamp, and other responses to single magnitudes."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ from . import bounds, policies
 from .responses import rescale
 from .scaling import Response, scales, second_factor, times_scale
 from .summary import Summary, of_entries
-from .transformation import Memory, Options, by_policy, transformation
+from .transformation import Given, Memory, Options, transformation
 
 Interval = tuple[Number, Number]  # from the lower to the upper bound
 
@@ -64,12 +64,9 @@ def clip_by_interval(
     rule = lower._replace(uses_step=lower.uses_step or upper.uses_step)
     one = is_limit(min_value) and is_limit(max_value)
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
-        low = _limits(lower, leaves, memory, extra, one)
-        high = _limits(upper, leaves, memory, extra, one)
-        return _finish(leaves, options, low, high, _clamp, memory)
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        low, high = (_limits(bound, given, one) for bound in (lower, upper))
+        return _finish(given, options, low, high, _clamp)
 
     return transformation(None, step, rule, options)
 
@@ -93,17 +90,15 @@ def _clip_between(
     one = min_value is None
     name = "max_delta" if one else "max_value"
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
-        high = bounds.of_leaves(max_value, name, leaves, memory.steps)
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves, steps = given.leaves, given.memory.steps
+        high = bounds.of_leaves(max_value, name, leaves, steps)
         if one:
             low = [-h for h in high]
         else:
-            low = bounds.of_leaves(min_value, "min_value", leaves, memory.steps)
+            low = bounds.of_leaves(min_value, "min_value", leaves, steps)
         polar = one and any(map(jnp.iscomplexobj, leaves.arrays))
-        act = _shrink if polar else _clamp
-        return _finish(leaves, options, low, high, act, memory)
+        return _finish(given, options, low, high, _shrink if polar else _clamp)
 
     return transformation(None, step, rule, options)
 
@@ -129,13 +124,10 @@ def clip_by_magnitude(
 
     respond = functools.partial(_respond, response=response)
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
-        high = _limits(rule, leaves, memory, extra, one)
-        clamps = response is rescale and not any(map(jnp.iscomplexobj, leaves.arrays))
-        act = _clamp if clamps else respond
-        return _finish(leaves, options, -high, high, act, memory)
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        high, arrays = _limits(rule, given, one), given.leaves.arrays
+        clamps = response is rescale and not any(map(jnp.iscomplexobj, arrays))
+        return _finish(given, options, -high, high, _clamp if clamps else respond)
 
     # The rule remembers no arrays; what else it keeps, it has from init.
     plain = rule.init is no_memory
@@ -146,21 +138,16 @@ def _init_of(rule: Threshold) -> Callable[[Leaves], Any]:
     return lambda leaves: rule.init(jnp.zeros((len(leaves.arrays),), jnp.float32))
 
 
-def _limits(
-    rule: Threshold,
-    leaves: Leaves,
-    memory: Memory,
-    extra: Mapping[str, PyTree],
-    one: bool,
-) -> jax.Array | np.ndarray:
+def _limits(rule: Threshold, given: Given, one: bool) -> jax.Array | np.ndarray:
     """One threshold for all leaves, or a vector of one for each."""
+    leaves, memory = given.leaves, given.memory
     dtype = accumulator(leaves.arrays)
     if one:
         limit, _ = rule.update(np.zeros((), dtype), memory.rule, Context(memory.steps))
         return limit
     count = len(leaves.arrays)
     groups = of_leaves(count)
-    context = Context(memory.steps, None, extra, leaves.paths, groups.pack)
+    context = Context(memory.steps, None, given.extra, leaves.paths, groups.pack)
     norms = jnp.zeros((count,), dtype)
     limits, _ = rule.update(norms, memory.rule, context)
     return jnp.broadcast_to(jnp.asarray(limits), norms.shape)
@@ -204,13 +191,9 @@ _shrink = functools.partial(_respond, response=rescale)
 
 
 def _finish(
-    leaves: Leaves,
-    options: Options,
-    low: Any,
-    high: Any,
-    act: Callable[..., jax.Array],
-    memory: Memory,
+    given: Given, options: Options, low: Any, high: Any, act: Callable[..., jax.Array]
 ) -> tuple[list[Any], Memory]:
+    leaves, memory = given.leaves, given.memory
     arrays = leaves.arrays
     if options.nonfinite == "sanitize":
         arrays = policies.sanitize(arrays)
@@ -231,12 +214,12 @@ def _finish(
         summary = summary._replace(unusable=unusable)
         lost = zero = None
         if options.nonfinite in ("zero", "raise"):
-            summary, lost, zero = by_policy(leaves, summary, options)
+            summary, lost, zero = policies.by_policy(leaves, summary, options)
         return memory.metrics_after(summary), lost, zero
 
     different = {tuple(map(id, pair)): pair for pair in bounds}
-    given = (found, unusable, list(different.values()), memory._replace(rule=()))
-    metrics, lost, zero = as_one(ending, *given)
+    numbers = (found, unusable, list(different.values()), memory._replace(rule=()))
+    metrics, lost, zero = as_one(ending, *numbers)
     if lost is not None:
         clipped = [jnp.where(lost, jnp.nan, x) for x in clipped]
         clipped = [jnp.where(zero, jnp.zeros_like(x), x) for x in clipped]

@@ -1,7 +1,7 @@
 """What transformations that remember something of each entry have in common."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -28,7 +28,7 @@ from .._trees.types import Arrays, Dtype, Scalar, Trees
 from . import policies
 from .metrics import count as advanced
 from .summary import Summary, of_entries
-from .transformation import Memory, Options, by_policy, check_memory, transformation
+from .transformation import Given, Memory, Options, check_memory, transformation
 
 NO_RULE = stateless(lambda norms, context: norms, uses_step=True)
 
@@ -78,9 +78,8 @@ def elementwise(
     """
     derive = _Derived(rule, options.nonfinite == "sanitize")
 
-    def step(
-        leaves: Leaves, params: PyTree, before: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves, before = given.leaves, given.memory
         refuse_complex(leaves)
         state = before.rule
         check_memory(state, kind)
@@ -139,7 +138,7 @@ def finish(
     """The step by its policy, in the dtypes of the updates, and its metrics."""
 
     def ending(summary: Summary, memory: Memory) -> Any:
-        summary, lost, zero = by_policy(leaves, summary, options)
+        summary, lost, zero = policies.by_policy(leaves, summary, options)
         return memory.metrics_after(summary), lost, zero
 
     metrics, lost, zero = as_one(ending, summary, memory._replace(rule=()))

@@ -15,6 +15,8 @@ from jaxtyping import PyTree
 
 from .._reductions.norms import Norms
 
+Known = Norms | Partial | None  # a Partial makes it when it is called
+
 
 class _Known(NamedTuple):
     arrays: list[Any]
@@ -25,9 +27,7 @@ _KNOWN: ContextVar[_Known | None] = ContextVar("optax_clipx_known_norm", default
 
 
 @contextlib.contextmanager
-def known_norm(
-    arrays: list[jax.Array], norms: Norms | Partial | None
-) -> Iterator[None]:
+def known_norm(arrays: list[jax.Array], norms: Known) -> Iterator[None]:
     """While it lasts, the 2-norm of these very arrays need not be measured again.
 
     A `Partial` gives it when called: what nobody asks for is not computed.
@@ -39,7 +39,7 @@ def known_norm(
         _KNOWN.reset(token)
 
 
-def find_norm(arrays: list[jax.Array]) -> Norms | Partial | None:
+def find_norm(arrays: list[jax.Array]) -> Known:
     """Their 2-norm, if it is known: the same objects, so nothing stands in between."""
     known = _KNOWN.get()
     if known is None or len(known.arrays) != len(arrays):

@@ -10,8 +10,10 @@ import numpy as np
 from .._devices.host import call_from_each_device
 from .._devices.mesh import axes_to_sum, max_over, placements
 from .._trees.arguments import AxisNames, Specs
+from .._trees.arithmetic import both, either, full_like, negated, where
 from .._trees.leaves import Leaves, Path, show
 from .._trees.types import AnyArray
+from .summary import Summary
 
 POLICIES = ("propagate", "zero", "raise", "sanitize")
 
@@ -49,6 +51,35 @@ def as_given(arrays: Sequence[jax.Array], options: Options) -> list[jax.Array]:
 def where_nonfinite(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """1 where an entry is not finite; the norm of these is 0 if none is."""
     return [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
+
+
+def by_policy(
+    leaves: Leaves, summary: Summary, options: Options
+) -> tuple[Summary, Any, Any]:
+    """The summary, whether every leaf becomes NaN, and whether zero.
+
+    First match wins: an unusable threshold, then entries that are not finite.
+    """
+    nonfinite, policy = summary.nonfinite, options.nonfinite
+    zero, lost = full_like(nonfinite, False), summary.unusable
+    if policy == "raise":
+        raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
+    if policy in ("propagate", "raise"):
+        lost = either(lost, nonfinite)
+    if policy == "zero":
+        zero = both(nonfinite, negated(lost))
+
+    def after(value: jax.Array) -> Any:
+        return where(zero, 0, where(lost, np.nan, value))
+
+    changed = either(lost, zero)
+    summary = summary._replace(
+        clipped_norm=after(summary.clipped_norm),
+        scale=after(summary.scale),
+        clipped=where(changed, 0, summary.clipped),
+        any_clipped=both(summary.any_clipped, negated(changed)),
+    )
+    return summary, lost, zero
 
 
 def raise_if_nonfinite(

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from .._devices.programs import TracedOnce
-from .._reductions.groups import Groups, Packed
+from .._reductions.groups import Groups, Packed, spread_each
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
@@ -137,9 +137,9 @@ def scaled(
     zero: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Leaves times the scales of their groups; zeros where the flag is set."""
-    seconds = groups.spread(jax.tree.map(second_factor, scales))
-    each = zip(arrays, groups.spread(scales), seconds, strict=True)
-    return times_scale.each((*factors, zero) for factors in each)
+    factors = spread_each(groups, scales, jax.tree.map(second_factor, scales))
+    each = zip(arrays, factors, strict=True)
+    return times_scale.each([(x, *both, zero) for x, both in each])
 
 
 def _times_scale_once(

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import PyTree
@@ -14,17 +13,12 @@ from .._devices.mesh import mesh_of
 from .._reductions.groups import Packed
 from .._thresholds.base import Context, Threshold, no_memory
 from .._trees.arithmetic import (
-    both,
-    either,
-    full_like,
     is_concrete,
-    negated,
-    where,
 )
 from .._trees.leaves import Leaves, flatten
 from .._trees.types import AnyArray
 from . import metrics as _metrics, policies, summary as _summary
-from .known_norm import find_norm, known_norm
+from .known_norm import Known, find_norm
 from .metrics import ClipState
 from .policies import Options as Options
 from .summary import Summary
@@ -58,7 +52,17 @@ class Memory(NamedTuple):
         return _metrics.advance(self.metrics, summary)
 
 
-Step = Callable[[Leaves, Any, Memory, Mapping[str, Any]], tuple[list[Any], Memory]]
+class Given(NamedTuple):
+    """What goes into a step."""
+
+    leaves: Leaves
+    params: Any
+    memory: Memory
+    extra: Mapping[str, Any]
+    known: Known = None  # the 2-norm of the leaves, if somebody has it already
+
+
+Step = Callable[[Given], tuple[list[Any], Memory]]
 
 
 def transformation(
@@ -69,24 +73,13 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """A step as an optax transformation: state, policies, leaves that pass through.
 
-    `step(leaves, params, memory, extra)` gives the new arrays and what is remembered.
+    `step(given)` gives the new arrays and what is remembered.
     `init_rule` is None where nothing is remembered. Then `init` does not look at the
     parameters, and `update` takes any state.
     """
     policies.check_policy(options.nonfinite)
     clipper = _Clipper(init_rule, rule, options)
-
-    def one_step(
-        leaves: Leaves,
-        params: PyTree,
-        memory: Memory,
-        extra: Mapping[str, PyTree],
-        known: PyTree,
-    ) -> tuple[list[jax.Array], Memory]:
-        with known_norm(leaves.arrays, known):
-            return step(leaves, params, memory, extra)
-
-    compiled = jax.jit(one_step)
+    compiled = jax.jit(step)
     used: list[bool] = []
 
     def update(
@@ -96,15 +89,14 @@ def transformation(
         memory = clipper.memory(state)
         if not leaves.arrays:
             return updates, _after_nothing(state)
-        known = find_norm(leaves.arrays)
-        given = (leaves, params if rule.uses_params else None, memory, extra, known)
-        run = one_step
+        needed, known = params if rule.uses_params else None, find_norm(leaves.arrays)
+        given, run = Given(leaves, needed, memory, extra, known), step
         if is_concrete(given) and options.nonfinite != "raise":
             # From the second step on: `inject_hyperparams` makes each step a new one.
-            run = compiled if used and options.norm_arg not in extra else one_step
+            run = compiled if used and options.norm_arg not in extra else step
             used[:] = [True]
         with mesh_of(leaves.arrays):
-            arrays, memory = run(*given)
+            arrays, memory = run(given)
         kept = isinstance(state, ClipState)
         after = ClipState(memory.metrics, memory.rule) if kept else state
         return leaves.rebuild(arrays), after
@@ -240,32 +232,3 @@ def kind_of(state: PyTree) -> str:
         return type(state).__name__
     parts = ", ".join(dict.fromkeys(type(part).__name__ for part in state))
     return f"{type(state).__name__} of {parts}" if parts else "nothing"
-
-
-def by_policy(
-    leaves: Leaves, summary: Summary, options: Options
-) -> tuple[Summary, Any, Any]:
-    """The summary, whether every leaf becomes NaN, and whether zero.
-
-    First match wins: an unusable threshold, then entries that are not finite.
-    """
-    nonfinite, policy = summary.nonfinite, options.nonfinite
-    zero, lost = full_like(nonfinite, False), summary.unusable
-    if policy == "raise":
-        policies.raise_if_nonfinite(leaves, nonfinite, options.axis_name, options.specs)
-    if policy in ("propagate", "raise"):
-        lost = either(lost, nonfinite)
-    if policy == "zero":
-        zero = both(nonfinite, negated(lost))
-
-    def after(value: jax.Array) -> Any:
-        return where(zero, 0, where(lost, np.nan, value))
-
-    changed = either(lost, zero)
-    summary = summary._replace(
-        clipped_norm=after(summary.clipped_norm),
-        scale=after(summary.scale),
-        clipped=where(changed, 0, summary.clipped),
-        any_clipped=both(summary.any_clipped, negated(changed)),
-    )
-    return summary, lost, zero

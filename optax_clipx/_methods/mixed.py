@@ -1,6 +1,5 @@
 """Momentum that is clipped, alone or together with the gradient."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._clipping import policies
-from .._clipping.clip_by import Ending, Parts, clip_norms
+from .._clipping.clip_by import Parts, clip_norms
 from .._clipping.entries import (
     mean_of,
     moments_in,
@@ -21,6 +20,7 @@ from .._clipping.responses import rescale
 from .._clipping.scaling import Response
 from .._clipping.summary import Summary
 from .._clipping.transformation import (
+    Given,
     Memory,
     Options,
     check_memory,
@@ -111,17 +111,13 @@ def mixed_clip(
     options = Options(nonfinite, axis_name, specs, metrics)
     parts = Parts(tree_norm(), rule, respond, options)
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
-        def clip(arrays: Arrays, given: Mapping[str, PyTree], ending: Ending) -> Any:
-            these, nothing = leaves._replace(arrays=arrays), memory._replace(rule=())
-            return clip_norms(parts, these, params, nothing, given, ending)
-
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves, memory = given.leaves, given.memory
+        plain = given._replace(memory=memory._replace(rule=()))
         state = memory.rule
         check_memory(state, MixedMemory)
         moments = moments_in(state.mu, leaves)
-        gradient, (metrics, bad, zero) = clip(leaves.arrays, extra, _of_gradient)
+        gradient, (metrics, bad, zero) = clip_norms(parts, plain, _of_gradient)
         arrays = leaves.arrays
         if options.nonfinite == "sanitize":
             arrays = policies.sanitize(arrays)
@@ -132,7 +128,9 @@ def mixed_clip(
         # First chosen and then measured: the new ones can be written in place.
         kept = [jnp.where(bad, m, n) for m, n in zip(moments, moved, strict=True)]
         goes_on = options.nonfinite == "sanitize"
-        momentum, _ = clip(moved if goes_on else kept, {}, lambda *_: None)
+        averages = leaves._replace(arrays=moved if goes_on else kept)
+        of_averages = plain._replace(leaves=averages, extra={}, known=None)
+        momentum, _ = clip_norms(parts, of_averages, lambda *_: None)
         share = unless(out_of_range(decay), jnp.asarray(nu, jnp.float32))
         mixed = [
             (

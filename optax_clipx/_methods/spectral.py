@@ -1,7 +1,7 @@
 """Clipping the singular values of matrices."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,6 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
 
 from .._clipping import scaling
 from .._clipping.clip_by import _no_norms, limits_of
@@ -18,7 +17,7 @@ from .._clipping.entries import any_of, finish, with_flags
 from .._clipping.measures import LeafAxis, leaf_norms, unit_norms
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Memory, Options, checked, transformation
+from .._clipping.transformation import Given, Memory, Options, checked, transformation
 from .._devices import mesh
 from .._devices.mesh import Axes, Placement
 from .._reductions.groups import UnitGroups
@@ -133,9 +132,8 @@ def clip_by_spectral_norm(
     ways = Ways(form, method, steps)
     measure = leaf_norms()
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves = given.leaves
         dtype = accumulator(leaves.arrays)
         groups = measure.groups(leaves)
         layouts = _layouts(leaves, axis, batch_axes)
@@ -144,9 +142,7 @@ def clip_by_spectral_norm(
         if adapts:  # the compiler sees that the SVD is that of the clipping below
             tops = jnp.stack([m.clipped(jnp.inf, dtype)[1] for m in matrices])
         seen = Norms(tops, tops, jnp.ones_like(tops))
-        limits, new_rule = limits_of(
-            seen, rule, memory, extra, None, groups, leaves, measure
-        )
+        limits, new_rule = limits_of(seen, measure, rule, groups, given)
         found = [
             m.clipped(limits[i], dtype, shape_factor) for i, m in enumerate(matrices)
         ]
@@ -158,7 +154,7 @@ def clip_by_spectral_norm(
             after = list(bent(tops, limits, form) * jnp.asarray(factors, dtype))
         summary = _summary(before, after, limits)
         summary = summary._replace(nonfinite=bad | summary.nonfinite)
-        memory = memory.with_rule(summary.nonfinite, new_rule)
+        memory = given.memory.with_rule(summary.nonfinite, new_rule)
         return finish(leaves, clipped, summary, memory, options)
 
     def init_rule(leaves: Leaves) -> Any:

@@ -1,6 +1,5 @@
 """Norms in the place of norms: Stable-SPAM's stabilizer."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +21,13 @@ from .._clipping.entries import (
 from .._clipping.metrics import to_float32
 from .._clipping.responses import normalize
 from .._clipping.summary import Summary
-from .._clipping.transformation import Memory, Options, check_memory, transformation
+from .._clipping.transformation import (
+    Given,
+    Memory,
+    Options,
+    check_memory,
+    transformation,
+)
 from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_leaves
 from .._reductions.whole_norm import whole_norm
@@ -120,11 +125,9 @@ def stabilize_norm(
         count = len(leaves.arrays)
         return StabilizerMemory(*(jnp.zeros((count,), jnp.float32) for _ in range(4)))
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves, memory, state = given.leaves, given.memory, given.memory.rule
         refuse_complex(leaves)
-        state = memory.rule
         arrays = policies.as_given(leaves.arrays, options)
         _check_state(state, len(arrays))
         every = of_leaves(len(arrays))

@@ -1,6 +1,5 @@
 """Adam whose steps have a limited RMS."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +24,13 @@ from .._clipping.entries import (
 )
 from .._clipping.metrics import count as advanced
 from .._clipping.summary import Summary
-from .._clipping.transformation import Memory, Options, check_memory, transformation
+from .._clipping.transformation import (
+    Given,
+    Memory,
+    Options,
+    check_memory,
+    transformation,
+)
 from .._reductions.norms import norms
 from .._reductions.plan import make_plan, of_leaves
 from .._trees.arguments import (
@@ -110,9 +115,8 @@ def scale_by_stable_adam(
     check_between(eps, "eps", 0, float("inf"))
     options = Options(nonfinite, axis_name, specs, metrics)
 
-    def step(
-        leaves: Leaves, params: PyTree, memory: Memory, extra: Mapping[str, PyTree]
-    ) -> tuple[list[Any], Memory]:
+    def step(given: Given) -> tuple[list[Any], Memory]:
+        leaves, memory = given.leaves, given.memory
         refuse_complex(leaves)
         state = memory.rule
         arrays = [jnp.asarray(x) for x in leaves.arrays]

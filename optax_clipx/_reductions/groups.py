@@ -41,11 +41,7 @@ class ScalarGroups:
 
     ids: tuple[int, ...]  # for each leaf its group
     count: int | None  # how many groups; None is the tree, of shape ()
-
-    @property
-    def is_one(self) -> bool:
-        """Whether all leaves are one group."""
-        return self.count is None
+    is_one = False  # whether one number is all that is packed
 
     def spans(self, leaf: int) -> tuple[int, ...] | None:
         """The axes of a leaf that are summed over; None are all, to a scalar."""
@@ -109,6 +105,14 @@ class ScalarGroups:
             return values[0]
         first = {group: leaf for leaf, group in reversed(list(enumerate(self.ids)))}
         return jnp.stack([values[first[group]] for group in range(self.count)])
+
+
+@dataclass(frozen=True)
+class TreeGroup(ScalarGroups):
+    """All leaves are one group."""
+
+    count: None = None
+    is_one = True
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,11 @@ class UnitGroups:
 
 
 Groups = ScalarGroups | UnitGroups
+
+
+def spread_each(groups: Groups, *packed: Packed) -> list[tuple[Any, ...]]:
+    """For each leaf what its group has of each of these."""
+    return list(zip(*map(groups.spread, packed), strict=True))
 
 
 def _vector(arrays: Arrays) -> jax.Array:

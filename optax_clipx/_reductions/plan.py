@@ -7,7 +7,7 @@ from .._devices.mesh import Placement, max_over, placements, sum_over
 from .._trees.arguments import AxisNames, Specs
 from .._trees.leaves import Leaves, Path
 from .._trees.types import Arrays, Shaped, Trees
-from .groups import Groups, Packed, ScalarGroups
+from .groups import Groups, Packed, ScalarGroups, TreeGroup
 from .leaf_sums import over_devices
 
 Ord = float | str  # 1, 2, any p >= 1, inf, or "rms"
@@ -55,9 +55,9 @@ def make_plan(
     return Plan(tuple(leaves.paths), tuple(places), groups, ord)
 
 
-def of_tree(count: int) -> ScalarGroups:
+def of_tree(count: int) -> TreeGroup:
     """All leaves as one group."""
-    return ScalarGroups((0,) * count, None)
+    return TreeGroup((0,) * count)
 
 
 def of_leaves(count: int) -> ScalarGroups:

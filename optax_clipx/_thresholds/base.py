@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
 from .._reductions.groups import Packed
@@ -138,21 +137,6 @@ def is_pair(value: object) -> bool:
     return (
         isinstance(value, tuple) and len(value) >= 2 and all(map(callable, value[:2]))
     )
-
-
-def like(limit: Packed, norms: Packed) -> Any:
-    """One threshold, or one of each array, in the form and dtype of the norms."""
-    if not isinstance(limit, tuple):
-        return jax.tree.map(lambda n: _like(limit, n), norms)
-    return jax.tree.map(_like, limit, norms)
-
-
-def _like(limit: ArrayLike, norm: Number) -> Any:
-    if isinstance(limit, float | int):
-        return full_like(norm, limit)
-    if isinstance(limit, np.ndarray) and limit.shape == norm.shape:
-        return limit.astype(norm.dtype)
-    return jnp.broadcast_to(jnp.asarray(limit).astype(norm.dtype), norm.shape)
 
 
 def per_norm(

@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 
 from .._reductions.groups import Packed
 from .._trees.arguments import Limit, check_between, check_count
-from .._trees.arithmetic import where
+from .._trees.arithmetic import shaped_like, where
 from .._trees.types import Scalar
-from .base import Context, Threshold, float32, like, memory, one_more
+from .base import Context, Threshold, float32, memory, one_more
 from .constant import as_threshold, at
 
 
@@ -195,7 +195,7 @@ def _combined(
 def _in_form(limits: Packed, norms: Packed) -> Any:
     """The thresholds, one for each norm, where a rule returned a single one."""
     if jax.tree_util.all_leaves([limits]) and not _same_form(limits, norms):
-        return like(limits, norms)
+        return shaped_like(limits, norms)
     return jax.tree.map(lambda t, n: jnp.asarray(t).astype(n.dtype), limits, norms)
 
 

@@ -9,9 +9,10 @@ import optax
 
 from .._reductions.groups import Packed
 from .._trees.arguments import Limit, as_float, check_limit, is_limit
+from .._trees.arithmetic import shaped_like
 from .._trees.leaves import from_prefix
 from .._trees.types import Scalar
-from .base import Context, Threshold, is_pair, like, stateless
+from .base import Context, Threshold, is_pair, stateless
 
 
 def constant(limit: Limit, name: str = "limit", *, signed: bool = False) -> Threshold:
@@ -48,7 +49,7 @@ def constant(limit: Limit, name: str = "limit", *, signed: bool = False) -> Thre
     if is_limit(limit):
         check_limit(limit, name, signed=signed)
         return stateless(
-            lambda norms, context: like(at(limit, context.step), norms),
+            lambda norms, context: shaped_like(at(limit, context.step), norms),
             uses_step=callable(limit),
             uses_norms=False,
         )

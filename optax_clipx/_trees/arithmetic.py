@@ -157,6 +157,21 @@ def full_like(like: Number, x: Operand, dtype: Dtype | None = None) -> Any:
     return lax.full_like(like, number, dtype)
 
 
+def shaped_like(values: PyTree, arrays: PyTree) -> Any:
+    """One number, or one of each array, in the form and dtype of the arrays."""
+    if not isinstance(values, tuple):
+        return jax.tree.map(lambda x: _shaped_like(values, x), arrays)
+    return jax.tree.map(_shaped_like, values, arrays)
+
+
+def _shaped_like(value: ArrayLike, array: Number) -> Any:
+    if isinstance(value, float | int):
+        return full_like(array, value)
+    if isinstance(value, np.ndarray) and value.shape == array.shape:
+        return value.astype(array.dtype)
+    return jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
+
+
 def spread_over(like: jax.Array, flags: Number) -> Any:
     """Flags with the shape of an array, unless they are one; and sharded as it is."""
     if not flags.ndim:

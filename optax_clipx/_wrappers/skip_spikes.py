@@ -14,12 +14,12 @@ from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from .._clipping import metrics
-from .._clipping.clip_by import Given, limits_of, measured, norm_of
-from .._clipping.known_norm import known_norm
+from .._clipping.clip_by import limits_of, measured, norm_of
+from .._clipping.known_norm import Known, find_norm, known_norm
 from .._clipping.measures import tree_norm
 from .._clipping.metrics import SkipState
 from .._clipping.summary import Summary, nothing
-from .._clipping.transformation import Memory, Options, check_state, checked
+from .._clipping.transformation import Given, Memory, Options, check_state, checked
 from .._clipping.uncalled import check_transformation
 from .._devices import mesh
 from .._devices.numbers import as_one
@@ -42,7 +42,7 @@ from .._trees.arithmetic import (
     of_dtype,
     where,
 )
-from .._trees.leaves import Leaves, flatten, path_of, show
+from .._trees.leaves import flatten, path_of, show
 from .._trees.types import Arrays, Scalar
 
 
@@ -204,11 +204,10 @@ def skip_spikes(
         with mesh.mesh_of(leaves.arrays):
             loss = _loss(extra, leaves.arrays, options)
             memory = Memory(state.rule, state.metrics.steps)
-            plan, given, found = measured(
-                measure, rule, options, leaves, None, memory, extra
-            )
-            by_norm = functools.partial(_by_norm, rule, extra, leaves, plan)
-            summary, rule_state, norm = as_one(by_norm, given, found, memory)
+            given = Given(leaves, None, memory, extra, find_norm(leaves.arrays))
+            plan, known, found = measured(measure, rule, options, given)
+            by_norm = functools.partial(_by_norm, rule, plan, given)
+            summary, rule_state, norm = as_one(by_norm, known, found, memory)
             # By itself: more numbers at once would not be compiled as one kernel.
             judged = functools.partial(_judged, loss_rule, extra)
             before = state._replace(inner=None)
@@ -231,18 +230,15 @@ def skip_spikes(
 
 def _by_norm(
     rule: Threshold,
-    extra: Mapping[str, PyTree],
-    leaves: Leaves,
     plan: Plan,
     given: Given,
+    known: Known,
     found: list[Norms],
     memory: Memory,
 ) -> tuple[Summary, PyTree, Norms]:
     """What the norm alone says of a step, what its rule remembers, and the norm."""
-    norm = norm_of(given, found)
-    limit, after = limits_of(
-        norm, rule, memory, extra, None, plan.groups, leaves, tree_norm()
-    )
+    norm, now = norm_of(known, found), given._replace(memory=memory)
+    limit, after = limits_of(norm, tree_norm(), rule, plan.groups, now)
     return _dropped(norm.value, limit), after, norm
 
 

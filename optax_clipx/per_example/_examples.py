@@ -29,7 +29,6 @@ class ExampleGroups(ScalarGroups):
     """
 
     ndims: tuple[int, ...] = ()  # of each leaf, with the axis of examples
-    is_one = False
 
     def spans(self, leaf: int) -> tuple[int, ...] | None:
         """The axes of one example."""

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import optax_clipx as clipx
-from optax_clipx._thresholds.base import like, refusals
+from optax_clipx._thresholds.base import refusals
 from optax_clipx._thresholds.spikes import spikes_of_losses, spikes_of_norms
-from optax_clipx._trees.arithmetic import at_least_float32
+from optax_clipx._trees.arithmetic import at_least_float32, shaped_like
 
 NOW = clipx.thresholds.Context(0)
 
@@ -289,7 +289,7 @@ def test_a_plain_tuple_whose_first_two_entries_are_functions_is_a_rule():
 
 def test_two_thresholds_for_one_norm_are_refused():
     with pytest.raises(ValueError, match="broadcast"):
-        like(np.array([1.0, 2.0]), jnp.float32(1.0))
+        shaped_like(np.array([1.0, 2.0]), jnp.float32(1.0))
 
 
 def test_a_rule_says_whether_it_looks_at_norms():
