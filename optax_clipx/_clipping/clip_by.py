@@ -242,8 +242,8 @@ def decide(
         params_norms = found[-1].value if rule.uses_params else None
         now = given._replace(memory=memory)
         limits, new_rule = limits_of(norm, measure, rule, groups, now, params_norms)
-        scales = scaling.scales(norm, limits, response)
-        folded = _summary.fold(plan, arrays, norm, limits, scales)
+        scales, *outcome = scaling.outcome(norm, limits, response)
+        folded = _summary.fold(plan, arrays, (norm.value, limits, *outcome))
         flags = found[1].value if sanitized else ()
 
         def end(

@@ -106,14 +106,20 @@ def second_factor(scale: jax.Array) -> jax.Array:
     return where(less(scale, 0), scale, 1)
 
 
-def outcome(norms: Norms, scales: Packed) -> tuple[Packed, Packed]:
-    """The scales as single numbers, and the norms of what has been multiplied by them.
+class Outcome(NamedTuple):
+    """What is done to each group; all packed."""
 
-    An extreme scale may be 0 as a single number.
-    """
-    seconds = jax.tree.map(second_factor, scales)
-    clipped = jax.tree.map(_clipped_norm, *norms, scales, seconds)
-    return jax.tree.map(product, scales, seconds), clipped
+    scales: Packed
+    numbers: Packed  # the scales as single numbers: an extreme one may be 0
+    norms: Packed  # of what has been multiplied by the scales
+
+
+def outcome(norms: Norms, limits: Packed, response: Response) -> Outcome:
+    """The scales, and what comes of them."""
+    found = scales(norms, limits, response)
+    seconds = jax.tree.map(second_factor, found)
+    clipped = jax.tree.map(_clipped_norm, *norms, found, seconds)
+    return Outcome(found, jax.tree.map(product, found, seconds), clipped)
 
 
 def _clipped_norm(

@@ -16,7 +16,6 @@ from .._devices.mesh import Placement
 from .._devices.programs import cut, entries
 from .._devices.sums import stacked
 from .._reductions.groups import Packed, UnitGroups
-from .._reductions.norms import Norms
 from .._reductions.plan import Ord, Plan
 from .._reductions.whole_norm import as_norm, powers
 from .._trees.arithmetic import (
@@ -35,7 +34,6 @@ from .._trees.arithmetic import (
 )
 from .._trees.sizes import as_number, is_known
 from .._trees.types import Arrays
-from . import scaling
 
 
 class Summary(NamedTuple):
@@ -77,16 +75,11 @@ class Folded(NamedTuple):
     size: Any
 
 
-OfTree = tuple[Norms, Packed, Packed]  # norm, threshold and scale of the tree
+# Of the groups, packed: norms, thresholds, scales, and norms after clipping.
+Fields = tuple[Packed, Packed, Packed, Packed]
 
 
-def fold(
-    plan: Plan,
-    arrays: Sequence[jax.Array],
-    norms: Norms,
-    limits: Packed,
-    scales: Packed,
-) -> Folded | OfTree:
+def fold(plan: Plan, arrays: Sequence[jax.Array], fields: Fields) -> Folded | Fields:
     """What the summary of a step is made of, from the groups' norms and no other pass.
 
     Of one group it is what is given. Scalar groups are the same on every device. Units
@@ -95,12 +88,11 @@ def fold(
     """
     groups, ord = plan.groups, plan.ord
     if groups.is_one:
-        return norms, limits, scales
+        return fields
     sizes = plan.sizes(arrays)
-    fields = (norms.value, limits, *scaling.outcome(norms, scales))
     if not isinstance(groups, UnitGroups):
         row = _row_of(fields, sizes, 1.0, ord)
-        return Folded(row, *_extent(norms.value, sizes, [1.0]))
+        return Folded(row, *_extent(fields[0], sizes, [1.0]))
 
     def local(shards: Arrays, places: list[Placement], extras: PyTree) -> Folded:
         parts = [shards[i : i + each] for i in range(0, len(shards), each)]
@@ -123,13 +115,13 @@ def fold(
         return Folded(row, *(jnp.asarray(x, row.dtype) for x in (count, size)))
 
     flat = [x for field in fields for x in field]
-    kept, each = groups.kept(plan.places), len(norms.value)
+    kept, each = groups.kept(plan.places), len(fields[0])
     return mesh.map_local(
         local, flat, kept * len(fields), (), lambda dims: PartitionSpec()
     )
 
 
-def summary_of(folded: Folded | OfTree, ord: Ord) -> Summary:
+def summary_of(folded: Folded | Fields, ord: Ord) -> Summary:
     """One step seen as a whole, of what `fold` gives."""
     if not isinstance(folded, Folded):
         return _of_tree(*folded)
@@ -174,18 +166,19 @@ def _extent(norms: Packed, sizes: Packed, weights: list[float]) -> tuple[Any, An
     return count, size
 
 
-def _of_tree(norms: Norms, limits: Packed, scales: Packed) -> Summary:
-    over = more(norms.value, limits)
-    scale, clipped_norm = scaling.outcome(norms, scales)
+def _of_tree(
+    norm: jax.Array, limit: Number, scale: jax.Array, clipped_norm: jax.Array
+) -> Summary:
+    over = more(norm, limit)
     return Summary(
-        norm=norms.value,
+        norm=norm,
         clipped_norm=clipped_norm,
         scale=scale,
-        threshold=limits,
-        clipped=lax.convert_element_type(over, norms.value.dtype),
+        threshold=limit,
+        clipped=lax.convert_element_type(over, norm.dtype),
         any_clipped=over,
-        nonfinite=negated(finite(norms.value)),
-        unusable=negated(at_least(limits, 0)),
+        nonfinite=negated(finite(norm)),
+        unusable=negated(at_least(limit, 0)),
     )
 
 
