@@ -96,24 +96,34 @@ def divergences(records: list[Record]) -> list[str]:
     """A table of how often each rule diverges, and the chosen fixed threshold does not.
 
     A cell is stable if the fixed threshold that other seeds chose survives there in
-    all runs.
+    all runs. That threshold cannot diverge in one. So each run is also judged by the
+    others alone: a cell of a run is in the last column if this threshold survives
+    there in all other runs.
     """
     cells = by_cell(records)
     found = survived(cells)
     chosen = found[LUCK]
     unstable = {cell[:2] for cell in cells if not chosen[cell]}
-    lines = [line("design", "diverged", "alone", "survived alone", "in stable cells")]
-    lines.append("|---|" + "---:|" * 4)
+    elsewhere = [
+        cell
+        for cell in cells
+        if all(chosen[x] for x in cells if x[:2] == cell[:2] and x != cell)
+    ]
+    head = ["diverged", "alone", "survived alone", "in stable cells"]
+    lines = [line("design", *head, "where it survives in the other runs")]
+    lines.append("|---|" + "---:|" * 5)
     for name, does in found.items():
         lost = [cell for cell in cells if not does[cell]]
         alone = [cell for cell in lost if chosen[cell]]
         kept_alone = [cell for cell in cells if does[cell] and not chosen[cell]]
         stable = [cell for cell in lost if cell[:2] not in unstable]
-        counts = map(len, (lost, alone, kept_alone, stable))
+        others = [cell for cell in elsewhere if not does[cell]]
+        counts = map(len, (lost, alone, kept_alone, stable, others))
         lines.append(line(name, *map(str, counts)))
     count, runs = len({cell[:2] for cell in cells}), len({cell[2] for cell in cells})
     left = count - len(unstable)
-    return [*lines, "", f"{count} cells in {runs} runs. {left} of them are stable."]
+    numbers = f"{count} cells in {runs} runs. {left} of them are stable."
+    return [*lines, "", f"{numbers} The last column is of {len(elsewhere)} runs."]
 
 
 def survivals(records: list[Record]) -> list[str]:

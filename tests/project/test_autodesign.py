@@ -323,9 +323,10 @@ def test_divergences_are_told_from_those_of_the_fixed_threshold():
         for name, losses in [(n, of_fixed) for n in fixed] + [("none", of_none)]
     ]
     _, _, luck, *_, none, _, text = chance.divergences(records)
-    assert luck == f"| {report.LUCK} | 1 | 0 | 0 | 0 |"
-    assert none == "| none | 2 | 2 | 1 | 1 |"
-    assert text == "2 cells in 2 runs. 1 of them are stable."
+    assert luck == f"| {report.LUCK} | 1 | 0 | 0 | 0 | 1 |"
+    assert none == "| none | 2 | 2 | 1 | 1 | 1 |"
+    assert text.startswith("2 cells in 2 runs. 1 of them are stable. ")
+    assert text.endswith("The last column is of 3 runs.")
 
 
 def test_runs_of_one_task_are_drawn_together():
