@@ -12,9 +12,7 @@ from jaxtyping import PyTree
 from .._devices.mesh import mesh_of
 from .._reductions.groups import Packed
 from .._thresholds.base import Context, Threshold, no_memory
-from .._trees.arithmetic import (
-    is_concrete,
-)
+from .._trees.arithmetic import is_concrete
 from .._trees.leaves import Leaves, flatten
 from .._trees.types import AnyArray
 from . import metrics as _metrics, policies, summary as _summary
