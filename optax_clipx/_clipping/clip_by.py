@@ -260,10 +260,7 @@ def decide(
         flag = zero if options.nonfinite == "zero" else None
         return _replaced(scales, lost, flag), flag, ended
 
-    if groups.is_one:
-        scales, flag, ended = as_one(numbers, known, found, given.memory)
-    else:
-        scales, flag, ended = numbers(known, found, given.memory)
+    scales, flag, ended = as_one(numbers, known, found, given.memory)
     return Decided(arrays, groups, scales, flag, ended)
 
 

@@ -10,7 +10,7 @@ import pytest
 from xla_settings import OWN
 
 import optax_clipx as clipx
-from optax_clipx._devices.numbers import _from_one_vector, as_one
+from optax_clipx._devices.numbers import FEW, MOST, _from_one_vector, as_one
 
 
 def numbers(x, y, count):
@@ -88,7 +88,7 @@ def test_gpus_read_one_vector_and_tpus_the_numbers():
         assert "stablehlo.while" not in text
 
 
-def test_a_nan_ends_the_loop():
+def test_a_nan_comes_out_as_one():
     found = jax.jit(lambda *args: as_one(numbers, *args))(
         jnp.float32(np.nan), jnp.float32(3.0), jnp.int32(7)
     )
@@ -126,12 +126,68 @@ def test_over_a_batch_each_has_its_own():
     np.testing.assert_array_equal(found, [1.0, np.nan, 3.0])
 
 
-def test_what_xla_cannot_put_into_a_small_loop_is_called_as_it_is():
+def is_one_kernel(fun, *args):
+    return "xla_cpu_small_call" in jax.jit(fun).lower(*args).as_text()
+
+
+def test_what_xla_has_kernels_for_is_not_part_of_another_one():
     def fun(x):
         return jnp.sort(jnp.stack([x, -x])), jax.lax.cond(x > 0, jnp.sin, jnp.cos, x)
 
-    text = jax.jit(lambda x: as_one(fun, x)).lower(jnp.float32(1)).as_text()
-    assert "stablehlo.while" not in text
+    def product(x):
+        return jnp.stack([x, x]) @ jnp.ones(2)
+
+    for each in (fun, product, jnp.sin):
+        assert not is_one_kernel(functools.partial(as_one, each), jnp.float32(1))
+    assert is_one_kernel(functools.partial(as_one, jnp.sqrt), jnp.float32(1))
+
+
+def test_a_long_vector_is_a_loop_of_its_own():
+    def fun(x):
+        return as_one(lambda x: (jnp.sqrt(x), jnp.sum(x)), x)
+
+    for size, is_one in ((FEW, True), (FEW + 1, False)):
+        x = jnp.full((size,), 4.0)
+        assert is_one_kernel(fun, x) == is_one
+        root, total = jax.jit(fun)(x)
+        np.testing.assert_array_equal(root, 2.0)
+        assert total == 4 * size
+
+
+def test_the_largest_arrays_compile_as_part_of_the_kernel():
+    def fun(x):
+        table = jnp.stack([x, 2 * x, x * x, x + 1])
+        assert table.size == MOST
+        return jnp.sum(table, axis=1), jnp.max(table, axis=1), jnp.sum(table, axis=0)
+
+    x = jnp.arange(FEW, dtype=jnp.float32)
+    step = functools.partial(as_one, fun)
+    assert is_one_kernel(step, x)
+    found = jax.jit(step)(x)
+    for one, other in zip(found, fun(x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+UNUSED = {  # in the end: an argument that XLA finds to be without use
+    "times zero": lambda x, y, n: (x + 1, n * 0),
+    "never chosen": lambda x, y, n: jnp.where(jnp.float32(1) > 0, x, y),
+    "minus itself": lambda x, y, n: (x + 1, n - n),
+    "equal to itself": lambda x, y, n: (x + 1, n == n),
+    "not read": lambda x, y, n: x * y,
+}
+
+
+@pytest.mark.parametrize("fun", UNUSED.values(), ids=UNUSED.keys())
+@pytest.mark.parametrize("around", [jax.jit, jax.pmap], ids=["jit", "pmap"])
+def test_an_argument_without_use_does_not_end_the_process(fun, around):
+    step = around(functools.partial(as_one, fun))
+    args = given()
+    if around is jax.pmap:
+        args = [jnp.broadcast_to(x, (8,)) for x in args]
+    for one, other in zip(
+        jax.tree.leaves(step(*args)), jax.tree.leaves(fun(*args)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_step_on_cpu_has_few_kernels_more_than_with_optax():
