@@ -131,3 +131,8 @@ def test_a_finite_norm_never_makes_nan(name):
     norms, limits = (x.ravel() for x in jnp.meshgrid(ends[:-1], ends))
     scales = getattr(clipx.responses, name)(norms, limits)
     assert not np.any(np.isnan(scales))
+
+
+def test_a_number_of_python_takes_the_dtype_of_the_other():
+    assert biweight(1, jnp.float16(2)).dtype == jnp.float16
+    assert biweight(jnp.float16(1), 2).dtype == jnp.float16

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from optax_clipx._devices.mesh import Placement
-from optax_clipx._reductions.groups import ScalarGroups
+from optax_clipx._reductions.groups import ScalarGroups, UnitGroups
 from optax_clipx._reductions.plan import of_leaves, of_tree
 
 PLACE = Placement((), ())
@@ -38,3 +38,9 @@ def test_values_of_many_examples_make_a_row_for_each_example():
     assert sums.tolist() == [[9, 1], [8, 2], [7, 3]]
     ((largest, _),) = of_tree(3).combine(each, leaves, [PLACE] * 3, largest=True)
     assert largest.tolist() == [9, 8, 7]
+
+
+def test_sizes_of_units():
+    units = UnitGroups(((0,), (0, 1), ()), ((), (), ()))
+    leaves = [jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(5)]
+    assert list(map(int, units.sizes(leaves, [PLACE] * 3))) == [2, 6, 1]

@@ -326,3 +326,38 @@ def test_an_average_of_a_warmup_goes_on_after_it(init):
     assert state.average == 1.25  # of the clipped norm, 1.5
     rule = clipx.thresholds.ema_ratio(1.5, decay=0.5, init=init)
     assert after(rule, [4.0])[0].tolist() == [6]
+
+
+def test_small_norms_in_a_warm_up_are_limited_too():
+    rule = clipx.thresholds.ema_ratio(2.0, warmup_steps=2, warmup_limit=0.1)
+    limits, _ = after(rule, [0.5, 0.05])
+    np.testing.assert_allclose(limits, [0.1, np.inf], rtol=1e-6)
+
+
+def test_a_norm_at_its_threshold_enters_the_average():
+    rule = clipx.thresholds.ema_ratio(2.0, decay=0.5, stats="skip")
+    limits, state = after(rule, [1.0, 2.0])
+    assert limits[1] == 2
+    assert state.average == 1.5
+
+
+def test_without_patience_a_refused_norm_is_seen_in_the_state():
+    rule = clipx.thresholds.ema_ratio(2.0)
+    _, state = after(rule, [1.0, 9.0, 9.0])
+    assert state.refused == 1
+    _, state = after(rule, [1.0, 9.0, 1.0])
+    assert state.refused == 0
+
+
+def test_a_full_window_counts_up_to_twice_its_size():
+    rule = clipx.thresholds.zscore(3.0, window=4, warmup_steps=4)
+    counts = [int(after(rule, [1.0] * n)[1].seen) for n in range(1, 14)]
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5]
+
+
+def test_the_level_of_losses_is_a_mean_over_sixteen():
+    rule = spikes_of_losses(50)
+    _, state = after(rule, [1.0] * 40)
+    assert state.level == 1
+    _, state = after(rule, [1.0] * 40 + [1.016])
+    np.testing.assert_allclose(state.level, 1.001, rtol=1e-6)

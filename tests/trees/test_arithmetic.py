@@ -583,3 +583,43 @@ def test_a_known_flag_settles_either_and_both():
     known = np.array([False, True])
     assert arithmetic.either(known, flags).tolist() == [True, True]
     assert arithmetic.both(known, flags).tolist() == [False, False]
+
+
+def test_each_row_has_a_factor():
+    with jax.numpy_rank_promotion("allow"):
+        found = arithmetic.times(jnp.ones((2, 3)), jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(found, [[1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("y", [1.5, 1e30, 1.8e38, LARGEST])
+def test_a_quotient_by_a_large_number_is_rounded_once(y):
+    x = np.linspace(0.1, 1, 50, dtype=np.float32) * np.float32(y)
+    found = arithmetic.quotient(jnp.asarray(x), jnp.full(50, y, jnp.float32))
+    np.testing.assert_array_equal(found, x / np.float32(y))
+
+
+def test_of_two_dtypes_the_wider_is_chosen():
+    wide, narrow = jnp.ones(3), jnp.zeros(3, jnp.float16)
+    mask = jnp.array([True, False, True])
+    with jax.numpy_dtype_promotion("standard"):
+        found = arithmetic.where(mask, wide, narrow)
+        other = arithmetic.where(mask, narrow, wide)
+    assert found.dtype == other.dtype == jnp.float32
+    np.testing.assert_array_equal(found, [1, 0, 1])
+    np.testing.assert_array_equal(other, [0, 1, 0])
+
+
+def test_an_array_like_a_sharded_one_is_sharded_like_it():
+    kind = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    like = jax.device_put(jnp.zeros(8), sharding)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: arithmetic.full_like(x, 2.0))(like)
+    assert jax.typeof(found).sharding.spec == jax.P("data")
+    np.testing.assert_array_equal(found, 2.0)
+
+
+def test_text_is_no_concrete_number():
+    assert arithmetic.is_concrete([jnp.ones(2), np.ones(2), np.float32(1), 1.0, 2])
+    assert not arithmetic.is_concrete([1.0, "one"])
