@@ -191,6 +191,7 @@ def _from_one_vector(program: ClosedJaxpr, *arrays: jax.Array) -> Any:
     known = [i for i, x in enumerate(outcome) if isinstance(x, Literal)]
     given = [*arrays, *(jnp.asarray(outcome[i].val) for i in known)]
     places = [i for i, x in enumerate(given) if x.dtype == np.float32]
+    # Of a longer vector the copy is a kernel more (AGC on 4 leaves: 17 for 16).
     if not places or any(x.size > 64 for x in arrays):
         return _program.bind(*arrays, program=program)
     if len(places) > 1:  # what is put together takes integers along
