@@ -36,9 +36,8 @@ def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     """
     leaves, structure = jax.tree.flatten(given)
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
-    small = is_known(*(x.size for x in arrays)) and all(x.size <= FEW for x in arrays)
-    whole = small and can_be_joined(arrays) and all(map(lies_whole, arrays))
-    if is_inside() or is_concrete(given) or not whole:
+    small = all(is_known(x.size) and x.size <= FEW for x in arrays)
+    if is_inside() or is_concrete(given) or not small or not _lie_whole(arrays):
         return fun(*given)
 
     def of_arrays(*traced: jax.Array) -> Any:
@@ -56,7 +55,7 @@ def as_one(fun: Callable[..., PyTree], *given: PyTree) -> Any:
     finally:
         _in_one.reset(inside)
     steps = program.replace(constvars=[], invars=[*program.constvars, *program.invars])
-    if not _is_plain(steps):
+    if not _is_plain(steps) or not _lie_whole(known):
         return fun(*given)
     found = _computed.bind(*known, *arrays, program=ClosedJaxpr(steps, ()))
     return jax.tree.unflatten(forms[-1], map(_as_array, found))
@@ -75,6 +74,10 @@ transpose xor
 _PLAIN = frozenset(_NAMES.split())
 
 _in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
+
+
+def _lie_whole(arrays: list[jax.Array]) -> bool:
+    return not arrays or (can_be_joined(arrays) and all(map(lies_whole, arrays)))
 
 
 def _traced(fun: Callable[..., Any], arrays: list[jax.Array]) -> tuple[Any, list[Any]]:
@@ -109,9 +112,10 @@ def _is_plain(program: Any) -> bool:
         if step.primitive.name in ("jit", "pjit", "custom_jvp_call"):
             plain = _is_plain(step.params.get("jaxpr", step.params.get("call_jaxpr")))
         else:
-            few = all(x.aval.size <= MOST for x in step.outvars)
-            plain = few and step.primitive.name in _PLAIN
-        if step.effects or not plain:
+            plain = step.primitive.name in _PLAIN
+        sizes = [x.aval.size for x in (*step.invars, *step.outvars)]
+        few = is_known(*sizes) and max(sizes, default=0) <= MOST
+        if step.effects or not plain or not few:
             return False
     return True
 
@@ -152,7 +156,7 @@ def _lowered_on_cpu(
     context = context.replace(avals_in=inner.in_avals, avals_out=inner.out_avals)
     values = dict(zip(steps.invars, arrays, strict=True))
     found = _lowered(context, *[values[x] for x in needed], program=inner)
-    if found:
+    if found and _is_for_one_device(context):
         says = {"inlineable": "false", "xla_cpu_small_call": "true"}
         said = ir.DictAttr.get({k: ir.StringAttr.get(v) for k, v in says.items()})
         found[0].owner.attributes["mhlo.frontend_attributes"] = said
@@ -161,6 +165,11 @@ def _lowered_on_cpu(
         mlir.ir_constant(x.val) if isinstance(x, Literal) else values[x]
         for x in steps.outvars
     ]
+
+
+def _is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA will not cut what goes in: types do not show `in_shardings`."""
+    return getattr(context.module_context.axis_context, "num_devices", 0) == 1
 
 
 def _lowered_on_gpu(

@@ -1,12 +1,12 @@
 """Sizes that may be symbols: `jax.export` knows some only when a program is called."""
 
-from typing import SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Size = SupportsIndex  # an int, or a symbol that stands for one
+Size = Any  # an int, or a symbol that stands for one
 
 
 def is_known(*sizes: Size) -> bool:

@@ -190,6 +190,45 @@ def test_an_argument_without_use_does_not_end_the_process(fun, around):
         np.testing.assert_array_equal(one, other)
 
 
+def test_what_the_types_do_not_show_to_be_cut():
+    """With `in_shardings` XLA alone knows; one call over several devices would fail."""
+    kind = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    cut, whole = (jax.NamedSharding(mesh, jax.P(*p)) for p in (("x",), ()))
+    tx = clipx.zclip(scope="leaf")
+    grads = {str(i): jnp.ones(8) * (i + 1) for i in range(8)}
+    state = tx.init(grads)
+    shardings = jax.tree.map(lambda x: cut if x.size % 8 == 0 else whole, state)
+    step = jax.jit(lambda g, s: tx.update(g, s), in_shardings=(cut, shardings))
+    found, _ = step(grads, state)
+    for name, x in grads.items():
+        np.testing.assert_allclose(found[name], x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [MOST, MOST + 1, 8192])
+def test_what_is_closed_over_is_few_numbers_too(size):
+    table = jnp.arange(float(size)).reshape(-1, 1)
+
+    def fun(x, other):
+        return as_one(lambda x: x * jnp.max(jnp.sum(table, 1)) + jnp.mean(other), x)
+
+    x, other = jnp.float32(2), jnp.ones(size)
+    assert is_one_kernel(fun, x, other) == (size <= MOST)
+    np.testing.assert_allclose(jax.jit(fun)(x, other), 2 * size - 1, rtol=1e-5)
+
+
+def test_an_array_of_unknown_size_may_be_closed_over():
+    (n,) = jax.export.symbolic_shape("n")
+
+    def fun(x, other):
+        return as_one(lambda x: x + jnp.max(other * 2), x)
+
+    exported = jax.export.export(jax.jit(fun))(
+        jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
+    )
+    assert exported.call(jnp.float32(1), jnp.arange(4.0)) == 7
+
+
 def test_a_step_on_cpu_has_few_kernels_more_than_with_optax():
     """Counted as XLA compiles them: what a loop holds is one."""
 
