@@ -1,7 +1,7 @@
 """A few numbers from a few numbers, which XLA for CPU compiles as one kernel."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -76,8 +76,10 @@ _PLAIN = frozenset(_NAMES.split())
 _in_one: ContextVar[bool] = ContextVar("optax_clipx_in_one", default=False)
 
 
-def _lie_whole(arrays: list[jax.Array]) -> bool:
-    return not arrays or (can_be_joined(arrays) and all(map(lies_whole, arrays)))
+def _lie_whole(arrays: Iterable[object]) -> bool:
+    """Whether no device has only a part, as far as types say."""
+    found = [x for x in arrays if isinstance(x, jax.Array)]
+    return not found or (can_be_joined(found) and all(map(lies_whole, found)))
 
 
 def _traced(fun: Callable[..., Any], arrays: list[jax.Array]) -> tuple[Any, list[Any]]:
