@@ -260,7 +260,10 @@ def decide(
         flag = zero if options.nonfinite == "zero" else None
         return _replaced(scales, lost, flag), flag, ended
 
-    scales, flag, ended = as_one(numbers, known, found, given.memory)
+    if isinstance(groups, ScalarGroups) and (groups.count or 1) <= 4:
+        scales, flag, ended = as_one(numbers, known, found, given.memory)
+    else:
+        scales, flag, ended = numbers(known, found, given.memory)
     return Decided(arrays, groups, scales, flag, ended)
 
 

@@ -38,7 +38,7 @@ from .._trees.leaves import Leaves
 from .._trees.types import Trees
 from . import bounds, policies
 from .responses import rescale
-from .scaling import Response, scales, second_factor, times_scale
+from .scaling import Response, scales, times_scale
 from .summary import Summary, of_entries
 from .transformation import Given, Memory, Options, transformation
 
@@ -184,7 +184,7 @@ def _respond(
     limits = jnp.broadcast_to(jnp.asarray(limit), magnitude.shape)
     found = scales(itself, limits, response)
     found = jnp.where(jnp.isnan(limits), jnp.nan, found)
-    return times_scale(array, found, second_factor(found))
+    return times_scale(array, found)
 
 
 _shrink = functools.partial(_respond, response=rescale)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from .._devices.programs import TracedOnce
-from .._reductions.groups import Groups, Packed, spread_each
+from .._reductions.groups import Groups, Packed
 from .._reductions.norms import Norms
 from .._trees.arithmetic import (
     Number,
@@ -143,21 +143,19 @@ def scaled(
     zero: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Leaves times the scales of their groups; zeros where the flag is set."""
-    factors = spread_each(groups, scales, jax.tree.map(second_factor, scales))
-    each = zip(arrays, factors, strict=True)
-    return times_scale.each([(x, *both, zero) for x, both in each])
+    each = zip(arrays, groups.spread(scales), strict=True)
+    return times_scale.each([(x, scale, zero) for x, scale in each])
 
 
 def _times_scale_once(
     array: jax.Array,
     scale: jax.Array,
-    second: jax.Array,
     zero: jax.Array | None = None,
 ) -> jax.Array:
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
-    scaled = times(times(wide, scale), second)
+    scaled = times(times(wide, scale), second_factor(scale))
     scaled = lax.convert_element_type(scaled, array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)

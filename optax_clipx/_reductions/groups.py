@@ -280,11 +280,6 @@ class UnitGroups:
 Groups = ScalarGroups | UnitGroups
 
 
-def spread_each(groups: Groups, *packed: Packed) -> list[tuple[Any, ...]]:
-    """For each leaf what its group has of each of these."""
-    return list(zip(*map(groups.spread, packed), strict=True))
-
-
 def _vector(arrays: Arrays) -> jax.Array:
     return lax.concatenate([lax.reshape(x, (x.size,)) for x in arrays], 0)
 

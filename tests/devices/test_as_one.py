@@ -10,7 +10,7 @@ import pytest
 from xla_settings import OWN
 
 import optax_clipx as clipx
-from optax_clipx._devices.numbers import FEW, MOST, _from_one_vector, as_one
+from optax_clipx._devices.numbers import FEW, _from_one_vector, as_one
 
 
 def numbers(x, y, count):
@@ -126,11 +126,11 @@ def test_over_a_batch_each_has_its_own():
     np.testing.assert_array_equal(found, [1.0, np.nan, 3.0])
 
 
-def is_one_kernel(fun, *args):
-    return "xla_cpu_small_call" in jax.jit(fun).lower(*args).as_text()
+def is_in_a_loop(fun, *args):
+    return "stablehlo.while" in jax.jit(fun).lower(*args).as_text()
 
 
-def test_what_xla_has_kernels_for_is_not_part_of_another_one():
+def test_what_xla_cannot_put_into_a_small_loop_is_called_as_it_is():
     def fun(x):
         return jnp.sort(jnp.stack([x, -x])), jax.lax.cond(x > 0, jnp.sin, jnp.cos, x)
 
@@ -138,34 +138,37 @@ def test_what_xla_has_kernels_for_is_not_part_of_another_one():
         return jnp.stack([x, x]) @ jnp.ones(2)
 
     for each in (fun, product, jnp.sin):
-        assert not is_one_kernel(functools.partial(as_one, each), jnp.float32(1))
-    assert is_one_kernel(functools.partial(as_one, jnp.sqrt), jnp.float32(1))
+        assert not is_in_a_loop(functools.partial(as_one, each), jnp.float32(1))
+    assert is_in_a_loop(functools.partial(as_one, jnp.sqrt), jnp.float32(1))
 
 
-def test_a_long_vector_is_a_loop_of_its_own():
+def test_no_number_that_a_loop_could_watch():
+    found = jax.jit(functools.partial(as_one, lambda n: n + 1))(jnp.int32(3))
+    assert found == 4
+
+
+def test_many_numbers_are_computed_without_a_loop():
     def fun(x):
         return as_one(lambda x: (jnp.sqrt(x), jnp.sum(x)), x)
 
-    for size, is_one in ((FEW, True), (FEW + 1, False)):
+    most = (FEW - 1) // 2
+    for size, is_one in ((most, True), (most + 1, False)):
         x = jnp.full((size,), 4.0)
-        assert is_one_kernel(fun, x) == is_one
+        assert is_in_a_loop(fun, x) == is_one
         root, total = jax.jit(fun)(x)
         np.testing.assert_array_equal(root, 2.0)
         assert total == 4 * size
 
 
-def test_the_largest_arrays_compile_as_part_of_the_kernel():
-    def fun(x):
-        table = jnp.stack([x, 2 * x, x * x, x + 1])
-        assert table.size == MOST
-        return jnp.sum(table, axis=1), jnp.max(table, axis=1), jnp.sum(table, axis=0)
-
-    x = jnp.arange(FEW, dtype=jnp.float32)
-    step = functools.partial(as_one, fun)
-    assert is_one_kernel(step, x)
-    found = jax.jit(step)(x)
-    for one, other in zip(found, fun(x), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
+def test_xla_compiles_the_loop_as_one():
+    x = [jnp.float32(i) for i in range(20)]
+    step = jax.jit(lambda x: as_one(lambda x: [jnp.sqrt(i) + x[0] for i in x], x))
+    text = step.lower(x).compile(OWN).as_text()
+    entry = text[text.index("ENTRY ") :]
+    assert "while(" not in entry
+    assert entry.count(" call(") == 1
+    for i, found in enumerate(step(x)):
+        np.testing.assert_allclose(found, i**0.5, rtol=1e-6)
 
 
 UNUSED = {  # in the end: an argument that XLA finds to be without use
@@ -179,7 +182,7 @@ UNUSED = {  # in the end: an argument that XLA finds to be without use
 
 @pytest.mark.parametrize("fun", UNUSED.values(), ids=UNUSED.keys())
 @pytest.mark.parametrize("around", [jax.jit, jax.pmap], ids=["jit", "pmap"])
-def test_an_argument_without_use_does_not_end_the_process(fun, around):
+def test_an_argument_without_use(fun, around):
     step = around(functools.partial(as_one, fun))
     args = given()
     if around is jax.pmap:
@@ -190,8 +193,18 @@ def test_an_argument_without_use_does_not_end_the_process(fun, around):
         np.testing.assert_array_equal(one, other)
 
 
+def test_an_argument_that_xla_finds_to_be_constant():
+    """It then has no use in what is compiled as one."""
+
+    def fun(x, n):
+        return as_one(lambda x, never: (x + 1, never | (x > 5)), x, n - n > 0)
+
+    more, over = jax.jit(fun)(jnp.float32(4), jnp.int32(7))
+    assert (more, bool(over)) == (5, False)
+
+
 def test_what_the_types_do_not_show_to_be_cut():
-    """With `in_shardings` XLA alone knows; one call over several devices would fail."""
+    """With `in_shardings` XLA alone knows. For several devices there is no loop."""
     kind = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     cut, whole = (jax.NamedSharding(mesh, jax.P(*p)) for p in (("x",), ()))
@@ -205,7 +218,7 @@ def test_what_the_types_do_not_show_to_be_cut():
         np.testing.assert_allclose(found[name], x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [MOST, MOST + 1, 8192])
+@pytest.mark.parametrize("size", [FEW // 2 - 1, FEW // 2, 8192])
 def test_what_is_closed_over_is_few_numbers_too(size):
     table = jnp.arange(float(size)).reshape(-1, 1)
 
@@ -213,7 +226,7 @@ def test_what_is_closed_over_is_few_numbers_too(size):
         return as_one(lambda x: x * jnp.max(jnp.sum(table, 1)) + jnp.mean(other), x)
 
     x, other = jnp.float32(2), jnp.ones(size)
-    assert is_one_kernel(fun, x, other) == (size <= MOST)
+    assert is_in_a_loop(fun, x, other) == (size < FEW // 2)
     np.testing.assert_allclose(jax.jit(fun)(x, other), 2 * size - 1, rtol=1e-5)
 
 
