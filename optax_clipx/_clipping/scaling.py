@@ -155,7 +155,10 @@ def _times_scale_once(
     if zero is not None:
         array = jnp.where(zero, jnp.zeros_like(array), array)
     wide = lax.convert_element_type(array, widened(array, scale.dtype))
-    scaled = times(times(wide, scale), second_factor(scale))
+    once = times(wide, scale)
+    # An extreme scale is the root, with a minus sign.
+    extreme = spread_over(once, less(scale, 0))
+    scaled = lax.select(extreme, times(once, scale), once)
     scaled = lax.convert_element_type(scaled, array.dtype)
     # Multiplying by 1 would flush subnormals: what is not clipped is not touched.
     return lax.select(spread_over(scaled, equal(scale, 1)), array, scaled)

@@ -257,8 +257,10 @@ def _from_one_vector(program: ClosedJaxpr, *arrays: jax.Array) -> Any:
     known = [i for i, x in enumerate(outcome) if isinstance(x, Literal)]
     given = [*arrays, *(jnp.asarray(outcome[i].val) for i in known)]
     places = [i for i, x in enumerate(given) if x.dtype == np.float32]
-    # Of a longer vector the copy is a kernel more (AGC on 4 leaves: 17 for 16).
-    if not places or any(x.size > 64 for x in arrays):
+    # Of a longer vector the copy is a kernel more (AGC on 4 leaves: 17 for 16), and of
+    # two numbers as well (the global norm: 8 for 7).
+    few = is_known(*[x.size for x in arrays]) and all(x.size <= 64 for x in arrays)
+    if len(given) <= 2 or not places or not few:
         return _program.bind(*arrays, program=program)
     if len(places) > 1:  # what is put together takes integers along
         places += [i for i, x in enumerate(given) if x.dtype == np.int32]

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from .._devices import mesh
 from .._devices.mesh import can_be_joined, knows_shards, lies_whole
+from .._devices.numbers import as_one
 from .._devices.programs import Joined, Passes, TracedOnce, if_needed, unknown
 from .._devices.sums import sum_of, sums_by_parts, sums_in_one, together
 from .._trees.arithmetic import (
@@ -367,7 +368,10 @@ def _two_norms(measured: _Measured, given: PyTree) -> list[Norms]:
     if not any(risks):
         (plain,) = measured.totals(measured.sums(given, "plain"), given)
         return _norms_of_each(plain, _factors(plain, risks), risks)
-    return _norms_of_each(*_in_range(measured, risks, given), risks)
+    found = _in_range(measured, risks, given)
+    if measured.plan.groups.is_one and len(risks) == 1:
+        return as_one(functools.partial(_norms_of_each, risks=risks), *found)
+    return _norms_of_each(*found, risks)
 
 
 Squares = tuple[list[Packed], list[Packed]]  # of each tree's numbers times factors

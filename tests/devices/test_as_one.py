@@ -72,12 +72,19 @@ def test_integers_do_not_go_along_with_one_array():
 def test_a_known_number_comes_out_of_the_vector():
     """A constant would be copied by a kernel of its own."""
 
-    def fun(x):
-        return as_one(lambda x: (x + 1, np.float32(0.5)), x)
+    def fun(x, y):
+        return as_one(lambda x, y: (x + y, np.float32(0.5)), x, y)
 
-    text = jax.jit(fun).trace(jnp.float32(4)).lower(lowering_platforms=("cuda",))
-    assert "tensor<2xi32>" in text.as_text()
-    assert jax.jit(fun)(jnp.float32(4))[1] == 0.5
+    given = (jnp.float32(4), jnp.float32(1))
+    text = jax.jit(fun).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tensor<3xi32>" in text
+    assert jax.jit(fun)(*given)[1] == 0.5
+
+
+def test_two_numbers_are_not_put_into_a_vector():
+    traced = jax.jit(lambda x, y: as_one(jnp.add, x, y)).trace(*given()[:2])
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "concatenate" not in text
 
 
 def test_gpus_read_one_vector_and_tpus_the_numbers():
