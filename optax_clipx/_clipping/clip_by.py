@@ -260,6 +260,7 @@ def decide(
         flag = zero if options.nonfinite == "zero" else None
         return _replaced(scales, lost, flag), flag, ended
 
+    # The numbers of more than four groups are too many for one kernel.
     if isinstance(groups, ScalarGroups) and (groups.count or 1) <= 4:
         scales, flag, ended = as_one(numbers, known, found, given.memory)
     else:
